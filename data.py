@@ -1,0 +1,267 @@
+"""Problems in, prompts out: JSON lines, the one prompt template, levels of difficulty, the order of training.
+
+    python data.py --split train --count 4096 --seed 0 --out pool.jsonl     generated problems, answers computed
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # DeepScaleR, FastCuRL
+
+
+# -------------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    problem: str
+    answer: str
+    pass_rate: float | None = None  # of the policy that measured it, in [0, 1]
+    level: float | None = None  # difficulty declared by the source
+    other: dict = field(default_factory=dict, compare=False)  # further fields of the file, kept as they are
+
+    def record(self):
+        """The JSON object that read_problems reads back."""
+        known = {k: v for k, v in asdict(self).items() if k != "other" and v is not None}
+        return {**known, **self.other}
+
+
+def parse_problem(record, default_id):
+    """One JSON object to a Problem; raises ValueError saying what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    for name in ("problem", "answer"):
+        if name not in record:
+            raise ValueError(f'no "{name}" (has: {", ".join(map(str, record)) or "nothing"})')
+    problem, answer = record["problem"], record["answer"]
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError('"problem" must be a text that is not blank')
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError('"answer" must be a text or a number')
+    for name, low, high in (("pass_rate", 0, 1), ("level", float("-inf"), float("inf"))):
+        value = record.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high):
+            raise ValueError(f'"{name}" must be a number' + (f" in [{low}, {high}]" if name == "pass_rate" else ""))
+    other = {k: v for k, v in record.items() if k not in ("id", "problem", "answer", "pass_rate", "level")}
+    return Problem(str(record.get("id", default_id)), problem, str(answer), record.get("pass_rate"), record.get("level"), other)
+
+
+def read_records(path, parse=lambda record, default_id: record):
+    """JSON lines of one file, each through parse(record, default id); errors name file and line."""
+    path, records = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                records.append(parse(json.loads(line), f"{path.stem}-{number}"))
+            except ValueError as error:  # JSONDecodeError is one
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not records:
+        raise ValueError(f"{path}: no problem in it")
+    return records
+
+
+def read_problems(path):
+    """Problems of a JSONL file of {"problem", "answer"}; optional id, pass_rate, level; other fields are kept."""
+    problems = read_records(path, parse_problem)
+    seen = set()
+    for p in problems:
+        if p.id in seen:
+            raise ValueError(f"{path}: the id {p.id!r} stands twice")
+        seen.add(p.id)
+    return problems
+
+
+def squash(text):
+    """Lower case, blanks collapsed: how repeats are recognised."""
+    return " ".join(text.lower().split())
+
+
+def without_repeats(problems):
+    """The first of every set of equal problems."""
+    return list({squash(p.problem): p for p in reversed(problems)}.values())[::-1]
+
+
+def overlap(train, evaluation):
+    """How many evaluation problems also stand in the training problems."""
+    known = {squash(p.problem) for p in train}
+    return sum(squash(p.problem) in known for p in evaluation)
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    problem: Problem
+    tokens: list  # ids
+    opening: str  # "<think>" if the template opened one that the completion has to close, else ""
+
+
+def render(tokenizer, problem, examples=()):
+    """A problem as the policy sees it, in training and evaluation alike: worked examples, then the problem.
+
+    examples  records {"problem", "solution"}, shown as earlier turns of the chat
+    """
+    turns = []
+    for example in examples:
+        turns.append({"role": "user", "content": f"{example['problem']}\n{INSTRUCTION}"})
+        turns.append({"role": "assistant", "content": example["solution"]})
+    turns.append({"role": "user", "content": f"{problem.problem}\n{INSTRUCTION}"})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(problem, tokens, "<think>" if text.rfind("<think>") > text.rfind("</think>") else "")
+
+
+def parse_example(record, _):
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("problem", "solution")):
+        raise ValueError('a worked example needs the texts "problem" and "solution"')
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------------- levels
+
+
+def difficulty(problem, kind):
+    """pass_rate: 1 - pass rate of the policy that measured it, in [0, 1]; level: the declared number. None: unknown."""
+    if kind == "level":
+        return problem.level
+    return None if problem.pass_rate is None else 1 - problem.pass_rate
+
+
+def cut_levels(problems, qualities, kind):
+    """Cut problems at the thresholds Q_l: level l takes difficulty in (the next lower threshold, Q_l].
+
+    The lowest bin of a measured difficulty starts just above 0: what is always solved teaches nothing.
+    Returns one list per level, in the order of `qualities`, and the counts of what belongs to none.
+    """
+    floor = 0.0 if kind == "pass_rate" else float("-inf")
+    bounds = sorted({floor, *qualities})
+    lower = {high: low for low, high in zip(bounds, bounds[1:])}
+    levels = [[] for _ in qualities]
+    left_out = {"unmeasured": 0, "always solved": 0, "too hard": 0}
+    for p in problems:
+        d = difficulty(p, kind)
+        if d is None:
+            left_out["unmeasured"] += 1
+        elif d <= floor:
+            left_out["always solved"] += 1
+        elif d > bounds[-1] + 1e-9:
+            left_out["too hard"] += 1
+        for level, q in zip(levels, qualities):
+            if d is not None and q > floor and lower[q] + 1e-9 < d <= q + 1e-9:  # 1 - 0.2 is not quite 0.8
+                level.append(p)
+    return levels, left_out
+
+
+def endless(items, *seed):
+    """Every item once per epoch, each epoch in a new order; to resume: same seed, skip what was drawn."""
+    assert items, "no problem to draw from: cut_levels' caller must refuse an empty level"
+    for epoch in itertools.count():
+        order = list(items)
+        random.Random("/".join(map(str, (*seed, epoch)))).shuffle(order)
+        yield from order
+
+
+# -------------------------------------------------------------------------------------------------------- generator
+# Problems whose solutions take 2 to 6 steps. A step is an equation that a small model can learn to do at once.
+
+
+def expression(rng):
+    """A sum of numbers and one-digit products, e.g. 12+6*7-9: the products first, then from left to right."""
+    num_steps, terms, steps = rng.randint(2, 6), [], []
+    num_products = rng.randint(0, min(2, num_steps - 1))
+    products = [False] * (num_steps - num_products + 1 - num_products) + [True] * num_products
+    rng.shuffle(products)
+    total, text = 0, ""
+    for i, product in enumerate(products):
+        a, b = (rng.randint(2, 9), rng.randint(2, 9)) if product else (rng.randint(2, 60), 1)
+        sign = "-" if i and total >= a * b and rng.random() < 0.5 else "+" if i else ""
+        name = f"{a}*{b}" if product else str(a)
+        text += sign + name
+        if product:
+            steps.append(f"{name}={a * b}")
+        if i:
+            after = total - a * b if sign == "-" else total + a * b
+            terms.append(f"{total}{sign}{a * b}={after}")
+            total = after
+        else:
+            total = a * b
+    return text, steps + terms, total
+
+
+def product(rng):
+    """A number of two or three digits times one digit, by parts, e.g. 47*6: 40*6=240;7*6=42;240+42=282."""
+    n, b = rng.randint(11, 999) if rng.random() < 0.6 else rng.randint(11, 99), rng.randint(2, 9)
+    parts = [int(d) * 10**i for i, d in reversed(list(enumerate(reversed(str(n))))) if d != "0"]
+    if len(parts) < 2:
+        return product(rng)
+    steps, total = [f"{p}*{b}={p * b}" for p in parts], parts[0] * b
+    for p in parts[1:]:
+        steps.append(f"{total}+{p * b}={total + p * b}")
+        total += p * b
+    return f"{n}*{b}", steps, total
+
+
+def equation(rng):
+    """A linear equation in x with a whole solution, e.g. 5x-8=2x+19: 3x-8=19;3x=27;x=9."""
+    x, a, b = rng.randint(2, 20), rng.randint(2, 9), rng.randint(1, 30)
+    b = -b if rng.random() < 0.5 else b
+    shape = rng.randint(0, 2)
+    steps, right = [f"{a}x={a * x}", f"x={x}"], a * x + b
+    line = f"{a}x{b:+d}={right}"
+    if shape == 0 and right > 0:
+        return line, steps, x
+    c = rng.randint(1, 5)
+    steps = [line] + steps
+    both = f"{a + c}x{b:+d}={c if c > 1 else ''}x{right:+d}"
+    if shape == 1 or b % (a + c):
+        return both, steps, x
+    return f"{a + c}(x{b // (a + c):+d})={c if c > 1 else ''}x{right:+d}", [both] + steps, x
+
+
+FAMILIES = {"expression": expression, "product": product, "equation": equation}
+
+
+def generate(split, seed):
+    """Endless different problems of one split, each with its worked solution in other["steps"].
+
+    A problem's text decides its split (one in eight is held out), so the two never share a problem, whatever the seed.
+    """
+    assert split in ("train", "heldout"), split
+    rng, seen = random.Random(f"{split}/{seed}"), set()
+    for number in itertools.count():
+        family = rng.choice(sorted(FAMILIES))
+        text, steps, answer = FAMILIES[family](rng)
+        held_out = zlib.crc32(text.encode()) % 8 == 0
+        if held_out == (split == "heldout") and text not in seen:
+            seen.add(text)
+            yield Problem(f"{split}-{len(seen)}", text, str(answer), other={"family": family, "steps": steps})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write generated problems, one JSON object a line.")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--count", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="JSONL file to write")
+    args = parser.parse_args()
+    with open(args.out, "x", encoding="utf-8") as file:
+        for p in itertools.islice(generate(args.split, args.seed), args.count):
+            file.write(json.dumps(p.record(), ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""One decoder for Llama, Qwen2 and Qwen3, with one forward for training, prefill and decoding.
+
+Parameters keep their Hugging Face names, so a checkpoint is read and written without a mapping.
+What differs between the three families is read from the config: biases, q/k norms, head sizes, rotary scaling.
+
+Shapes: B rows, T tokens, C hidden size, V vocabulary, H heads, K key/value heads, D head size, S cached positions.
+"""
+
+import copy
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LOGITS_PER_CHUNK = 1 << 22  # elements; token_logprobs holds a handful of such tensors (16 MB each in float32)
+
+
+def at_least_float32(x):
+    """The dtype in which norms and softmaxes are computed: float32, or float64 where x already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base theta and the scaling of its frequencies (`default`, `linear` or `llama3`)."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_context: int = 0  # tokens
+
+    @classmethod
+    def of(cls, config):
+        """From a transformers config, in the new spelling (`rope_parameters`) or the old (`rope_theta`, `rope_scaling`)."""
+        fields = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"rotary scaling {kind!r} is not supported (default, linear and llama3 are)")
+        if fields.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor other than 1 is not supported")
+        return cls(
+            theta=fields.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0),
+            kind=kind,
+            factor=fields.get("factor", 1.0),
+            low_freq_factor=fields.get("low_freq_factor", 1.0),
+            high_freq_factor=fields.get("high_freq_factor", 1.0),
+            original_context=fields.get("original_max_position_embeddings", config.max_position_embeddings),
+        )
+
+
+@functools.lru_cache(maxsize=32)
+def inverse_frequencies(rope, head_dim, device):
+    """Radians per position of each pair of channels, (D/2,) float32. Llama 3's scaling: arXiv 2407.21783."""
+    freq = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if rope.kind == "linear":
+        return freq / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_context * freq / (2 * math.pi)  # rotations within the original context
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = blend.clamp(0, 1)  # 0: slow channels, interpolated; 1: fast channels, left alone
+        return freq * (blend + (1 - blend) / rope.factor)
+    return freq
+
+
+def check_supported(config):
+    """Raise ValueError for what this decoder would silently compute wrong."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"model type {config.model_type!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError("sliding-window attention (use_sliding_window) is not supported")
+
+
+# ----------------------------------------------------------------------------------------------------------- cache
+
+
+class KVCache:
+    """Keys and values of every layer for independent rows, each as long as its own sequence.
+
+    k, v    one tensor per layer, (rows, K, S, D); S grows in blocks, so memory follows the longest row
+    window  positions that the next forward reads and writes, at most S
+    Position p of a row is visible to a query at position q iff p <= q: what a row holds beyond its own length
+    (padding of a prefill, an earlier occupant's tokens) is overwritten before it can be seen.
+    """
+
+    BLOCK = 32  # positions; growing copies the cache once per BLOCK tokens
+
+    def __init__(self, model, rows):
+        empty = model.lm_head.weight.new_empty(rows, model.config.num_key_value_heads, 0, model.head_dim)
+        self.k, self.v = ([empty] * len(model.model.layers) for _ in "kv")
+        self.window = 0
+
+    def reserve(self, length):
+        """The next forward touches positions below `length`: make room for them, keeping what is stored."""
+        self.window = -(-int(length) // self.BLOCK) * self.BLOCK
+        more = self.window - self.k[0].shape[2]
+        if more > 0:
+            for tensors in (self.k, self.v):
+                for i, old in enumerate(tensors):  # zeros: what is masked must be finite, 0 * nan would be nan
+                    tensors[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], 2)
+
+    def visible(self, positions):
+        """What queries at positions (B, T) may attend to: (B, 1, T, window) bool."""
+        return torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]
+
+    def put(self, layer, rows, positions, k, v):
+        """Store k, v (B, K, T, D) at positions (B, T) of rows (B,); rows=None: row b is cache row b.
+
+        Returns the keys and values (B, K, window, D) of these rows.
+        """
+        at = torch.arange(len(k), device=k.device) if rows is None else rows
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
+            cache[at[:, None], :, positions] = new.transpose(1, 2)
+        k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
+        return (k, v) if rows is None else (k[rows], v[rows])
+
+    def copy(self, source, target):
+        """Row source[i] to row target[i], for sequences of equal length."""
+        for tensors in (self.k, self.v):
+            for cache in tensors:
+                cache[list(target)] = cache[list(source)]
+
+    def keep(self, rows):
+        """Keep only these rows, renumbered in this order."""
+        for tensors in (self.k, self.v):
+            for i, cache in enumerate(tensors):
+                tensors[i] = cache[rows]
+
+    @property
+    def bytes(self):
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+
+# ----------------------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps).type_as(x)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, H, T, D) by angles whose cos and sin are (B, 1, T, D/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, visible):
+    """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
+
+    visible  (B, 1, T, S) bool, or None for causal attention over T = S tokens
+    """
+    B, H, T, D = q.shape
+    if T > 1:
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=H != k.shape[1])
+    # One query per row: SDPA's CPU kernel is made for many, two products and a softmax take half its time.
+    q = q.view(B, k.shape[1], -1, D)  # the heads that share a key/value head become its rows
+    score = at_least_float32(q @ k.transpose(2, 3)) * D**-0.5
+    if visible is not None:
+        score = score.masked_fill(~visible, float("-inf"))
+    return (score.softmax(-1).type_as(q) @ v).view(B, H, 1, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, head_dim, layer):
+        super().__init__()
+        C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        bias = getattr(config, "attention_bias", False)
+        qkv_bias = True if config.model_type == "qwen2" else bias  # Qwen2 has no switch: biases on q, k, v alone
+        self.layer, self.head_dim = layer, head_dim
+        self.q_proj = nn.Linear(C, H * head_dim, qkv_bias)
+        self.k_proj = nn.Linear(C, K * head_dim, qkv_bias)
+        self.v_proj = nn.Linear(C, K * head_dim, qkv_bias)
+        self.o_proj = nn.Linear(H * head_dim, C, bias and config.model_type != "qwen2")
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, visible, cache, rows, positions):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.put(self.layer, rows, positions, k, v)
+        return self.o_proj(attend(q, k, v, visible).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, I, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(C, I, bias), nn.Linear(C, I, bias), nn.Linear(I, C, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, head_dim, layer):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config, head_dim, layer), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, *attention_inputs):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Everything below the head: token ids to hidden states."""
+
+    def __init__(self, config, head_dim):
+        super().__init__()
+        self.rope, self.head_dim = Rope.of(config), head_dim
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, head_dim, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, positions=None, cache=None, rows=None):
+        """ids (B, T) -> hidden states (B, T, C).
+
+        Without a cache: causal attention within each row, positions from 0 (training; right padding is never seen).
+        With one: the tokens are stored at `positions` (B, T) of cache rows `rows` (B,) (None: all, in order) and
+        attend to what their row holds up to there (prefill: positions 0..T-1; decoding: one token a row).
+        """
+        visible = None
+        if cache is not None:
+            visible = cache.visible(positions)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        x = self.embed_tokens(ids)
+        angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, visible, cache, rows, positions)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """model(ids (B, T)) -> logits (B, T, V); `model.model(ids)` stops at the hidden states, `model.lm_head` goes on."""
+
+    def __init__(self, config):
+        super().__init__()
+        check_supported(config)
+        self.config = config
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.model = Body(config, self.head_dim)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids, positions=None, cache=None, rows=None):
+        return self.lm_head(self.model(ids, positions, cache, rows))
+
+    @property
+    def context(self):
+        """Longest sequence, prompt and completion together, in tokens."""
+        return self.config.max_position_embeddings
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Read a Hugging Face folder (config.json, *.safetensors). Raises ValueError naming what does not fit."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path}: no config.json, so this is not a Hugging Face checkpoint folder")
+        try:
+            with torch.device("meta"):  # allocate nothing that the file is about to replace
+                model = cls(AutoConfig.from_pretrained(path))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # transformers' answers to a bad config
+            raise ValueError(f"{path / 'config.json'}: {error}") from error
+        tensors = read_tensors(path)
+        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # whether or not the file repeats it
+        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        for complaint, names in (
+            ("lacks", [f"{n} {wanted[n]}" for n in wanted if n not in found]),
+            ("has surplus", [f"{n} {found[n]}" for n in found if n not in wanted]),
+            ("misshapes", [f"{n} {found[n]}, wanted {wanted[n]}" for n in wanted if found.get(n, wanted[n]) != wanted[n]]),
+        ):
+            if names:
+                raise ValueError(f"{path}: the checkpoint {complaint} {len(names)} tensor(s): {'; '.join(names[:5])}")
+        model.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
+        model.tie()
+        return model
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors; transformers loads the folder as it is."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.architectures = [ARCHITECTURES[config.model_type]]
+        config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        config.save_pretrained(path)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        if config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_tensors(path):
+    """Every tensor of a checkpoint folder, by name: model.safetensors, or the shards that its index lists."""
+    index = path / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file() and not (path / files[0]).is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
+    tensors = {}
+    for name in files:
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: {name} is missing (weights are read from safetensors only)")
+        try:
+            tensors |= load_file(path / name)
+        except SafetensorError as error:
+            raise ValueError(f"{path / name}: not a readable safetensors file ({error})") from error
+    return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}  # old files store this constant
+
+
+# -------------------------------------------------------------------------------------------------------- log-probs
+
+
+def log_softmax(logits, temperature):
+    """The policy's distribution over the next token, log-probs in nats: what is sampled from and what is learned."""
+    return torch.log_softmax(at_least_float32(logits) / temperature, -1)
+
+
+def _chosen(hidden, head, targets, temperature):
+    logprobs = log_softmax(head(hidden), temperature)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def token_logprobs(model, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
+    """Log-prob of each masked token given those before it in its row, and the entropy of that choice.
+
+    ids (B, T), right-padded with any id;  mask (B, T) bool, True on completion tokens (never at position 0)
+    -> logprob, entropy (B, T), nats, 0 outside the mask
+
+    The logits are made for masked tokens alone, chunk by chunk, and again in the backward pass: (B, T, V) never exists.
+    """
+    hidden, targets = model.model(ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+    size = max(1, logits_per_chunk // model.config.vocab_size)
+    parts = [
+        checkpoint(_chosen, h, model.lm_head, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(size), targets.split(size))
+    ]
+    values = (torch.cat(part) for part in zip(*parts))
+    return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
+
+
+# ---------------------------------------------------------------------------------------------------- micro-batches
+
+
+def micro_batches(lengths, max_tokens):
+    """Indices of sequences, cut from longest to shortest so that rows x longest stays within max_tokens (or is one row)."""
+    order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    while order:
+        rows = max(1, max_tokens // lengths[order[0]])
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+def pad(prompts, completions, device="cpu"):
+    """Token lists, pairwise -> ids (B, T), prompt and completion right-padded with 0; mask (B, T), True on completions."""
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, marks, p, c in zip(ids, mask, prompts, completions):
+        row[: len(p) + len(c)] = torch.tensor(p + c)
+        marks[len(p) : len(p) + len(c)] = True
+    return ids.to(device), mask.to(device)
