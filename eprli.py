@@ -1,0 +1,232 @@
+"""EPRLI (arXiv 2508.01604), the equations: pure functions on tensors, and two small records.
+
+    A_i = (r_i - mean_G r) / std_G r                                     group_advantage
+    r_i = R_l(q, o_i) + K_l length_l(o_i)                                Group.reward, length_reward
+    J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)
+                                                      (Eq. 1)            clipped_objective, loss_weight
+    fill a buffer with N_l groups whose R_l differ (DAPO)                Buffer
+
+In one sentence: DAPO's loop in which every hyper-parameter is indexed by a level of difficulty, run level after level
+on one shared policy. Where the paper's description is silent or contradicts itself, this is how it is read here:
+
+ 1. "Q1 < Q2" and "Q_{l-1} > Q_l" both stand there. Q_l is an upper bound of difficulty, so Q1 < Q2: easy levels first.
+    A decreasing order is allowed and trains the harder level first.
+ 2. "Len2 < Len1" is called an increasing order. Len_l are free values, and no order is enforced.
+ 3. Levels are trained one after the other (--schedule interleaved takes turns).
+ 4. K_l weighs a length term of the reward, added before the group is normalised. A constant in J would have no gradient.
+ 5. Eq. 1 elides its inner sum: mean over a completion's tokens, then over completions (--loss-norm sequence).
+ 6. The buffer keeps a group iff its R_l differ. R_l alone decides: length never revives an all-right group.
+ 7. "Skip the update if the buffer is short": groups stay from draw to draw. A surplus serves the next update with the
+    log-probs it was sampled under; once sampled more than one update ago it is stale, and dropped.
+ 8. The advantage of a completion is shared by its tokens. A group of equal rewards gets exactly 0, and a completion that
+    ran out of tokens is graded like any other.
+ 9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps: with one, rho is 1 and never clips.
+10. Not given and taken from elsewhere (see `python train.py --help`): clip bounds from DAPO; learning rate, batch,
+    temperature from DeepScaleR and FastCuRL, or measured for the shipped problem set.
+11. No KL term, as in the paper; --kl-coef adds the k3 penalty that the recipes it builds on used.
+
+Shapes: P groups, G completions per group, B completions, T tokens.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One rung of the curriculum: every hyper-parameter that the paper indexes by l."""
+
+    quality: float  # Q_l    upper bound of difficulty
+    prompts: int  # P_l    prompts per draw
+    group_size: int  # G_l    completions per prompt
+    max_new_tokens: int  # Len_l  longest completion, tokens
+    reward: str  # R_l    "math", or a user's function
+    length_weight: float  # K_l    0 switches the length reward off
+    eps_low: float  # clip bounds, asymmetric: rho in [1 - eps_low, 1 + eps_high]
+    eps_high: float
+    inner_epochs: int  # mu_l   passes over the buffer per update
+    buffer_groups: int  # N_l    groups needed before an update
+    updates: int  # M_l
+
+
+# ---------------------------------------------------------------------------------------------------------- rewards
+
+
+def overlong_penalty(length, max_new_tokens, cache):
+    """DAPO's soft overlong punishment: 0 up to max - cache, then linearly down to -1 at max. In [-1, 0].
+
+    length  any shape, tokens with the stop token; max_new_tokens and cache (> 0) in tokens
+    """
+    return -((length - (max_new_tokens - cache)) / cache).clamp(0, 1)
+
+
+def kimi_length_reward(length, correct):
+    """Kimi k1.5, per group: lambda = 1/2 - (T - Tmin) / (Tmax - Tmin); wrong completions get min(0, lambda). In [-1/2, 1/2].
+
+    length, correct (bool)  (..., G) -> (..., G); a group of equal lengths gets 0
+    """
+    shortest, longest = length.amin(-1, keepdim=True), length.amax(-1, keepdim=True)
+    lam = 0.5 - (length - shortest) / (longest - shortest).clamp(min=1)
+    lam = torch.where(correct, lam, lam.clamp(max=0))
+    return lam.masked_fill(shortest == longest, 0.0)
+
+
+def cosine_length_reward(length, correct, stopped, max_new_tokens):
+    """After arXiv 2502.03373, as a term added to the outcome: right, 1/2 falling to 0 with length; wrong, -1/2 rising
+    to 0; ran out, -1/2. In [-1/2, 1/2].  length, correct, stopped: one shape, tokens / bool / bool
+    """
+    shape = (1 + torch.cos(math.pi * length.clamp(max=max_new_tokens) / max_new_tokens)) / 4  # 1/2 -> 0
+    return torch.where(stopped, torch.where(correct, shape, -shape), torch.full_like(shape, -0.5))
+
+
+def length_reward(kind, length, correct, stopped, max_new_tokens, cache):
+    """The unweighted length term of one group or of many: all arguments (..., G) -> (..., G) float."""
+    if kind == "overlong":
+        return overlong_penalty(length, max_new_tokens, cache)
+    if kind == "kimi":
+        return kimi_length_reward(length, correct)
+    if kind == "cosine":
+        return cosine_length_reward(length, correct, stopped, max_new_tokens)
+    raise ValueError(f"length kind {kind!r}: expected overlong, kimi or cosine")
+
+
+def group_advantage(reward, std="group"):
+    """The A of Eq. 1: A = (r - mean_G r) / (std_G r + 1e-6), population std; std="none" leaves the division out (Dr. GRPO).
+
+    (..., G) -> (..., G). A group of equal rewards gets exactly 0, by name: the float mean of equal fractions can be off
+    by one ulp, and the small epsilon below it would blow that up into signal.
+    """
+    centred = reward - reward.mean(-1, keepdim=True)
+    if std == "group":
+        centred = centred / (centred.square().mean(-1, keepdim=True).sqrt() + 1e-6)
+    elif std != "none":
+        raise ValueError(f"adv std {std!r}: expected group or none")
+    return centred.masked_fill(reward.amax(-1, keepdim=True) == reward.amin(-1, keepdim=True), 0.0)
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def loss_weight(norm, length, num_completions, num_tokens, max_new_tokens):
+    """The weight of each token of a completion in the objective.  length (B,) tokens -> (B,)
+
+    num_completions and num_tokens are counted over the whole optimizer step, all its micro-batches and ranks: the step's
+    loss is a sum divided once.  sequence: Eq. 1 (GRPO); token: DAPO; constant: Dr. GRPO, max_new_tokens being Len_l.
+    """
+    if norm == "sequence":
+        return 1 / (num_completions * length)
+    if norm == "token":
+        return torch.full_like(length, 1 / num_tokens)
+    if norm == "constant":
+        return torch.full_like(length, 1 / (num_completions * max_new_tokens))
+    raise ValueError(f"loss norm {norm!r}: expected sequence, token or constant")
+
+
+def clipped_objective(logprob, logprob_old, advantage, weight, mask, eps_low, eps_high):
+    """Eq. 1, to be maximised:  sum_b w_b sum_t min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+
+    logprob, logprob_old  (B, T)  nats, of the sampled token: learner now / policy that sampled
+    advantage, weight     (B,)    one per completion; see loss_weight
+    mask                  (B, T)  bool, True on completion tokens, the stop token included
+
+    Returns a sum, (): micro-batches and ranks add up, so the gradient does not depend on how a step is cut.
+    """
+    log_rho = (logprob - logprob_old).masked_fill(~mask, 0.0)  # before exp: inf * 0 would be nan
+    rho, A = log_rho.exp(), advantage[:, None]
+    surrogate = torch.minimum(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)
+    return (weight[:, None] * surrogate * mask).sum()
+
+
+def kl_penalty(logprob, logprob_ref, weight, mask):
+    """k3, weighted like the objective: sum_b w_b sum_t (e^x - 1 - x), x = log pi_ref - log pi.  Shapes as there -> ()
+
+    Its mean is KL(pi || pi_ref); its gradient on samples of pi is that of KL(pi_ref || pi).
+    """
+    x = (logprob_ref - logprob).masked_fill(~mask, 0.0)
+    return (weight[:, None] * (x.exp() - 1 - x) * mask).sum()
+
+
+@torch.no_grad()
+def diagnostics(logprob, logprob_old, entropy, advantage, mask, eps_low, eps_high):
+    """Sums over the tokens of a micro-batch, to be added up and divided by `tokens` once; arguments as above.
+
+    tokens; entropy (nats); kl_old: rho - 1 - log rho >= 0; clip_low, clip_high: tokens whose gradient the clip removed
+    (A < 0 and rho < 1 - eps_low; A > 0 and rho > 1 + eps_high); and the maximum ratio_max
+    """
+    log_rho, A = (logprob - logprob_old)[mask], advantage[:, None].expand_as(mask)[mask]
+    rho = log_rho.exp()
+    return {
+        "tokens": mask.sum().item(),
+        "entropy": entropy[mask].sum().item(),
+        "kl_old": (rho - 1 - log_rho).sum().item(),
+        "clip_low": ((A < 0) & (rho < 1 - eps_low)).sum().item(),
+        "clip_high": ((A > 0) & (rho > 1 + eps_high)).sum().item(),
+        "ratio_max": rho.max().item(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt and its G completions, scored."""
+
+    prompt: list  # token ids
+    completions: list  # each with .tokens (ids) and .logprobs (nats, under the policy that sampled)
+    outcome: torch.Tensor  # (G,)  R_l of each completion
+    length_reward: torch.Tensor  # (G,)  K_l x length term
+    update: int  # in which it was sampled
+
+    @property
+    def reward(self):
+        return self.outcome + self.length_reward
+
+    @property
+    def flat(self):
+        """All outcomes equal: nothing to learn from. Length does not count."""
+        return bool((self.outcome == self.outcome[0]).all())
+
+
+class Buffer:
+    """The dynamic buffer of one level: groups that wait for their update, and what became of all others.
+
+    Nothing is lost: drawn = kept + all_right + all_wrong + stale + pending, at any time.
+    """
+
+    def __init__(self, keep_flat=False):
+        self.keep_flat, self.groups, self.counts = keep_flat, [], Counter()
+
+    @property
+    def pending(self):
+        return len(self.groups)
+
+    def add(self, groups):
+        """Take in groups in the order of their drawing; flat ones are dropped (all right: a common outcome above 0)."""
+        for group in groups:
+            self.counts["drawn"] += 1
+            if group.flat and not self.keep_flat:
+                self.counts["all_right" if group.outcome[0] > 0 else "all_wrong"] += 1
+            else:
+                self.groups.append(group)
+
+    def expire(self, update):
+        """Drop what was sampled more than one update ago: its log-probs belong to a policy too old to correct for."""
+        fresh = [g for g in self.groups if g.update >= update - 1]
+        self.counts["stale"] += len(self.groups) - len(fresh)
+        self.groups = fresh
+
+    def take(self, num_groups):
+        """The oldest num_groups groups, to be trained on now."""
+        assert num_groups <= self.pending, f"{self.pending} groups wait, {num_groups} asked for: never train on less"
+        taken, self.groups = self.groups[:num_groups], self.groups[num_groups:]
+        self.counts["kept"] += num_groups
+        return taken
+
+    def close(self):
+        """The level is over: what still waits will never be trained on."""
+        self.counts["stale"] += self.pending
+        self.groups = []

@@ -1,0 +1,257 @@
+"""R_l: is the answer right? math-verify behind a boundary that can neither hang nor crash a run.
+
+    python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and print disagreements
+
+A policy under reinforcement learning attacks its reward, so its text is hostile: it is parsed in worker processes that
+are killed when they exceed a clock or a memory limit, and replaced. math-verify's own timeout relies on signals, which
+do not interrupt everything, and is switched off.
+"""
+
+import argparse
+import atexit
+import importlib.util
+import json
+import os
+import re
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+CASE_SECONDS = 2.0  # ours; a case of ordinary size takes milliseconds
+WORKER_BYTES = 2 << 30  # address space of a worker
+LONGEST_ANSWER = 1000  # characters; the longest gold answer of the usual benchmarks has under 300
+
+RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
+
+
+def extract_answer(text, allow_last_number=False):
+    r"""The content of the last \boxed{...}, or None.
+
+    Only what follows the last </think> counts; a <think> that never closes means no answer. If the last box is unclosed
+    or blank there is no answer, whatever stood in earlier ones. allow_last_number: without any box, the last number.
+    """
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    boxes = list(re.finditer(r"\\boxed\s*\{", text))
+    if not boxes:
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
+        return numbers[-1].rstrip(",") if numbers else None
+    depth, start = 1, boxes[-1].end()
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            answer = text[start : match.start()].strip()
+            return answer if answer.strip(". ") else None
+    return None
+
+
+def writes_steps(text):
+    """Whether anything stands before the box: the share of such completions tells choosing to reason from reasoning well."""
+    return bool(text.partition("\\boxed")[0].strip())
+
+
+def canonical(answer):
+    """A spelling under which equal answers usually meet, for counting votes (not for grading)."""
+    answer = re.sub(r"\\(?:[dt]frac)", r"\\frac", answer)
+    answer = re.sub(r"\\(?:left|right|!|,|;|quad)(?![a-zA-Z])|[\s$]", "", answer).rstrip(".")
+    return str(int(answer)) if re.fullmatch(r"-?\d{1,1000}", answer) else answer
+
+
+def at_once(gold, answer):
+    """The verdict where no mathematics is needed, else None: it saves the workers most of an easy data set."""
+    if answer is None:
+        return NO_ANSWER
+    if len(answer) > LONGEST_ANSWER:
+        return WRONG
+    if re.fullmatch(r"-?\d+", answer) and re.fullmatch(r"-?\d+", gold.strip()):
+        return RIGHT if int(answer) == int(gold) else WRONG
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def serve():
+    """A worker: one JSON pair [gold, answer] a line in, one JSON verdict a line out, until the input ends."""
+    from math_verify import parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    verify(parse("\\boxed{1}", parsing_timeout=None), parse("\\boxed{\\frac{1}{2}}", parsing_timeout=None), timeout_seconds=None)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        signal.alarm(60)  # should the parent die while this hangs
+        gold, answer = json.loads(line)
+        try:
+            gold, answer = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, answer))
+            verdict = RIGHT if verify(gold, answer, timeout_seconds=None) else WRONG
+        except Exception:  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
+            verdict = ERROR
+        print(json.dumps(verdict), flush=True)
+
+
+class Worker:
+    """A process that grades one case at a time."""
+
+    def __init__(self):
+        command = [sys.executable, os.path.abspath(__file__), "--worker"]
+        self.process = subprocess.Popen(  # a session of its own: Ctrl-C reaches the run, which then ends its workers
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self.job = "start"  # what its next line answers; None: idle
+        self.deadline = time.monotonic() + 120  # importing sympy on a busy machine takes seconds
+
+    def send(self, job, pair, seconds):
+        self.job, self.deadline = job, time.monotonic() + seconds
+        self.process.stdin.write(json.dumps(pair).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def receive(self):
+        """The verdict that it wrote; "" if it died."""
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else ""
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # a half-written case that nobody will read
+                pass
+
+
+class Grader:
+    """grade(pairs of gold answer and response) -> verdicts. Counts them by kind in `counts`."""
+
+    def __init__(self, workers=2, seconds=CASE_SECONDS, allow_last_number=False):
+        self.seconds, self.allow_last_number = seconds, allow_last_number
+        self.counts, self.known = Counter(), {}
+        self.workers = [Worker() for _ in range(workers)]
+        atexit.register(self.close)
+
+    def grade(self, pairs):
+        """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...], in order."""
+        cases = [(gold, extract_answer(text, self.allow_last_number)) for gold, text in pairs]
+        return self.compare(cases)
+
+    def compare(self, cases):
+        """[(gold, answer or None), ...] -> verdicts; equal cases are decided once."""
+        verdicts = {case: at_once(*case) or self.known.get(case) for case in set(cases)}
+        self.ask([case for case in dict.fromkeys(cases) if verdicts[case] is None], verdicts)
+        if len(self.known) > 100_000:
+            self.known.clear()
+        self.known |= {case: v for case, v in verdicts.items() if v in (RIGHT, WRONG)}
+        self.counts.update(verdicts[case] for case in cases)
+        return [verdicts[case] for case in cases]
+
+    def ask(self, cases, verdicts):
+        """Let the workers decide `cases` into `verdicts`; one that dies or exceeds its clock is replaced."""
+        waiting = deque(cases)
+        while waiting or any(w.job not in (None, "start") for w in self.workers):
+            for worker in self.workers:
+                if worker.job is None and waiting:
+                    case = waiting.popleft()
+                    try:
+                        worker.send(case, case, self.seconds)
+                    except BrokenPipeError:  # it died while idle: its end of file is read below, as an error
+                        worker.job = case
+            with selectors.DefaultSelector() as selector:
+                for i, worker in enumerate(self.workers):
+                    if worker.job is not None:
+                        selector.register(worker.process.stdout, selectors.EVENT_READ, i)
+                patience = min(w.deadline for w in self.workers if w.job is not None) - time.monotonic()
+                ready = {key.data for key, _ in selector.select(max(patience, 0))}
+            for i, worker in enumerate(self.workers):
+                if i in ready:
+                    verdict = worker.receive()
+                elif worker.job is not None and time.monotonic() > worker.deadline:
+                    verdict = None
+                else:
+                    continue
+                if worker.job != "start":
+                    verdicts[worker.job] = TIMEOUT if verdict is None else verdict or ERROR
+                elif verdict != "ready":
+                    raise RuntimeError("a grading worker does not start: does `python -c 'import math_verify'` work?")
+                worker.job = None
+                if not verdict:
+                    worker.kill()
+                    self.workers[i] = Worker()
+
+    def close(self):
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []
+        atexit.unregister(self.close)
+
+
+# ---------------------------------------------------------------------------------------------------- other rewards
+
+
+def load_reward(name):
+    """R_l by name: None for "math" (the grader's outcome, 1 or 0), else the function of "path.py:function".
+
+    The function is called as reward(problem, response) with the problem's record (a dict: problem, answer and the other
+    fields of its file) and the text of a completion, and returns a finite number.
+    """
+    if name == "math":
+        return None
+    path, _, function = name.rpartition(":")
+    if not path:
+        raise ValueError(f"reward {name!r}: expected math, or path.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"reward {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"reward {name!r}: {path} has no function {function}")
+    return getattr(module, function)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def main():
+    from data import read_records
+
+    parser = argparse.ArgumentParser(description="Grade a file of cases.")
+    parser.add_argument("cases", help='JSONL of {"gold", "prediction", "equivalent": bool, "kind": "answer" | "response"}')
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--allow-last-number", action="store_true", help="without a box, take the last number")
+    args = parser.parse_args()
+
+    def parse_case(record, _):
+        if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("gold", "prediction")):
+            raise ValueError('a case needs the texts "gold" and "prediction"')
+        return record
+
+    try:
+        cases = read_records(args.cases, parse_case)
+    except ValueError as error:
+        parser.error(str(error))
+    grader = Grader(args.workers, allow_last_number=args.allow_last_number)
+    start = time.perf_counter()
+    verdicts = grader.compare([
+        (c["gold"], c["prediction"].strip() or None if c.get("kind") == "answer" else extract_answer(c["prediction"], args.allow_last_number))
+        for c in cases
+    ])
+    seconds = time.perf_counter() - start
+    counts = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
+    for case, verdict in zip(cases, verdicts):
+        if "equivalent" in case:
+            agree = (verdict == RIGHT) == case["equivalent"]
+            counts["agree" if agree else "false_right" if verdict == RIGHT else "false_wrong"] += 1
+            if not agree:
+                print(f"{verdict}, labelled {case['equivalent']}: gold {case['gold'][:200]!r}, prediction {case['prediction'][:200]!r}")
+    failures = {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR], "seconds": round(seconds, 3)}
+    print(json.dumps(counts | failures))
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--worker"] else main()
