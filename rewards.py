@@ -132,7 +132,7 @@ class Grader:
     def __init__(self, workers=2, seconds=CASE_SECONDS, allow_last_number=False):
         self.seconds, self.allow_last_number = seconds, allow_last_number
         self.counts, self.known = Counter(), {}
-        self.workers = [Worker() for _ in range(workers)]
+        self.num_workers, self.workers = workers, []  # started by the first case that needs one
         atexit.register(self.close)
 
     def grade(self, pairs):
@@ -153,6 +153,8 @@ class Grader:
     def ask(self, cases, verdicts):
         """Let the workers decide `cases` into `verdicts`; one that dies or exceeds its clock is replaced."""
         waiting = deque(cases)
+        if waiting and not self.workers:
+            self.workers = [Worker() for _ in range(self.num_workers)]
         while waiting or any(w.job not in (None, "start") for w in self.workers):
             for worker in self.workers:
                 if worker.job is None and waiting:
