@@ -97,7 +97,7 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots, top_p=1.0, progress=None, clock=None):
+def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots, top_p=1.0, progress=False, clock=None):
     """Complete prompts[i] once per key in keys[i], and grade: one list of Attempt per prompt.
 
     A completion has at most max_new_tokens, less if the context ends before; a prompt that fills the context gets
@@ -106,7 +106,7 @@ def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots
     clock, start = Counter() if clock is None else clock, time.perf_counter()
     room = [min(max_new_tokens, policy.model.context - len(p.tokens)) for p in prompts]
     requests = [Request(p.tokens, k if r > 0 else [], r) for p, k, r in zip(prompts, keys, room)]
-    with tqdm(desc="sampling", unit=" tokens", leave=False, disable=progress is None, mininterval=1) as bar:
+    with tqdm(desc="sampling", unit=" tokens", leave=False, disable=not progress, delay=2) as bar:
         done = sample(policy.model, requests, slots=slots, stop_ids=policy.stop_ids, temperature=temperature, top_p=top_p, progress=bar.update)
     done = [c or [Completion([], [], False)] * len(k) for c, k in zip(done, keys)]
     sampled = time.perf_counter()
@@ -194,8 +194,11 @@ def print_difficulty(attempts, qualities):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_args(arguments):
+    usage = "%(prog)s [--flag value ...]   (--help lists the flags)"
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
     parser.add_argument("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help="JSONL files of problems")
     parser.add_argument("--samples", type=int, default=16, help="completions per problem")
@@ -212,7 +215,7 @@ def parse_args():
     parser.add_argument("--slots", type=int, default=256, help="completions decoded together (memory and speed only)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.k = args.k or args.samples
     for name in ("samples", "max_new_tokens", "slots"):
         if getattr(args, name) < 1:
@@ -265,8 +268,8 @@ def evaluate_file(args, policy, grader, path, problems, completions_file):
     return prompts, attempts
 
 
-def main():
-    parser, args = parse_args()
+def main(arguments=None):
+    parser, args = parse_args(arguments)
     try:
         files = {path: data.read_problems(path) for path in args.data}
         policy = Policy.load(args.model, args.dtype, args.device, args.examples)

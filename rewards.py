@@ -89,7 +89,8 @@ def serve():
         gold, answer = json.loads(line)
         try:
             gold, answer = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, answer))
-            verdict = RIGHT if verify(gold, answer, timeout_seconds=None) else WRONG
+            same = verify(gold, answer, float_rounding=30, numeric_precision=40, timeout_seconds=None)  # digits: no tolerance
+            verdict = RIGHT if same else WRONG
         except Exception:  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
             verdict = ERROR
         print(json.dumps(verdict), flush=True)

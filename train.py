@@ -43,7 +43,7 @@ SHOW_EVERY = 25  # updates between two looks at full completions: eyes find rewa
 
 def flag(default, help, source="ours"):
     keep = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**keep, metadata={"help": f"{help} [{source}]", "source": source})
+    return field(**keep, metadata={"help": f"{help} [{source}]"})
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def overlong_cache(cfg, level):
 def explain(cfg, levels):
     """The resolved objective as a formula with its numbers, each with its source ("given": a flag changed it)."""
     default = Config()
-    source = {f.name: f.metadata["source"] if getattr(cfg, f.name) == getattr(default, f.name) else "given" for f in fields(Config)}
+    source = {f.name: f.metadata["help"].rpartition("[")[2].rstrip("]") for f in fields(Config)}
+    source |= {f.name: "given" for f in fields(Config) if getattr(cfg, f.name) != getattr(default, f.name)}
 
     def show(name, value=None):
         value = getattr(cfg, name) if value is None else value
@@ -220,8 +221,10 @@ def turns(stages, schedule):
                 yield stage
 
 
-def train(cfg, stages, policy, grader, optimizer, run):
+def train(cfg, stages, policy, grader, run):
     """The loop of the paper; the comments quote the algorithm box of the README."""
+    optimizer = Optimizer(policy.model)
+    reference = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None  # the starting policy
     run.evaluate(0, stages, policy, grader)
     for update, stage in enumerate(turns(stages, cfg.schedule), 1):     # for level l = 1 .. L: for update = 1 .. M_l:
         level, buffer, stats = stage.level, stage.buffer, Stats(update, stage)
@@ -233,7 +236,7 @@ def train(cfg, stages, policy, grader, optimizer, run):
             buffer.add(groups)                                          # keep a group iff its R_l are not all equal
         stage.updates += 1
         if buffer.pending >= level.buffer_groups:                       # until the buffer holds N_l groups
-            learn(cfg, level, policy.model, optimizer, buffer.take(level.buffer_groups), stats)
+            learn(cfg, level, policy.model, reference, optimizer, buffer.take(level.buffer_groups), stats)
             stage.skipped = 0
         else:
             stage.skipped += 1                                          # never train on less
@@ -286,47 +289,64 @@ def score(cfg, stage, prompt, attempts, update):
     )
 
 
-def learn(cfg, level, model, optimizer, groups, stats):
+@dataclass(frozen=True)
+class Sample:
+    """One completion to train on."""
+
+    prompt: list
+    completion: object
+    advantage: float
+    fresh: bool  # sampled in this update
+
+    @property
+    def length(self):
+        return len(self.prompt) + len(self.completion.tokens)
+
+
+def learn(cfg, level, model, reference, optimizer, groups, stats):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     start = time.perf_counter()
-    samples = []  # per group: (prompt, completion, advantage, sampled in this update)
+    samples = []  # one list per group
     for group in groups:
-        advantage = group_advantage(group.reward, cfg.adv_std)                                          # A_i
-        samples.append([(group.prompt, c, A, group.update == stats.update) for c, A in zip(group.completions, advantage)])
+        advantage = group_advantage(group.reward, cfg.adv_std).tolist()                                 # A_i
+        samples.append([Sample(group.prompt, c, A, group.update == stats.update) for c, A in zip(group.completions, advantage)])
     for epoch in range(level.inner_epochs):                                                             # mu_l times
         random.Random(f"{cfg.seed}/minibatches/{stats.update}/{epoch}").shuffle(samples)
         bounds = [len(samples) * i // cfg.minibatches for i in range(cfg.minibatches + 1)]
         for low, high in zip(bounds, bounds[1:]):                                                       # minibatch by minibatch
-            step = list(itertools.chain(*samples[low:high]))
-            num_tokens = sum(len(c.tokens) for _, c, _, _ in step)  # of the whole step, before its first backward
-            for micro in micro_batches([len(p) + len(c.tokens) for p, c, _, _ in step], cfg.micro_batch_tokens):  # memory only
-                prompts, completions, advantage, fresh = zip(*(step[i] for i in micro))
-                ids, mask = pad(prompts, [c.tokens for c in completions], model.device)
-                logprob, entropy = token_logprobs(model, ids, mask, cfg.temperature)
-                old = torch.tensor(list(itertools.chain(*(c.logprobs for c in completions))), dtype=logprob.dtype, device=model.device)
-                logprob_old = torch.zeros_like(logprob).masked_scatter(mask, old)
-                advantage = torch.stack(advantage).to(logprob)
-                length = mask.sum(1).to(logprob)
-                weight = loss_weight(cfg.loss_norm, length, len(step), num_tokens, level.max_new_tokens)
-                J = clipped_objective(logprob, logprob_old, advantage, weight, mask, level.eps_low, level.eps_high)  # Eq. 1
-                if optimizer.reference is not None:
-                    with torch.no_grad():
-                        logprob_ref, _ = token_logprobs(optimizer.reference, ids, mask, cfg.temperature)
-                    J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
-                (-J).backward()
-                stats.learned(J, diagnostics(logprob, logprob_old, entropy, advantage, mask, level.eps_low, level.eps_high))
-                if not stats.grad_norms:  # before the first step the learner is the sampler: what differs is rounding
-                    stats.compare(logprob, logprob_old, mask & torch.tensor(fresh, device=mask.device)[:, None])
+            backward(cfg, level, model, reference, list(itertools.chain(*samples[low:high])), stats)
             stats.grad_norms.append(optimizer.step(cfg.max_grad_norm))
     stats.seconds["learn"] += time.perf_counter() - start
+
+
+def backward(cfg, level, model, reference, step, stats):
+    """Add the gradient of -J_l over the samples of one optimizer step; how it is cut into micro-batches changes nothing."""
+    num_tokens = sum(len(s.completion.tokens) for s in step)  # of the whole step, counted before its first backward
+    for rows in micro_batches([s.length for s in step], cfg.micro_batch_tokens):
+        micro = [step[i] for i in rows]
+        ids, mask = pad([s.prompt for s in micro], [s.completion.tokens for s in micro], model.device)
+        logprob, entropy = token_logprobs(model, ids, mask, cfg.temperature)
+        sampled = torch.tensor([x for s in micro for x in s.completion.logprobs], dtype=logprob.dtype, device=model.device)
+        logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
+        advantage = torch.tensor([s.advantage for s in micro], dtype=logprob.dtype, device=model.device)
+        weight = loss_weight(cfg.loss_norm, mask.sum(1).to(logprob), len(step), num_tokens, level.max_new_tokens)
+        J = clipped_objective(logprob, logprob_old, advantage, weight, mask, level.eps_low, level.eps_high)  # Eq. 1
+        if reference is not None:
+            with torch.no_grad():
+                logprob_ref, _ = token_logprobs(reference, ids, mask, cfg.temperature)
+            J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
+        (-J).backward()
+        stats.learned(J, diagnostics(logprob, logprob_old, entropy, advantage, mask, level.eps_low, level.eps_high))
+        if not stats.grad_norms:  # before the first step the learner is the sampler: what differs is rounding
+            fresh = torch.tensor([s.fresh for s in micro], device=mask.device)
+            stats.compare(logprob, logprob_old, mask & fresh[:, None])
 
 
 class Optimizer:
     """AdamW. Weights of less than float32 are copies of float32 masters, which own gradients and moments: an update of
     1e-6 of a weight would vanish in bfloat16."""
 
-    def __init__(self, model, reference=None):
-        self.reference = reference  # the starting policy, for the KL penalty
+    def __init__(self, model):
         self.weights = list(model.parameters())
         self.masters = [w if w.dtype.itemsize >= 4 else w.detach().float() for w in self.weights]
         for weight, master in zip(self.weights, self.masters):
@@ -560,21 +580,21 @@ def prepare(cfg):
     return levels, stages, policy, out, facts
 
 
-def main():
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    cfg = Config(**vars(parser.parse_args()))
+def main(arguments=None):
+    usage = "%(prog)s [--flag value ...]   (--help lists the flags)"
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
+    cfg = Config(**vars(parser.parse_args(arguments)))
     try:
         prepared = prepare(cfg)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     if cfg.explain:
         return print(explain(cfg, prepared))
     levels, stages, policy, out, facts = prepared
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    optimizer = Optimizer(policy.model, copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None)
     run = Run(cfg, levels, out, facts)
     try:
-        train(cfg, stages, policy, grader, optimizer, run)
+        train(cfg, stages, policy, grader, run)
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True

@@ -1,0 +1,66 @@
+"""What the tests share: tiny random models and a toy policy. Everything is made here; no network, no GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from eval import Policy  # noqa: E402
+from model import Transformer  # noqa: E402
+from warmstart import make_tokenizer  # noqa: E402
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that spin on a busy machine cost more than they give at these sizes."""
+    torch.set_num_threads(1)
+
+
+def small_config(family="llama", **changes):
+    return CONFIGS[family](**{**SMALL, **changes})
+
+
+def random_model(family="llama", dtype=torch.float32, seed=0, **changes):
+    """A model with weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = Transformer(small_config(family, **changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.25) if p.dim() == 2 else torch.nn.init.normal_(p, mean=1.0 if p.min() == 1 else 0.0, std=0.1)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory, tokenizer):
+    """A checkpoint folder: one layer, the byte tokenizer, random weights."""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    Transformer(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def toy_policy(toy_folder):
+    return Policy.load(str(toy_folder))

@@ -1,0 +1,207 @@
+"""The decoder against transformers; chunked log-probs against dense ones, in value, gradient and memory."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_model, small_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from model import KVCache, Transformer, attend, log_softmax, micro_batches, pad, token_logprobs
+
+SHAPES = {
+    "llama": ("llama", {}),
+    "llama tied, biases everywhere": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama, head_dim not hidden / heads": ("llama", {"head_dim": 20}),
+    "llama, odd GQA ratio": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}),
+    "llama, multi-head": ("llama", {"num_key_value_heads": 6}),
+    "llama, linear scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama, llama3 scaling": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_theta": 500.0}}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied, one kv head": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3 tied, biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 12}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_transformers_both_ways(name, tmp_path):
+    """A missing bias, a wrong rotary frequency, a norm in the wrong place: every one moves the logits."""
+    family, changes = SHAPES[name]
+    ours = random_model(family, **changes)
+    ours.save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(0, 97, (3, 50))
+    with torch.no_grad():
+        expected = reference(ids).logits
+        assert expected.std() > 0.3  # not a comparison of zeros
+        assert torch.allclose(ours(ids), expected, atol=1e-5)
+        reference.save_pretrained(tmp_path / "theirs")
+        assert torch.allclose(Transformer.from_pretrained(tmp_path / "theirs")(ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_theta": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
+])
+def test_old_and_new_spelling_of_rotary_settings(spelling, tmp_path):
+    """Checkpoints before and after transformers 5 write theta and scaling in different places."""
+    random_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **spelling}))
+    rope = Transformer.from_pretrained(tmp_path).model.rope
+    assert (rope.theta, rope.kind, rope.factor) == (700.0, "linear", 2.0)
+
+
+def test_shards_are_read_as_one(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "parts", max_shard_size="30KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    ids = torch.arange(20)[None]
+    assert torch.equal(Transformer.from_pretrained(tmp_path / "parts")(ids), model(ids))
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
+    (lambda t: t.update(extra=torch.zeros(2)), r"surplus 1 tensor.*extra \(2,\)"),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"misshapes 1 tensor.*model.norm.weight \(3,\), wanted \(48,\)"),
+])
+def test_loading_is_strict_and_names_the_tensor(break_it, message, tmp_path):
+    random_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    break_it(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
+])
+def test_what_is_not_supported_is_named(change, message, tmp_path):
+    """A silently ignored setting would train on wrong logits."""
+    random_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_missing_weights_and_torn_files(tmp_path):
+    model = random_model()
+    with pytest.raises(ValueError, match="config.json"):
+        Transformer.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        Transformer.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_cached_equals_uncached_for_rows_of_different_length(family):
+    """Positions off by one, a row that sees its neighbour or the padding of its prefill: all move these logits."""
+    model = random_model(family, torch.float64)
+    ids, lengths = torch.randint(0, 97, (4, 90)), [3, 17, 40, 8]
+    with torch.no_grad():
+        full, cache = model(ids), KVCache(model, 4)
+        cache.reserve(40)
+        rows = torch.tensor([2, 0, 3, 1])  # stored in another order
+        model(ids[rows, :40], torch.arange(40).expand(4, -1), cache, rows)  # longer than most rows' prompts
+        for step in range(45):  # across two growths of the cache
+            positions = torch.tensor(lengths) + step
+            cache.reserve(positions.max() + 1)
+            logits = model(ids[torch.arange(4), positions][:, None], positions[:, None], cache)[:, 0]
+            assert torch.allclose(logits, full[torch.arange(4), positions], atol=1e-10)
+
+
+def test_one_query_attention_equals_the_fused_kernel():
+    """The decoding branch of `attend` is the same function as the training branch."""
+    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
+    visible = torch.arange(11) <= torch.tensor([4, 10, 0])[:, None, None, None]
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+    assert torch.allclose(attend(q, k, v, visible), fused, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- log-probs
+
+
+def dense(model, ids, mask, temperature):
+    logprobs = (model(ids)[:, :-1].double() / temperature).log_softmax(-1)
+    chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    zero = torch.zeros(len(ids), 1, dtype=torch.double)
+    return torch.cat([zero, chosen], 1) * mask, torch.cat([zero, entropy], 1) * mask
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 97 * 3, 10**9])
+def test_chunked_log_probs_equal_dense_ones(temperature, chunk):
+    """Values and gradients of both, at a temperature too: a chunk lost or a temperature forgotten fails."""
+    model = random_model(dtype=torch.float64)
+    ids, mask = pad([[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]])
+    weight = torch.randn(2, *ids.shape, dtype=torch.double)
+    results = []
+    for function in (lambda: token_logprobs(model, ids, mask, temperature, chunk), lambda: dense(model, ids, mask, temperature)):
+        model.zero_grad()
+        values = function()
+        sum((w * v).sum() for w, v in zip(weight, values)).backward()
+        results.append((*values, *(p.grad.clone() for p in model.parameters())))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results))
+    assert all((v[~mask] == 0).all() for v in results[0][:2])
+
+
+def test_log_probs_ignore_batch_mates_and_padding():
+    model = random_model(dtype=torch.float64)
+    prompts, completions = [[1, 2, 3], [4]], [[7, 8], [9, 10, 11, 12, 13, 14]]
+    together, _ = token_logprobs(model, *pad(prompts, completions), 1.0)
+    for row, p, c in zip(together, prompts, completions):
+        alone, _ = token_logprobs(model, *pad([p], [c]), 1.0)
+        assert torch.allclose(row[: len(p) + len(c)], alone[0], atol=1e-12)
+
+
+def test_memory_of_log_probs_stays_far_below_the_logits():
+    """(B, T, V) logits at 4,096 tokens and a vocabulary of 49,152 are 805 MB; ours stay under a quarter, backward included."""
+    torch.manual_seed(0)
+    model = Transformer(small_config(vocab_size=49152, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     num_key_value_heads=1, intermediate_size=16, max_position_embeddings=4096, tie_word_embeddings=True))
+    ids = torch.randint(0, 49152, (1, 4096))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        logprob, entropy = token_logprobs(model, ids, mask, 1.0)
+        (logprob.sum() + entropy.sum()).backward()
+    balance = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            balance += event.nbytes()
+            peak = max(peak, balance)
+    assert 1e6 < peak < 0.25 * 4096 * 49152 * 4
+
+
+def test_log_softmax_keeps_float64_and_raises_bfloat16():
+    assert log_softmax(torch.zeros(2, dtype=torch.bfloat16), 1.0).dtype == torch.float32
+    assert log_softmax(torch.zeros(2, dtype=torch.float64), 1.0).dtype == torch.float64
+
+
+def test_micro_batches_cover_everything_within_the_budget():
+    lengths = [5, 90, 7, 33, 33, 1, 64]
+    batches = micro_batches(lengths, 100)
+    assert sorted(i for b in batches for i in b) == list(range(7))
+    assert all(len(b) * max(lengths[i] for i in b) <= 100 or len(b) == 1 for b in batches)

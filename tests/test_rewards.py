@@ -1,0 +1,158 @@
+"""The grader against a table of cases, hostile ones among them, and its workers against hangs and deaths."""
+
+import json
+import time
+
+import pytest
+
+import rewards
+from rewards import ERROR, NO_ANSWER, RIGHT, TIMEOUT, WRONG, Grader, canonical, extract_answer, load_reward, writes_steps
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = Grader(workers=2, seconds=5)
+    yield grader
+    grader.close()
+
+
+EXTRACTED = [  # response, answer
+    (r"so \boxed{42}.", "42"),
+    (r"\boxed{1} no, \boxed{2}", "2"),  # the last box
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),  # nested braces
+    (r"\boxed{\left\{1,2\right\}}", r"\left\{1,2\right\}"),  # escaped braces do not count
+    (r"\boxed {7}", "7"),
+    (r"\boxed{1} then \boxed{2", None),  # the last box is unclosed: no credit for an earlier one
+    (r"\boxed{}", None), (r"\boxed{ }", None), (r"\boxed{...}", None),
+    ("the answer is 42", None),
+    (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+    (r"<think>\boxed{1}</think> so it is 2", None),  # thoughts are no answer
+    (r"<think>\boxed{1}", None),  # never closed
+    (r"<think>a</think><think>\boxed{1}", None),
+    (r"\boxed{1}</think>\boxed{2}", "2"),  # opened by the template
+    (r"</think>\boxed{1}</think>\boxed{2}", "2"),  # the last close tag
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, answer", EXTRACTED)
+def test_the_answer_is_the_last_balanced_box(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_last_number_only_where_allowed_and_without_a_box():
+    assert extract_answer("3 apples, so 1,234.5.", allow_last_number=True) == "1,234.5"
+    assert extract_answer(r"\boxed{x} 5", allow_last_number=True) == "x"
+    assert extract_answer(r"\boxed{x 5", allow_last_number=True) is None
+    assert extract_answer("<think> 5", allow_last_number=True) is None
+
+
+CASES = [  # gold, answer in the box, right?
+    ("42", "42", True), ("42", "+42", True), ("-5", "5", False), ("5", "-5", False), ("025", "25", True),
+    ("142", "142.0", True), ("1000", "1{,}000", True), ("1/2", r"\frac12", True), (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
+    (r"\frac{1}{2}", "0.5", True), ("2/3", "0.667", False), (r"\sqrt{2}", "1.41421356", False), (r"2\sqrt{2}", r"\sqrt{8}", True),
+    ("(1,2)", "(1,2)", True), ("(1,2)", "(2,1)", False), (r"\{1,2\}", r"\{2,1\}", True), ("[0,1]", "(0,1)", False),
+    ("x^2+2x+1", "(x+1)^2", True), ("12345678901234567890", "12345678901234567891", False),
+    (r"50\%", r"50", True), ("90", r"90^\circ", True), (r"\text{north}", r"\text{south}", False), ("3", "", False),
+    ("x>1", r"\text{solve } x^2>1", False), ("7", r"\text{the answer}", False),
+]
+
+
+@pytest.mark.parametrize("gold, answer, right", CASES)
+def test_table_of_cases(gold, answer, right, grader):
+    (verdict,) = grader.grade([(gold, f"so \\boxed{{{answer}}}")])
+    assert (verdict == RIGHT) == right
+    assert verdict in ((RIGHT,) if right else (WRONG, NO_ANSWER))
+
+
+MONSTERS = ["9^{9^{9^{9}}}", "(10^{10})!", r"\binom{10^9}{5\cdot 10^8}", "(" * 5000, "{" * 300 + "1" + "}" * 300, "9" * 100_000,
+            r"\frac{" * 200 + "1" + "}{2}" * 200, "\x00\ud800 \u202e", r"\sum_{n=1}^{10^{12}} \frac{1}{n}"]
+
+
+def test_monsters_are_worth_nothing_and_hurt_nobody():
+    """In bounded time, without an exception, and the ordinary cases around them keep their verdicts and their order."""
+    grader = Grader(workers=2, seconds=1)
+    pairs = []
+    for monster in MONSTERS:
+        pairs += [("17", f"\\boxed{{{monster}}}"), (r"\frac{1}{2}", r"\boxed{0.5}"), ("x+1", r"\boxed{x+2}")]
+    start = time.monotonic()
+    verdicts = grader.grade(pairs)
+    assert time.monotonic() - start < 5 + 2.5 * len(MONSTERS)
+    assert RIGHT not in verdicts[::3] and set(verdicts[1::3]) == {RIGHT} and set(verdicts[2::3]) == {WRONG}
+    assert sum(grader.counts.values()) == len(pairs) and grader.counts[TIMEOUT] + grader.counts[ERROR] >= 1
+    grader.close()
+
+
+def slow_worker(monkeypatch, tmp_path):
+    """Workers that hang on the answer `hang`, die on `die`, and are right otherwise."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys, time\nprint(json.dumps('ready'), flush=True)\n"
+        "for line in sys.stdin:\n    gold, answer = json.loads(line)\n    time.sleep(1000) if answer == 'hang' else None\n"
+        "    os._exit(1) if answer == 'die' else None\n    print(json.dumps('right'), flush=True)\n"
+    )
+    monkeypatch.setattr(rewards.os.path, "abspath", lambda _: str(script))
+
+
+def test_while_one_worker_hangs_the_others_go_on(monkeypatch, tmp_path):
+    """One hang costs its own limit, once; a worker that dies is an error; all others are graded, in order."""
+    slow_worker(monkeypatch, tmp_path)
+    grader = Grader(workers=2, seconds=2)
+    grader.compare([("a", "x"), ("a", "y")])  # started
+    first, second = grader.workers
+    start = time.monotonic()
+    verdicts = grader.compare([("a", "hang"), *[("a", f"b{i}") for i in range(50)], ("a", "die"), *[("a", f"c{i}") for i in range(50)]])
+    assert verdicts == [TIMEOUT] + [RIGHT] * 50 + [ERROR] + [RIGHT] * 50
+    assert 2 <= time.monotonic() - start < 3.5
+    assert first not in grader.workers and second not in grader.workers and len(grader.workers) == 2  # both replaced
+    assert first.process.poll() is not None
+    assert grader.compare([("a", "again")]) == [RIGHT]
+    grader.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("raise SystemExit('no math-verify')")
+    monkeypatch.setattr(rewards.os.path, "abspath", lambda _: str(tmp_path / "broken.py"))
+    with pytest.raises(RuntimeError, match="does not start"):
+        Grader(workers=1).compare([("1/2", "0.5")])
+
+
+def test_equal_cases_are_decided_once(grader):
+    before = grader.counts[RIGHT]
+    start = time.monotonic()
+    assert grader.grade([("x+1", r"\boxed{1+x}")] * 20_000) == [RIGHT] * 20_000
+    assert time.monotonic() - start < 3 and grader.counts[RIGHT] == before + 20_000
+
+
+def test_canonical_answers_meet():
+    assert len({canonical(a) for a in (r"\frac{1}{2}", r"\dfrac{1}{2}", r"$\frac{1} {2}$", r"\tfrac{1}{2}.")}) == 1
+    assert canonical("025") == "25" != canonical("-25")
+
+
+def test_steps_are_recognised_before_the_box():
+    assert writes_steps(r"1+1=2;\boxed{2}") and not writes_steps(r" \boxed{2}")
+
+
+def test_user_reward(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def short(problem, response):\n    return 1.0 if len(response) < 5 else 0.0\n")
+    assert load_reward(f"{path}:short")({"problem": "p"}, "four") == 1.0
+    assert load_reward("math") is None
+    for name, message in ((f"{path}:long", "no function long"), (f"{tmp_path}/none.py:f", "no file"), ("maths", "expected math")):
+        with pytest.raises(ValueError, match=message):
+            load_reward(name)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    cases = [
+        {"gold": "1/2", "prediction": "0.5", "equivalent": True, "kind": "answer"},
+        {"gold": "1/2", "prediction": r"so \boxed{0.5}", "equivalent": True},
+        {"gold": "1/2", "prediction": "so 0.5", "equivalent": True},  # no box in a response: false wrong
+        {"gold": "3", "prediction": "3", "equivalent": False, "kind": "answer"},  # mislabelled: false right
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    monkeypatch.setattr("sys.argv", ["rewards.py", str(tmp_path / "cases.jsonl")])
+    rewards.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.pop("seconds") > 0
+    assert result == {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1, "timeouts": 0, "errors": 0}
