@@ -56,7 +56,9 @@ def toy_folder(tmp_path_factory, tokenizer):
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
                          tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    Transformer(config).save_pretrained(folder)
+    model = Transformer(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # tied: near-uniform at first
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,113 @@
+"""Numbers one can trust: pass@k by brute force, intervals, votes, and the command line."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import eval as evaluation
+from data import Problem, read_problems
+from eval import Attempt, attempt, evaluation_keys, interval, majority, pass_at_k, wilson
+from rewards import NO_ANSWER, RIGHT, WRONG, Grader
+from rollout import Completion
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_equals_brute_force(n):
+    """1 - (1 - c/n)^k is biased low (0.810 for 0.900 at n 16, c 3, k 8)."""
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        draws = [any(i < c for i in draw) for draw in itertools.combinations(range(n), k)]
+        assert pass_at_k(n, c, k) == pytest.approx(np.mean(draws))
+    assert pass_at_k(16, 3, 8) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="at least 7 samples"):
+        pass_at_k(6, 1, 7)
+
+
+def test_intervals():
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
+    half = 1.96 * math.sqrt(1 / 12 / 400)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
+
+
+def answers(*boxes):
+    out = []
+    for box in boxes:
+        right = box == "2"
+        verdict = NO_ANSWER if box is None else RIGHT if right else WRONG
+        out.append(Attempt(Completion([1], [0.0], True), "none" if box is None else f"\\boxed{{{box}}}", verdict))
+    return out
+
+
+def test_majority_rules():
+    """Ties go to the answer sampled first; no answer casts no vote; spellings of one answer vote together."""
+    assert majority(answers("3", "2", "2")) and not majority(answers("3", "2")) and majority(answers("2", "3"))
+    assert majority(answers(None, None, None, "2")) and not majority(answers(None, None))
+    assert not majority(answers("\\frac{1}{2}", "2", "\\dfrac{1}{2}"))
+
+
+def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
+    prompts, too_long = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
+    assert too_long == 1
+    done = attempt(toy_policy, Grader(), prompts, evaluation_keys(0, prompts, 2), max_new_tokens=500, temperature=1.0, slots=8)
+    assert [(a.length, a.verdict) for a in done[0]] == [(0, NO_ANSWER)] * 2
+    assert all(1 <= a.length <= 128 - len(prompts[1].tokens) for a in done[1])
+
+
+def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"}) for i in range(5)))
+    evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--samples", "3", "--k", "2", "--max-new-tokens", "8",
+                     "--out", str(tmp_path / "out"), "--add-pass-rate", str(tmp_path / "g.jsonl")])
+    printed = capsys.readouterr().out.splitlines()
+    summary = json.loads(printed[-1])
+    measures = summary["files"][str(tmp_path / "p.jsonl")]
+    assert set(measures) == {"level 1", "level 2", "all"}
+    assert set(measures["all"]) == {"avg@3", "pass@2", "maj@3", "length", "cut_off", "writes_steps"}
+    rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 15 and {row["verdict"] for row in rows} <= {RIGHT, WRONG, NO_ANSWER}
+    assert sum(row["verdict"] == RIGHT for row in rows) / 15 == pytest.approx(measures["all"]["avg@3"][0])
+    measured = read_problems(tmp_path / "g.jsonl")
+    assert all(p.other == {"source": "s", "pass_rate_samples": 3} and p.pass_rate is not None for p in measured)
+
+
+def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
+    prompts, _ = toy_policy.render([Problem("a", "1+1", "2")])
+    runs = [attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), max_new_tokens=20, temperature=1.0, slots=8) for seed in (0, 0, 1)]
+    texts = [[a.text for a in run[0]] for run in runs]
+    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "no/such/folder/anywhere"], "neither a folder nor"),
+    (["--data", "none.jsonl"], "cannot be read"),
+    (["--samples", "0"], "--samples must be at least 1"),
+    (["--samples", "2", "--k", "3"], "--k must be in"),
+    (["--top-p", "0"], "--top-p"),
+    (["--colour", "red"], "unrecognized"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, monkeypatch, toy_folder, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--model", str(toy_folder), "--data", "p.jsonl", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl"]
+
+
+def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    policy = evaluation.Policy.load(str(folder))
+    assert {7, 8, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+
+
+def test_nothing_points_outside_the_repository():
+    """The project stands alone."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("*.md")]:
+        assert ".." + "/shared" not in path.read_text(encoding="utf-8"), path

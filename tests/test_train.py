@@ -1,0 +1,350 @@
+"""The loop: gradients that no setting of memory changes, a policy that learns, files that mean what they say."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from data import Problem
+from eprli import Group, Level
+from rollout import Completion, Request, sample, stream
+from train import Config, Optimizer, Sample, Stats, backward, learn
+
+METRICS = """update level accuracy reward_mean reward_std length_mean truncated_share groups_drawn groups_kept groups_all_right
+groups_all_wrong groups_stale objective entropy clip_low_share clip_high_share ratio_max kl_old logprob_gap_max grad_norm lr
+tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second peak_memory_mb""".split()
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in {path}")) for line in path.read_text().splitlines()]
+
+
+def level(**changes):
+    return Level(**{**dict(quality=1.0, prompts=2, group_size=4, max_new_tokens=30, reward="math", length_weight=0.0, eps_low=0.2,
+                           eps_high=0.28, inner_epochs=1, buffer_groups=2, updates=1), **changes})
+
+
+def stats(update=1):
+    return Stats(update, SimpleNamespace(number=1, buffer=SimpleNamespace(counts={})))
+
+
+# ----------------------------------------------------------------------------------------- gradients, in float64
+
+
+def off_policy_samples(model, n=7):
+    """Completions of very different lengths, with old log-probs that put some ratios beyond the clip."""
+    work = [Request([5] * (1 + 3 * i), [stream(i)], 3 + 4 * i) for i in range(n)]
+    done = sample(model, work, slots=8, stop_ids=set(), temperature=0.8)
+    rng = torch.Generator().manual_seed(0)
+    shift = lambda c: Completion(c.tokens, [x + 0.4 * torch.randn((), generator=rng).item() for x in c.logprobs], c.stopped)  # noqa: E731
+    advantage = torch.linspace(-1.5, 1.5, n).tolist()
+    return [Sample(r.prompt, shift(c), A, True) for r, (c,), A in zip(work, done, advantage)]
+
+
+def gradient(model, samples, reference=None, **changes):
+    model.zero_grad()
+    cfg = Config(temperature=0.8, **changes)
+    backward(cfg, level(), model, reference, samples, stats())
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_gradient_does_not_depend_on_micro_batches_order_or_padding(norm):
+    """A mean of micro-batch means, or a denominator counted per micro-batch, makes the gradient a function of memory."""
+    model = random_model(dtype=torch.float64)
+    reference = random_model(dtype=torch.float64, seed=1)
+    samples = off_policy_samples(model)
+    one = gradient(model, samples, reference, loss_norm=norm, kl_coef=0.1, micro_batch_tokens=10**6)
+    assert one.abs().max() > 1e-3
+    for tokens in (1, 40, 100, 150):
+        for order in (samples, samples[::-1], samples[3:] + samples[:3]):
+            other = gradient(model, order, reference, loss_norm=norm, kl_coef=0.1, micro_batch_tokens=tokens)
+            assert (one - other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_doubling_a_step_by_repetition_leaves_it_unchanged(norm):
+    """verl's Dr. GRPO mode lacks the division by B: there this doubles the gradient."""
+    model = random_model(dtype=torch.float64)
+    samples = off_policy_samples(model)
+    once, twice = (gradient(model, s, loss_norm=norm) for s in (samples, samples * 2))
+    assert (once - twice).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_number_of_minibatches_does_not_rescale_the_gradient(norm):
+    """Each step divides by its own count: equal halves give equal gradients, not halves of one (TRL's normaliser once did)."""
+    model = random_model(dtype=torch.float64)
+    samples = off_policy_samples(model)
+    seen = {}
+    for minibatches in (1, 2, 4):
+        groups = [Group(prompt=s.prompt, completions=[s.completion] * 2, outcome=torch.tensor([1.0, 0.0]).double(),
+                        length_reward=torch.zeros(2).double(), update=1) for s in samples[3:4] * 4]
+        cfg = Config(loss_norm=norm, minibatches=minibatches)
+        recorder = SimpleNamespace(step=lambda _: seen.setdefault(minibatches, []).append(  # takes no step: only looks
+            torch.cat([p.grad.flatten() for p in model.parameters()])) or model.zero_grad() or 0.0)
+        learn(cfg, level(), model, None, recorder, groups, stats())
+    assert [len(v) for v in seen.values()] == [1, 2, 4]
+    assert all((g - seen[1][0]).abs().max() < 1e-12 for v in seen.values() for g in v)
+
+
+def test_masters_keep_what_bfloat16_would_lose():
+    """lr 1e-6 on bfloat16 weights rounds to nothing; on float32 masters 200 such steps add up."""
+    model = random_model(dtype=torch.bfloat16)
+    optimizer = Optimizer(model)
+    before = model.lm_head.weight.detach().clone()
+    optimizer.adamw.param_groups[0].update(lr=1e-4, weight_decay=0.0)
+    for _ in range(20):
+        model.lm_head.weight.float().sum().backward()
+        assert model.lm_head.weight.grad is None  # collected by the master
+        norm = optimizer.step(1e9)
+    assert norm == pytest.approx(math.sqrt(before.numel()), rel=1e-3)
+    master = next(m for w, m in zip(optimizer.weights, optimizer.masters) if w is model.lm_head.weight)
+    assert torch.allclose(master, before.float() - 20e-4, atol=1e-5)
+    assert torch.equal(model.lm_head.weight, master.bfloat16()) and not torch.equal(before, model.lm_head.weight)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero_behind_the_end():
+    optimizer = Optimizer(random_model())
+    linear = [optimizer.set_lr(Config(lr=1.0, warmup=4, lr_decay="linear"), u, 10) for u in range(1, 11)]
+    assert linear == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
+    assert [optimizer.set_lr(Config(lr=1.0, warmup=0, lr_decay="none"), u, 10) for u in (1, 10)] == [1.0, 1.0]
+    cosine = [optimizer.set_lr(Config(lr=1.0, warmup=0, lr_decay="cosine"), u, 9) for u in range(1, 10)]
+    assert cosine == sorted(cosine, reverse=True) and cosine[4] == pytest.approx(0.5) and cosine[-1] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def workshop(tmp_path, toy_folder, monkeypatch):
+    """A folder with problems whose answer is one token away, and a function that trains on them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"p{i}", "problem": f"{i % 10}", "answer": "1", "pass_rate": [0.5, 0.1][i % 2], "level": i % 2 + 1} for i in range(20)]
+    for row, text in zip(rows, "0123456789abcdefghij"):
+        row["problem"] = text
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "toy_reward.py").write_text(
+        "def even(problem, response):\n    return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))\n"
+        "def never(problem, response):\n    return 0.0\n"
+        "def always(problem, response):\n    return 1.0\n"
+        "def broken(problem, response):\n    return float('nan')\n"
+    )
+
+    def run(*arguments, out="run", **flags):
+        defaults = {"model": toy_folder, "data": "p.jsonl", "reward": "toy_reward.py:even", "group_size": 4, "buffer_groups": 2,
+                    "max_new_tokens": 6, "updates": 2, "seed": 0, "out": out, "device": "cpu", "lr": 1e-2, "warmup": 0}
+        words = [w for name, value in {**defaults, **flags}.items() for w in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
+        train.main([*words, *arguments])
+        return tmp_path / out
+
+    return run
+
+
+def test_a_run_leaves_its_numbers_in_plain_files(workshop, tmp_path):
+    out = workshop(eval_data="p.jsonl", save_every=1, length_weight=0.5)
+    metrics, evaluations, completions = (lines(out / f"{name}.jsonl") for name in ("metrics", "eval", "completions"))
+    assert [(row["update"], row["level"]) for row in metrics] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert all(set(METRICS) <= set(row) for row in metrics)
+    for row in metrics:
+        mine = [c for c in completions if c["update"] == row["update"]]
+        assert len(mine) == 4 * row["groups_drawn"] and row["tokens_sampled"] == sum(c["tokens"] for c in mine)
+        assert row["reward_mean"] == pytest.approx(sum(c["outcome"] + c["length_reward"] for c in mine) / len(mine))
+        assert row["accuracy"] == sum(c["verdict"] == "right" for c in mine) / len(mine)  # the verifiable outcome, not R_l
+        assert row["logprob_gap_max"] < 1e-5 and row["kl_old"] >= 0 and 0 < row["entropy"] < math.log(262)
+    assert [(row["update"], row["level"]) for row in evaluations] == [(u, l) for u in (0, 2, 4) for l in (1, 2)]
+    assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10 for row in evaluations)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000001", "000002", "000003", "000004"]
+    assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
+    assert (out / "report.png").stat().st_size > 10_000
+    reloaded = AutoModelForCausalLM.from_pretrained(out / "checkpoints/000004")
+    assert AutoTokenizer.from_pretrained(out / "checkpoints/000004").chat_template and reloaded.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fifteen_updates_raise_the_reward(workshop, seed):
+    """The smallest proof that sign, ratio and advantage fit together; the reward is the share of even characters."""
+    out = workshop(updates=15, quality=1.0, group_size=8, buffer_groups=4, seed=seed)
+    rewards = [row["reward_mean"] for row in lines(out / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if not any(word in k for word in ("seconds", "tokens_per_second", "memory"))} for row in rows]
+
+
+def test_the_same_seed_gives_the_same_metrics(workshop):
+    first, second, other = (without_time(lines(workshop(out=f"run{i}", seed=seed) / "metrics.jsonl")) for i, seed in enumerate((0, 0, 1)))
+    assert first == second != other
+
+
+def test_memory_settings_change_nothing(workshop):
+    """In float64: slots and micro-batches, through sampling and learning, over whole updates."""
+    runs = [lines(workshop(out=f"run{i}", dtype="float64", slots=slots, micro_batch_tokens=tokens) / "metrics.jsonl")
+            for i, (slots, tokens) in enumerate(((64, 10**6), (9, 1)))]
+    for one, other in zip(*map(without_time, runs)):
+        one.pop("logprob_gap_max"), other.pop("logprob_gap_max")  # rounding itself
+        assert one == pytest.approx(other, abs=1e-9)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_any_number_of_levels(workshop, levels):
+    quality = (0.5, 0.9, 0.9, 1.0)[-levels:] if levels < 4 else (0.5, 0.9, 1.0, 1.0)
+    quality = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 0.9, 0.9), 4: (0.5, 0.9, 0.9, 0.5)}[levels]
+    out = workshop(quality=quality, updates=1, max_new_tokens=tuple(range(3, 3 + levels)))
+    metrics = lines(out / "metrics.jsonl")
+    assert [row["level"] for row in metrics] == list(range(1, levels + 1))
+    assert all(row["length_mean"] <= 2 + row["level"] for row in metrics)  # each level's own cap
+
+
+def test_decreasing_quality_trains_the_harder_bin_first_and_warns(workshop, capsys):
+    out = workshop(quality=(1.0, 0.5), updates=1)
+    first = {c["problem_id"] for c in lines(out / "completions.jsonl") if c["update"] == 1}
+    assert first <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
+    assert "Q1 < Q2" in capsys.readouterr().out
+
+
+def test_interleaved_levels_take_turns(workshop):
+    out = workshop(schedule="interleaved", updates=(3, 1))
+    assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("reward, kind", [("never", "groups_all_wrong"), ("always", "groups_all_right")])
+def test_it_ends_when_every_problem_is_solved_or_none_is(workshop, reward, kind, capsys):
+    """Dynamic sampling must not draw for ever: three skipped updates end a level, and each says what it saw."""
+    out = workshop(reward=f"toy_reward.py:{reward}", updates=9, max_draws=2)
+    metrics = lines(out / "metrics.jsonl")
+    assert [row["level"] for row in metrics] == [1, 1, 1, 2, 2, 2]
+    assert all(row["groups_drawn"] == 4 == row[kind] and row["groups_kept"] == 0 and row["objective"] is None for row in metrics)
+    assert "ends early after 3 skipped updates" in capsys.readouterr().out
+
+
+def test_kept_and_dropped_groups_add_up_over_a_run(workshop):
+    metrics = lines(workshop(reward="toy_reward.py:even", updates=4, prompts=3, max_new_tokens=1) / "metrics.jsonl")
+    total = {k: sum(row[f"groups_{k}"] for row in metrics) for k in ("drawn", "kept", "all_right", "all_wrong", "stale")}
+    assert total["drawn"] == total["kept"] + total["all_right"] + total["all_wrong"] + total["stale"] + metrics[-1]["groups_pending"]
+    assert total["kept"] == 2 * len(metrics) and metrics[-1]["groups_pending"] == 0
+
+
+@pytest.mark.parametrize("flags", [
+    {"loss_norm": "token", "adv_std": "none"}, {"length_kind": "kimi", "length_weight": 1.0}, {"length_kind": "cosine", "length_weight": (0.0, 0.5)},
+    {"kl_coef": 0.1, "filter": "all", "reward": "math"}, {"dtype": "bfloat16"}, {"inner_epochs": (2, 1), "minibatches": 1, "lr_decay": "cosine"},
+    {"difficulty": "level", "quality": (1, 2)}, {"examples": "e.jsonl"}, {"eval_data": "p.jsonl", "eval_every": 1}, {"eval_data": "p.jsonl", "eval_every": 0},
+], ids=str)
+def test_settings_run(workshop, tmp_path, flags):
+    (tmp_path / "e.jsonl").write_text('{"problem": "8", "solution": "\\\\boxed{1}"}')
+    out = workshop(**{"updates": 1, **flags})
+    assert len(lines(out / "metrics.jsonl")) == 2
+    expected = {1: 6, 0: 0}.get(flags.get("eval_every"), 0)
+    assert len(lines(out / "eval.jsonl")) == expected if expected else not (out / "eval.jsonl").exists()
+
+
+def test_data_without_pass_rates_is_one_level_and_says_so(workshop, tmp_path, capsys):
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"problem": c, "answer": 1}) for c in "abcdeea"))
+    out = workshop(data="plain.jsonl", updates=1)
+    printed = capsys.readouterr().out
+    assert "unmeasured" in printed and "repeats_removed 2" in printed
+    assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1]
+
+
+def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, tmp_path, capsys):
+    rows = [{"problem": c * n, "answer": "1", "pass_rate": 0.5} for c, n in (("a", 1), ("b", 300), ("c", 1), ("d", 300))]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = workshop(data="long.jsonl", quality=1.0, updates=1)
+    assert "prompts_too_long 2" in capsys.readouterr().out
+    assert {c["problem_id"] for c in lines(out / "completions.jsonl")} == {"long-1", "long-3"}
+
+
+def test_an_interrupt_keeps_what_was_written_and_saves_the_state(workshop, monkeypatch, tmp_path):
+    real, calls = train.draw, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "draw", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        workshop(updates=5)
+    rows = lines(tmp_path / "run/metrics.jsonl")
+    assert rows and (tmp_path / f"run/checkpoints/{len(rows) + 1:06d}").is_dir() or (tmp_path / f"run/checkpoints/{len(rows):06d}").is_dir()
+
+
+def test_explain_prints_the_resolved_objective(workshop, capsys):
+    workshop("--explain", eps_high=(0.28, 0.4), length_weight=0.5)
+    printed = capsys.readouterr().out
+    for part in ("eps_low = 0.2 [DAPO]", "eps_high = 0.4 [given]", "0.5 [given] x overlong", "rho = pi / pi_old", "level 2"):
+        assert part in printed
+    assert not (__import__("pathlib").Path("run")).exists()
+
+
+BAD = [
+    ({"data": "none.jsonl"}, "none.jsonl: cannot be read"),
+    ({"data": "bad.jsonl"}, "bad.jsonl, line 2"),
+    ({"data": "empty.jsonl"}, "no problem in it"),
+    ({"eval_data": "none.jsonl"}, "none.jsonl: cannot be read"),
+    ({"quality": (0.2, 1.0)}, "level 1 (Q = 0.2) has no problem"),
+    ({"updates": (1, 2, 3), "quality": (0.5, 1.0)}, "--quality has 2 values, expected 1 or 3"),
+    ({"eps_low": 1.0}, "--eps-low must be in [0, 1), found 1.0"),
+    ({"eps_low": -0.1}, "--eps-low must be in [0, 1)"),
+    ({"eps_high": -0.1}, "--eps-high must be at least 0"),
+    ({"overlong_cache": 0}, "--overlong-cache must be at least 1 token"),
+    ({"group_size": 1}, "--group-size must be at least 2"),
+    ({"minibatches": 3}, "--buffer-groups must be at least --minibatches"),
+    ({"temperature": 0}, "--temperature must be above 0"),
+    ({"reward": "nothing.py:f"}, "there is no file nothing.py"),
+    ({"model": "no/such/model/at-all"}, "neither a folder nor"),
+    ({"model": "gpt"}, "gpt2"),
+    ({"difficulty": "level"}, "needs --quality"),
+    ({"data": "plain.jsonl", "quality": 0.5}, "no problem of plain.jsonl has a pass_rate"),
+    ({"examples": "p.jsonl"}, 'needs the texts "problem" and "solution"'),
+    ({"data": "long.jsonl", "quality": 1.0}, "every prompt is longer than the context"),
+    ({"out": "taken"}, "taken: exists already"),
+    ({"top_p": 0.9}, "unrecognized arguments: --top-p"),
+    ({"updates": "many"}, "invalid int value: 'many'"),
+    ({"loss_norm": "mean"}, "invalid choice: 'mean'"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(workshop, tmp_path, toy_folder, flags, message, capsys, monkeypatch):
+    """Before minutes are spent, and before anything is written."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = '{"problem": "1", "answer": "1"}'
+    (tmp_path / "bad.jsonl").write_text(good + "\n{")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "plain.jsonl").write_text(good)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1" * 300, "answer": "1", "pass_rate": 0.5}))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        workshop(**flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 2  # a usage line at most
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reward_that_is_not_a_number_is_named(workshop):
+    with pytest.raises(ValueError, match="toy_reward.py:broken returned nan for problem p"):
+        workshop(reward="toy_reward.py:broken")
+
+
+def test_two_processes_are_refused(workshop, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        workshop()
+    assert "one process" in capsys.readouterr().err
+
+
+def test_sampler_and_learner_share_one_policy_object():
+    """Problem is only a record: nothing in the loop copies weights between two models that could drift apart."""
+    assert Problem("a", "b", "c").record() == {"id": "a", "problem": "b", "answer": "c"}
