@@ -221,6 +221,8 @@ def equation(rng):
     b = -b if rng.random() < 0.5 else b
     shape = rng.randint(0, 2)
     steps, right = [f"{a}x={a * x}", f"x={x}"], a * x + b
+    if right == 0:
+        return equation(rng)
     line = f"{a}x{b:+d}={right}"
     if shape == 0 and right > 0:
         return line, steps, x
@@ -235,8 +237,8 @@ def equation(rng):
 FAMILIES = {"expression": expression, "product": product, "equation": equation}
 
 
-def generate(split, seed):
-    """Endless different problems of one split, each with its worked solution in other["steps"].
+def generate(split, seed, repeats=False):
+    """Endless problems of one split, each with its worked solution in other["steps"]; different ones, unless repeats.
 
     A problem's text decides its split (one in eight is held out), so the two never share a problem, whatever the seed.
     """
@@ -246,9 +248,9 @@ def generate(split, seed):
         family = rng.choice(sorted(FAMILIES))
         text, steps, answer = FAMILIES[family](rng)
         held_out = zlib.crc32(text.encode()) % 8 == 0
-        if held_out == (split == "heldout") and text not in seen:
+        if held_out == (split == "heldout") and (repeats or text not in seen):
             seen.add(text)
-            yield Problem(f"{split}-{len(seen)}", text, str(answer), other={"family": family, "steps": steps})
+            yield Problem(f"{split}-{number}", text, str(answer), other={"family": family, "steps": steps})
 
 
 def main():

@@ -77,7 +77,7 @@ def main():
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    problems, rng = generate("train", args.seed), random.Random(args.seed)
+    problems, rng = generate("train", args.seed, repeats=True), random.Random(args.seed)
     bar = tqdm(range(args.steps), unit="step")
     for step in bar:
         share = args.worked[step >= 0.8 * args.steps]
