@@ -187,7 +187,7 @@ def expression(rng):
     rng.shuffle(products)
     total, text = 0, ""
     for i, product in enumerate(products):
-        a, b = (rng.randint(2, 9), rng.randint(2, 9)) if product else (rng.randint(2, 60), 1)
+        a, b = (rng.randint(2, 9), rng.randint(2, 9)) if product else (rng.randint(2, 99), 1)
         sign = "-" if i and total >= a * b and rng.random() < 0.5 else "+" if i else ""
         name = f"{a}*{b}" if product else str(a)
         text += sign + name
@@ -203,16 +203,17 @@ def expression(rng):
 
 
 def product(rng):
-    """A number of two or three digits times one digit, by parts, e.g. 47*6: 40*6=240;7*6=42;240+42=282."""
-    n, b = rng.randint(11, 999) if rng.random() < 0.6 else rng.randint(11, 99), rng.randint(2, 9)
-    parts = [int(d) * 10**i for i, d in reversed(list(enumerate(reversed(str(n))))) if d != "0"]
+    """A number times one digit, by parts, and one number more, e.g. 47*6-85: 40*6=240;7*6=42;240+42=282;282-85=197."""
+    n, b, c = rng.choice((rng.randint(11, 99), rng.randint(101, 999))), rng.randint(2, 9), rng.randint(11, 99)
+    parts = [int(digit) * 10**i for i, digit in reversed(list(enumerate(reversed(str(n))))) if digit != "0"]
     if len(parts) < 2:
         return product(rng)
-    steps, total = [f"{p}*{b}={p * b}" for p in parts], parts[0] * b
-    for p in parts[1:]:
-        steps.append(f"{total}+{p * b}={total + p * b}")
-        total += p * b
-    return f"{n}*{b}", steps, total
+    steps, total = [f"{part}*{b}={part * b}" for part in parts], parts[0] * b
+    for part in parts[1:]:
+        steps.append(f"{total}+{part * b}={total + part * b}")
+        total += part * b
+    c = -c if total >= c and rng.random() < 0.5 else c
+    return f"{n}*{b}{c:+d}", [*steps, f"{total}{c:+d}={total + c}"], total + c
 
 
 def equation(rng):

@@ -100,32 +100,23 @@ DEFAULT_QUALITY = [0.8, 1.0]  # for the shipped policy: level 1 is solved in 20 
 
 def check_flags(cfg):
     """Raise ValueError for what no data can make right."""
-    per_level = {
+    positive, natural = (lambda v: 0 < v < math.inf, "above 0"), (lambda v: v >= 1, "at least 1")
+    not_negative = (lambda v: 0 <= v < math.inf, "at least 0")
+    wanted = {
         "group_size": (lambda v: v >= 2, "at least 2: a group of one has no advantage"),
-        "prompts": (lambda v: v >= 1, "at least 1"),
         "buffer_groups": (lambda v: v >= cfg.minibatches, f"at least --minibatches ({cfg.minibatches})"),
-        "max_new_tokens": (lambda v: v >= 1, "at least 1 token"),
-        "eps_low": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "eps_high": (lambda v: 0 <= v < math.inf, "at least 0"),
-        "length_weight": (lambda v: 0 <= v < math.inf, "at least 0"),
-        "inner_epochs": (lambda v: v >= 1, "at least 1"),
-        "updates": (lambda v: v >= 1, "at least 1"),
         "quality": (lambda v: math.isfinite(v) and (v > 0 or cfg.difficulty == "level"), "above 0"),
+        "eps_low": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        **dict.fromkeys(("lr", "temperature", "max_grad_norm"), positive),
+        **dict.fromkeys(("eps_high", "length_weight", "warmup", "kl_coef", "eval_every", "save_every", "seed"), not_negative),
+        **dict.fromkeys(("prompts", "max_new_tokens", "inner_epochs", "updates", "minibatches", "micro_batch_tokens", "slots",
+                         "overlong_cache", "max_draws"), natural),
     }
-    single = {
-        "lr": (lambda v: 0 < v < math.inf, "above 0"), "warmup": (lambda v: v >= 0, "at least 0"),
-        "minibatches": (lambda v: v >= 1, "at least 1"), "micro_batch_tokens": (lambda v: v >= 1, "at least 1"),
-        "slots": (lambda v: v >= 1, "at least 1"), "temperature": (lambda v: 0 < v < math.inf, "above 0"),
-        "overlong_cache": (lambda v: v >= 1, "at least 1 token"), "kl_coef": (lambda v: 0 <= v < math.inf, "at least 0"),
-        "max_draws": (lambda v: v >= 1, "at least 1"), "max_grad_norm": (lambda v: v > 0, "above 0"),
-        "eval_every": (lambda v: v >= 0, "at least 0"), "save_every": (lambda v: v >= 0, "at least 0"),
-        "seed": (lambda v: v >= 0, "at least 0"),
-    }
-    for name, (good, wanted) in {**single, **per_level}.items():
+    for name, (good, words) in wanted.items():
         value = getattr(cfg, name)
         for v in [] if value is None else value if isinstance(value, list) else [value]:
             if not good(v):
-                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, found {v}")
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}, found {v}")
 
 
 def resolve_levels(cfg, measured):
@@ -234,12 +225,12 @@ def train(cfg, stages, policy, grader, run):
         while buffer.pending < level.buffer_groups and stats.draws < cfg.max_draws:                     # repeat
             groups = draw(cfg, stage, policy, grader, stats)            # P_l prompts, G_l completions each, their rewards
             buffer.add(groups)                                          # keep a group iff its R_l are not all equal
-        stage.updates += 1
         if buffer.pending >= level.buffer_groups:                       # until the buffer holds N_l groups
             learn(cfg, level, policy.model, reference, optimizer, buffer.take(level.buffer_groups), stats)
             stage.skipped = 0
         else:
             stage.skipped += 1                                          # never train on less
+        stage.updates += 1
         if stage.over:
             buffer.close()
 
@@ -602,9 +593,11 @@ def main(arguments=None):
     run.bar.close()
     failures = {kind: grader.counts[kind] for kind in (TIMEOUT, ERROR) if grader.counts[kind]}
     print(f"grader failures, counted as wrong: {failures}" if failures else "", run.table(stages) if run.evaluations else "", sep="\n")
-    import report  # matplotlib takes a second to import
+    if run.bar.n:
+        import report  # matplotlib takes a second to import
 
-    print(f"picture: {report.draw([out])}\nmodel:   {out / 'checkpoints'}")
+        print(f"picture: {report.draw([out])}")
+    print(f"model:   {out / 'checkpoints' / f'{run.saved:06d}'}")
     if interrupted:
         sys.exit("interrupted: the state was saved")
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data import (
     INSTRUCTION, Problem, cut_levels, endless, generate, overlap, parse_example, read_problems, read_records, render, without_repeats,
 )
+from warmstart import make_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
 
@@ -99,7 +100,7 @@ def test_endless_order_is_seeded_covers_every_epoch_and_resumes():
 
 
 def chat(template):
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=__import__("warmstart").make_tokenizer().backend_tokenizer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
     tokenizer.chat_template = template
     return tokenizer
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -99,8 +100,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, m
 
 
 def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
-    import shutil
-
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     policy = evaluation.Policy.load(str(folder))

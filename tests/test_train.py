@@ -10,7 +10,6 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import Problem
 from eprli import Group, Level
 from rollout import Completion, Request, sample, stream
 from train import Config, Optimizer, Sample, Stats, backward, learn
@@ -194,7 +193,6 @@ def test_memory_settings_change_nothing(workshop):
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_any_number_of_levels(workshop, levels):
-    quality = (0.5, 0.9, 0.9, 1.0)[-levels:] if levels < 4 else (0.5, 0.9, 1.0, 1.0)
     quality = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 0.9, 0.9), 4: (0.5, 0.9, 0.9, 0.5)}[levels]
     out = workshop(quality=quality, updates=1, max_new_tokens=tuple(range(3, 3 + levels)))
     metrics = lines(out / "metrics.jsonl")
@@ -273,15 +271,15 @@ def test_an_interrupt_keeps_what_was_written_and_saves_the_state(workshop, monke
     with pytest.raises(SystemExit, match="interrupted"):
         workshop(updates=5)
     rows = lines(tmp_path / "run/metrics.jsonl")
-    assert rows and (tmp_path / f"run/checkpoints/{len(rows) + 1:06d}").is_dir() or (tmp_path / f"run/checkpoints/{len(rows):06d}").is_dir()
+    assert rows and [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"{len(rows):06d}"]
 
 
-def test_explain_prints_the_resolved_objective(workshop, capsys):
+def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
     workshop("--explain", eps_high=(0.28, 0.4), length_weight=0.5)
     printed = capsys.readouterr().out
     for part in ("eps_low = 0.2 [DAPO]", "eps_high = 0.4 [given]", "0.5 [given] x overlong", "rho = pi / pi_old", "level 2"):
         assert part in printed
-    assert not (__import__("pathlib").Path("run")).exists()
+    assert not (tmp_path / "run").exists()
 
 
 BAD = [
@@ -294,7 +292,7 @@ BAD = [
     ({"eps_low": 1.0}, "--eps-low must be in [0, 1), found 1.0"),
     ({"eps_low": -0.1}, "--eps-low must be in [0, 1)"),
     ({"eps_high": -0.1}, "--eps-high must be at least 0"),
-    ({"overlong_cache": 0}, "--overlong-cache must be at least 1 token"),
+    ({"overlong_cache": 0}, "--overlong-cache must be at least 1"),
     ({"group_size": 1}, "--group-size must be at least 2"),
     ({"minibatches": 3}, "--buffer-groups must be at least --minibatches"),
     ({"temperature": 0}, "--temperature must be above 0"),
@@ -343,8 +341,3 @@ def test_two_processes_are_refused(workshop, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         workshop()
     assert "one process" in capsys.readouterr().err
-
-
-def test_sampler_and_learner_share_one_policy_object():
-    """Problem is only a record: nothing in the loop copies weights between two models that could drift apart."""
-    assert Problem("a", "b", "c").record() == {"id": "a", "problem": "b", "answer": "c"}
