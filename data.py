@@ -57,7 +57,7 @@ def read_records(path, parse=lambda record, default_id: record):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, legal within a string
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     except OSError as error:
@@ -85,19 +85,18 @@ def read_problems(path):
 
 
 def squash(text):
-    """Lower case, blanks collapsed: how repeats are recognised."""
-    return " ".join(text.lower().split())
+    return " ".join(text.split())
 
 
 def without_repeats(problems):
-    """The first of every set of equal problems."""
+    """The first of every set of problems that are equal but for blanks."""
     return list({squash(p.problem): p for p in reversed(problems)}.values())[::-1]
 
 
 def overlap(train, evaluation):
-    """How many evaluation problems also stand in the training problems."""
-    known = {squash(p.problem) for p in train}
-    return sum(squash(p.problem) in known for p in evaluation)
+    """How many evaluation problems also stand in the training problems, blanks and case aside."""
+    known = {squash(p.problem).lower() for p in train}
+    return sum(squash(p.problem).lower() in known for p in evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -261,6 +260,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="JSONL file to write")
     args = parser.parse_args()
+    if Path(args.out).exists():
+        parser.error(f"--out {args.out}: exists already; name another file")
     with open(args.out, "x", encoding="utf-8") as file:
         for p in itertools.islice(generate(args.split, args.seed), args.count):
             file.write(json.dumps(p.record(), ensure_ascii=False) + "\n")

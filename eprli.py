@@ -17,7 +17,8 @@ on one shared policy. Where the paper's description is silent or contradicts its
  5. Eq. 1 elides its inner sum: mean over a completion's tokens, then over completions (--loss-norm sequence).
  6. The buffer keeps a group iff its R_l differ. R_l alone decides: length never revives an all-right group.
  7. "Skip the update if the buffer is short": groups stay from draw to draw. A surplus serves the next update with the
-    log-probs it was sampled under; once sampled more than one update ago it is stale, and dropped.
+    log-probs it was sampled under; once sampled more than one update ago it is stale, and dropped (so when levels take
+    turns there is no carrying over). A skipped update does not count: it does not change the policy.
  8. The advantage of a completion is shared by its tokens. A group of equal rewards gets exactly 0, and a completion that
     ran out of tokens is graded like any other.
  9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps: with one, rho is 1 and never clips.
@@ -179,7 +180,7 @@ class Group:
     completions: list  # each with .tokens (ids) and .logprobs (nats, under the policy that sampled)
     outcome: torch.Tensor  # (G,)  R_l of each completion
     length_reward: torch.Tensor  # (G,)  K_l x length term
-    update: int  # in which it was sampled
+    update: int  # how many updates the policy that sampled it had been trained on
 
     @property
     def reward(self):
@@ -214,7 +215,7 @@ class Buffer:
                 self.groups.append(group)
 
     def expire(self, update):
-        """Drop what was sampled more than one update ago: its log-probs belong to a policy too old to correct for."""
+        """Drop what was sampled more than one update ago, `update` being how many the policy has been trained on by now."""
         fresh = [g for g in self.groups if g.update >= update - 1]
         self.counts["stale"] += len(self.groups) - len(fresh)
         self.groups = fresh

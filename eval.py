@@ -51,25 +51,34 @@ class Policy:
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"model {name!r} is neither a folder nor to be had from the hub ({reason})") from error
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         examples = data.read_records(examples_file, data.parse_example) if examples_file else ()
         model = Transformer.from_pretrained(path, getattr(torch, dtype), device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (ValueError, OSError, KeyError) as error:  # transformers' answers to a missing or broken tokenizer
+        except Exception as error:  # tokenizers raises bare Exception for a broken file, transformers many others
             raise ValueError(f"{path}: its tokenizer cannot be loaded ({error})") from error
         if tokenizer.chat_template is None:
             raise ValueError(f"{path}: its tokenizer has no chat template, which turns a problem into a prompt")
         stop_ids = {tokenizer.eos_token_id, *as_list(model.config.eos_token_id)} - {None}
-        if (path / "generation_config.json").is_file():
-            stop_ids |= set(as_list(json.loads((path / "generation_config.json").read_text()).get("eos_token_id")))
+        generation = path / "generation_config.json"
+        if generation.is_file():
+            try:
+                stop_ids |= set(as_list(json.loads(generation.read_text()).get("eos_token_id")))
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{generation}: not a JSON object ({error})") from error
         if not stop_ids:
             raise ValueError(f"{path}: neither tokenizer nor config names a stop token (eos_token_id)")
         return cls(model, tokenizer, tuple(sorted(stop_ids)), tuple(examples))
 
     def render(self, problems):
-        """[Problem, ...] -> [Prompt, ...], and how many are as long as the context or longer (dropped by training)."""
-        prompts = [data.render(self.tokenizer, p, self.examples) for p in problems]
-        return prompts, sum(len(p.tokens) >= self.model.context for p in prompts)
+        """[Problem, ...] -> [Prompt, ...]"""
+        return [data.render(self.tokenizer, p, self.examples) for p in problems]
+
+    def room(self, prompt):
+        """Tokens that the context leaves for a completion; 0: the prompt is too long."""
+        return max(0, self.model.context - len(prompt.tokens))
 
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
@@ -97,17 +106,20 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots, top_p=1.0, progress=False, clock=None):
+def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots, top_k=0, top_p=1.0, progress=False, clock=None):
     """Complete prompts[i] once per key in keys[i], and grade: one list of Attempt per prompt.
 
     A completion has at most max_new_tokens, less if the context ends before; a prompt that fills the context gets
     empty ones. clock: a Counter to which `sample` and `grade` seconds are added.
     """
     clock, start = Counter() if clock is None else clock, time.perf_counter()
-    room = [min(max_new_tokens, policy.model.context - len(p.tokens)) for p in prompts]
-    requests = [Request(p.tokens, k if r > 0 else [], r) for p, k, r in zip(prompts, keys, room)]
+    limits = [min(max_new_tokens, policy.room(p)) for p in prompts]
+    requests = [Request(p.tokens, k if limit else [], limit) for p, k, limit in zip(prompts, keys, limits)]
     with tqdm(desc="sampling", unit=" tokens", leave=False, disable=not progress, delay=2) as bar:
-        done = sample(policy.model, requests, slots=slots, stop_ids=policy.stop_ids, temperature=temperature, top_p=top_p, progress=bar.update)
+        done = sample(
+            policy.model, requests, slots=slots, stop_ids=policy.stop_ids, temperature=temperature, top_k=top_k, top_p=top_p,
+            progress=bar.update,
+        )
     done = [c or [Completion([], [], False)] * len(k) for c, k in zip(done, keys)]
     sampled = time.perf_counter()
     texts = [[policy.text(c) for c in cs] for cs in done]
@@ -148,7 +160,8 @@ def wilson(successes, n):
         return 0.0, 1.0
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # rounding must not leave p outside
 
 
 def interval(values):
@@ -206,6 +219,7 @@ def parse_args(arguments):
     parser.add_argument("--max-new-tokens", type=int, default=96, help="longest completion, tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; 1 as in training")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 is off, as in training")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to choose from; 0 is off, as in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder to write; default runs/eval-<date-time>")
     parser.add_argument("--add-pass-rate", metavar="FILE", help="write the problems of --data back with their pass rates")
@@ -222,12 +236,14 @@ def parse_args(arguments):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
     if not 1 <= args.k <= args.samples:
         parser.error(f"--k must be in 1..{args.samples} (--samples), found {args.k}")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must be at least 0, and --top-p in (0, 1]")
+    if args.temperature < 0 or args.top_k < 0 or args.seed < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature, --top-k and --seed must be at least 0, and --top-p in (0, 1]")
     if args.add_pass_rate and len(args.data) > 1:
         parser.error("--add-pass-rate measures one file at a time")
-    if args.add_pass_rate and Path(args.add_pass_rate).exists():
-        parser.error(f"--add-pass-rate {args.add_pass_rate}: the file exists; name another, or remove it")
+    args.out = Path(args.out or f"runs/eval-{datetime.now():%Y%m%d-%H%M%S}")
+    for name, path in (("--out", args.out), ("--add-pass-rate", Path(args.add_pass_rate or args.out))):
+        if path.exists():
+            parser.error(f"{name} {path}: exists already; name another")
     return parser, args
 
 
@@ -244,19 +260,14 @@ def split_by_level(problems, qualities):
     return {**rows, "all": list(range(len(problems)))}
 
 
-def evaluate_file(args, policy, grader, path, problems, completions_file):
-    """Sample and score one file, writing completions as they come; returns (prompts, attempts)."""
-    prompts, too_long = policy.render(problems)
-    if too_long == len(prompts):
-        raise ValueError(f"{path}: every prompt is longer than the context of {policy.model.context} tokens")
-    if too_long:
-        print(f"{path}: {too_long} prompt(s) longer than the context of {policy.model.context} tokens are counted as wrong")
+def evaluate_file(args, policy, grader, path, prompts, completions_file):
+    """Sample and score one file, writing completions as they come: one list of Attempt per prompt."""
     keys, attempts = evaluation_keys(args.seed, prompts, args.samples), []
     size = max(1, 8 * args.slots // args.samples)  # problems between two writes; each write drains the slots once
     for i in tqdm(range(0, len(prompts), size), desc=Path(path).name, unit="batch", disable=len(prompts) <= size):
         part = attempt(
             policy, grader, prompts[i : i + size], keys[i : i + size], max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, top_p=args.top_p, slots=args.slots, progress=True,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, slots=args.slots, progress=True,
         )
         for prompt, group in zip(prompts[i:], part):
             for k, a in enumerate(group):
@@ -265,7 +276,7 @@ def evaluate_file(args, policy, grader, path, problems, completions_file):
                 completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
         completions_file.flush()
         attempts += part
-    return prompts, attempts
+    return attempts
 
 
 def main(arguments=None):
@@ -273,42 +284,43 @@ def main(arguments=None):
     try:
         files = {path: data.read_problems(path) for path in args.data}
         policy = Policy.load(args.model, args.dtype, args.device, args.examples)
-    except ValueError as error:
-        parser.error(str(error))
+        prompts = {path: policy.render(problems) for path, problems in files.items()}
+        for path in files:
+            too_long = sum(not policy.room(p) for p in prompts[path])
+            if too_long == len(prompts[path]):
+                raise ValueError(f"{path}: every prompt is longer than the context of {policy.model.context} tokens")
+            if too_long:
+                print(f"{path}: {too_long} prompt(s) longer than the context of {policy.model.context} tokens count as wrong")
+        args.out.mkdir(parents=True)
+        pass_rate_file = open(args.add_pass_rate, "x", encoding="utf-8") if args.add_pass_rate else None
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
-    out = Path(args.out or f"runs/eval-{datetime.now():%Y%m%d-%H%M%S}")
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        parser.error(f"--out {out}: exists already; name a new folder")
-    summary = {"model": args.model, "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
-               "max_new_tokens": args.max_new_tokens, "seed": args.seed, "files": {}}
-    with open(out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
+    summary = {name: getattr(args, name) for name in ("model", "samples", "temperature", "top_k", "top_p", "max_new_tokens", "seed")}
+    summary["files"] = {}
+    with open(args.out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
         for path, problems in files.items():
-            try:
-                prompts, attempts = evaluate_file(args, policy, grader, path, problems, completions_file)
-            except ValueError as error:
-                parser.error(str(error))
+            attempts = evaluate_file(args, policy, grader, path, prompts[path], completions_file)
             print(f"\n{path}: {args.samples} sample(s) a problem, temperature {args.temperature:g}, top-p {args.top_p:g}, "
                   f"at most {args.max_new_tokens} tokens; 95 % intervals over problems")
             measures = {}
             for name, rows in split_by_level(problems, args.quality).items():
                 if rows:
-                    measures[name] = summarise([prompts[i] for i in rows], [attempts[i] for i in rows], args.k)
+                    measures[name] = summarise([prompts[path][i] for i in rows], [attempts[i] for i in rows], args.k)
                     cells = (f"{key} " + (f"{m:.1f} [{lo:.1f}, {hi:.1f}]" if key == "length" else f"{m:.1%} [{lo:.1%}, {hi:.1%}]")
                              for key, (m, lo, hi) in measures[name].items())
                     print(f"  {name:8} {len(rows):5} problems   " + "   ".join(cells))
             summary["files"][str(path)] = measures
-            if args.add_pass_rate:
+            if pass_rate_file:
                 print_difficulty(attempts, args.quality)
-                with open(args.add_pass_rate, "x", encoding="utf-8") as file:
+                with pass_rate_file:
                     for p, group in zip(problems, attempts):
                         rate = sum(a.right for a in group) / args.samples
                         measured = replace(p, pass_rate=rate, other={**p.other, "pass_rate_samples": args.samples})
-                        file.write(json.dumps(measured.record(), ensure_ascii=False) + "\n")
+                        pass_rate_file.write(json.dumps(measured.record(), ensure_ascii=False) + "\n")
     summary["verdicts"] = dict(grader.counts)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(f"\nevery completion with its verdict: {out / 'completions.jsonl'}")
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"\nevery completion with its verdict: {args.out / 'completions.jsonl'}")
     print(json.dumps(summary))
 
 

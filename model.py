@@ -142,10 +142,6 @@ class KVCache:
             for i, cache in enumerate(tensors):
                 tensors[i] = cache[rows]
 
-    @property
-    def bytes(self):
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
-
 
 # ----------------------------------------------------------------------------------------------------------- layers
 

@@ -25,7 +25,9 @@ def read_lines(path):
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -34,57 +36,55 @@ def read_lines(path):
 
 
 def smooth(values, window):
-    """Mean of up to `window` neighbours, gaps (None) left out."""
+    """Mean of up to `window` neighbours, gaps (None) left out; nan where there is nothing."""
     parts = ([v for v in values[max(0, i - window // 2) : i + window // 2 + 1] if v is not None] for i in range(len(values)))
-    return [sum(part) / len(part) if part else None for part in parts]
+    return [sum(part) / len(part) if part else float("nan") for part in parts]
 
 
-def lines(ax, runs, series, title, unit, log=False, legend=True):
-    """series: {label: (key, colour)}; raw values faint, their running mean strong."""
+def draw_lines(ax, runs, title, unit, series, log=False):
+    """series: {label: (key of metrics.jsonl, colour)}; raw values faint, their running mean strong."""
     for run, style in zip(runs, STYLES * len(runs)):
         updates = [row["update"] for row in run["metrics"]]
         window = max(1, len(updates) // 20)
         for label, (key, colour) in series.items():
-            values = [float("nan") if row[key] is None else row[key] for row in run["metrics"]]
-            if window > 1:
-                ax.plot(updates, values, color=colour, alpha=0.2, linewidth=0.7)
-            mean = [float("nan") if v is None else v for v in smooth([row[key] for row in run["metrics"]], window)]
-            ax.plot(updates, mean, style, color=colour, linewidth=1.5, label=label if run is runs[0] else None)
+            values = [row[key] for row in run["metrics"]]
+            ax.plot(updates, smooth(values, 1), color=colour, alpha=0.2, linewidth=0.7)
+            ax.plot(updates, smooth(values, window), style, color=colour, linewidth=1.5, label=label if run is runs[0] else None)
     ax.set_title(title, loc="left")
     ax.set_ylabel(unit)
     if log:
         ax.set_yscale("log")
-    if legend and len(series) > 1:
+    if len(series) > 1:
         ax.legend(frameon=False, fontsize=8)
 
 
 def draw_accuracy(ax, runs):
     for run, style in zip(runs, STYLES * len(runs)):
-        levels = sorted({row["level"] for row in run["eval"]})
-        for level in levels:
+        for level in sorted({row["level"] for row in run["metrics"] + run["eval"]}):
             colour = LEVEL_COLOURS[(level - 1) % len(LEVEL_COLOURS)]
             training = [row for row in run["metrics"] if row["level"] == level]
             share = smooth([row["accuracy"] for row in training], max(1, len(training) // 10))
-            ax.plot([row["update"] for row in training], [float("nan") if s is None else s for s in share], style, color=colour, alpha=0.35, linewidth=1)
+            ax.plot([row["update"] for row in training], share, style, color=colour, alpha=0.35, linewidth=1)
             rows = [row for row in run["eval"] if row["level"] == level]
+            middle = [row["accuracy"] for row in rows]
             error = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
-            label = f"level {level}, held out" if run is runs[0] else None
-            ax.errorbar([row["update"] for row in rows], [row["accuracy"] for row in rows], error, fmt="o" + style, color=colour, capsize=3, markersize=5, label=label)
+            label = f"level {level}, held out" if rows and run is runs[0] else None
+            ax.errorbar([row["update"] for row in rows], middle, error, fmt="o" + style, color=colour, capsize=3, markersize=5, label=label)
     ax.set_ylim(0, 1)
-    ax.set_title("accuracy (points: held out, 95 % intervals; thin: training)", loc="left")
+    ax.set_title("accuracy (thin: training)", loc="left")
+    ax.set_ylabel("share right, 95 % intervals")
     if any(run["eval"] for run in runs):
         ax.legend(frameon=False, fontsize=8)
 
 
 def draw_buffer(ax, run):
-    """Shares of the drawn groups, per update, stacked; the first run alone."""
-    rows, bottom = run["metrics"], [0.0] * len(run["metrics"])
-    window = max(1, len(rows) // 20)
+    """What became of the groups, stacked, per update; the first run alone."""
+    updates, bottom = [row["update"] for row in run["metrics"]], [0.0] * len(run["metrics"])
     for key, (label, colour) in FATES.items():
-        values = smooth([row[key] for row in rows], window)
-        ax.fill_between([row["update"] for row in rows], bottom, [b + v for b, v in zip(bottom, values)], color=colour, label=label, linewidth=0)
-        bottom = [b + v for b, v in zip(bottom, values)]
-    ax.set_title("buffer: what became of the groups drawn", loc="left")
+        top = [b + v for b, v in zip(bottom, smooth([row[key] for row in run["metrics"]], max(1, len(updates) // 20)))]
+        ax.fill_between(updates, bottom, top, color=colour, label=label, linewidth=0)
+        bottom = top
+    ax.set_title("buffer: what became of the groups", loc="left")
     ax.set_ylabel("groups per update")
     ax.legend(frameon=False, fontsize=8, ncols=2)
 
@@ -99,27 +99,31 @@ def draw(folders):
         runs.append({"name": folder.name, "metrics": metrics, "eval": read_lines(folder / "eval.jsonl")})
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titleweight": "bold"})
     figure, axes = plt.subplots(3, 4, figsize=(17, 10), layout="constrained")
-    axes = axes.flat
     blue, orange, green = LEVEL_COLOURS[:3]
-    draw_accuracy(axes[0], runs)
-    lines(axes[1], runs, {"reward": ("reward_mean", blue), "outcome R": ("outcome_mean", orange), "length K": ("length_reward_mean", green)}, "reward and its parts", "mean over completions")
-    lines(axes[2], runs, {"": ("length_mean", blue)}, "completion length", "tokens")
-    lines(axes[3], runs, {"cut off": ("truncated_share", orange), "write steps": ("writes_steps_share", blue)}, "share of completions", "share")
-    axes[3].set_ylim(-0.02, 1.02)
-    draw_buffer(axes[4], runs[0])
-    lines(axes[5], runs, {"": ("entropy", blue)}, "entropy of the policy", "nats per token")
-    lines(axes[6], runs, {"low (A < 0)": ("clip_low_share", orange), "high (A > 0)": ("clip_high_share", blue)}, "tokens whose gradient the clip removed", "share")
-    lines(axes[7], runs, {"": ("kl_old", blue)}, "divergence from the sampling policy", "kl_old, nats")
-    lines(axes[8], runs, {"": ("grad_norm", blue)}, "gradient norm before clipping", "norm")
-    lines(axes[9], runs, {"": ("logprob_gap_max", blue)}, "sampler-learner gap (largest)", "nats", log=True)
-    lines(axes[10], runs, {"": ("tokens_per_second", blue)}, "throughput of whole updates", "sampled tokens per second")
-    lines(axes[11], runs, {"": ("lr", blue)}, "learning rate", "")
-    for ax in axes:
+    draw_accuracy(axes.flat[0], runs)
+    draw_buffer(axes.flat[1], runs[0])
+    parts = {"reward": ("reward_mean", blue), "outcome R": ("outcome_mean", orange), "length K": ("length_reward_mean", green)}
+    sides = {"low side (A < 0)": ("clip_low_share", orange), "high side (A > 0)": ("clip_high_share", blue)}
+    shares = {"write steps": ("writes_steps_share", blue), "cut off": ("truncated_share", orange)}
+    panels = [
+        ("reward and its parts", "mean over completions", parts),
+        ("shares of completions", "share", shares),
+        ("completion length", "tokens", {"": ("length_mean", blue)}),
+        ("entropy of the policy", "nats per token", {"": ("entropy", blue)}),
+        ("tokens whose gradient the clip removed", "share", sides),
+        ("divergence from the sampling policy", "rho - 1 - log rho, nats", {"": ("kl_old", blue)}),
+        ("gradient norm before clipping", "norm", {"": ("grad_norm", blue)}),
+        ("largest gap between sampler and learner", "nats", {"": ("logprob_gap_max", blue)}),
+        ("throughput of whole updates", "sampled tokens per second", {"": ("tokens_per_second", blue)}),
+        ("learning rate", "", {"": ("lr", blue)}),
+    ]
+    for ax, (title, unit, series) in zip(axes.flat[2:], panels):
+        draw_lines(ax, runs, title, unit, series, log="gap" in title)
+    boundaries = [next(rows)["update"] for _, rows in groupby(runs[0]["metrics"], key=lambda row: row["level"])][1:]
+    for ax in axes.flat:
         ax.set_xlabel("update")
-        for level, rows in groupby(runs[0]["metrics"], key=lambda row: row["level"]):
-            first = next(rows)["update"]
-            if first > 1 and len({row["level"] for row in runs[0]["metrics"]}) > 1:
-                ax.axvline(first - 0.5, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+        for first in boundaries if len(boundaries) < 8 else []:  # interleaved levels have no boundaries to show
+            ax.axvline(first - 0.5, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
     figure.suptitle("   ".join(f"{run['name']} ({style})" for run, style in zip(runs, STYLES * len(runs))), fontsize=10)
     path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)

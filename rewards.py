@@ -40,7 +40,7 @@ def extract_answer(text, allow_last_number=False):
         return None
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
+        numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
         return numbers[-1].rstrip(",") if numbers else None
     depth, start = 1, boxes[-1].end()
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
@@ -52,8 +52,9 @@ def extract_answer(text, allow_last_number=False):
 
 
 def writes_steps(text):
-    """Whether anything stands before the box: the share of such completions tells choosing to reason from reasoning well."""
-    return bool(text.partition("\\boxed")[0].strip())
+    """Whether something leads up to a box: the share of such completions tells choosing to reason from reasoning well."""
+    before, box, _ = text.partition("\\boxed")
+    return bool(box and before.strip())
 
 
 def canonical(answer):
@@ -69,7 +70,7 @@ def at_once(gold, answer):
         return NO_ANSWER
     if len(answer) > LONGEST_ANSWER:
         return WRONG
-    if re.fullmatch(r"-?\d+", answer) and re.fullmatch(r"-?\d+", gold.strip()):
+    if re.fullmatch(r"-?\d{1,1000}", answer) and re.fullmatch(r"-?\d{1,1000}", gold.strip()):
         return RIGHT if int(answer) == int(gold) else WRONG
     return None
 
@@ -81,11 +82,16 @@ def serve():
     """A worker: one JSON pair [gold, answer] a line in, one JSON verdict a line out, until the input ends."""
     from math_verify import parse, verify
 
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    answers = os.fdopen(os.dup(1), "w")  # for verdicts alone: whatever a library prints goes nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    except (ValueError, OSError):  # macOS knows no such limit; the clock remains
+        pass
     verify(parse("\\boxed{1}", parsing_timeout=None), parse("\\boxed{\\frac{1}{2}}", parsing_timeout=None), timeout_seconds=None)
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        signal.alarm(60)  # should the parent die while this hangs
+        signal.alarm(60)  # should the parent die while this hangs, it dies too
         gold, answer = json.loads(line)
         try:
             gold, answer = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, answer))
@@ -93,7 +99,8 @@ def serve():
             verdict = RIGHT if same else WRONG
         except Exception:  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
             verdict = ERROR
-        print(json.dumps(verdict), flush=True)
+        signal.alarm(0)
+        print(json.dumps(verdict), file=answers, flush=True)
 
 
 class Worker:
@@ -107,10 +114,17 @@ class Worker:
         self.job = "start"  # what its next line answers; None: idle
         self.deadline = time.monotonic() + 120  # importing sympy on a busy machine takes seconds
 
-    def send(self, job, pair, seconds):
-        self.job, self.deadline = job, time.monotonic() + seconds
-        self.process.stdin.write(json.dumps(pair).encode() + b"\n")
-        self.process.stdin.flush()
+    @property
+    def dead(self):
+        return self.process.poll() is not None
+
+    def send(self, case, seconds):
+        self.job, self.deadline = case, time.monotonic() + seconds
+        try:
+            self.process.stdin.write(json.dumps(case).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it died this moment; the end of its output, read next, says so
+            pass
 
     def receive(self):
         """The verdict that it wrote; "" if it died."""
@@ -157,13 +171,12 @@ class Grader:
         if waiting and not self.workers:
             self.workers = [Worker() for _ in range(self.num_workers)]
         while waiting or any(w.job not in (None, "start") for w in self.workers):
-            for worker in self.workers:
-                if worker.job is None and waiting:
-                    case = waiting.popleft()
-                    try:
-                        worker.send(case, case, self.seconds)
-                    except BrokenPipeError:  # it died while idle: its end of file is read below, as an error
-                        worker.job = case
+            for i, worker in enumerate(self.workers):
+                if worker.job is None and worker.dead:  # while idle, so no case is to blame
+                    worker.kill()
+                    self.workers[i] = Worker()
+                elif worker.job is None and waiting:
+                    worker.send(waiting.popleft(), self.seconds)
             with selectors.DefaultSelector() as selector:
                 for i, worker in enumerate(self.workers):
                     if worker.job is not None:
@@ -210,8 +223,13 @@ def load_reward(name):
     if not Path(path).is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        raise ValueError(f"reward {name!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code: any error in it is theirs to see, in one line
+        raise ValueError(f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return getattr(module, function)

@@ -34,7 +34,10 @@ class Completion:
 
 
 def stream(*counters):
-    """A 64-bit key for non-negative integers such as (run seed, purpose, level, draw index, sample index)."""
+    """A 64-bit key for non-negative integers such as (run seed, purpose, level, draw index, sample index).
+
+    Each purpose has its own number of counters: trailing zeros do not count.
+    """
     return np.random.SeedSequence(counters).generate_state(1, np.uint64)[0]
 
 
@@ -83,7 +86,8 @@ class Slots:
     def __init__(self, model, requests, slots):
         self.model, self.requests = model, requests
         self.waiting = deque((r, i) for r, request in enumerate(requests) for i in range(len(request.keys)))
-        rows = max(MIN_ROWS, min(slots, len(self.waiting)))
+        self.slots = min(slots, len(self.waiting))
+        rows = max(MIN_ROWS, self.slots)  # beyond the slots: padding, never given a sample
         longest = max((r.max_new_tokens for r in requests), default=0)
         self.owner = [None] * rows  # (request, sample) or None: idle
         self.keys = np.zeros(rows, np.uint64)
@@ -99,7 +103,7 @@ class Slots:
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
-        idle = [slot for slot, owner in enumerate(self.owner) if not owner]
+        idle = [slot for slot, owner in enumerate(self.owner[: self.slots]) if not owner]
         idle.sort(key=lambda slot: slot not in self.held.values())  # a held prompt is overwritten only by its own group
         placed, new = [], []
         for slot in idle[: len(self.waiting)]:
@@ -132,15 +136,15 @@ class Slots:
         for row, r in zip(ids, batch):
             row[: len(self.requests[r].prompt)] = self.requests[r].prompt
         self.cache.reserve(width)
-        positions = self.device(np.arange(width)).expand(len(batch), -1)
-        rows = self.device(np.array([self.held[r] for r in batch]))
-        hidden = self.model.model(self.device(ids), positions, self.cache, rows)
-        last = hidden[torch.arange(len(batch), device=hidden.device), self.device(np.array(lengths) - 1)]
+        positions = self.to_device(np.arange(width)).expand(len(batch), -1)
+        rows = self.to_device(np.array([self.held[r] for r in batch]))
+        hidden = self.model.model(self.to_device(ids), positions, self.cache, rows)
+        last = hidden[torch.arange(len(batch), device=hidden.device), self.to_device(np.array(lengths) - 1)]
         self.first.update(zip(batch, self.model.lm_head(last)))
 
-    def choose(self, temperature, top_k, top_p):
+    def advance(self, temperature, top_k, top_p):
         """Sample and record the next token of every slot."""
-        u = self.device(uniforms(self.keys, self.count))
+        u = self.to_device(uniforms(self.keys, self.count))
         chosen = torch.stack([x.double() for x in choose(self.logits, u, temperature, top_k, top_p)]).cpu().numpy()  # sync
         live = self.live
         self.tokens[live, self.count[live]], self.logprobs[live, self.count[live]] = chosen[:, live]
@@ -160,9 +164,10 @@ class Slots:
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
         live = self.live
-        if self.waiting or not live or len(self.owner) < 2 * max(len(live), MIN_ROWS):
+        rows = max(len(live), MIN_ROWS)
+        if self.waiting or not live or len(self.owner) < 2 * rows:
             return
-        keep = (live + [slot for slot, owner in enumerate(self.owner) if not owner])[: max(len(live), MIN_ROWS)]
+        keep = (live + [slot for slot, owner in enumerate(self.owner) if not owner])[:rows]
         self.owner = [self.owner[slot] for slot in keep]
         for name in ("keys", "prompt_length", "count", "limit", "tokens", "logprobs"):
             setattr(self, name, getattr(self, name)[keep])
@@ -174,9 +179,9 @@ class Slots:
         positions = np.maximum(self.prompt_length + self.count - 1, 0)
         last = self.tokens[np.arange(len(positions)), np.maximum(self.count - 1, 0)]
         self.cache.reserve(positions.max() + 1)
-        self.logits = self.model(self.device(last)[:, None], self.device(positions)[:, None], self.cache)[:, 0]
+        self.logits = self.model(self.to_device(last)[:, None], self.to_device(positions)[:, None], self.cache)[:, 0]
 
-    def device(self, array):
+    def to_device(self, array):
         return torch.from_numpy(array).to(self.logits.device, non_blocking=True)
 
 
@@ -194,7 +199,7 @@ def sample(model, requests, *, slots, stop_ids, temperature, top_k=0, top_p=1.0,
     work, stop_ids = Slots(model, requests, slots), sorted(stop_ids)
     while work.waiting or work.live:
         work.refill()
-        work.choose(temperature, top_k, top_p)
+        work.advance(temperature, top_k, top_p)
         for r, i, completion in work.retire(stop_ids):
             done[r][i] = completion
             progress(len(completion.tokens))

@@ -15,10 +15,12 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -34,6 +36,7 @@ from model import micro_batches, pad, token_logprobs
 from rewards import ERROR, TIMEOUT, Grader, load_reward, writes_steps
 from rollout import stream
 
+BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # of AdamW: verl's defaults, which DeepScaleR and FastCuRL used
 MOST_SKIPS = 3  # updates in a row that a level may fail to fill its buffer, before it ends (algorithm, reading 7)
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking before plots do
 
@@ -105,7 +108,7 @@ def check_flags(cfg):
     wanted = {
         "group_size": (lambda v: v >= 2, "at least 2: a group of one has no advantage"),
         "buffer_groups": (lambda v: v >= cfg.minibatches, f"at least --minibatches ({cfg.minibatches})"),
-        "quality": (lambda v: math.isfinite(v) and (v > 0 or cfg.difficulty == "level"), "above 0"),
+        "quality": (lambda v: 0 < v <= 1 or (math.isfinite(v) and cfg.difficulty == "level"), "in (0, 1]: a difficulty is 1 - pass rate"),
         "eps_low": (lambda v: 0 <= v < 1, "in [0, 1)"),
         **dict.fromkeys(("lr", "temperature", "max_grad_norm"), positive),
         **dict.fromkeys(("eps_high", "length_weight", "warmup", "kl_coef", "eval_every", "save_every", "seed"), not_negative),
@@ -132,12 +135,18 @@ def resolve_levels(cfg, measured):
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: measure it with "
             f"`python eval.py --model {cfg.model} --data {cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
         )
-    num_levels = max(map(len, given.values()))
+    longest = max(given, key=lambda name: len(given[name]))
+    num_levels = len(given[longest])
     for name, values in given.items():
         if len(values) not in (1, num_levels):
-            raise ValueError(f"--{name.replace('_', '-')} has {len(values)} values, expected 1 or {num_levels} (the number of levels)")
-    rows = [{name: v[min(i, len(v) - 1)] for name, v in given.items()} for i in range(num_levels)]
-    return tuple(Level(**row) for row in rows)
+            raise ValueError(
+                f"--{longest.replace('_', '-')} has {num_levels} values, so there are {num_levels} levels, and "
+                f"--{name.replace('_', '-')} needs 1 or {num_levels} values, not {len(values)}"
+            )
+    levels = [Level(**{name: v[min(i, len(v) - 1)] for name, v in given.items()}) for i in range(num_levels)]
+    if cfg.overlong_cache and cfg.overlong_cache > min(level.max_new_tokens for level in levels):
+        raise ValueError(f"--overlong-cache {cfg.overlong_cache} exceeds --max-new-tokens: even the shortest completion would be punished")
+    return tuple(levels)
 
 
 def overlong_cache(cfg, level):
@@ -161,18 +170,18 @@ def explain(cfg, levels):
         f"  A = (r - mean_G r){' / (std_G r + 1e-6)' if cfg.adv_std == 'group' else ''}: std {show('adv_std')}",
         f"  rho = pi / pi_old, both at temperature {show('temperature')}",
         f"  groups kept: {show('filter')}; draws per update: at most {show('max_draws')}; levels: {show('schedule')}",
-        f"  AdamW: lr {show('lr')}, warm-up {show('warmup')} updates, decay {show('lr_decay')}, gradient norm at most {show('max_grad_norm')}",
+        f"  AdamW, betas {BETAS} and weight decay {WEIGHT_DECAY} [verl]: lr {show('lr')}, warm-up {show('warmup')} updates, decay {show('lr_decay')}, gradient norm at most {show('max_grad_norm')}",
     ]
     for number, level in enumerate(levels, 1):
         length = f"{show('length_weight', level.length_weight)} x {show('length_kind')}"
         if cfg.length_kind == "overlong":
-            length += f" over the last {show('overlong_cache', overlong_cache(cfg, level))} tokens"
+            length += f" over the last {overlong_cache(cfg, level)} tokens [{'given' if cfg.overlong_cache else 'Len / 5, as DAPO'}]"
         lines += [
             f"level {number}: difficulty up to Q = {show('quality', level.quality)}",
             f"  r = {show('reward', level.reward)} + {length}",
             f"  eps_low = {show('eps_low', level.eps_low)}, eps_high = {show('eps_high', level.eps_high)}",
             f"  G = {show('group_size', level.group_size)} completions, at most Len = {show('max_new_tokens', level.max_new_tokens)} tokens",
-            f"  P = {show('prompts', level.prompts)} prompts a draw, N = {show('buffer_groups', level.buffer_groups)} groups an update",
+            f"  P = {level.prompts} [{'given' if cfg.prompts else 'N'}] prompts a draw, N = {show('buffer_groups', level.buffer_groups)} groups an update",
             f"  M = {show('updates', level.updates)} updates of mu = {show('inner_epochs', level.inner_epochs)} pass(es) "
             f"x {show('minibatches')} optimizer steps",
         ]
@@ -216,32 +225,47 @@ def train(cfg, stages, policy, grader, run):
     """The loop of the paper; the comments quote the algorithm box of the README."""
     optimizer = Optimizer(policy.model)
     reference = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None  # the starting policy
+    trained = 0  # updates that changed the policy; a skipped one does not
     run.evaluate(0, stages, policy, grader)
     for update, stage in enumerate(turns(stages, cfg.schedule), 1):     # for level l = 1 .. L: for update = 1 .. M_l:
         level, buffer, stats = stage.level, stage.buffer, Stats(update, stage)
         stats.lr = optimizer.set_lr(cfg, update, sum(s.level.updates for s in stages))
 
-        buffer.expire(update)                                           # pi_old <- pi, remembered as log-probs
+        buffer.expire(trained)                                          # pi_old <- pi, remembered as log-probs
         while buffer.pending < level.buffer_groups and stats.draws < cfg.max_draws:                     # repeat
-            groups = draw(cfg, stage, policy, grader, stats)            # P_l prompts, G_l completions each, their rewards
+            groups = draw(cfg, stage, policy, grader, trained, stats)   # P_l prompts, G_l completions each, their rewards
             buffer.add(groups)                                          # keep a group iff its R_l are not all equal
-        if buffer.pending >= level.buffer_groups:                       # until the buffer holds N_l groups
-            learn(cfg, level, policy.model, reference, optimizer, buffer.take(level.buffer_groups), stats)
-            stage.skipped = 0
-        else:
-            stage.skipped += 1                                          # never train on less
-        stage.updates += 1
-        if stage.over:
-            buffer.close()
+        with uninterrupted():                                           # until the buffer holds N_l groups
+            if buffer.pending >= level.buffer_groups:
+                learn(cfg, level, policy.model, reference, optimizer, buffer.take(level.buffer_groups), trained, stats)
+                trained, stage.skipped = trained + 1, 0
+            else:
+                stage.skipped += 1                                      # never train on less
+            stage.updates += 1
+            if stage.over:
+                buffer.close()
+            run.log(stats, stage)
 
-        run.log(stats, stage)
         if stage.over or (cfg.eval_every and update % cfg.eval_every == 0):
             run.evaluate(update, stages, policy, grader)
         if cfg.save_every and update % cfg.save_every == 0:
             run.save(update, policy)
 
 
-def draw(cfg, stage, policy, grader, stats):
+@contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the block is done: the weights on disk are those of whole updates."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def draw(cfg, stage, policy, grader, trained, stats):
     """Draw P_l prompts, sample G_l completions each from the policy as it is, and score them: a list of Group."""
     level = stage.level
     prompts = list(itertools.islice(stage.problems, level.prompts))
@@ -251,12 +275,12 @@ def draw(cfg, stage, policy, grader, stats):
         policy, grader, prompts, keys, max_new_tokens=level.max_new_tokens, temperature=cfg.temperature,
         slots=cfg.slots, progress=True, clock=stats.seconds,
     )
-    groups = [score(cfg, stage, prompt, group, stats.update) for prompt, group in zip(prompts, attempts)]
+    groups = [score(cfg, stage, prompt, group, trained) for prompt, group in zip(prompts, attempts)]
     stats.drew(prompts, attempts, groups)
     return groups
 
 
-def score(cfg, stage, prompt, attempts, update):
+def score(cfg, stage, prompt, attempts, trained):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart."""
     level = stage.level
     if stage.reward:
@@ -276,7 +300,7 @@ def score(cfg, stage, prompt, attempts, update):
     )
     return Group(
         prompt=prompt.tokens, completions=[a.completion for a in attempts], outcome=torch.tensor(outcome, dtype=torch.float64),
-        length_reward=level.length_weight * length, update=update,
+        length_reward=level.length_weight * length, update=trained,
     )
 
 
@@ -294,13 +318,13 @@ class Sample:
         return len(self.prompt) + len(self.completion.tokens)
 
 
-def learn(cfg, level, model, reference, optimizer, groups, stats):
+def learn(cfg, level, model, reference, optimizer, groups, trained, stats):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     start = time.perf_counter()
     samples = []  # one list per group
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()                                 # A_i
-        samples.append([Sample(group.prompt, c, A, group.update == stats.update) for c, A in zip(group.completions, advantage)])
+        samples.append([Sample(group.prompt, c, A, group.update == trained) for c, A in zip(group.completions, advantage)])
     for epoch in range(level.inner_epochs):                                                             # mu_l times
         random.Random(f"{cfg.seed}/minibatches/{stats.update}/{epoch}").shuffle(samples)
         bounds = [len(samples) * i // cfg.minibatches for i in range(cfg.minibatches + 1)]
@@ -344,7 +368,7 @@ class Optimizer:
             if master is not weight:
                 master.grad = torch.zeros_like(master)
                 weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)  # verl's defaults
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     @staticmethod
     def collect(weight, master):
@@ -361,9 +385,13 @@ class Optimizer:
         return rate
 
     def step(self, max_norm):
-        """One step; returns the gradient's norm before it was clipped. A norm that is not finite is an error."""
+        """One step; returns the gradient's norm before it was clipped. A norm that is not finite is an error.
+
+        A gradient of exactly 0 (flat groups alone) moves nothing: neither by Adam's momentum nor by weight decay.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm, error_if_nonfinite=True).item()
-        self.adamw.step()
+        if norm:
+            self.adamw.step()
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters):
                 if master is not weight:
@@ -389,7 +417,7 @@ class Stats:
 
     def learned(self, J, sums):
         self.objectives.append(J.item())
-        self.ratio_max = max(self.ratio_max or 0.0, sums.pop("ratio_max"))
+        self.ratio_max = max(self.ratio_max or 0.0, sums["ratio_max"])
         self.sums.update(sums)
 
     def compare(self, logprob, logprob_old, mask):
@@ -403,7 +431,7 @@ class Stats:
         mean = lambda values: sum(values) / len(self.drawn) if self.drawn else None  # noqa: E731  over completions drawn
         per_token = lambda name: self.sums[name] / self.sums["tokens"] if self.sums["tokens"] else None  # noqa: E731
         groups = {f"groups_{kind}": buffer.counts[kind] - self.counts_before[kind] for kind in ("drawn", "kept", "all_right", "all_wrong", "stale")}
-        return {
+        row = {
             "update": self.update, "level": self.level,
             "accuracy": mean(a.right for _, a, _, _ in self.drawn),
             "reward_mean": mean(reward.tolist()),
@@ -413,6 +441,7 @@ class Stats:
             "length_mean": mean(a.length for _, a, _, _ in self.drawn),
             "truncated_share": mean(not a.completion.stopped for _, a, _, _ in self.drawn),
             "writes_steps_share": mean(writes_steps(a.text) for _, a, _, _ in self.drawn),
+            **{f"grader_{kind}s": sum(a.verdict == kind for _, a, _, _ in self.drawn) for kind in (TIMEOUT, ERROR)},
             **groups, "groups_pending": buffer.pending,
             "objective": sum(self.objectives) / len(self.grad_norms) if self.grad_norms else None,
             "entropy": per_token("entropy"),
@@ -423,6 +452,7 @@ class Stats:
             "sample_seconds": self.seconds["sample"], "grade_seconds": self.seconds["grade"], "learn_seconds": self.seconds["learn"],
             "tokens_per_second": sampled / seconds, "peak_memory_mb": peak_memory_mb(),
         }
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON knows no nan
 
 
 def peak_memory_mb():
@@ -438,7 +468,10 @@ class Run:
     def __init__(self, cfg, levels, out, facts):
         self.cfg, self.out, self.evaluations, self.saved = cfg, out, [], None
         (out / "checkpoints").mkdir(parents=True)
-        (out / "config.json").write_text(json.dumps({**asdict(cfg), "out": str(out), "levels": [asdict(v) for v in levels], **facts}, indent=1))
+        caches = [{"overlong_cache": overlong_cache(cfg, level)} for level in levels]
+        resolved = {**asdict(cfg), "out": str(out), "levels": [{**asdict(v), **cache} for v, cache in zip(levels, caches)], **facts}
+        resolved = {k: v for k, v in resolved.items() if k not in (*PER_LEVEL, "overlong_cache", "explain")}  # these are in levels
+        (out / "config.json").write_text(json.dumps(resolved, indent=1))
         self.bar = tqdm(total=sum(level.updates for level in levels), unit="update", smoothing=0.1)
 
     def append(self, name, rows):
@@ -447,7 +480,6 @@ class Run:
 
     def log(self, stats, stage):
         row = stats.row(stage.buffer)
-        self.update = stats.update
         self.append("metrics.jsonl", [row])
         self.append("completions.jsonl", (
             {"update": stats.update, "level": stats.level, "problem_id": p.problem.id, "sample": i, "verdict": a.verdict,
@@ -477,7 +509,7 @@ class Run:
 
     def evaluate(self, update, stages, policy, grader):
         """Held-out accuracy of every level: one sample a problem at the training temperature."""
-        if self.cfg.eval_every == 0 or (self.evaluations and self.evaluations[-1]["update"] == update):
+        if self.cfg.eval_every == 0:
             return
         for stage in stages:
             if stage.evaluation:
@@ -521,54 +553,48 @@ class Run:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def prepare(cfg):
-    """Read, check and cut everything before minutes are spent. Raises ValueError with one clear sentence."""
-    check_flags(cfg)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("training runs in one process: use torchrun --nproc_per_node=1, or plain python")
-    out = Path(cfg.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
+def read_data(cfg):
+    """Training and held-out problems, repeats removed; the flags of their files resolved. -> cfg, problems, held out, repeats"""
+    shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
+    if shipped and not cfg.eval_data:
+        cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
     read = data.read_problems(cfg.data)
     problems = data.without_repeats(read)
-    eval_data = cfg.eval_data or (str(SHIPPED / "heldout.jsonl") if cfg.data == Config().data else None)
-    evaluation = data.read_problems(eval_data) if eval_data and cfg.eval_every != 0 else []
-    measured = cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems)
-    levels = resolve_levels(cfg, measured)
-    if cfg.explain:
-        return levels
+    return cfg, problems, data.read_problems(cfg.eval_data) if cfg.eval_data else [], len(read) - len(problems)
+
+
+def prepare(cfg, levels, problems, held_out, measured):
+    """Cut the levels, load and render everything before minutes are spent. -> policy, stages, facts for config.json"""
     qualities = [level.quality for level in levels]
     if measured or cfg.difficulty == "level":
         cut, left_out = data.cut_levels(problems, qualities, cfg.difficulty)
-        cut_eval, eval_left_out = data.cut_levels(evaluation, qualities, cfg.difficulty)
-        if evaluation and not any(cut_eval):
-            raise ValueError(f"{eval_data}: no problem falls into any level (--difficulty {cfg.difficulty}, {eval_left_out}); was its difficulty measured?")
+        cut_held_out, held_out_left_out = data.cut_levels(held_out, qualities, cfg.difficulty)
+        if held_out and not any(cut_held_out):
+            raise ValueError(
+                f"{cfg.eval_data}: no problem falls into any level (left out: {held_out_left_out}); was its difficulty measured? "
+                "See --add-pass-rate of eval.py"
+            )
     else:
         tqdm.write(f"{cfg.data}: no problem has a pass_rate, so difficulty is unmeasured and every level trains on all problems")
-        cut, cut_eval, left_out, eval_left_out = [problems] * len(levels), [evaluation] * len(levels), {}, {}
+        cut, cut_held_out, left_out, held_out_left_out = [problems] * len(levels), [held_out] * len(levels), {}, {}
     rewards = [load_reward(level.reward) for level in levels]
     policy = Policy.load(cfg.model, cfg.dtype, cfg.device, cfg.examples)
-
-    stages, dropped = [], 0
-    for number, (level, train_set, eval_set, reward) in enumerate(zip(levels, cut, cut_eval, rewards), 1):
+    stages, too_long = [], 0
+    for number, (level, train_set, held_out_set, reward) in enumerate(zip(levels, cut, cut_held_out, rewards), 1):
         if not train_set:
-            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem: {cfg.data} has {len(problems)}, left out {left_out}")
-        prompts, too_long = policy.render(train_set)
-        prompts, dropped = [p for p in prompts if len(p.tokens) < policy.model.context], dropped + too_long
+            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem: {cfg.data} has {len(problems)}, left out: {left_out}")
+        rendered = policy.render(train_set)
+        prompts = [p for p in rendered if policy.room(p)]
+        too_long += len(rendered) - len(prompts)
         if not prompts:
             raise ValueError(f"level {number}: every prompt is longer than the context of {policy.model.context} tokens")
-        stages.append(Stage(
-            number, level, data.endless(prompts, cfg.seed, number), policy.render(eval_set)[0], reward, Buffer(keep_flat=cfg.filter == "all"),
-        ))
-        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} training and {len(eval_set)} held-out problems")
-    facts = {
-        "repeats_removed": len(read) - len(problems), "overlap_with_eval": data.overlap(problems, evaluation),
-        "prompts_too_long": dropped, "left_out": left_out, "eval_left_out": eval_left_out, "torch": torch.__version__,
-    }
-    tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
+        order = data.endless(prompts, cfg.seed, number)
+        stages.append(Stage(number, level, order, policy.render(held_out_set), reward, Buffer(keep_flat=cfg.filter == "all")))
+        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} training and {len(held_out_set)} held-out problems")
     if qualities != sorted(qualities):
         tqdm.write('Q decreases, so the harder level trains first: the paper says both "Q1 < Q2" and "Q_{l-1} > Q_l"; see eprli.py')
-    return levels, stages, policy, out, facts
+    facts = {"overlap_with_eval": data.overlap(problems, held_out), "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
+    return policy, stages, facts
 
 
 def main(arguments=None):
@@ -576,21 +602,32 @@ def main(arguments=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
     cfg = Config(**vars(parser.parse_args(arguments)))
     try:
-        prepared = prepare(cfg)
-    except ValueError as error:
+        check_flags(cfg)
+        cfg, problems, held_out, repeats = read_data(cfg)
+        measured = cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems)
+        levels = resolve_levels(cfg, measured)
+        if cfg.explain:
+            return print(explain(cfg, levels))
+        out = Path(cfg.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+        if out.exists():
+            raise ValueError(f"--out {out}: exists already; name a new folder")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("training runs in one process: use torchrun --nproc_per_node=1, or plain python")
+        policy, stages, facts = prepare(cfg, levels, problems, held_out, measured)
+        facts = {"repeats_removed": repeats, **facts, "torch": torch.__version__}
+        tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
+        run = Run(cfg, levels, out, facts)
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    if cfg.explain:
-        return print(explain(cfg, prepared))
-    levels, stages, policy, out, facts = prepared
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    run = Run(cfg, levels, out, facts)
+    interrupted = False
     try:
         train(cfg, stages, policy, grader, run)
-        interrupted = False
     except KeyboardInterrupt:
         interrupted = True
-    run.save(sum(stage.updates for stage in stages), policy)
-    run.bar.close()
+    finally:  # whatever ended the run, its state is not lost
+        run.save(sum(stage.updates for stage in stages), policy)
+        run.bar.close()
     failures = {kind: grader.counts[kind] for kind in (TIMEOUT, ERROR) if grader.counts[kind]}
     print(f"grader failures, counted as wrong: {failures}" if failures else "", run.table(stages) if run.evaluations else "", sep="\n")
     if run.bar.n:
@@ -599,7 +636,7 @@ def main(arguments=None):
         print(f"picture: {report.draw([out])}")
     print(f"model:   {out / 'checkpoints' / f'{run.saved:06d}'}")
     if interrupted:
-        sys.exit("interrupted: the state was saved")
+        sys.exit("interrupted: the state after the last whole update was saved")
 
 
 if __name__ == "__main__":

@@ -35,17 +35,20 @@ def t_interval(values):
 
 
 def train(seed, folder, threads):
-    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-        return
+    if (folder / "config.json").exists():
+        planned = sum(level["updates"] for level in json.loads((folder / "config.json").read_text())["levels"])
+        if (folder / "report.png").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) == planned:
+            return
+        sys.exit(f"{folder} holds an unfinished run: remove it first")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, ROOT / "train.py", "--seed", str(seed), "--out", str(folder)]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def measure(model, problems, seed, max_new_tokens):
     """Accuracies of one model on one level."""
     policy, grader = Policy.load(model), Grader()
-    prompts, _ = policy.render(problems)
+    prompts = policy.render(problems)
     common = dict(max_new_tokens=max_new_tokens, slots=256)
     sampled = attempt(policy, grader, prompts, evaluation_keys(10_000 + seed, prompts, SAMPLES), temperature=1.0, **common)
     greedy = attempt(policy, grader, prompts, evaluation_keys(0, prompts, 1), temperature=0.0, **common)
@@ -63,7 +66,7 @@ def measure(model, problems, seed, max_new_tokens):
 
 def main():
     parser = argparse.ArgumentParser(description="Train the default with several seeds and tabulate what it gains.")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, choices=sorted(T_975))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: one thread each")
     parser.add_argument("--runs", default="runs/seeds", help="folder of the run directories; finished runs in it are used as they are")
     args = parser.parse_args()

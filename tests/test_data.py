@@ -49,9 +49,15 @@ def test_other_fields_survive_a_round_trip(tmp_path):
     assert problem.record() == record and problem.other == {"source": "me", "tags": [1, {"a": None}]}
 
 
+def test_lines_end_at_newlines_alone(tmp_path):
+    """U+2028 and its kin are legal within a JSON string, and str.splitlines would cut there."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "a\u2028b\u0085c", "answer": "2"}, ensure_ascii=False) + "\r\n", newline="")
+    assert read_problems(tmp_path / "p.jsonl")[0].problem == "a\u2028b\u0085c"
+
+
 def test_repeats_and_overlap_are_found():
-    train = [Problem("1", "What is  2+2?", "4"), Problem("2", "what is 2+2?", "4"), Problem("3", "Other", "1")]
-    assert [p.id for p in without_repeats(train)] == ["1", "3"]
+    train = [Problem("1", "What is  2N+n?", "4"), Problem("2", "What is 2N+n?", "4"), Problem("3", "Other", "1"), Problem("4", "What is 2n+N?", "5")]
+    assert [p.id for p in without_repeats(train)] == ["1", "3", "4"]
     assert overlap(train, [Problem("e", "OTHER", "1"), Problem("f", "new", "2")]) == 1
 
 

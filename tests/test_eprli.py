@@ -131,6 +131,28 @@ def test_equal_rewards_give_exactly_zero(value, G):
     assert torch.equal(group_advantage(torch.full((2, G), value)), torch.zeros(2, G))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_advantages_and_length_rewards_equal_a_numpy_oracle(seed):
+    """On random groups, completion by completion in plain loops."""
+    rng = np.random.default_rng(seed)
+    P, G, L, C = 6, 5, 40, 9
+    T, right, stopped = rng.integers(1, L + 1, (P, G)), rng.random((P, G)) < 0.5, rng.random((P, G)) < 0.7
+    reward = rng.normal(size=(P, G))
+    overlong, kimi, cosine, A = np.zeros((4, P, G))
+    for p in range(P):
+        for i in range(G):
+            A[p, i] = (reward[p, i] - reward[p].mean()) / (reward[p].std() + 1e-6)
+            overlong[p, i] = 0 if T[p, i] <= L - C else (L - C - T[p, i]) / C
+            lam = 0.5 - (T[p, i] - T[p].min()) / (T[p].max() - T[p].min())
+            kimi[p, i] = lam if right[p, i] else min(0, lam)
+            fall = 0.25 * (1 + math.cos(math.pi * T[p, i] / L))
+            cosine[p, i] = -0.5 if not stopped[p, i] else fall if right[p, i] else -fall
+    assert np.allclose(group_advantage(torch.tensor(reward)), A, atol=1e-12)
+    arguments = torch.tensor(T, dtype=double), torch.tensor(right), torch.tensor(stopped), L, C
+    for kind, expected in (("overlong", overlong), ("kimi", kimi), ("cosine", cosine)):
+        assert np.allclose(length_reward(kind, *arguments), expected, atol=1e-12), kind
+
+
 def test_groups_are_normalised_one_by_one():
     """Batch statistics instead of group statistics."""
     reward = torch.tensor([[1.0, 0.0], [10.0, 30.0]])

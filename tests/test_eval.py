@@ -29,6 +29,7 @@ def test_pass_at_k_equals_brute_force(n):
 
 def test_intervals():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 400))  # or error bars turn negative
     mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
     half = 1.96 * math.sqrt(1 / 12 / 400)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
@@ -51,11 +52,13 @@ def test_majority_rules():
 
 
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
-    prompts, too_long = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
-    assert too_long == 1
+    prompts = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
+    assert [toy_policy.room(p) for p in prompts] == [0, 128 - len(prompts[1].tokens)]
     done = attempt(toy_policy, Grader(), prompts, evaluation_keys(0, prompts, 2), max_new_tokens=500, temperature=1.0, slots=8)
     assert [(a.length, a.verdict) for a in done[0]] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= 128 - len(prompts[1].tokens) for a in done[1])
+    (alone,) = attempt(toy_policy, Grader(), prompts[:1], [[1]], max_new_tokens=9, temperature=1.0, slots=8)
+    assert alone[0].verdict == NO_ANSWER
 
 
 def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
@@ -75,7 +78,7 @@ def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
 
 
 def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
-    prompts, _ = toy_policy.render([Problem("a", "1+1", "2")])
+    prompts = toy_policy.render([Problem("a", "1+1", "2")])
     runs = [attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), max_new_tokens=20, temperature=1.0, slots=8) for seed in (0, 0, 1)]
     texts = [[a.text for a in run[0]] for run in runs]
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
@@ -88,15 +91,18 @@ def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
     (["--samples", "2", "--k", "3"], "--k must be in"),
     (["--top-p", "0"], "--top-p"),
     (["--colour", "red"], "unrecognized"),
+    (["--add-pass-rate", "no/such/folder/g.jsonl"], "g.jsonl"),
+    (["--data", "long.jsonl"], "every prompt is longer"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, monkeypatch, toy_folder, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1" * 300, "answer": "2"}))
     with pytest.raises(SystemExit) as stop:
         evaluation.main(["--model", str(toy_folder), "--data", "p.jsonl", *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl"]
+    assert not list(tmp_path.rglob("completions.jsonl"))
 
 
 def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,8 @@ def test_last_number_only_where_allowed_and_without_a_box():
     assert extract_answer(r"\boxed{x} 5", allow_last_number=True) == "x"
     assert extract_answer(r"\boxed{x 5", allow_last_number=True) is None
     assert extract_answer("<think> 5", allow_last_number=True) is None
+    for text, number in (("so 10-5", "5"), ("it is -5", "-5"), ("x=-5", "-5"), ("(2)-7", "7"), ("no number", None)):
+        assert extract_answer(text, allow_last_number=True) == number  # a subtraction's sign is not the number's
 
 
 CASES = [  # gold, answer in the box, right?
@@ -110,6 +113,25 @@ def test_while_one_worker_hangs_the_others_go_on(monkeypatch, tmp_path):
     grader.close()
 
 
+def test_a_worker_that_dies_while_idle_costs_no_verdict(grader):
+    """A minute of sampling lies between two gradings: what happens to a worker meanwhile is no answer's fault."""
+    assert grader.compare([("1/4", "0.25"), ("1/5", "0.2")]) == [RIGHT] * 2
+    for worker in grader.workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert grader.compare([("1/8", "0.125"), ("1/2", "0.5"), ("3/4", "0.75")]) == [RIGHT] * 3
+
+
+def test_idle_workers_have_no_alarm_set():
+    """A clock left running after its case would kill a worker that only waits for the next one."""
+    grader = Grader(workers=1)
+    grader.compare([("1/4", "0.25")])
+    timers = Path(f"/proc/{grader.workers[0].process.pid}/stat")
+    if timers.exists():
+        assert int(timers.read_text().rpartition(")")[2].split()[18]) == 0  # itrealvalue; 0 when no timer is armed
+    grader.close()
+
+
 def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
     (tmp_path / "broken.py").write_text("raise SystemExit('no math-verify')")
     monkeypatch.setattr(rewards.os.path, "abspath", lambda _: str(tmp_path / "broken.py"))
@@ -130,7 +152,7 @@ def test_canonical_answers_meet():
 
 
 def test_steps_are_recognised_before_the_box():
-    assert writes_steps(r"1+1=2;\boxed{2}") and not writes_steps(r" \boxed{2}")
+    assert writes_steps(r"1+1=2;\boxed{2}") and not writes_steps(r" \boxed{2}") and not writes_steps("1+1=2")
 
 
 def test_user_reward(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,7 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(norm):
         cfg = Config(loss_norm=norm, minibatches=minibatches)
         recorder = SimpleNamespace(step=lambda _: seen.setdefault(minibatches, []).append(  # takes no step: only looks
             torch.cat([p.grad.flatten() for p in model.parameters()])) or model.zero_grad() or 0.0)
-        learn(cfg, level(), model, None, recorder, groups, stats())
+        learn(cfg, level(), model, None, recorder, groups, 1, stats())
     assert [len(v) for v in seen.values()] == [1, 2, 4]
     assert all((g - seen[1][0]).abs().max() < 1e-12 for v in seen.values() for g in v)
 
@@ -184,7 +185,7 @@ def test_the_same_seed_gives_the_same_metrics(workshop):
 
 def test_memory_settings_change_nothing(workshop):
     """In float64: slots and micro-batches, through sampling and learning, over whole updates."""
-    runs = [lines(workshop(out=f"run{i}", dtype="float64", slots=slots, micro_batch_tokens=tokens) / "metrics.jsonl")
+    runs = [lines(workshop(out=f"run{i}", dtype="float64", slots=slots, micro_batch_tokens=tokens, group_size=16) / "metrics.jsonl")
             for i, (slots, tokens) in enumerate(((64, 10**6), (9, 1)))]
     for one, other in zip(*map(without_time, runs)):
         one.pop("logprob_gap_max"), other.pop("logprob_gap_max")  # rounding itself
@@ -220,6 +221,67 @@ def test_it_ends_when_every_problem_is_solved_or_none_is(workshop, reward, kind,
     assert [row["level"] for row in metrics] == [1, 1, 1, 2, 2, 2]
     assert all(row["groups_drawn"] == 4 == row[kind] and row["groups_kept"] == 0 and row["objective"] is None for row in metrics)
     assert "ends early after 3 skipped updates" in capsys.readouterr().out
+
+
+def test_surplus_is_trained_on_next_and_then_stale(workshop):
+    """Without buffer.expire in the loop old groups would be trained on under log-probs of a policy long gone."""
+    metrics = lines(workshop(quality=1.0, updates=3, prompts=7) / "metrics.jsonl")  # 7 groups drawn, 2 wanted
+    assert [row["groups_pending"] for row in metrics] == [5, 3, 0]
+    assert [(row["groups_drawn"], row["groups_stale"]) for row in metrics] == [(7, 0), (0, 0), (7, 3 + 5)]
+    assert metrics[1]["accuracy"] is None and metrics[1]["ratio_max"] > 1.001  # trained off-policy
+    assert [row["logprob_gap_max"] is None for row in metrics] == [False, True, False]
+
+
+def test_a_skipped_update_does_not_age_the_buffer(workshop):
+    """Groups wait for the next draws under the very policy that sampled them: three short draws fill one buffer."""
+    metrics = lines(workshop(quality=1.0, updates=4, prompts=2, buffer_groups=6, max_draws=1, filter="all") / "metrics.jsonl")
+    assert [row["groups_kept"] for row in metrics] == [0, 0, 6, 0] and sum(row["groups_stale"] for row in metrics[:3]) == 0
+
+
+def test_one_problem_drawn_twice_makes_two_groups(workshop, tmp_path):
+    """Grouping by prompt text would merge them; forgetting the draw index would sample the same completions twice."""
+    (tmp_path / "one.jsonl").write_text('{"problem": "a", "answer": "1", "pass_rate": 0.5}')
+    out = workshop(data="one.jsonl", quality=1.0, updates=1, group_size=8, max_new_tokens=30, dtype="float64")
+    drawn = [c["text"] for c in lines(out / "completions.jsonl")]
+    assert lines(out / "metrics.jsonl")[0]["groups_kept"] == 2 and len(drawn) % 16 == 0 and len(set(drawn)) == len(drawn)
+
+
+def test_what_is_logged_is_what_its_name_says(workshop):
+    """Against recomputation from the completions and the schedule."""
+    out = workshop(quality=1.0, updates=4, filter="all", inner_epochs=2, warmup=2, lr=0.01, lr_decay="linear", eps_low=0.01, eps_high=0.9)
+    for row in lines(out / "metrics.jsonl"):
+        assert row["tokens_trained"] == 2 * row["tokens_sampled"]  # every group kept, two passes
+        assert row["lr"] == pytest.approx(0.01 * [0.5, 1, 2 / 3, 1 / 3][row["update"] - 1])
+        assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # a bound of 1.9 is never reached, 0.99 often
+        assert 1 < row["ratio_max"] < 1.9 and row["grad_norm"] > 0
+
+
+def test_a_step_without_signal_moves_nothing():
+    """Adam's momentum and weight decay would move the weights although every advantage is 0."""
+    model = random_model()
+    optimizer = Optimizer(model)
+    optimizer.adamw.param_groups[0]["lr"] = 0.1
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step(1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    (model(torch.tensor([[1, 2]])).sum() * 0).backward()
+    assert optimizer.step(1.0) == 0 and all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+def test_whatever_ends_a_run_its_state_is_saved(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learn", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        workshop(save_every=1)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000000"]
+
+
+def test_ctrl_c_waits_for_the_update_in_progress():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with train.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+    assert done
 
 
 def test_kept_and_dropped_groups_add_up_over_a_run(workshop):
@@ -288,15 +350,20 @@ BAD = [
     ({"data": "empty.jsonl"}, "no problem in it"),
     ({"eval_data": "none.jsonl"}, "none.jsonl: cannot be read"),
     ({"quality": (0.2, 1.0)}, "level 1 (Q = 0.2) has no problem"),
-    ({"updates": (1, 2, 3), "quality": (0.5, 1.0)}, "--quality has 2 values, expected 1 or 3"),
+    ({"updates": (1, 2, 3), "quality": (0.5, 1.0)}, "--updates has 3 values, so there are 3 levels, and --quality needs 1 or 3 values, not 2"),
     ({"eps_low": 1.0}, "--eps-low must be in [0, 1), found 1.0"),
     ({"eps_low": -0.1}, "--eps-low must be in [0, 1)"),
     ({"eps_high": -0.1}, "--eps-high must be at least 0"),
+    ({"quality": (0.5, 80)}, "--quality must be in (0, 1]"),
+    ({"overlong_cache": 7}, "--overlong-cache 7 exceeds --max-new-tokens"),
     ({"overlong_cache": 0}, "--overlong-cache must be at least 1"),
     ({"group_size": 1}, "--group-size must be at least 2"),
     ({"minibatches": 3}, "--buffer-groups must be at least --minibatches"),
     ({"temperature": 0}, "--temperature must be above 0"),
     ({"reward": "nothing.py:f"}, "there is no file nothing.py"),
+    ({"reward": "broken_reward.py:f"}, "importing broken_reward.py failed (SyntaxError"),
+    ({"reward": "p.jsonl:f"}, "p.jsonl is not a Python file"),
+    ({"device": "cuda"}, "torch sees no GPU"),
     ({"model": "no/such/model/at-all"}, "neither a folder nor"),
     ({"model": "gpt"}, "gpt2"),
     ({"difficulty": "level"}, "needs --quality"),
@@ -314,9 +381,11 @@ BAD = [
 def test_bad_input_is_one_sentence_and_exit_code_2(workshop, tmp_path, toy_folder, flags, message, capsys, monkeypatch):
     """Before minutes are spent, and before anything is written."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     good = '{"problem": "1", "answer": "1"}'
     (tmp_path / "bad.jsonl").write_text(good + "\n{")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken_reward.py").write_text("def f(:")
     (tmp_path / "plain.jsonl").write_text(good)
     (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1" * 300, "answer": "1", "pass_rate": 0.5}))
     (tmp_path / "taken").mkdir()
