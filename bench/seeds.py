@@ -9,13 +9,15 @@ with random streams that neither training nor the measurement of difficulty used
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,66 +36,74 @@ def t_interval(values):
     return np.mean(values), T_975[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
-def train(seed, folder, threads):
-    if (folder / "config.json").exists():
-        planned = sum(level["updates"] for level in json.loads((folder / "config.json").read_text())["levels"])
-        if (folder / "report.png").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) == planned:
-            return
-        sys.exit(f"{folder} holds an unfinished run: remove it first")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def held_out_levels():
+    return data.cut_levels(data.read_problems(SHIPPED / "heldout.jsonl"), DEFAULT_QUALITY, "pass_rate")[0]
+
+
+def one_seed(seed, folder, threads):
+    """Train with one seed and measure: [{"before": accuracies, "after": ...} per level]. What is done is not done again."""
+    if (folder / "measured.json").exists():
+        return json.loads((folder / "measured.json").read_text())
     command = [sys.executable, ROOT / "train.py", "--seed", str(seed), "--out", str(folder)]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    with open(f"{folder}.log", "w") as log:
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log)
+    torch.set_num_threads(threads)
+    end = sorted((folder / "checkpoints").iterdir())[-1]
+    measured = [{"before": measure(SHIPPED / "tiny", p, seed), "after": measure(end, p, seed)} for p in held_out_levels()]
+    (folder / "measured.json").write_text(json.dumps(measured))
+    return measured
 
 
-def measure(model, problems, seed, max_new_tokens):
-    """Accuracies of one model on one level."""
+def measure(model, problems, seed):
+    """Accuracies of one model on the problems of one level."""
     policy, grader = Policy.load(model), Grader()
     prompts = policy.render(problems)
-    common = dict(max_new_tokens=max_new_tokens, slots=256)
+    common = dict(max_new_tokens=Config().max_new_tokens[0], slots=256)
     sampled = attempt(policy, grader, prompts, evaluation_keys(10_000 + seed, prompts, SAMPLES), temperature=1.0, **common)
     greedy = attempt(policy, grader, prompts, evaluation_keys(0, prompts, 1), temperature=0.0, **common)
     worked = np.array([[writes_steps(a.text) for a in group] for group in sampled])
     right = np.array([[a.right for a in group] for group in sampled])
     return {
-        "sampled": right.mean(),
-        "greedy": np.mean([group[0].right for group in greedy]),
-        f"pass@{SAMPLES}": np.mean([pass_at_k(SAMPLES, int(c), SAMPLES) for c in right.sum(1)]),
-        "write steps": worked.mean(),
-        "right if steps": right[worked].mean() if worked.any() else math.nan,
-        "right if bare": right[~worked].mean() if (~worked).any() else math.nan,
+        "sampled": float(right.mean()),
+        "greedy": float(np.mean([group[0].right for group in greedy])),
+        f"pass@{SAMPLES}": float(np.mean([pass_at_k(SAMPLES, int(c), SAMPLES) for c in right.sum(1)])),
+        "write steps": float(worked.mean()),
+        "right, if steps": float(right[worked].mean()),
+        "right, if bare": float(right[~worked].mean()) if not worked.all() else None,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train the default with several seeds and tabulate what it gains.")
     parser.add_argument("--seeds", type=int, default=5, choices=sorted(T_975))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: one thread each")
-    parser.add_argument("--runs", default="runs/seeds", help="folder of the run directories; finished runs in it are used as they are")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; more than one: one thread each")
+    parser.add_argument("--runs", default="runs/seeds", help="folder of the run directories; measured ones in it are used as they are")
     args = parser.parse_args()
     folders = [Path(args.runs) / f"seed-{seed}" for seed in range(args.seeds)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: train(*job, 1 if args.jobs > 1 else 2), enumerate(folders)))
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        seeds = list(pool.map(one_seed, range(args.seeds), folders, [1 if args.jobs > 1 else 2] * args.seeds))
 
-    held_out = data.read_problems(SHIPPED / "heldout.jsonl")
-    levels, _ = data.cut_levels(held_out, DEFAULT_QUALITY, "pass_rate")
-    length = Config().max_new_tokens[0]
-    lines = ["# The default run over seeds", "", f"`python bench/seeds.py --seeds {args.seeds}`: {SAMPLES} samples a problem at temperature 1, and greedy, on "
-             f"{' and '.join(f'{len(level)} problems of level {n}' for n, level in enumerate(levels, 1))}. Percent; mean over seeds, and 95 % t-interval of the gain.", ""]
-    for number, problems in enumerate(levels, 1):
-        before = [measure(SHIPPED / "tiny", problems, seed, length) for seed in range(args.seeds)]
-        after = [measure(sorted((folder / "checkpoints").iterdir())[-1], problems, seed, length) for seed, folder in enumerate(folders)]
-        lines += [f"## Level {number}", "", "| | before | after | gain | by seed |", "| --- | --- | --- | --- | --- |"]
-        for key in before[0]:
-            b, a = ([100 * row[key] for row in rows] for rows in (before, after))
-            gain, half = t_interval(np.subtract(a, b))
-            lines.append(f"| {key} | {np.mean(b):.1f} | {np.mean(a):.1f} | {gain:+.1f} ± {half:.1f} | {' '.join(f'{x:.1f}' for x in a)} |")
-        choosing = [100 * (a["write steps"] - b["write steps"]) * (b["right if steps"] - b["right if bare"]) for b, a in zip(before, after)]
-        total = [100 * (a["sampled"] - b["sampled"]) for b, a in zip(before, after)]
-        lines += ["", f"Of the gain of {np.mean(total):.1f} points in sampled accuracy, {np.mean(choosing):.1f} come from writing steps more often "
-                  "(at the accuracies of the start), the rest from better steps.", ""]
-    seconds = [sum(json.loads(line)[key] for line in (folder / "metrics.jsonl").open() for key in ("sample_seconds", "grade_seconds", "learn_seconds")) for folder in folders]
-    lines.append(f"Seconds of sampling, grading and learning a run: {np.median(seconds):.0f} (median{', one thread each' if args.jobs > 1 else ''}).")
-    (ROOT / "bench" / "SEEDS.md").write_text("\n".join(lines) + "\n")
+    sizes = " and ".join(f"{len(level)} problems of level {number}" for number, level in enumerate(held_out_levels(), 1))
+    lines = ["# The default run over seeds", "", f"`python bench/seeds.py --seeds {args.seeds}`", "",
+             f"Held out: {sizes}; {SAMPLES} samples a problem at temperature 1, and greedy. Percent; before and after are means over seeds, "
+             "the gain has its 95 % t-interval.", ""]
+    for number in range(len(seeds[0])):
+        rows = [seed[number] for seed in seeds]
+        lines += [f"## Level {number + 1}", "", "| | before | after | gain | after, by seed |", "| --- | --- | --- | --- | --- |"]
+        for key in rows[0]["before"]:
+            before, after = ([row[when][key] for row in rows] for when in ("before", "after"))
+            if None in before + after:  # a policy that never answers bare
+                continue
+            gain, half = t_interval(100 * np.subtract(after, before))
+            by_seed = " ".join(f"{100 * a:.1f}" for a in after)
+            lines.append(f"| {key} | {100 * np.mean(before):.1f} | {100 * np.mean(after):.1f} | {gain:+.1f} ± {half:.1f} | {by_seed} |")
+        total = np.mean([100 * (row["after"]["sampled"] - row["before"]["sampled"]) for row in rows])
+        choosing = np.mean([100 * (row["after"]["write steps"] - row["before"]["write steps"])
+                            * (row["before"]["right, if steps"] - row["before"]["right, if bare"]) for row in rows])
+        lines += ["", f"Of the {total:.1f} points gained in sampled accuracy, {choosing:.1f} are what writing steps more often would give at the "
+                  f"accuracies of the start; the remaining {total - choosing:+.1f} are steps that became better or worse.", ""]
+    (ROOT / "bench" / "SEEDS.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
