@@ -14,6 +14,8 @@ from pathlib import Path
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # DeepScaleR, FastCuRL
 
+QUALITY = [0.8, 1.0]  # Q_l by default, for the shipped problems: level 1 is solved in 20 % of the attempts or more
+
 
 # -------------------------------------------------------------------------------------------------------- problems
 

@@ -29,6 +29,7 @@ from rewards import NO_ANSWER, RIGHT, Grader, canonical, extract_answer, writes_
 from rollout import Completion, Request, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # the embedded default: a tiny checkpoint, its problems with pass rates
+MAX_NEW_TOKENS, SLOTS = 96, 256  # defaults, fit for the shipped model: longest completion, completions decoded together
 TRAINING, EVALUATION = 1, 2  # purposes of random streams: see rollout.stream
 
 
@@ -216,17 +217,17 @@ def parse_args(arguments):
     parser.add_argument("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help="JSONL files of problems")
     parser.add_argument("--samples", type=int, default=16, help="completions per problem")
     parser.add_argument("--k", type=int, help="k of pass@k; default: --samples")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest completion, tokens")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest completion, tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; 1 as in training")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 is off, as in training")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to choose from; 0 is off, as in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder to write; default runs/eval-<date-time>")
     parser.add_argument("--add-pass-rate", metavar="FILE", help="write the problems of --data back with their pass rates")
-    parser.add_argument("--quality", type=float, nargs="+", default=[0.8, 1.0], help="thresholds of difficulty that cut the levels")
+    parser.add_argument("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds that cut the levels")
     parser.add_argument("--examples", help="JSONL of worked examples {problem, solution} to put in front")
     parser.add_argument("--allow-last-number", action="store_true", help="without a box, grade the last number")
-    parser.add_argument("--slots", type=int, default=256, help="completions decoded together (memory and speed only)")
+    parser.add_argument("--slots", type=int, default=SLOTS, help="completions decoded together (memory and speed only)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     args = parser.parse_args(arguments)

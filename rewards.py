@@ -258,10 +258,12 @@ def main():
         parser.error(str(error))
     grader = Grader(args.workers, allow_last_number=args.allow_last_number)
     start = time.perf_counter()
-    verdicts = grader.compare([
-        (c["gold"], c["prediction"].strip() or None if c.get("kind") == "answer" else extract_answer(c["prediction"], args.allow_last_number))
-        for c in cases
-    ])
+
+    def answer_of(case):
+        boxed = case["prediction"].strip() or None
+        return boxed if case.get("kind") == "answer" else extract_answer(case["prediction"], args.allow_last_number)
+
+    verdicts = grader.compare([(case["gold"], answer_of(case)) for case in cases])
     seconds = time.perf_counter() - start
     counts = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
     for case, verdict in zip(cases, verdicts):
@@ -269,7 +271,8 @@ def main():
             agree = (verdict == RIGHT) == case["equivalent"]
             counts["agree" if agree else "false_right" if verdict == RIGHT else "false_wrong"] += 1
             if not agree:
-                print(f"{verdict}, labelled {case['equivalent']}: gold {case['gold'][:200]!r}, prediction {case['prediction'][:200]!r}")
+                gold, prediction = (repr(case[k][:200]) for k in ("gold", "prediction"))
+                print(f"{verdict}, labelled {case['equivalent']}: gold {gold}, prediction {prediction}")
     failures = {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR], "seconds": round(seconds, 3)}
     print(json.dumps(counts | failures))
 

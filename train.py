@@ -30,8 +30,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, HfArgumentParser
 
 import data
+from data import QUALITY
 from eprli import Buffer, Group, Level, clipped_objective, diagnostics, group_advantage, kl_penalty, length_reward, loss_weight
-from eval import SHIPPED, TRAINING, Policy, attempt, evaluation_keys, interval
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TRAINING, Policy, attempt, evaluation_keys, interval
 from model import micro_batches, pad, token_logprobs
 from rewards import ERROR, TIMEOUT, Grader, load_reward, writes_steps
 from rollout import stream
@@ -55,21 +56,24 @@ class Config:
 
     model: str = flag(str(SHIPPED / "tiny"), "checkpoint folder or hub name (Llama, Qwen2 or Qwen3)")
     data: str = flag(str(SHIPPED / "train.jsonl"), 'training problems, JSONL of {"problem", "answer"}')
-    eval_data: str | None = flag(None, "held-out problems, same format; default: the shipped ones for the shipped data, else none")
-    difficulty: Literal["pass_rate", "level"] = flag("pass_rate", "what cuts the levels: 1 - measured pass rate, or the declared number", "paper; how it is measured: ours")
+    eval_data: str | None = flag(None, "held-out problems; default: the shipped ones for the shipped data, else none")
+    difficulty: Literal["pass_rate", "level"] = flag("pass_rate", "cuts the levels: 1 - pass rate, or the declared number", "paper")
     out: str | None = flag(None, "run directory to create; default runs/<date-time>")
     seed: int = flag(0, "seed of everything random")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "where the model lives")
-    dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "of weights and activations; bfloat16 keeps float32 master weights")
+    dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "of the weights; bfloat16 has float32 masters")
 
-    quality: list[float] | None = flag(None, "Q_l, upper bound of difficulty; default 0.8 1.0, or one level of everything if no problem has a pass rate", "paper: two levels; the cut: ours")
+    quality: list[float] | None = flag(
+        None, f"Q_l, upper bound of difficulty; default {QUALITY}, or one level of everything if no problem has a pass rate",
+        "paper: two levels; where they are cut: ours",
+    )
     group_size: list[int] = flag([16], "G_l, completions per prompt", "paper")
     prompts: list[int] | None = flag(None, "P_l, prompts per draw; default N_l", "ours")
     buffer_groups: list[int] = flag([16], "N_l, groups that an update trains on", "ours; FastCuRL 64-128")
-    max_new_tokens: list[int] = flag([96], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576")
+    max_new_tokens: list[int] = flag([MAX_NEW_TOKENS], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576")
     eps_low: list[float] = flag([0.2], "ratio's lower clip bound is 1 - eps_low", "DAPO")
     eps_high: list[float] = flag([0.28], "ratio's upper clip bound is 1 + eps_high", "DAPO")
-    length_weight: list[float] = flag([0.0], "K_l, weight of the length reward; DAPO's is 0.5 on our scale", "paper: ablated at 0")
+    length_weight: list[float] = flag([0.0], "K_l, weight of the length reward", "paper: ablated at 0; DAPO: 0.5 on our scale")
     reward: list[str] = flag(["math"], "R_l: math, or path.py:function", "paper: verifiable outcome")
     inner_epochs: list[int] = flag([1], "mu_l, passes over an update's groups", "DeepScaleR, FastCuRL")
     updates: list[int] = flag([60], "M_l, updates of the level", "ours")
@@ -79,18 +83,18 @@ class Config:
     lr_decay: Literal["none", "linear", "cosine"] = flag("linear", "from the peak to 0 at the last update", "ours; DeepScaleR none")
     minibatches: int = flag(2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts")
     micro_batch_tokens: int = flag(4096, "padded tokens per backward pass; memory only, never changes the result")
-    slots: int = flag(256, "completions decoded together; memory and speed only")
+    slots: int = flag(SLOTS, "completions decoded together; memory and speed only")
     temperature: float = flag(1.0, "of the softmax, in sampling and learning alike", "DAPO; DeepScaleR 0.6")
     loss_norm: Literal["sequence", "token", "constant"] = flag("sequence", "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO", "paper")
     adv_std: Literal["group", "none"] = flag("group", "divide advantages by the group's std, or not (Dr. GRPO)", "paper")
-    filter: Literal["mixed", "all"] = flag("mixed", "groups that enter the buffer: those whose outcomes differ, or all", "paper, DAPO")
+    filter: Literal["mixed", "all"] = flag("mixed", "groups to keep: those whose outcomes differ, or all", "paper, DAPO")
     length_kind: Literal["overlong", "kimi", "cosine"] = flag("overlong", "length reward", "DAPO; used where K_l > 0")
-    overlong_cache: int | None = flag(None, "tokens before Len_l over which `overlong` falls to -1; default Len_l / 5", "DAPO: 4096 of 20480")
+    overlong_cache: int | None = flag(None, "last tokens, over which `overlong` falls to -1; default Len_l / 5", "DAPO: 4096 of 20480")
     schedule: Literal["sequential", "interleaved"] = flag("sequential", "levels one after the other, or taking turns", "paper")
     kl_coef: float = flag(0.0, "weight of the k3 penalty towards the starting policy", "paper: none; DeepScaleR 0.001")
     max_draws: int = flag(10, "draws per update before it is skipped", "DAPO")
     max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
-    eval_every: int | None = flag(None, "updates between evaluations; default: at the ends of levels only; 0: none at all")
+    eval_every: int | None = flag(None, "updates between evaluations; default: at ends of levels alone; 0: none at all")
     save_every: int = flag(0, "updates between checkpoints; 0: only at the end")
     examples: str | None = flag(None, "JSONL of worked examples {problem, solution} to put in front of every problem")
     allow_last_number: bool = flag(False, "without a box, grade the last number")
@@ -98,7 +102,6 @@ class Config:
 
 
 PER_LEVEL = [f.name for f in fields(Level)]
-DEFAULT_QUALITY = [0.8, 1.0]  # for the shipped policy: level 1 is solved in 20 % of the attempts or more
 
 
 def check_flags(cfg):
@@ -129,7 +132,7 @@ def resolve_levels(cfg, measured):
     if given["quality"] is None:
         if cfg.difficulty == "level":
             raise ValueError("--difficulty level needs --quality: the highest declared number of each level, e.g. --quality 1 2")
-        given["quality"] = DEFAULT_QUALITY if measured else [1.0]
+        given["quality"] = QUALITY if measured else [1.0]
     elif cfg.difficulty == "pass_rate" and not measured:
         raise ValueError(
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: measure it with "
@@ -145,7 +148,7 @@ def resolve_levels(cfg, measured):
             )
     levels = [Level(**{name: v[min(i, len(v) - 1)] for name, v in given.items()}) for i in range(num_levels)]
     if cfg.overlong_cache and cfg.overlong_cache > min(level.max_new_tokens for level in levels):
-        raise ValueError(f"--overlong-cache {cfg.overlong_cache} exceeds --max-new-tokens: even the shortest completion would be punished")
+        raise ValueError(f"--overlong-cache {cfg.overlong_cache} exceeds --max-new-tokens: every completion would be punished")
     return tuple(levels)
 
 
@@ -170,7 +173,8 @@ def explain(cfg, levels):
         f"  A = (r - mean_G r){' / (std_G r + 1e-6)' if cfg.adv_std == 'group' else ''}: std {show('adv_std')}",
         f"  rho = pi / pi_old, both at temperature {show('temperature')}",
         f"  groups kept: {show('filter')}; draws per update: at most {show('max_draws')}; levels: {show('schedule')}",
-        f"  AdamW, betas {BETAS} and weight decay {WEIGHT_DECAY} [verl]: lr {show('lr')}, warm-up {show('warmup')} updates, decay {show('lr_decay')}, gradient norm at most {show('max_grad_norm')}",
+        f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]; gradient norm at most {show('max_grad_norm')}",
+        f"  lr {show('lr')}, warm-up {show('warmup')} updates, decay {show('lr_decay')}",
     ]
     for number, level in enumerate(levels, 1):
         length = f"{show('length_weight', level.length_weight)} x {show('length_kind')}"
@@ -180,8 +184,10 @@ def explain(cfg, levels):
             f"level {number}: difficulty up to Q = {show('quality', level.quality)}",
             f"  r = {show('reward', level.reward)} + {length}",
             f"  eps_low = {show('eps_low', level.eps_low)}, eps_high = {show('eps_high', level.eps_high)}",
-            f"  G = {show('group_size', level.group_size)} completions, at most Len = {show('max_new_tokens', level.max_new_tokens)} tokens",
-            f"  P = {level.prompts} [{'given' if cfg.prompts else 'N'}] prompts a draw, N = {show('buffer_groups', level.buffer_groups)} groups an update",
+            f"  G = {show('group_size', level.group_size)} completions a prompt",
+            f"  Len = {show('max_new_tokens', level.max_new_tokens)} tokens at most",
+            f"  P = {level.prompts} [{'given' if cfg.prompts else 'N'}] prompts a draw",
+            f"  N = {show('buffer_groups', level.buffer_groups)} groups an update",
             f"  M = {show('updates', level.updates)} updates of mu = {show('inner_epochs', level.inner_epochs)} pass(es) "
             f"x {show('minibatches')} optimizer steps",
         ]
@@ -269,8 +275,9 @@ def draw(cfg, stage, policy, grader, trained, stats):
     """Draw P_l prompts, sample G_l completions each from the policy as it is, and score them: a list of Group."""
     level = stage.level
     prompts = list(itertools.islice(stage.problems, level.prompts))
-    keys = [[stream(cfg.seed, TRAINING, stage.number, stage.drawn + p, i) for i in range(level.group_size)] for p in range(len(prompts))]
+    index = range(stage.drawn, stage.drawn + len(prompts))
     stage.drawn += len(prompts)
+    keys = [[stream(cfg.seed, TRAINING, stage.number, d, i) for i in range(level.group_size)] for d in index]
     attempts = attempt(
         policy, grader, prompts, keys, max_new_tokens=level.max_new_tokens, temperature=cfg.temperature,
         slots=cfg.slots, progress=True, clock=stats.seconds,
@@ -287,7 +294,7 @@ def score(cfg, stage, prompt, attempts, trained):
         outcome = [stage.reward(prompt.problem.record(), a.text) for a in attempts]
         for value in outcome:
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"--reward {level.reward} returned {value!r} for problem {prompt.problem.id}: expected a finite number")
+                raise ValueError(f"--reward {level.reward} returned {value!r} for problem {prompt.problem.id}, not a finite number")
     else:
         outcome = [a.right for a in attempts]
     length = length_reward(
@@ -324,7 +331,8 @@ def learn(cfg, level, model, reference, optimizer, groups, trained, stats):
     samples = []  # one list per group
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()                                 # A_i
-        samples.append([Sample(group.prompt, c, A, group.update == trained) for c, A in zip(group.completions, advantage)])
+        fresh = group.update == trained
+        samples.append([Sample(group.prompt, c, A, fresh) for c, A in zip(group.completions, advantage)])
     for epoch in range(level.inner_epochs):                                                             # mu_l times
         random.Random(f"{cfg.seed}/minibatches/{stats.update}/{epoch}").shuffle(samples)
         bounds = [len(samples) * i // cfg.minibatches for i in range(cfg.minibatches + 1)]
@@ -430,7 +438,7 @@ class Stats:
         sampled = sum(a.length for _, a, _, _ in self.drawn)
         mean = lambda values: sum(values) / len(self.drawn) if self.drawn else None  # noqa: E731  over completions drawn
         per_token = lambda name: self.sums[name] / self.sums["tokens"] if self.sums["tokens"] else None  # noqa: E731
-        groups = {f"groups_{kind}": buffer.counts[kind] - self.counts_before[kind] for kind in ("drawn", "kept", "all_right", "all_wrong", "stale")}
+        fates = ("drawn", "kept", "all_right", "all_wrong", "stale")
         row = {
             "update": self.update, "level": self.level,
             "accuracy": mean(a.right for _, a, _, _ in self.drawn),
@@ -442,14 +450,15 @@ class Stats:
             "truncated_share": mean(not a.completion.stopped for _, a, _, _ in self.drawn),
             "writes_steps_share": mean(writes_steps(a.text) for _, a, _, _ in self.drawn),
             **{f"grader_{kind}s": sum(a.verdict == kind for _, a, _, _ in self.drawn) for kind in (TIMEOUT, ERROR)},
-            **groups, "groups_pending": buffer.pending,
+            **{f"groups_{fate}": buffer.counts[fate] - self.counts_before[fate] for fate in fates},
+            "groups_pending": buffer.pending,
             "objective": sum(self.objectives) / len(self.grad_norms) if self.grad_norms else None,
             "entropy": per_token("entropy"),
             "clip_low_share": per_token("clip_low"), "clip_high_share": per_token("clip_high"),
             "ratio_max": self.ratio_max, "kl_old": per_token("kl_old"), "logprob_gap_max": self.gap,
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms) if self.grad_norms else None,
             "lr": self.lr, "tokens_sampled": sampled, "tokens_trained": self.sums["tokens"],
-            "sample_seconds": self.seconds["sample"], "grade_seconds": self.seconds["grade"], "learn_seconds": self.seconds["learn"],
+            **{f"{phase}_seconds": self.seconds[phase] for phase in ("sample", "grade", "learn")},
             "tokens_per_second": sampled / seconds, "peak_memory_mb": peak_memory_mb(),
         }
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON knows no nan
@@ -468,10 +477,9 @@ class Run:
     def __init__(self, cfg, levels, out, facts):
         self.cfg, self.out, self.evaluations, self.saved = cfg, out, [], None
         (out / "checkpoints").mkdir(parents=True)
-        caches = [{"overlong_cache": overlong_cache(cfg, level)} for level in levels]
-        resolved = {**asdict(cfg), "out": str(out), "levels": [{**asdict(v), **cache} for v, cache in zip(levels, caches)], **facts}
-        resolved = {k: v for k, v in resolved.items() if k not in (*PER_LEVEL, "overlong_cache", "explain")}  # these are in levels
-        (out / "config.json").write_text(json.dumps(resolved, indent=1))
+        resolved = [{**asdict(level), "overlong_cache": overlong_cache(cfg, level)} for level in levels]
+        flags = {k: v for k, v in asdict(cfg).items() if k not in (*resolved[0], "explain")}
+        (out / "config.json").write_text(json.dumps({**flags, "out": str(out), "levels": resolved, **facts}, indent=1))
         self.bar = tqdm(total=sum(level.updates for level in levels), unit="update", smoothing=0.1)
 
     def append(self, name, rows):
@@ -491,18 +499,19 @@ class Run:
         number = lambda name, spec: "-" if row[name] is None else format(row[name], spec)  # noqa: E731
         tqdm.write(
             f"level {stage.number} update {stage.updates}/{stage.level.updates} | reward {number('reward_mean', '.3f')} = "
-            f"right {number('outcome_mean', '.3f')} + length {number('length_reward_mean', '.3f')} | {number('length_mean', '.0f')} tok, "
-            f"{number('truncated_share', '.0%')} cut off | groups {row['groups_kept']} of {row['groups_drawn']} drawn, {row['groups_all_right']} all right, "
-            f"{row['groups_all_wrong']} all wrong | clipped {number('clip_low_share', '.1%')} + {number('clip_high_share', '.1%')} | "
-            f"kl {number('kl_old', '.0e')} | entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
+            f"right {number('outcome_mean', '.3f')} + length {number('length_reward_mean', '.3f')} | "
+            f"{number('length_mean', '.0f')} tok, {number('truncated_share', '.0%')} cut off | groups {row['groups_kept']} of "
+            f"{row['groups_drawn']} drawn, {row['groups_all_right']} all right, {row['groups_all_wrong']} all wrong | "
+            f"clipped {number('clip_low_share', '.1%')} + {number('clip_high_share', '.1%')} | kl {number('kl_old', '.0e')} | "
+            f"entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
         )
         if stage.skipped:
             tqdm.write(
-                f"  update {stats.update} skipped: {stats.draws} draws left {stage.buffer.pending} of the {stage.level.buffer_groups} groups wanted "
-                f"({row['groups_all_right']} of {row['groups_drawn']} drawn were all right, {row['groups_all_wrong']} all wrong)"
+                f"  update {stats.update} skipped: after {stats.draws} draws {stage.buffer.pending} of {stage.level.buffer_groups} groups wait ("
+                f"{row['groups_all_right']} of {row['groups_drawn']} drawn were all right, {row['groups_all_wrong']} all wrong)"
             )
         if stage.skipped == MOST_SKIPS:
-            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates: its problems are too easy or too hard for this policy")
+            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates: too easy or too hard for this policy")
         if stats.drawn and stats.update % SHOW_EVERY == 1:
             for p, a, _, _ in stats.drawn[:: max(1, len(stats.drawn) // 2)][:2]:
                 tqdm.write(f"  {p.problem.problem}  ->  {a.text}  ({a.verdict}; answer {p.problem.answer})")
@@ -518,13 +527,15 @@ class Run:
                     policy, grader, stage.evaluation, keys, max_new_tokens=stage.level.max_new_tokens,
                     temperature=self.cfg.temperature, slots=self.cfg.slots, progress=True,
                 )
-                flat = [a for (a,) in attempts]
-                accuracy, low, high = interval([a.right for a in flat])
-                row = {"update": update, "level": stage.number, "accuracy": accuracy, "low": low, "high": high, "n": len(flat),
-                       "length_mean": sum(a.length for a in flat) / len(flat), "writes_steps_share": sum(writes_steps(a.text) for a in flat) / len(flat)}
-                self.evaluations.append(row)
-                self.append("eval.jsonl", [row])
-                tqdm.write(f"  held out, level {stage.number}: accuracy {accuracy:.1%} [{low:.1%}, {high:.1%}] of {len(flat)} problems after {update} updates")
+                attempts, n = [a for (a,) in attempts], len(attempts)
+                accuracy, low, high = interval([a.right for a in attempts])
+                self.evaluations.append({
+                    "update": update, "level": stage.number, "accuracy": accuracy, "low": low, "high": high, "n": n,
+                    "length_mean": sum(a.length for a in attempts) / n,
+                    "writes_steps_share": sum(writes_steps(a.text) for a in attempts) / n,
+                })
+                self.append("eval.jsonl", self.evaluations[-1:])
+                tqdm.write(f"  held out, level {stage.number}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after {update} updates")
 
     def save(self, update, policy):
         """checkpoints/000123, a Hugging Face folder; written elsewhere and renamed, so that it is whole or absent."""
@@ -544,9 +555,11 @@ class Run:
         names = ["before", *(f"after level {stage.number}" for stage in stages)]
         if self.cfg.schedule == "interleaved":
             ends, names = [0, ends[-1]], ["before", "after"]
-        cells = {(row["update"], row["level"]): f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" for row in self.evaluations}
+        show = "{accuracy:.1%} [{low:.1%}, {high:.1%}]"
+        cells = {(row["update"], row["level"]): show.format(**row) for row in self.evaluations}
         lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in names)]
-        lines += [f"level {stage.number:<13}" + "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends) for stage in stages]
+        for stage in stages:
+            lines.append(f"level {stage.number:<13}" + "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends))
         return "\n".join(lines)
 
 
@@ -554,7 +567,7 @@ class Run:
 
 
 def read_data(cfg):
-    """Training and held-out problems, repeats removed; the flags of their files resolved. -> cfg, problems, held out, repeats"""
+    """-> cfg with its files resolved, training problems without repeats, held-out problems, number of repeats"""
     shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
     if shipped and not cfg.eval_data:
         cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
@@ -575,25 +588,27 @@ def prepare(cfg, levels, problems, held_out, measured):
                 "See --add-pass-rate of eval.py"
             )
     else:
-        tqdm.write(f"{cfg.data}: no problem has a pass_rate, so difficulty is unmeasured and every level trains on all problems")
+        tqdm.write(f"{cfg.data}: no problem has a pass_rate: difficulty is unmeasured, every level trains on all problems")
         cut, cut_held_out, left_out, held_out_left_out = [problems] * len(levels), [held_out] * len(levels), {}, {}
     rewards = [load_reward(level.reward) for level in levels]
     policy = Policy.load(cfg.model, cfg.dtype, cfg.device, cfg.examples)
     stages, too_long = [], 0
     for number, (level, train_set, held_out_set, reward) in enumerate(zip(levels, cut, cut_held_out, rewards), 1):
         if not train_set:
-            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem: {cfg.data} has {len(problems)}, left out: {left_out}")
+            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem; of {cfg.data} are left out: {left_out}")
         rendered = policy.render(train_set)
         prompts = [p for p in rendered if policy.room(p)]
         too_long += len(rendered) - len(prompts)
         if not prompts:
             raise ValueError(f"level {number}: every prompt is longer than the context of {policy.model.context} tokens")
         order = data.endless(prompts, cfg.seed, number)
-        stages.append(Stage(number, level, order, policy.render(held_out_set), reward, Buffer(keep_flat=cfg.filter == "all")))
-        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} training and {len(held_out_set)} held-out problems")
+        buffer = Buffer(keep_flat=cfg.filter == "all")
+        stages.append(Stage(number, level, order, policy.render(held_out_set), reward, buffer))
+        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} problems, {len(held_out_set)} held out")
     if qualities != sorted(qualities):
-        tqdm.write('Q decreases, so the harder level trains first: the paper says both "Q1 < Q2" and "Q_{l-1} > Q_l"; see eprli.py')
-    facts = {"overlap_with_eval": data.overlap(problems, held_out), "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
+        tqdm.write('Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and "Q_{l-1} > Q_l"; see eprli.py')
+    overlap = data.overlap(problems, held_out)
+    facts = {"overlap_with_eval": overlap, "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
     return policy, stages, facts
 
 
@@ -629,7 +644,10 @@ def main(arguments=None):
         run.save(sum(stage.updates for stage in stages), policy)
         run.bar.close()
     failures = {kind: grader.counts[kind] for kind in (TIMEOUT, ERROR) if grader.counts[kind]}
-    print(f"grader failures, counted as wrong: {failures}" if failures else "", run.table(stages) if run.evaluations else "", sep="\n")
+    if failures:
+        print(f"grader failures, counted as wrong: {failures}")
+    if run.evaluations:
+        print(run.table(stages))
     if run.bar.n:
         import report  # matplotlib takes a second to import
 

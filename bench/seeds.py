@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from eval import SHIPPED, Policy, attempt, evaluation_keys, pass_at_k  # noqa: E402
 from rewards import Grader, writes_steps  # noqa: E402
-from train import DEFAULT_QUALITY, Config  # noqa: E402
+from train import Config  # noqa: E402
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
 SAMPLES = 16
@@ -37,7 +37,7 @@ def t_interval(values):
 
 
 def held_out_levels():
-    return data.cut_levels(data.read_problems(SHIPPED / "heldout.jsonl"), DEFAULT_QUALITY, "pass_rate")[0]
+    return data.cut_levels(data.read_problems(SHIPPED / "heldout.jsonl"), data.QUALITY, "pass_rate")[0]
 
 
 def one_seed(seed, folder, threads):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import report
 import train
 import warmstart
-from data import cut_levels, overlap, read_problems, without_repeats
+from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
 from eval import Policy, attempt, evaluation_keys
 from model import Transformer
 from rewards import RIGHT, Grader
@@ -35,13 +35,13 @@ def test_problems_are_measured_disjoint_and_fill_both_levels():
     assert len(training) >= 4000 and len(without_repeats(training)) == len(training) and overlap(training, held_out) == 0
     assert all(p.pass_rate is not None and p.other["pass_rate_samples"] >= 16 for p in training + held_out)
     for problems, least in ((training, 800), (held_out, 300)):
-        assert all(len(level) >= least for level in cut_levels(problems, train.DEFAULT_QUALITY, "pass_rate")[0])
+        assert all(len(level) >= least for level in cut_levels(problems, QUALITY, "pass_rate")[0])
 
 
 def test_fresh_samples_confirm_the_levels():
     """The samples that chose a level must not be those that describe it: level 1 is solved far more often, and neither always nor never."""
     policy, grader, rates = Policy.load(str(ASSETS / "tiny")), Grader(), []
-    for level in cut_levels(read_problems(ASSETS / "heldout.jsonl"), train.DEFAULT_QUALITY, "pass_rate")[0]:
+    for level in cut_levels(read_problems(ASSETS / "heldout.jsonl"), QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
         done = attempt(policy, grader, prompts, evaluation_keys(7, prompts, 2), max_new_tokens=96, temperature=1.0, slots=256)
         rates.append(sum(a.right for group in done for a in group) / 400)
