@@ -7,7 +7,6 @@ import argparse
 import itertools
 import json
 import random
-import re
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -206,8 +206,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, I, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(C, I, bias), nn.Linear(C, I, bias), nn.Linear(I, C, bias)
+        C, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        self.gate_proj, self.up_proj = nn.Linear(C, inner, bias), nn.Linear(C, inner, bias)
+        self.down_proj = nn.Linear(inner, C, bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 CASE_SECONDS = 2.0  # ours; a case of ordinary size takes milliseconds
 WORKER_BYTES = 2 << 30  # address space of a worker
+ORPHAN_SECONDS = 60  # after which a worker that hangs ends itself, should its parent be gone
 LONGEST_ANSWER = 1000  # characters; the longest gold answer of the usual benchmarks has under 300
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
@@ -91,7 +92,7 @@ def serve():
     verify(parse("\\boxed{1}", parsing_timeout=None), parse("\\boxed{\\frac{1}{2}}", parsing_timeout=None), timeout_seconds=None)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        signal.alarm(60)  # should the parent die while this hangs, it dies too
+        signal.alarm(ORPHAN_SECONDS)
         gold, answer = json.loads(line)
         try:
             gold, answer = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, answer))

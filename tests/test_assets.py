@@ -39,7 +39,7 @@ def test_problems_are_measured_disjoint_and_fill_both_levels():
 
 
 def test_fresh_samples_confirm_the_levels():
-    """The samples that chose a level must not be those that describe it: level 1 is solved far more often, and neither always nor never."""
+    """The samples that chose a level must not be those that describe it. Level 1 is the easier; neither is hopeless or done."""
     policy, grader, rates = Policy.load(str(ASSETS / "tiny")), Grader(), []
     for level in cut_levels(read_problems(ASSETS / "heldout.jsonl"), QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
@@ -75,7 +75,8 @@ def test_demonstrations_are_graded_right():
 
 def test_report_draws_several_runs_with_gaps(tmp_path):
     """A skipped update has nulls; a run without evaluation has no eval.jsonl."""
-    keys = "accuracy reward_mean outcome_mean length_reward_mean writes_steps_share truncated_share length_mean entropy clip_low_share clip_high_share kl_old grad_norm logprob_gap_max tokens_per_second lr"
+    keys = ("accuracy reward_mean outcome_mean length_reward_mean writes_steps_share truncated_share length_mean entropy clip_low_share "
+            "clip_high_share kl_old grad_norm logprob_gap_max tokens_per_second lr")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         rows = [{"update": u, "level": 1 + u // 5, **{k: None if u == 3 else 0.1 * u for k in keys.split()},

@@ -9,7 +9,17 @@ import sympy
 from transformers import PreTrainedTokenizerFast
 
 from data import (
-    INSTRUCTION, Problem, cut_levels, endless, generate, overlap, parse_example, read_problems, read_records, render, without_repeats,
+    INSTRUCTION,
+    Problem,
+    cut_levels,
+    endless,
+    generate,
+    overlap,
+    parse_example,
+    read_problems,
+    read_records,
+    render,
+    without_repeats,
 )
 from warmstart import make_tokenizer
 

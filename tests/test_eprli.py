@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from eprli import (
-    Buffer, Group, clipped_objective, cosine_length_reward, diagnostics, group_advantage, kimi_length_reward, kl_penalty,
-    length_reward, loss_weight, overlong_penalty,
+    Buffer,
+    Group,
+    clipped_objective,
+    cosine_length_reward,
+    diagnostics,
+    group_advantage,
+    kimi_length_reward,
+    kl_penalty,
+    length_reward,
+    loss_weight,
+    overlong_penalty,
 )
 
 double = torch.float64

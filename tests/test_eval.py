@@ -62,7 +62,8 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
 
 
 def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"}) for i in range(5)))
+    rows = [{"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"} for i in range(5)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--samples", "3", "--k", "2", "--max-new-tokens", "8",
                      "--out", str(tmp_path / "out"), "--add-pass-rate", str(tmp_path / "g.jsonl")])
     printed = capsys.readouterr().out.splitlines()
@@ -79,7 +80,8 @@ def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
 
 def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
     prompts = toy_policy.render([Problem("a", "1+1", "2")])
-    runs = [attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), max_new_tokens=20, temperature=1.0, slots=8) for seed in (0, 0, 1)]
+    settings = {"max_new_tokens": 20, "temperature": 1.0, "slots": 8}
+    runs = [attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), **settings) for seed in (0, 0, 1)]
     texts = [[a.text for a in run[0]] for run in runs]
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
 

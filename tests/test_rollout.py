@@ -51,6 +51,16 @@ def test_slots_and_order_do_not_change_completions(slots):
     assert len(lengths) > 5 and 25 in lengths  # ragged, and some ran out
 
 
+def test_a_prompt_is_not_overwritten_while_it_is_still_copied():
+    """All 8 slots fall idle at once. The last sample of the second request copies its prompt from slot 5, which is where
+    the fourth request would be prefilled: the order in which idle slots are given away must see to that."""
+    model = random_model(dtype=torch.float64)
+    work = [Request([10 + r] * (3 + r), [stream(r, k) for k in range(n)], 12) for r, n in enumerate((5, 4, 4, 1))]
+    alone = [sample(model, [request], slots=8, stop_ids=set(), temperature=1.0)[0] for request in work]
+    together = sample(model, work, slots=8, stop_ids=set(), temperature=1.0)
+    assert [[c.tokens for c in cs] for cs in together] == [[c.tokens for c in cs] for cs in alone]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_log_probs_equal_the_learners(temperature):
     """The ratio of the first step is 1. A temperature forgotten on one side, or a shift by one token, is far off."""

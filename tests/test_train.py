@@ -139,8 +139,10 @@ def workshop(tmp_path, toy_folder, monkeypatch):
     def run(*arguments, out="run", **flags):
         defaults = {"model": toy_folder, "data": "p.jsonl", "reward": "toy_reward.py:even", "group_size": 4, "buffer_groups": 2,
                     "max_new_tokens": 6, "updates": 2, "seed": 0, "out": out, "device": "cpu", "lr": 1e-2, "warmup": 0}
-        words = [w for name, value in {**defaults, **flags}.items() for w in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
-        train.main([*words, *arguments])
+        words = list(arguments)
+        for name, value in {**defaults, **flags}.items():
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+        train.main(words)
         return tmp_path / out
 
     return run
@@ -157,7 +159,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop, tmp_path):
         assert row["reward_mean"] == pytest.approx(sum(c["outcome"] + c["length_reward"] for c in mine) / len(mine))
         assert row["accuracy"] == sum(c["verdict"] == "right" for c in mine) / len(mine)  # the verifiable outcome, not R_l
         assert row["logprob_gap_max"] < 1e-5 and row["kl_old"] >= 0 and 0 < row["entropy"] < math.log(262)
-    assert [(row["update"], row["level"]) for row in evaluations] == [(u, l) for u in (0, 2, 4) for l in (1, 2)]
+    assert [(row["update"], row["level"]) for row in evaluations] == [(u, number) for u in (0, 2, 4) for number in (1, 2)]
     assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10 for row in evaluations)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000001", "000002", "000003", "000004"]
     assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
@@ -294,7 +296,8 @@ def test_kept_and_dropped_groups_add_up_over_a_run(workshop):
 @pytest.mark.parametrize("flags", [
     {"loss_norm": "token", "adv_std": "none"}, {"length_kind": "kimi", "length_weight": 1.0}, {"length_kind": "cosine", "length_weight": (0.0, 0.5)},
     {"kl_coef": 0.1, "filter": "all", "reward": "math"}, {"dtype": "bfloat16"}, {"inner_epochs": (2, 1), "minibatches": 1, "lr_decay": "cosine"},
-    {"difficulty": "level", "quality": (1, 2)}, {"examples": "e.jsonl"}, {"eval_data": "p.jsonl", "eval_every": 1}, {"eval_data": "p.jsonl", "eval_every": 0},
+    {"difficulty": "level", "quality": (1, 2)}, {"examples": "e.jsonl"}, {"eval_data": "p.jsonl", "eval_every": 1},
+    {"eval_data": "p.jsonl", "eval_every": 0},
 ], ids=str)
 def test_settings_run(workshop, tmp_path, flags):
     (tmp_path / "e.jsonl").write_text('{"problem": "8", "solution": "\\\\boxed{1}"}')
