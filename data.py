@@ -51,10 +51,11 @@ def parse_problem(record, default_id):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high):
             raise ValueError(f'"{name}" must be a number' + (f" in [{low}, {high}]" if name == "pass_rate" else ""))
     other = {k: v for k, v in record.items() if k not in ("id", "problem", "answer", "pass_rate", "level")}
-    return Problem(str(record.get("id", default_id)), problem, str(answer), record.get("pass_rate"), record.get("level"), other)
+    name = record.get("id")
+    return Problem(str(default_id if name is None else name), problem, str(answer), record.get("pass_rate"), record.get("level"), other)
 
 
-def read_records(path, parse=lambda record, default_id: record):
+def read_records(path, parse):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:
@@ -70,7 +71,7 @@ def read_records(path, parse=lambda record, default_id: record):
             except ValueError as error:  # JSONDecodeError is one
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not records:
-        raise ValueError(f"{path}: no problem in it")
+        raise ValueError(f"{path}: nothing in it")
     return records
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -30,7 +29,7 @@ from rollout import Completion, Request, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # the embedded default: a tiny checkpoint, its problems with pass rates
 MAX_NEW_TOKENS, SLOTS = 96, 256  # defaults, fit for the shipped model: longest completion, completions decoded together
-TRAINING, EVALUATION = 1, 2  # purposes of random streams: see rollout.stream
+TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Policy:
         if not path.is_dir():
             try:
                 path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                reason = str(error).splitlines()[0]
+            except (ValueError, OSError) as error:  # the hub's errors are of these kinds
+                reason = (str(error) or repr(error)).splitlines()[0]
                 raise ValueError(f"model {name!r} is neither a folder nor to be had from the hub ({reason})") from error
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
@@ -129,9 +128,10 @@ def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots
     return [[Attempt(c, t, next(verdicts)) for c, t in zip(cs, ts)] for cs, ts in zip(done, texts)]
 
 
-def evaluation_keys(seed, prompts, samples):
-    """Streams that no training sample uses; the same at every evaluation, which makes differences sharper."""
-    return [[stream(seed, EVALUATION, i, k) for k in range(samples)] for i in range(len(prompts))]
+def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
+    """Streams that neither training nor the measurement of difficulty uses: samples that chose the hard problems would
+    show a gain on them by chance alone. The same at every evaluation, which makes differences sharper."""
+    return [[stream(seed, purpose, i, k) for k in range(samples)] for i in range(len(prompts))]
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -172,7 +172,8 @@ def interval(values):
         return math.nan, math.nan, math.nan
     if np.isin(values, (0, 1)).all():
         return values.mean(), *wilson(values.sum(), len(values))
-    resampled = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    rng = np.random.default_rng(0)
+    resampled = [rng.choice(values, len(values)).mean() for _ in range(2000)]
     return values.mean(), *np.quantile(resampled, (0.025, 0.975))
 
 
@@ -231,13 +232,13 @@ def parse_args(arguments):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     args = parser.parse_args(arguments)
-    args.k = args.k or args.samples
+    args.k = args.samples if args.k is None else args.k
     for name in ("samples", "max_new_tokens", "slots"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
     if not 1 <= args.k <= args.samples:
         parser.error(f"--k must be in 1..{args.samples} (--samples), found {args.k}")
-    if args.temperature < 0 or args.top_k < 0 or args.seed < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or args.top_k < 0 or args.seed < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature, --top-k and --seed must be at least 0, and --top-p in (0, 1]")
     if args.add_pass_rate and len(args.data) > 1:
         parser.error("--add-pass-rate measures one file at a time")
@@ -263,7 +264,8 @@ def split_by_level(problems, qualities):
 
 def evaluate_file(args, policy, grader, path, prompts, completions_file):
     """Sample and score one file, writing completions as they come: one list of Attempt per prompt."""
-    keys, attempts = evaluation_keys(args.seed, prompts, args.samples), []
+    purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
+    keys, attempts = evaluation_keys(args.seed, prompts, args.samples, purpose), []
     size = max(1, 8 * args.slots // args.samples)  # problems between two writes; each write drains the slots once
     for i in tqdm(range(0, len(prompts), size), desc=Path(path).name, unit="batch", disable=len(prompts) <= size):
         part = attempt(
@@ -292,8 +294,9 @@ def main(arguments=None):
                 raise ValueError(f"{path}: every prompt is longer than the context of {policy.model.context} tokens")
             if too_long:
                 print(f"{path}: {too_long} prompt(s) longer than the context of {policy.model.context} tokens count as wrong")
+        if args.add_pass_rate and not Path(args.add_pass_rate).parent.is_dir():
+            raise ValueError(f"--add-pass-rate {args.add_pass_rate}: there is no folder to write it into")
         args.out.mkdir(parents=True)
-        pass_rate_file = open(args.add_pass_rate, "x", encoding="utf-8") if args.add_pass_rate else None
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
@@ -312,13 +315,13 @@ def main(arguments=None):
                              for key, (m, lo, hi) in measures[name].items())
                     print(f"  {name:8} {len(rows):5} problems   " + "   ".join(cells))
             summary["files"][str(path)] = measures
-            if pass_rate_file:
+            if args.add_pass_rate:
                 print_difficulty(attempts, args.quality)
-                with pass_rate_file:
+                with open(args.add_pass_rate, "x", encoding="utf-8") as file:
                     for p, group in zip(problems, attempts):
                         rate = sum(a.right for a in group) / args.samples
                         measured = replace(p, pass_rate=rate, other={**p.other, "pass_rate_samples": args.samples})
-                        pass_rate_file.write(json.dumps(measured.record(), ensure_ascii=False) + "\n")
+                        file.write(json.dumps(measured.record(), ensure_ascii=False) + "\n")
     summary["verdicts"] = dict(grader.counts)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     print(f"\nevery completion with its verdict: {args.out / 'completions.jsonl'}")
@@ -329,4 +332,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: what was sampled so far is in completions.jsonl")
+        sys.exit("interrupted: batches of completions that were finished are in the completions.jsonl of --out")

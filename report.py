@@ -41,18 +41,18 @@ def smooth(values, window):
     return [sum(part) / len(part) if part else float("nan") for part in parts]
 
 
-def draw_lines(ax, runs, title, unit, series, log=False):
+def draw_lines(ax, runs, title, unit, series):
     """series: {label: (key of metrics.jsonl, colour)}; raw values faint, their running mean strong."""
     for run, style in zip(runs, STYLES * len(runs)):
         updates = [row["update"] for row in run["metrics"]]
-        window = max(1, len(updates) // 20)
+        window = 1 if title == "learning rate" else max(1, len(updates) // 20)
         for label, (key, colour) in series.items():
             values = [row[key] for row in run["metrics"]]
             ax.plot(updates, smooth(values, 1), color=colour, alpha=0.2, linewidth=0.7)
             ax.plot(updates, smooth(values, window), style, color=colour, linewidth=1.5, label=label if run is runs[0] else None)
     ax.set_title(title, loc="left")
     ax.set_ylabel(unit)
-    if log:
+    if "gap" in title:
         ax.set_yscale("log")
     if len(series) > 1:
         ax.legend(frameon=False, fontsize=8)
@@ -84,7 +84,7 @@ def draw_buffer(ax, run):
         top = [b + v for b, v in zip(bottom, smooth([row[key] for row in run["metrics"]], max(1, len(updates) // 20)))]
         ax.fill_between(updates, bottom, top, color=colour, label=label, linewidth=0)
         bottom = top
-    ax.set_title("buffer: what became of the groups", loc="left")
+    ax.set_title(f"buffer of {run['name']}: what became of the groups", loc="left")
     ax.set_ylabel("groups per update")
     ax.legend(frameon=False, fontsize=8, ncols=2)
 
@@ -103,6 +103,8 @@ def draw(folders):
     draw_accuracy(axes.flat[0], runs)
     draw_buffer(axes.flat[1], runs[0])
     parts = {"reward": ("reward_mean", blue), "outcome R": ("outcome_mean", orange), "length K": ("length_reward_mean", green)}
+    if not any(row["length_reward_mean"] for run in runs for row in run["metrics"]):  # K = 0: reward and outcome are one
+        parts = {"": ("reward_mean", blue)}
     sides = {"low side (A < 0)": ("clip_low_share", orange), "high side (A > 0)": ("clip_high_share", blue)}
     shares = {"write steps": ("writes_steps_share", blue), "cut off": ("truncated_share", orange)}
     panels = [
@@ -118,7 +120,7 @@ def draw(folders):
         ("learning rate", "", {"": ("lr", blue)}),
     ]
     for ax, (title, unit, series) in zip(axes.flat[2:], panels):
-        draw_lines(ax, runs, title, unit, series, log="gap" in title)
+        draw_lines(ax, runs, title, unit, series)
     boundaries = [next(rows)["update"] for _, rows in groupby(runs[0]["metrics"], key=lambda row: row["level"])][1:]
     for ax in axes.flat:
         ax.set_xlabel("update")

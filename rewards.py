@@ -149,6 +149,7 @@ class Grader:
         self.seconds, self.allow_last_number = seconds, allow_last_number
         self.counts, self.known = Counter(), {}
         self.num_workers, self.workers = workers, []  # started by the first case that needs one
+        self.failed_starts = 0  # in a row
         atexit.register(self.close)
 
     def grade(self, pairs):
@@ -193,8 +194,10 @@ class Grader:
                     continue
                 if worker.job != "start":
                     verdicts[worker.job] = TIMEOUT if verdict is None else verdict or ERROR
-                elif verdict != "ready":
-                    raise RuntimeError("a grading worker does not start: does `python -c 'import math_verify'` work?")
+                else:
+                    self.failed_starts = 0 if verdict == "ready" else self.failed_starts + 1
+                    if self.failed_starts == 5:
+                        raise RuntimeError("grading workers do not start: does `python -c 'import math_verify'` work?")
                 worker.job = None
                 if not verdict:
                     worker.kill()
@@ -244,20 +247,21 @@ def main():
 
     parser = argparse.ArgumentParser(description="Grade a file of cases.")
     parser.add_argument("cases", help='JSONL of {"gold", "prediction", "equivalent": bool, "kind": "answer" | "response"}')
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--allow-last-number", action="store_true", help="without a box, take the last number")
     args = parser.parse_args()
 
     def parse_case(record, _):
         if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("gold", "prediction")):
             raise ValueError('a case needs the texts "gold" and "prediction"')
+        if not isinstance(record.get("equivalent", True), bool) or record.get("kind", "response") not in ("answer", "response"):
+            raise ValueError('"equivalent" must be true or false, "kind" answer or response')
         return record
 
     try:
         cases = read_records(args.cases, parse_case)
     except ValueError as error:
         parser.error(str(error))
-    grader = Grader(args.workers, allow_last_number=args.allow_last_number)
+    grader = Grader(allow_last_number=args.allow_last_number)
     start = time.perf_counter()
 
     def answer_of(case):

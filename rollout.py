@@ -79,8 +79,8 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
 class Slots:
     """The decoding rows: whose completion each holds, its position, its row of the KV cache.
 
-    The bookkeeping is in host arrays, one entry a slot; the cache and the next-token logits stay on the device. Each
-    token costs one small copy to the host.
+    The bookkeeping is in host arrays: keys, prompt_length, count, limit (rows,) and tokens, logprobs (rows, longest).
+    The cache and the next-token logits (rows, V) stay on the device; each token costs one small copy to the host.
     """
 
     def __init__(self, model, requests, slots):

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -78,7 +77,7 @@ class Config:
     inner_epochs: list[int] = flag([1], "mu_l, passes over an update's groups", "DeepScaleR, FastCuRL")
     updates: list[int] = flag([60], "M_l, updates of the level", "ours")
 
-    lr: float = flag(1.5e-4, "peak learning rate of AdamW", "ours, for 1 M parameters; DeepScaleR 1e-6 for 1.5 B")
+    lr: float = flag(1.5e-4, "peak learning rate of AdamW", "ours, for 0.8 M parameters; DeepScaleR 1e-6 for 1.5 B")
     warmup: int = flag(10, "updates of linear warm-up", "DAPO")
     lr_decay: Literal["none", "linear", "cosine"] = flag("linear", "from the peak to 0 at the last update", "ours; DeepScaleR none")
     minibatches: int = flag(2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts")
@@ -144,7 +143,7 @@ def resolve_levels(cfg, measured):
         if len(values) not in (1, num_levels):
             raise ValueError(
                 f"--{longest.replace('_', '-')} has {num_levels} values, so there are {num_levels} levels, and "
-                f"--{name.replace('_', '-')} needs 1 or {num_levels} values, not {len(values)}"
+                f"--{name.replace('_', '-')} needs 1 or {num_levels} values, not {len(values)}{'' if getattr(cfg, name) else ' as by default'}"
             )
     levels = [Level(**{name: v[min(i, len(v) - 1)] for name, v in given.items()}) for i in range(num_levels)]
     if cfg.overlong_cache and cfg.overlong_cache > min(level.max_new_tokens for level in levels):
@@ -291,10 +290,7 @@ def score(cfg, stage, prompt, attempts, trained):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart."""
     level = stage.level
     if stage.reward:
-        outcome = [stage.reward(prompt.problem.record(), a.text) for a in attempts]
-        for value in outcome:
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"--reward {level.reward} returned {value!r} for problem {prompt.problem.id}, not a finite number")
+        outcome = [own_reward(stage, prompt.problem, a.text) for a in attempts]
     else:
         outcome = [a.right for a in attempts]
     length = length_reward(
@@ -311,6 +307,18 @@ def score(cfg, stage, prompt, attempts, trained):
     )
 
 
+def own_reward(stage, problem, response):
+    """The user's R_l of one completion; whatever is wrong with it is said with its name and the problem."""
+    value, where = None, f"--reward {stage.level.reward}, problem {problem.id}"
+    try:
+        value = float(stage.reward(problem.record(), response))
+    except Exception as error:
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: returned {value}, expected a finite number")
+    return value
+
+
 @dataclass(frozen=True)
 class Sample:
     """One completion to train on."""
@@ -318,7 +326,7 @@ class Sample:
     prompt: list
     completion: object
     advantage: float
-    fresh: bool  # sampled in this update
+    fresh: bool  # sampled from the policy as it is before this update's first step
 
     @property
     def length(self):
@@ -506,12 +514,12 @@ class Run:
             f"entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
         )
         if stage.skipped:
-            tqdm.write(
-                f"  update {stats.update} skipped: after {stats.draws} draws {stage.buffer.pending} of {stage.level.buffer_groups} groups wait ("
-                f"{row['groups_all_right']} of {row['groups_drawn']} drawn were all right, {row['groups_all_wrong']} all wrong)"
-            )
+            tqdm.write(f"  update {stats.update} skipped: {stats.draws} draws of {stage.level.prompts} prompts did not fill the buffer")
         if stage.skipped == MOST_SKIPS:
-            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates: too easy or too hard for this policy")
+            tqdm.write(
+                f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates: raise --max-draws or --prompts, or choose another "
+                "--quality if most groups were all right or all wrong"
+            )
         if stats.drawn and stats.update % SHOW_EVERY == 1:
             for p, a, _, _ in stats.drawn[:: max(1, len(stats.drawn) // 2)][:2]:
                 tqdm.write(f"  {p.problem.problem}  ->  {a.text}  ({a.verdict}; answer {p.problem.answer})")
@@ -542,12 +550,12 @@ class Run:
         if update == self.saved:
             return
         part = self.out / "checkpoint.part"
-        shutil.rmtree(part, ignore_errors=True)
-        policy.model.save_pretrained(part)
-        policy.tokenizer.save_pretrained(part)
-        GenerationConfig(eos_token_id=list(policy.stop_ids), pad_token_id=policy.tokenizer.pad_token_id).save_pretrained(part)
-        part.rename(self.out / "checkpoints" / f"{update:06d}")
-        self.saved = update
+        with uninterrupted():
+            policy.model.save_pretrained(part)
+            policy.tokenizer.save_pretrained(part)
+            GenerationConfig(eos_token_id=list(policy.stop_ids), pad_token_id=policy.tokenizer.pad_token_id).save_pretrained(part)
+            part.rename(self.out / "checkpoints" / f"{update:06d}")
+            self.saved = update
 
     def table(self, stages):
         """Held-out accuracy of every level (rows) before and after every level (columns), with 95 % intervals."""
@@ -576,26 +584,26 @@ def read_data(cfg):
     return cfg, problems, data.read_problems(cfg.eval_data) if cfg.eval_data else [], len(read) - len(problems)
 
 
-def prepare(cfg, levels, problems, held_out, measured):
+def prepare(cfg, levels, problems, held_out):
     """Cut the levels, load and render everything before minutes are spent. -> policy, stages, facts for config.json"""
     qualities = [level.quality for level in levels]
-    if measured or cfg.difficulty == "level":
-        cut, left_out = data.cut_levels(problems, qualities, cfg.difficulty)
-        cut_held_out, held_out_left_out = data.cut_levels(held_out, qualities, cfg.difficulty)
-        if held_out and not any(cut_held_out):
-            raise ValueError(
-                f"{cfg.eval_data}: no problem falls into any level (left out: {held_out_left_out}); was its difficulty measured? "
-                "See --add-pass-rate of eval.py"
-            )
-    else:
-        tqdm.write(f"{cfg.data}: no problem has a pass_rate: difficulty is unmeasured, every level trains on all problems")
-        cut, cut_held_out, left_out, held_out_left_out = [problems] * len(levels), [held_out] * len(levels), {}, {}
+
+    def cut(name, problems):
+        if problems and all(data.difficulty(p, cfg.difficulty) is None for p in problems):
+            tqdm.write(f"{name}: no problem has a {cfg.difficulty}, so all of them stand for every level")
+            return [problems] * len(levels), {}
+        return data.cut_levels(problems, qualities, cfg.difficulty)
+
+    train_sets, left_out = cut(cfg.data, problems)
+    held_out_sets, held_out_left_out = cut(cfg.eval_data, held_out)
+    if held_out and not any(held_out_sets):
+        raise ValueError(f"{cfg.eval_data}: no problem falls into any level (left out: {held_out_left_out}); see --quality")
     rewards = [load_reward(level.reward) for level in levels]
     policy = Policy.load(cfg.model, cfg.dtype, cfg.device, cfg.examples)
     stages, too_long = [], 0
-    for number, (level, train_set, held_out_set, reward) in enumerate(zip(levels, cut, cut_held_out, rewards), 1):
+    for number, (level, train_set, held_out_set, reward) in enumerate(zip(levels, train_sets, held_out_sets, rewards), 1):
         if not train_set:
-            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem; of {cfg.data} are left out: {left_out}")
+            raise ValueError(f"level {number} (Q = {level.quality:g}) has no problem: choose another --quality ({cfg.data} left out: {left_out})")
         rendered = policy.render(train_set)
         prompts = [p for p in rendered if policy.room(p)]
         too_long += len(rendered) - len(prompts)
@@ -628,7 +636,7 @@ def main(arguments=None):
             raise ValueError(f"--out {out}: exists already; name a new folder")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("training runs in one process: use torchrun --nproc_per_node=1, or plain python")
-        policy, stages, facts = prepare(cfg, levels, problems, held_out, measured)
+        policy, stages, facts = prepare(cfg, levels, problems, held_out)
         facts = {"repeats_removed": repeats, **facts, "torch": torch.__version__}
         tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
         run = Run(cfg, levels, out, facts)

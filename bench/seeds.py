@@ -23,9 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from eval import SHIPPED, Policy, attempt, evaluation_keys, pass_at_k  # noqa: E402
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, Policy, attempt, evaluation_keys, pass_at_k  # noqa: E402
 from rewards import Grader, writes_steps  # noqa: E402
-from train import Config  # noqa: E402
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
 SAMPLES = 16
@@ -44,9 +43,10 @@ def one_seed(seed, folder, threads):
     """Train with one seed and measure: [{"before": accuracies, "after": ...} per level]. What is done is not done again."""
     if (folder / "measured.json").exists():
         return json.loads((folder / "measured.json").read_text())
-    command = [sys.executable, ROOT / "train.py", "--seed", str(seed), "--out", str(folder)]
-    with open(f"{folder}.log", "w") as log:
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log)
+    if not (folder / "report.png").exists():  # the last thing that a run writes
+        command = [sys.executable, ROOT / "train.py", "--seed", str(seed), "--out", str(folder)]
+        with open(f"{folder}.log", "w") as log:
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log)
     torch.set_num_threads(threads)
     end = sorted((folder / "checkpoints").iterdir())[-1]
     measured = [{"before": measure(SHIPPED / "tiny", p, seed), "after": measure(end, p, seed)} for p in held_out_levels()]
@@ -58,7 +58,7 @@ def measure(model, problems, seed):
     """Accuracies of one model on the problems of one level."""
     policy, grader = Policy.load(model), Grader()
     prompts = policy.render(problems)
-    common = dict(max_new_tokens=Config().max_new_tokens[0], slots=256)
+    common = {"max_new_tokens": MAX_NEW_TOKENS, "slots": SLOTS}
     sampled = attempt(policy, grader, prompts, evaluation_keys(10_000 + seed, prompts, SAMPLES), temperature=1.0, **common)
     greedy = attempt(policy, grader, prompts, evaluation_keys(0, prompts, 1), temperature=0.0, **common)
     worked = np.array([[writes_steps(a.text) for a in group] for group in sampled])
@@ -77,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train the default with several seeds and tabulate what it gains.")
     parser.add_argument("--seeds", type=int, default=5, choices=sorted(T_975))
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; more than one: one thread each")
-    parser.add_argument("--runs", default="runs/seeds", help="folder of the run directories; measured ones in it are used as they are")
+    parser.add_argument("--runs", default="runs/seeds", help="folder of the run directories; finished ones in it are used as they are")
     args = parser.parse_args()
     folders = [Path(args.runs) / f"seed-{seed}" for seed in range(args.seeds)]
     Path(args.runs).mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "no problem in it"),
+    ("", "nothing in it"),
     (GOOD + "\n{oops", "line 2"),
     (GOOD + "\n[1]", "line 2: expected a JSON object"),
     ('{"problem": "1+1"}', 'line 1: no "answer"'),

@@ -140,7 +140,7 @@ def test_the_orphans_clock_runs_only_while_a_case_does():
 def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
     (tmp_path / "broken.py").write_text("raise SystemExit('no math-verify')")
     monkeypatch.setattr(rewards.os.path, "abspath", lambda _: str(tmp_path / "broken.py"))
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(RuntimeError, match="do not start"):
         Grader(workers=1).compare([("1/2", "0.5")])
 
 

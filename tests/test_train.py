@@ -134,6 +134,7 @@ def workshop(tmp_path, toy_folder, monkeypatch):
         "def never(problem, response):\n    return 0.0\n"
         "def always(problem, response):\n    return 1.0\n"
         "def broken(problem, response):\n    return float('nan')\n"
+        "def crash(problem, response):\n    return problem['nothing']\n"
     )
 
     def run(*arguments, out="run", **flags):
@@ -311,8 +312,16 @@ def test_data_without_pass_rates_is_one_level_and_says_so(workshop, tmp_path, ca
     (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"problem": c, "answer": 1}) for c in "abcdeea"))
     out = workshop(data="plain.jsonl", updates=1)
     printed = capsys.readouterr().out
-    assert "unmeasured" in printed and "repeats_removed 2" in printed
+    assert "plain.jsonl: no problem has a pass_rate" in printed and "repeats_removed 2" in printed
     assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1]
+
+
+def test_held_out_problems_without_pass_rates_stand_for_every_level(workshop, tmp_path, capsys):
+    """Measured training problems and a plain held-out file are an ordinary pair."""
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"problem": c, "answer": 1}) for c in "xyz"))
+    out = workshop(eval_data="plain.jsonl", updates=1)
+    assert [(row["level"], row["n"]) for row in lines(out / "eval.jsonl")] == [(1, 3), (2, 3)] * 3
+    assert "stand for every level" in capsys.readouterr().out
 
 
 def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, tmp_path, capsys):
@@ -350,7 +359,7 @@ def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
 BAD = [
     ({"data": "none.jsonl"}, "none.jsonl: cannot be read"),
     ({"data": "bad.jsonl"}, "bad.jsonl, line 2"),
-    ({"data": "empty.jsonl"}, "no problem in it"),
+    ({"data": "empty.jsonl"}, "nothing in it"),
     ({"eval_data": "none.jsonl"}, "none.jsonl: cannot be read"),
     ({"quality": (0.2, 1.0)}, "level 1 (Q = 0.2) has no problem"),
     ({"updates": (1, 2, 3), "quality": (0.5, 1.0)}, "--updates has 3 values, so there are 3 levels, and --quality needs 1 or 3 values, not 2"),
@@ -404,8 +413,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(workshop, tmp_path, toy_folde
 
 
 def test_a_reward_that_is_not_a_number_is_named(workshop):
-    with pytest.raises(ValueError, match="toy_reward.py:broken returned nan for problem p"):
-        workshop(reward="toy_reward.py:broken")
+    for function, message in (("broken", "returned nan"), ("crash", "KeyError: 'nothing'")):
+        with pytest.raises(ValueError, match=f"--reward toy_reward.py:{function}, problem p.*{message}"):
+            workshop(reward=f"toy_reward.py:{function}", out=function)
 
 
 def test_two_processes_are_refused(workshop, monkeypatch, capsys):
