@@ -251,11 +251,11 @@ def test_one_problem_drawn_twice_makes_two_groups(workshop, tmp_path):
 
 def test_what_is_logged_is_what_its_name_says(workshop):
     """Against recomputation from the completions and the schedule."""
-    out = workshop(quality=1.0, updates=4, filter="all", inner_epochs=2, warmup=2, lr=0.01, lr_decay="linear", eps_low=0.01, eps_high=0.9)
+    out = workshop(quality=1.0, updates=4, filter="all", inner_epochs=2, warmup=2, lr=1e-3, lr_decay="linear", eps_low=1e-3, eps_high=0.9)
     for row in lines(out / "metrics.jsonl"):
         assert row["tokens_trained"] == 2 * row["tokens_sampled"]  # every group kept, two passes
-        assert row["lr"] == pytest.approx(0.01 * [0.5, 1, 2 / 3, 1 / 3][row["update"] - 1])
-        assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # a bound of 1.9 is never reached, 0.99 often
+        assert row["lr"] == pytest.approx(1e-3 * [0.5, 1, 2 / 3, 1 / 3][row["update"] - 1])
+        assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # a bound of 1.9 is never reached, 0.999 often
         assert 1 < row["ratio_max"] < 1.9 and row["grad_norm"] > 0
 
 
