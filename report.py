@@ -77,14 +77,14 @@ def draw_accuracy(ax, runs):
         ax.legend(frameon=False, fontsize=8)
 
 
-def draw_buffer(ax, run):
+def draw_buffer(ax, run, many):
     """What became of the groups, stacked, per update; the first run alone."""
     updates, bottom = [row["update"] for row in run["metrics"]], [0.0] * len(run["metrics"])
     for key, (label, colour) in FATES.items():
         top = [b + v for b, v in zip(bottom, smooth([row[key] for row in run["metrics"]], max(1, len(updates) // 20)))]
         ax.fill_between(updates, bottom, top, color=colour, label=label, linewidth=0)
         bottom = top
-    ax.set_title(f"buffer of {run['name']}: what became of the groups", loc="left")
+    ax.set_title("fate of the groups drawn (first run)" if many else "fate of the groups drawn", loc="left")
     ax.set_ylabel("groups per update")
     ax.legend(frameon=False, fontsize=8, ncols=2)
 
@@ -101,7 +101,7 @@ def draw(folders):
     figure, axes = plt.subplots(3, 4, figsize=(17, 10), layout="constrained")
     blue, orange, green = LEVEL_COLOURS[:3]
     draw_accuracy(axes.flat[0], runs)
-    draw_buffer(axes.flat[1], runs[0])
+    draw_buffer(axes.flat[1], runs[0], len(runs) > 1)
     parts = {"reward": ("reward_mean", blue), "outcome R": ("outcome_mean", orange), "length K": ("length_reward_mean", green)}
     if not any(row["length_reward_mean"] for run in runs for row in run["metrics"]):  # K = 0: reward and outcome are one
         parts = {"": ("reward_mean", blue)}
@@ -126,7 +126,7 @@ def draw(folders):
         ax.set_xlabel("update")
         for first in boundaries if len(boundaries) < 8 else []:  # interleaved levels have no boundaries to show
             ax.axvline(first - 0.5, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-    figure.suptitle("   ".join(f"{run['name']} ({style})" for run, style in zip(runs, STYLES * len(runs))), fontsize=10)
+    figure.suptitle("   ".join(f"{run['name']} ({style})" if len(runs) > 1 else run["name"] for run, style in zip(runs, STYLES * len(runs))), fontsize=10)
     path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
