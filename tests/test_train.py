@@ -76,6 +76,14 @@ def test_doubling_a_step_by_repetition_leaves_it_unchanged(norm):
     assert (once - twice).abs().max() < 1e-12
 
 
+def test_the_norms_differ_by_what_they_divide_by():
+    """For completions of one length T the token mean is the sequence mean, and `constant` is T / Len of it."""
+    model = random_model(dtype=torch.float64)
+    samples = off_policy_samples(model)[4:5] * 3  # T = 19 of Len = 30
+    sequence, token, constant = (gradient(model, samples, loss_norm=norm) for norm in ("sequence", "token", "constant"))
+    assert (sequence - token).abs().max() < 1e-12 and (sequence * 19 / 30 - constant).abs().max() < 1e-12 < constant.abs().max()
+
+
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_number_of_minibatches_does_not_rescale_the_gradient(norm):
     """Each step divides by its own count: equal halves give equal gradients, not halves of one (TRL's normaliser once did)."""
@@ -244,7 +252,7 @@ def test_a_skipped_update_does_not_age_the_buffer(workshop):
 def test_one_problem_drawn_twice_makes_two_groups(workshop, tmp_path):
     """Grouping by prompt text would merge them; forgetting the draw index would sample the same completions twice."""
     (tmp_path / "one.jsonl").write_text('{"problem": "a", "answer": "1", "pass_rate": 0.5}')
-    out = workshop(data="one.jsonl", quality=1.0, updates=1, group_size=8, max_new_tokens=30, dtype="float64")
+    out = workshop(data="one.jsonl", quality=1.0, updates=1, prompts=1, group_size=8, max_new_tokens=30, dtype="float64")
     drawn = [c["text"] for c in lines(out / "completions.jsonl")]
     assert lines(out / "metrics.jsonl")[0]["groups_kept"] == 2 and len(drawn) % 16 == 0 and len(set(drawn)) == len(drawn)
 
@@ -257,6 +265,11 @@ def test_what_is_logged_is_what_its_name_says(workshop):
         assert row["lr"] == pytest.approx(1e-3 * [0.5, 1, 2 / 3, 1 / 3][row["update"] - 1])
         assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # a bound of 1.9 is never reached, 0.999 often
         assert 1 < row["ratio_max"] < 1.9 and row["grad_norm"] > 0
+
+
+def test_the_math_reward_is_the_graders_outcome(workshop):
+    out = workshop(reward="math", filter="all", updates=2)
+    assert all(c["outcome"] == (c["verdict"] == "right") for c in lines(out / "completions.jsonl"))
 
 
 def test_a_step_without_signal_moves_nothing():
