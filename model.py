@@ -26,7 +26,7 @@ LOGITS_PER_CHUNK = 1 << 22  # elements; token_logprobs holds a handful of such t
 
 
 def at_least_float32(x):
-    """The dtype in which norms and softmaxes are computed: float32, or float64 where x already is."""
+    """x in the dtype in which norms and softmaxes are computed: float32, or float64 where it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -309,7 +309,7 @@ def score(cfg, stage, prompt, attempts, trained):
 
 def own_reward(stage, problem, response):
     """The user's R_l of one completion; whatever is wrong with it is said with its name and the problem."""
-    value, where = None, f"--reward {stage.level.reward}, problem {problem.id}"
+    where = f"--reward {stage.level.reward}, problem {problem.id}"
     try:
         value = float(stage.reward(problem.record(), response))
     except Exception as error:
