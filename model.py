@@ -115,7 +115,7 @@ class KVCache:
                 for i, old in enumerate(tensors):  # zeros: what is masked must be finite, 0 * nan would be nan
                     tensors[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], 2)
 
-    def visible(self, positions):
+    def visible(self, positions, rows):
         """What queries at positions (B, T) may attend to: (B, 1, T, window) bool."""
         return torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]
 
@@ -141,6 +141,32 @@ class KVCache:
         for tensors in (self.k, self.v):
             for i, cache in enumerate(tensors):
                 tensors[i] = cache[rows]
+
+
+class PromptCache:
+    """The learner's cache: keys and values of prompts, with their gradients, for all completions that follow them.
+
+    First the prompts go through the model (rows=None), right-padded, then completions, row b after prompt rows[b].
+    """
+
+    def __init__(self, lengths):
+        self.lengths, self.layers = lengths, {}  # (prompts,) tokens; layer -> k, v (prompts, K, P, D)
+
+    def visible(self, positions, rows):
+        """(B, 1, T, P + T) bool: the tokens of the row's prompt, and the row's own up to each; None: causal."""
+        if rows is None:
+            return None
+        B, T = positions.shape
+        P, device = self.layers[0][0].shape[2], positions.device
+        prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
+        own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        return torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
+
+    def put(self, layer, rows, positions, k, v):
+        if rows is None:
+            self.layers[layer] = k, v
+            return k, v
+        return tuple(torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
@@ -239,15 +265,14 @@ class Body(nn.Module):
     def forward(self, ids, positions=None, cache=None, rows=None):
         """ids (B, T) -> hidden states (B, T, C).
 
-        Without a cache: causal attention within each row, positions from 0 (training; right padding is never seen).
+        Without a cache: causal attention within each row, positions from 0 (right padding is never seen).
         With one: the tokens are stored at `positions` (B, T) of cache rows `rows` (B,) (None: all, in order) and
-        attend to what their row holds up to there (prefill: positions 0..T-1; decoding: one token a row).
+        attend to what their row holds up to there (prefill: positions 0..T-1; decoding: one token a row; learning:
+        a PromptCache, which says its own rules).
         """
-        visible = None
-        if cache is not None:
-            visible = cache.visible(positions)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        visible = None if cache is None else cache.visible(positions, rows)
         x = self.embed_tokens(ids)
         angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -360,14 +385,28 @@ def _chosen(hidden, head, targets, temperature):
 
 
 def token_logprobs(model, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
-    """Log-prob of each masked token given those before it in its row, and the entropy of that choice.
+    """Log-prob of each completion token given those before it in its row, and the entropy of that choice.
 
-    ids (B, T), right-padded with any id;  mask (B, T) bool, True on completion tokens (never at position 0)
+    ids (B, T), each row a prompt, its completion, and any ids as padding;  mask (B, T) bool, True on completions
     -> logprob, entropy (B, T), nats, 0 outside the mask
 
-    The logits are made for masked tokens alone, chunk by chunk, and again in the backward pass: (B, T, V) never exists.
+    Prompts that rows share, as those of a group do, go through the model once. The logits are made for completion
+    tokens alone, chunk by chunk, and again in the backward pass: (B, T, V) never exists.
     """
-    hidden, targets = model.model(ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+    starts, lengths = mask.int().argmax(1), mask.sum(1)
+    in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
+    keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
+    prompts, rows = keyed.unique(dim=0, return_inverse=True)  # the length counts: token 0 may be a token
+    prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
+    cache = PromptCache(prompt_lengths)
+    hidden = model.model(prompts, cache=cache)[rows, starts - 1][:, None]  # chooses the first token of each completion
+    offset = torch.arange(lengths.max(), device=ids.device)
+    inside = offset < lengths[:, None]  # (B, longest completion)
+    targets = ids.gather(1, (starts[:, None] + offset).clamp(max=ids.shape[1] - 1))
+    if targets.shape[1] > 1:
+        more = model.model(targets[:, :-1], starts[:, None] + offset[:-1], cache, rows)
+        hidden = torch.cat([hidden, more], 1)
+    hidden, targets = hidden[inside], targets[inside]
     size = max(1, logits_per_chunk // model.config.vocab_size)
     parts = [
         checkpoint(_chosen, h, model.lm_head, t, temperature, use_reentrant=False)
@@ -380,13 +419,16 @@ def token_logprobs(model, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CH
 # ---------------------------------------------------------------------------------------------------- micro-batches
 
 
-def micro_batches(lengths, max_tokens):
-    """Indices of sequences, cut from longest to shortest so that rows x longest stays within max_tokens (or is one row)."""
-    order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    while order:
-        rows = max(1, max_tokens // lengths[order[0]])
-        batches.append(order[:rows])
-        order = order[rows:]
+def micro_batches(prompts, completions, max_tokens):
+    """Indices of sequences (token lists, pairwise), from the longest completion to the shortest, cut so that the padded
+    tokens of their completions and of their different prompts stay within max_tokens (or it is one sequence)."""
+    batches, known, widest = [], set(), 0
+    for i in sorted(range(len(completions)), key=lambda i: -len(completions[i])):
+        known, widest = known | {tuple(prompts[i])}, max(widest, len(prompts[i]))
+        if not batches or (len(batches[-1]) + 1) * len(completions[batches[-1][0]]) + len(known) * widest > max_tokens:
+            batches.append([])
+            known, widest = {tuple(prompts[i])}, len(prompts[i])
+        batches[-1].append(i)
     return batches
 
 

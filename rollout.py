@@ -7,6 +7,7 @@ completion, so slots, batch mates and the order of requests change nothing (beyo
 
 from collections import deque
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences, in spite of its home
 
 import numpy as np
 import torch
@@ -129,18 +130,26 @@ class Slots:
             del self.held[r], self.first[r]
 
     def prefill(self, batch):
-        """Run the prompts of these requests, right-padded, into their cache rows."""
-        lengths = [len(self.requests[r].prompt) for r in batch]
-        width = -(-max(lengths) // MIN_ROWS) * MIN_ROWS
-        ids = np.zeros((len(batch), width), np.int64)
-        for row, r in zip(ids, batch):
-            row[: len(self.requests[r].prompt)] = self.requests[r].prompt
-        self.cache.reserve(width)
-        positions = self.to_device(np.arange(width)).expand(len(batch), -1)
-        rows = self.to_device(np.array([self.held[r] for r in batch]))
-        hidden = self.model.model(self.to_device(ids), positions, self.cache, rows)
-        last = hidden[torch.arange(len(batch), device=hidden.device), self.to_device(np.array(lengths) - 1)]
+        """Run the prompts of these requests into their cache rows; a beginning that all share (worked examples), once."""
+        prompts, rows = [self.requests[r].prompt for r in batch], [self.held[r] for r in batch]
+        shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS if len(batch) > 1 else 0
+        if shared:  # a token at least is left to each
+            self.extend(rows[:1], [prompts[0][:shared]], 0)
+            self.cache.copy(rows[:1] * (len(rows) - 1), rows[1:])
+        hidden = self.extend(rows, [p[shared:] for p in prompts], shared)
+        lengths = self.to_device(np.array([len(p) for p in prompts])) - shared
+        last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
         self.first.update(zip(batch, self.model.lm_head(last)))
+
+    def extend(self, rows, tokens, start):
+        """Run token lists, right-padded, into these cache rows from position `start`; returns hidden states (B, T, C)."""
+        width = -(-max(map(len, tokens)) // MIN_ROWS) * MIN_ROWS
+        ids = np.zeros((len(rows), width), np.int64)
+        for row, some in zip(ids, tokens):
+            row[: len(some)] = some
+        self.cache.reserve(start + width)
+        positions = self.to_device(np.arange(start, start + width)).expand(len(rows), -1)
+        return self.model.model(self.to_device(ids), positions, self.cache, self.to_device(np.array(rows)))
 
     def advance(self, temperature, top_k, top_p):
         """Sample and record the next token of every slot."""

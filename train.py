@@ -328,10 +328,6 @@ class Sample:
     advantage: float
     fresh: bool  # sampled from the policy as it is before this update's first step
 
-    @property
-    def length(self):
-        return len(self.prompt) + len(self.completion.tokens)
-
 
 def learn(cfg, level, model, reference, optimizer, groups, trained, stats):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
@@ -353,7 +349,7 @@ def learn(cfg, level, model, reference, optimizer, groups, trained, stats):
 def backward(cfg, level, model, reference, step, stats):
     """Add the gradient of -J_l over the samples of one optimizer step; how it is cut into micro-batches changes nothing."""
     num_tokens = sum(len(s.completion.tokens) for s in step)  # of the whole step, counted before its first backward
-    for rows in micro_batches([s.length for s in step], cfg.micro_batch_tokens):
+    for rows in micro_batches([s.prompt for s in step], [s.completion.tokens for s in step], cfg.micro_batch_tokens):
         micro = [step[i] for i in rows]
         ids, mask = pad([s.prompt for s in micro], [s.completion.tokens for s in micro], model.device)
         logprob, entropy = token_logprobs(model, ids, mask, cfg.temperature)

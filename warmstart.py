@@ -87,7 +87,7 @@ def main():
         rate = min(1, (step + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2)
         optimizer.param_groups[0]["lr"] = args.lr * rate
         num_tokens, loss = sum(map(len, completions)), 0.0
-        for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions)], 4096):
+        for rows in micro_batches(prompts, completions, 4096):
             ids, mask = pad([prompts[i] for i in rows], [completions[i] for i in rows])
             logprob, _ = token_logprobs(model, ids, mask, temperature=1.0)
             part = -logprob.sum() / num_tokens

@@ -155,7 +155,9 @@ def dense(model, ids, mask, temperature):
 def test_chunked_log_probs_equal_dense_ones(temperature, chunk):
     """Values and gradients of both, at a temperature too: a chunk lost or a temperature forgotten fails."""
     model = random_model(dtype=torch.float64)
-    ids, mask = pad([[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]])
+    # shared prompts, one that is another's beginning, one that differs by a token 0, as padding has it
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]]
+    ids, mask = pad(prompts, [[7, 8], [9, 10, 11, 12], [13], [5, 6], [7, 7], [0]])
     weight = torch.randn(2, *ids.shape, dtype=torch.double)
     results = []
     for function in (lambda: token_logprobs(model, ids, mask, temperature, chunk), lambda: dense(model, ids, mask, temperature)):
@@ -174,6 +176,13 @@ def test_log_probs_ignore_batch_mates_and_padding():
     for row, p, c in zip(together, prompts, completions):
         alone, _ = token_logprobs(model, *pad([p], [c]), 1.0)
         assert torch.allclose(row[: len(p) + len(c)], alone[0], atol=1e-12)
+
+
+def test_a_shared_prompt_goes_through_the_model_once():
+    model, seen = random_model(), []
+    model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    token_logprobs(model, *pad([[1, 2, 3, 4, 5]] * 4, [[6, 7, 8]] * 4), 1.0)
+    assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
 def test_memory_of_log_probs_stays_far_below_the_logits():
@@ -201,7 +210,12 @@ def test_log_softmax_keeps_float64_and_raises_bfloat16():
 
 
 def test_micro_batches_cover_everything_within_the_budget():
-    lengths = [5, 90, 7, 33, 33, 1, 64]
-    batches = micro_batches(lengths, 100)
-    assert sorted(i for b in batches for i in b) == list(range(7))
-    assert all(len(b) * max(lengths[i] for i in b) <= 100 or len(b) == 1 for b in batches)
+    """Padding counts, and so does every different prompt of a batch, once."""
+    prompts = [[1] * 20, [2] * 10, [1] * 20, [2] * 10, [2] * 10, [1] * 20, [1] * 20]
+    completions = [[0] * n for n in (5, 90, 7, 33, 33, 1, 64)]
+    batches = micro_batches(prompts, completions, 100)
+    assert [[len(completions[i]) for i in b] for b in batches] == [[90], [64], [33, 33], [7, 5, 1]]
+    for b in batches:
+        used = {tuple(prompts[i]) for i in b}
+        cost = len(b) * max(len(completions[i]) for i in b) + len(used) * max(map(len, used))
+        assert cost <= 100 or len(b) == 1

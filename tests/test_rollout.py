@@ -72,7 +72,7 @@ def test_recorded_log_probs_equal_the_learners(temperature):
         logprob, _ = token_logprobs(model, ids, mask, temperature)
         recorded = torch.tensor([x for c in completions for x in c.logprobs])
         gap = max(gap, (logprob[mask] - recorded).abs().max().item())
-    assert 0 < gap < 1e-5
+    assert 0 < gap < 5e-5  # rounding; a temperature or a position that is off moves tenths
 
 
 @pytest.mark.parametrize("stop", [0, 3])
@@ -158,3 +158,17 @@ def test_a_prompt_drawn_twice_is_sampled_twice():
     first, second = sample(model, twice, slots=8, stop_ids={3}, temperature=1.0)
     assert all(a.tokens != b.tokens for a, b in zip(first, second))
     assert len({tuple(c.tokens) for c in first + second}) == 8
+
+
+def test_a_beginning_that_prompts_share_is_prefilled_once():
+    """And changes nothing: the completions are those of each prompt alone."""
+    model, seen = random_model(dtype=torch.float64), []
+    few_shot = list(range(3, 43))
+    alike = [Request(few_shot + [50 + i] * (i + 1), [stream(7, i, k) for k in range(2)], 12) for i in range(4)]
+    settings = dict(slots=8, stop_ids=set(), temperature=1.0)
+    alone = [sample(model, [r], **settings)[0] for r in alike]
+    hook = model.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    together = sample(model, alike, **settings)
+    hook.remove()
+    assert [[c.tokens for c in many] for many in together] == [[c.tokens for c in many] for many in alone]
+    assert seen[:2] == [(1, 32), (4, 16)]  # 40 shared tokens, rounded down to whole eights and one left to each: 39
