@@ -1,10 +1,10 @@
-"""R_l: is the answer right? math-verify behind a boundary that can neither hang nor crash a run.
+"""R_l: is the answer right? answers.py behind a boundary that can neither hang nor crash a run.
 
     python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and print disagreements
 
 A policy under reinforcement learning attacks its reward, so its text is hostile: it is parsed in worker processes that
-are killed when they exceed a clock or a memory limit, and replaced. math-verify's own timeout relies on signals, which
-do not interrupt everything, and is switched off.
+die when they exceed a clock or a memory limit, and are replaced. The kernel enforces both: a handler of signals, as in
+math-verify's own timeout, would not interrupt one long operation.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
-CASE_SECONDS = 2.0  # ours; a case of ordinary size takes milliseconds
+CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict; ours: ordinary cases take milliseconds
+WALL = 25  # wall time may be so many times that, before a worker that does not answer is given up
 WORKER_BYTES = 2 << 30  # address space of a worker
-ORPHAN_SECONDS = 60  # after which a worker that hangs ends itself, should its parent be gone
 LONGEST_ANSWER = 1000  # characters; the longest gold answer of the usual benchmarks has under 300
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
@@ -39,6 +39,7 @@ def extract_answer(text, allow_last_number=False):
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
+    text = re.sub(r"(\\boxed\s*\{[^{}\n]*\})%.*\\boxed.*", r"\1", text)  # LaTeX reads % right behind a box as a comment
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
         numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
@@ -71,6 +72,8 @@ def at_once(gold, answer):
         return NO_ANSWER
     if len(answer) > LONGEST_ANSWER:
         return WRONG
+    if answer == gold:
+        return RIGHT
     if re.fullmatch(r"-?\d{1,1000}", answer) and re.fullmatch(r"-?\d{1,1000}", gold.strip()):
         return RIGHT if int(answer) == int(gold) else WRONG
     return None
@@ -79,36 +82,56 @@ def at_once(gold, answer):
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
-def serve():
-    """A worker: one JSON pair [gold, answer] a line in, one JSON verdict a line out, until the input ends."""
-    from math_verify import parse, verify
+def serve(seconds):
+    """A worker: one JSON pair [gold, answer] a line in, one JSON verdict a line out, until the input ends.
 
-    answers = os.fdopen(os.dup(1), "w")  # for verdicts alone: whatever a library prints goes nowhere
+    The cases are judged by a child. When one kills it, the verdict is the parent's, which has everything imported and
+    forks the next child in milliseconds.
+    """
+    import answers
+
+    verdicts = os.fdopen(os.dup(1), "w")  # for verdicts alone: whatever a library prints goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def say(verdict):
+        print(json.dumps(verdict), file=verdicts, flush=True)
+
+    answers.equal("x+1", "1+\\frac{x}{1}")  # imports, and fills the parser's caches
+    answers.equal("\\sqrt{2}", "2^{1/2}")
+    say("ready")
+    while True:
+        child = os.fork()
+        if child == 0:
+            judge(answers.equal, say, seconds)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):  # the input ended
+            return
+        say(TIMEOUT if os.WTERMSIG(status) == signal.SIGPROF else ERROR)
+
+
+def judge(equal, say, seconds):
+    """Answer case after case. One that takes longer than `seconds` of processor time kills this process (SIGPROF)."""
     try:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     except (ValueError, OSError):  # macOS knows no such limit; the clock remains
         pass
-    verify(parse("\\boxed{1}", parsing_timeout=None), parse("\\boxed{\\frac{1}{2}}", parsing_timeout=None), timeout_seconds=None)
-    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        signal.alarm(ORPHAN_SECONDS)
         gold, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            gold, answer = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, answer))
-            same = verify(gold, answer, float_rounding=30, numeric_precision=40, timeout_seconds=None)  # digits: no tolerance
-            verdict = RIGHT if same else WRONG
+            verdict = RIGHT if equal(gold, answer) else WRONG
         except Exception:  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
             verdict = ERROR
-        signal.alarm(0)
-        print(json.dumps(verdict), file=answers, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        say(verdict)
 
 
 class Worker:
     """A process that grades one case at a time."""
 
-    def __init__(self):
-        command = [sys.executable, os.path.abspath(__file__), "--worker"]
+    def __init__(self, seconds):
+        command = [sys.executable, os.path.abspath(__file__), "--worker", str(seconds)]
         self.process = subprocess.Popen(  # a session of its own: Ctrl-C reaches the run, which then ends its workers
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -133,7 +156,10 @@ class Worker:
         return json.loads(line) if line else ""
 
     def kill(self):
-        self.process.kill()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the child too
+        except ProcessLookupError:  # all gone already
+            pass
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             try:
@@ -171,14 +197,14 @@ class Grader:
         """Let the workers decide `cases` into `verdicts`; one that dies or exceeds its clock is replaced."""
         waiting = deque(cases)
         if waiting and not self.workers:
-            self.workers = [Worker() for _ in range(self.num_workers)]
+            self.workers = [Worker(self.seconds) for _ in range(self.num_workers)]
         while waiting or any(w.job not in (None, "start") for w in self.workers):
             for i, worker in enumerate(self.workers):
                 if worker.job is None and worker.dead:  # while idle, so no case is to blame
                     worker.kill()
-                    self.workers[i] = Worker()
+                    self.workers[i] = Worker(self.seconds)
                 elif worker.job is None and waiting:
-                    worker.send(waiting.popleft(), self.seconds)
+                    worker.send(waiting.popleft(), WALL * self.seconds)
             with selectors.DefaultSelector() as selector:
                 for i, worker in enumerate(self.workers):
                     if worker.job is not None:
@@ -201,7 +227,7 @@ class Grader:
                 worker.job = None
                 if not verdict:
                     worker.kill()
-                    self.workers[i] = Worker()
+                    self.workers[i] = Worker(self.seconds)
 
     def close(self):
         for worker in self.workers:
@@ -283,4 +309,4 @@ def main():
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--worker"] else main()
+    serve(float(sys.argv[2])) if sys.argv[1:2] == ["--worker"] else main()

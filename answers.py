@@ -1,0 +1,565 @@
+r"""Are two answers the same? The rules around math-verify: `equal(gold, answer)`.
+
+math-verify judges single expressions and equations. What a policy could abuse is decided here, in three steps:
+
+1. `tidy` gives both texts one spelling (Unicode, fonts, spaces, fractions).
+2. `read` finds the shape: list or set, tuple, interval, union, matrix, relation, labelled or plain value. Shapes must
+   agree, so a list of candidates or an interval around the answer is never the answer.
+3. Plain values are compared exactly: fractions as fractions, other numbers to more digits than were written, words as
+   words, units by name; only expressions with variables and equations are left to math-verify's algebra.
+
+Equality is that of mathematics, with these conventions: a label (x=, f(x)=), a unit or a currency may be left out;
+p\% is p or p/100; order does not matter in a list or set; an unevaluated integral, sum, limit, maximum... only equals
+itself. Nothing here is safe against hostile text by itself: rewards.py calls it in a process that can be killed.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+# ---------------------------------------------------------------------------------------------------------- spelling
+
+SYMBOLS = {
+    "−": "-", "–": "-", "﹣": "-", "＋": "+", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
+    "⁄": "/", "＝": "=", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ", "∞": r"\infty ",
+    "π": r"\pi ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∨": r"\lor ", "∧": r"\land ", "°": r"^\circ ", "º": r"^\circ ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ",
+    "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "…": r"\ldots ",
+    "，": ",", "：": ":", "％": r"\%", "∶": ":", "“": '"', "”": '"', "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
+    "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "ε": r"\epsilon ",
+    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\n\r\t", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
+}
+VULGAR = {
+    "½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35", "⅘": "45", "⅙": "16", "⅚": "56",
+    "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19",
+}
+RAISED, LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
+RESPELLED = {  # pattern -> spelling, in this order
+    r"\\q?quad(?![a-zA-Z])": " ; ",
+    r"\\\$": " dollars_ ",
+    r"\\[()\[\]]|\$": "",  # delimiters of math mode; \[ and \( alike
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut)(?![a-zA-Z])\.?": "",
+    r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))": "",  # thousands; a plain comma may also part a list: see `read`
+    r"\\(?:[,:;>! ]|thinspace|medspace|hspace\{[^{}]*\})|~": " ",
+    r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])": r"\\frac",
+    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|pmb|mathnormal|bf|it|rm)(?![a-zA-Z])": "",
+    r"\\(?:mathrm|textrm)\s*\{\s*([a-zA-Z])\s*\}(?<!\d)": r"\1",
+    r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mbox|hbox|emph)\s*(?=\{)": r"\\text",
+    r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])": r"\\le ",
+    r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])": r"\\ge ",
+    r"\\(?:neq)(?![a-zA-Z])": r"\\ne ",
+    r"\\(?:lt)(?![a-zA-Z])": "<",
+    r"\\(?:gt)(?![a-zA-Z])": ">",
+    r"\\(?:vee)(?![a-zA-Z])": r"\\lor ",
+    r"\\(?:lbrace)(?![a-zA-Z])": r"\\{",
+    r"\\(?:rbrace)(?![a-zA-Z])": r"\\}",
+    r"\\(?:lbrack)(?![a-zA-Z])": "[",
+    r"\\(?:rbrack)(?![a-zA-Z])": "]",
+    r"\\(?:varnothing)(?![a-zA-Z])": r"\\emptyset",
+    r"\\(?:degrees?)(?![a-zA-Z])": r"^\\circ",
+    r"\^\{\s*\\circ\s*\}": r"^\\circ",
+    r"\\(sqrt|frac)\s+(?=[\d{])": r"\\\1",
+    r"\\frac(\d)(\d)": r"\\frac{\1}{\2}",
+    r"\\frac(\d)\{": r"\\frac{\1}{",
+    r"\\frac(\{[^{}]*\})(\d)": r"\\frac\1{\2}",
+    r"\\sqrt(\d)": r"\\sqrt{\1}",
+}
+RESPELLED = {re.compile(pattern): spelling for pattern, spelling in RESPELLED.items()}
+JOINED = re.compile(r"\\text\s*\{\s*,?\s*(?P<text>and|or)\s*,?\s*\}|(?P<inner>\\text\s*\{[^{}]*\})|(?<=[\s\d}),])(?P<bare>and|or)(?=[\s\d\\(])")
+
+
+class NoAnswer(ValueError):
+    """The text cannot be an answer."""
+
+
+def tidy(text):
+    """One spelling for what looks alike. Raises NoAnswer for control characters, which make text look like another."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda m: f"^{{{m[0].translate(RAISED)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+", lambda m: f"_{{{m[0].translate(LOWERED)}}}", text)
+    text = re.sub("√ *([0-9.]+|[a-zA-Z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"√ *\(([^()]*)\)", r"\\sqrt{\1}", text).replace("√", r"\sqrt")
+    text = "".join(rf"\frac{{{VULGAR[c][0]}}}{{{VULGAR[c][1]}}}" if c in VULGAR else SYMBOLS.get(c, c) for c in text)
+    if any(not c.isprintable() for c in text):
+        raise NoAnswer("control characters")
+    rows = r"\cr " if r"\begin" in text else " ; "
+    text = re.sub(r"\\\\(?:\[[^\]]*\])?|\\newline", lambda _: rows, text)
+    for pattern, spelling in RESPELLED.items():
+        text = pattern.sub(spelling, text)
+    text = JOINED.sub(lambda m: m["inner"] or rf" \{m['text'] or m['bare']} ", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    while text and text[-1] in ".,;" or text.endswith(": "):
+        text = text[:-1].rstrip()
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ shapes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a text turned out to be.
+
+    kind   value, list, set, tuple, interval, union, matrix or relation
+    text   as it was written, tidied and without its label
+    parts  items of a collection, sides of a relation
+    mark   brackets of a tuple or interval, signs of a relation, rows of a matrix
+    label  what stood before "=" or "in", or ""
+    """
+
+    kind: str
+    text: str
+    parts: tuple = ()
+    mark: object = ""
+    label: str = ""
+
+
+OPEN, CLOSE = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"), (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil")
+TOKEN = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\.|[<>]=|.", re.DOTALL)
+RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~",
+             r"\equiv": "mod", r"\to": "->", r"\mapsto": "->", r"\subset": "sub", r"\subseteq": "sube", r"\Rightarrow": "=>", r"\iff": "<=>"}
+SEPARATORS = (",", ";", r"\lor", r"\and", r"\or")
+DEEPEST = 40  # brackets within brackets; a real answer has three or four
+
+
+def split(text, separators):
+    """Cut at the separators that stand outside all brackets: parts, and the separators between them."""
+    parts, found, depth, start = [], [], 0, 0
+    for match in TOKEN.finditer(text):
+        token = match.group()
+        depth += (token in OPEN) - (token in CLOSE)
+        if depth > DEEPEST:
+            raise NoAnswer("brackets too deep")
+        if depth <= 0 and token in separators:
+            parts.append(text[start : match.start()])
+            found.append(token)
+            start = match.end()
+    return [p.strip() for p in (*parts, text[start:])], found
+
+
+SYMBOL = r"(?:\\(?:text|mathbb|mathcal|vec|overline|hat|bar)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{1,4})(?:_(?:\{[^{}]*\}|\w))?'*"
+SYMBOL_LIST = rf"{SYMBOL}(?:\s*,\s*{SYMBOL})*"
+LABEL = re.compile(
+    rf"(?:{SYMBOL}|{SYMBOL}\s*\(\s*(?:{SYMBOL_LIST}|[\w+\-\\ ]+)\s*\)|\(\s*{SYMBOL_LIST}\s*\)|{SYMBOL}(?:\s*[:/]\s*{SYMBOL})+"
+    rf"|\\frac\{{\s*{SYMBOL}\s*\}}\{{\s*{SYMBOL}\s*\}}|\|\s*{SYMBOL}\s*\||(?:m\s*)?\\angle\s*{SYMBOL}|\\triangle\s*{SYMBOL})"
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def read(text, thousands):
+    """The shape of a tidied text. thousands: a plain comma before three digits is no separator: 1,234 is one number."""
+    if thousands:
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    parts, _ = split(text, SEPARATORS)
+    parts = [p for p in parts if p]  # "a, and b" has an empty one
+    if len(parts) > 1:
+        return read_list([read(p, False) for p in parts], text)
+    return read_item(parts[0] if parts else text)
+
+
+def read_list(items, text):
+    """A bare list. x=1, 2, 3 and x=1, x=2, x=3 are lists with a label; \\pm has been opened."""
+    labels = [item.label for item in items]
+    if len(set(labels)) == 1 or not any(labels[1:]):
+        items = [replace(item, label="") for item in items]
+        label = labels[0]
+    else:
+        label = ""
+    opened = [part for item in items for part in (item.parts if item.kind == "list" else (item,))]
+    return Answer("list", text, tuple(opened), label=label)
+
+
+def read_item(text):
+    sides, signs = split(text, RELATIONS)
+    if signs:
+        signs = tuple(RELATIONS[s] for s in signs)
+        label, value = sides[0], sides[-1]
+        if all(s in ("=", "~") for s in signs) and not label and len(sides) == 2:  # "= 5"
+            return read(value, False)
+        if set(signs) <= {"=", "in"} and LABEL.fullmatch(label) and value:
+            if len(sides) == 2:
+                return replace(read(value, False), label=re.sub(r"\s", "", label))
+            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r"\s", "", label))
+        return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
+    sides, signs = split(text, (r"\cup",))
+    if signs:
+        return Answer("union", text, tuple(read(s, False) for s in sides))
+    matrix = re.fullmatch(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
+    if matrix:
+        rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", matrix[2]) if row.strip()]
+        sizes = "determinant" if matrix[1][0] in "vV" else tuple(len(row) for row in rows)
+        return Answer("matrix", text, tuple(read(cell.strip(), False) for row in rows for cell in row), sizes)
+    for left in ("(", "[", r"\{", r"\langle"):
+        inner = enclosed(text, left)
+        if inner is not None:
+            return read_enclosed(text, left, *inner)
+    if enclosed(text, "{"):
+        return read(text[1:-1].strip(), False)
+    if re.search(r"\\(pm|mp)(?![a-zA-Z])", text):
+        other = {r"\pm": "-", r"\mp": "+"}
+        plus, minus = (re.sub(r"\\(?:pm|mp)(?![a-zA-Z])", lambda m, o=o: o[m[0]], text) for o in ({r"\pm": "+", r"\mp": "-"}, other))
+        return Answer("list", text, (Answer("value", plus.removeprefix("+").strip()), Answer("value", minus)))
+    return Answer("value", text)
+
+
+def enclosed(text, left):
+    """(inside, closing bracket) if one pair of brackets holds the whole text, else None."""
+    if not text.startswith(left):
+        return None
+    depth = 0
+    for match in TOKEN.finditer(text):
+        depth += (match.group() in OPEN) - (match.group() in CLOSE)
+        if depth == 0:
+            return (text[len(left) : match.start()].strip(), match.group()) if match.end() == len(text) else None
+    return None
+
+
+def read_enclosed(text, left, inside, right):
+    if (left, right) == (r"\{", r"\}"):
+        items = read(inside, False) if inside else Answer("list", "")
+        parts = items.parts if items.kind == "list" else (items,)
+        if re.search(r"\\mid|\||:", inside):  # a set by its condition
+            return Answer("value", text)
+        return Answer("set", text, parts, label=items.label)
+    parts, _ = split(inside, (",", ";"))
+    if len(parts) == 1 and (left, right) in (("(", ")"), ("[", "]")):
+        return read(inside, False) if left == "(" else Answer("tuple", text, (read(inside, False),), "[]")
+    items = tuple(read(p, False) for p in parts)
+    if left == r"\langle":
+        return Answer("tuple", text, items, "()")
+    if len(parts) == 2 and (left, right) != ("(", ")"):
+        return Answer("interval", text, items, left + right)
+    return Answer("tuple", text, items, left + right)
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+UNITS = {
+    "millimeter": "mm millimetre", "centimeter": "cm centimetre", "meter": "m metre", "kilometer": "km kilometre",
+    "inch": "in inches", "foot": "ft feet", "yard": "yd", "mile": "mi", "second": "s sec", "minute": "min", "hour": "h hr", "day": "d", "week": "",
+    "month": "", "year": "yr", "gram": "g", "milligram": "mg", "kilogram": "kg", "ton": "tonne", "pound": "lb", "ounce": "oz", "liter": "l litre",
+    "milliliter": "ml millilitre", "gallon": "gal", "joule": "j", "kilojoule": "kj", "watt": "w", "newton": "n", "pascal": "pa", "kelvin": "k",
+    "volt": "v", "ampere": "a amp", "ohm": "", "hertz": "hz", "mole": "mol", "radian": "rad", "degree": "deg", "dollar": "usd", "cent": "",
+    "euro": "eur", "angstrom": "", "nanometer": "nm", "micrometer": "", "erg": "", "kph": "kmh", "mph": "", "dozen": "", "percent": "",
+}
+UNITS = {spelling: name for name, more in UNITS.items() for spelling in (name, name + "s", *(s for m in more.split() for s in (m, m + "s")))}
+UNIT_WORD = r"(?:\\text\s*\{[^{}]*\}|(?<=[ /.\-])[a-zA-Z]{2,}\.?)(?:\s*\^\s*\{?-?\d\}?)?"
+UNIT = re.compile(rf"(.*?[\d}})!\w])\s*((?:\s*(?:[/.\-]|\\cdot)?\s*{UNIT_WORD})+|(?:\^\\circ\s*(?:[CFK]\b|\\text\{{\s*[CFK]\s*\}})?))$")
+
+
+def quantity(text):
+    r"""(text without its unit, unit or None, whether it was followed by a percent sign)."""
+    core, unit = text, None
+    money = re.fullmatch(r"(-?)\s*(?:dollars_|[€£¥])\s*(.+)|(.+?)\s*(?:dollars_|[€£¥])", text)
+    if money:
+        symbol = re.search("[€£¥]", text)
+        core, unit = (money[1] or "") + (money[2] or "") + (money[3] or ""), {"€": "euro"}.get(symbol[0], symbol[0]) if symbol else "dollar"
+    percent = re.fullmatch(r"(.+?)\s*(?:\\?%|(?:\\text\s*\{\s*)?\bper ?cent\b(?:\s*\})?)", core)
+    if percent:
+        return percent[1], unit, True
+    if not unit:
+        found = UNIT.fullmatch(core)
+        if found and (number(found[1]) is not None or r"\text" in found[2] or "circ" in found[2]):
+            name = unit_name(found[2])
+            if name is not None:
+                core, unit = found[1].strip(), name
+    return core, unit, False
+
+
+def unit_name(text):
+    """One name for a unit however it is spelled: km/h, kilometers per hour. None: words that are no unit."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " ")).lower()
+    text = re.sub(r"\bper\b|/", " / ", re.sub(r"\bsquare[d]?\s+(\w+)|\bsq\.?\s*(\w+)", r"\1\2 2", re.sub(r"\bcubic\s+(\w+)", r"\1 3", text)))
+    words = re.findall(r"[a-zåµ]+|-?\d|/", text)
+    known = [UNITS.get(w, w) for w in words]
+    if any(w in ("and", "or", "if", "where", "for", "when", "not", "no") for w in words):
+        return None
+    return " ".join(known)
+
+
+def conflicting(a, b):
+    """Two units that both are known, and differ. Words that are no units of measurement (apples) never conflict."""
+    measured = lambda unit: unit and any(w in UNITS.values() or w in "€£¥euro" for w in unit.split())  # noqa: E731
+    return bool(measured(a) and measured(b) and a != b)
+
+
+DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
+MAX_EXPONENT = 4000  # of ten: exact arithmetic beyond takes long; sympy decides, within its time
+
+
+def number(text):
+    """An exact Fraction if the text is an integer, decimal, fraction, mixed number, a x 10^b or 0.\\overline{3}, else None."""
+    text = re.sub(r"\s+", " ", text).strip()
+    sign = 1
+    while text[:1] in ("-", "+") or (enclosed(text, "(") or enclosed(text, "{")):
+        if text[0] in "-+":
+            sign, text = sign * (-1 if text[0] == "-" else 1), text[1:].strip()
+            if text[:1] in ("-", "+"):
+                return None
+        else:
+            text = text[1:-1].strip()
+    if re.fullmatch(DECIMAL, text):
+        return sign * Fraction(text)
+    m = re.fullmatch(rf"(\d+)? ?\\frac\s*\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}", text) or re.fullmatch(
+        rf"(?:(\d+) )?({DECIMAL}) ?/ ?(-?{DECIMAL})", text)
+    if m:
+        top, bottom = Fraction(m[2]), Fraction(m[3])
+        if bottom == 0 or (m[1] and (top < 0 or bottom < 0)):
+            return None
+        return sign * (int(m[1] or 0) + top / bottom)
+    m = re.fullmatch(r"(\d*)\.(\d*)\\overline\s*\{ ?(\d+) ?\}", text)
+    if m:
+        whole, start, cycle = m[1] or "0", m[2], m[3]
+        return sign * (Fraction(int(whole + start), 10 ** len(start)) + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(start)))
+    m = re.fullmatch(rf"({DECIMAL})[eE]([+-]?\d+)", text) or re.fullmatch(
+        rf"(?:({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{{ ?([+-]?\d+) ?\}}|(\d)$)", text)
+    if m:
+        power = int(next(g for g in m.groups()[1:] if g))
+        return sign * Fraction(m[1] or 1) * Fraction(10) ** power if abs(power) <= MAX_EXPONENT else None
+    return None
+
+
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg sqrt frac".split()
+
+
+def words(text):
+    """The text as plain words if that is what it is, else None: text macros and case do not matter, nor do articles."""
+    plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    marked = plain != text or re.search(r"[a-zA-Z]{4,}", re.sub(r"\\[a-zA-Z]+", "", plain)) and not any(f in plain for f in FUNCTIONS)
+    plain = " ".join(re.sub(r"""["'.]""", "", plain).split())
+    if not marked or "\\" in plain:
+        return None
+    if len(plain) == 1:
+        return plain
+    return re.sub(r"\b(?:an?|the) (?=\w)", "", plain.casefold())
+
+
+RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset)(?![a-zA-Z])"
+                       r"|\.\.\.|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b")
+
+
+def same_value(gold, answer):
+    """Two plain values, by exact arithmetic where there is no variable."""
+    if squeeze(gold) == squeeze(answer):
+        return True
+    base = re.compile(r"([0-9A-F]+) ?_ ?\{? ?(\d+|\\text\s*\{[^{}]*\}) ?\}?")
+    if base.fullmatch(gold) or base.fullmatch(answer):
+        g, a = base.fullmatch(gold), base.fullmatch(answer)
+        return bool(g and a and g[1].lstrip("0") == a[1].lstrip("0") and g[2] == a[2])
+    (g, g_unit, g_percent), (a, a_unit, a_percent) = quantity(gold), quantity(answer)
+    if conflicting(g_unit, a_unit) or "" in (g, a):
+        return False
+    if g_percent != a_percent:  # p% is p and p/100
+        whole = (g, a) if g_percent else (a, g)
+        return same_value(*whole) or same_value(rf"\frac{{{whole[0]}}}{{100}}" if number(whole[0]) is None else str(number(whole[0]) / 100), whole[1])
+    if (g, a) != (gold, answer) and (squeeze(g) == squeeze(a)):
+        return True
+    x, y = number(g), number(a)
+    if x is not None and y is not None:
+        return x == y
+    if ":" in g or ":" in a:
+        return same_ratio(g, a)
+    if words(g) is not None or words(a) is not None:
+        plain = [re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", t) for t in (g, a)]
+        return words(rf"\text{{{plain[0]}}}") == words(rf"\text{{{plain[1]}}}")
+    return same_expression(g, a)
+
+
+def squeeze(text):
+    return re.sub(r"\s", "", text)
+
+
+def same_ratio(gold, answer):
+    g, a = ([number(part) for part in re.split(r":|(?<=\d)/(?=\d)", text)] for text in (gold, answer))
+    if None in g or None in a or len(g) != len(a):
+        return False
+    return all(x * a[0] == y * g[0] for x, y in zip(g, a)) and all(x != 0 or y == 0 for x, y in zip(g, a))
+
+
+# ------------------------------------------------------------------------------------------------------- expressions
+
+
+@functools.lru_cache(maxsize=4096)
+def expression(text):
+    """sympy's reading of a LaTeX text, decimals as fractions; None if it is not mathematics as a whole."""
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+
+    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#&\"]|[+\-]{3}|[^\x00-\x7f]", text) or not re.search(r"\w", text):
+        return None  # neighbours that the parser would add up, words, tricks, look-alikes
+    text = re.sub(rf"(?<![\w.])({DECIMAL})[eE]([+-]\d+)", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
+    try:
+        parsed = latex2sympy(
+            text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
+            normalization_config=NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False),
+        )
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # the parser's many ways to say that this is no mathematics
+        return None
+    if not isinstance(parsed, sympy.Basic):
+        return None
+    return parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+
+
+def same_expression(gold, answer):
+    """Exactly equal for every value of the variables, which must be the same ones."""
+    import sympy
+    from math_verify import verify
+
+    g, a = expression(gold), expression(answer)
+    if g is None or a is None or any(x.has(sympy.nan, sympy.zoo) for x in (g, a)):
+        return False
+    if names(g) != names(a):
+        return False
+    if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
+        return same_constant(g, a, 50 + len(gold) + len(answer))
+    return bool(verify(g, a, float_rounding=30, numeric_precision=40, timeout_seconds=None))
+
+
+def names(expression):
+    """Variables and unknown functions in it."""
+    from sympy.core.function import AppliedUndef
+
+    return expression.free_symbols | {f.func for f in expression.atoms(AppliedUndef)}
+
+
+def same_constant(g, a, digits):
+    """Two constants, to more digits than were written: a decimal never passes for an irrational number."""
+    import sympy
+
+    if g == a:
+        return True
+    if g.is_Rational and a.is_Rational or g.is_infinite or a.is_infinite:
+        return bool(g == a)
+    g, a = (sympy.N(x, digits) for x in (g, a))
+    difference, size = abs(g - a), max(abs(g), abs(a))
+    return bool(difference.is_number and size.is_number and difference <= size * sympy.Float(10, digits) ** (10 - digits))
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+
+def equal(gold, answer):
+    """Whether `answer` (what stands in the box) is the same as `gold`. See the conventions at the top."""
+    try:
+        gold, answer = tidy(gold), tidy(answer)
+        if squeeze(gold) == squeeze(answer):
+            return bool(answer)
+        if not gold or not answer or set(RESTATING.findall(answer)) - set(RESTATING.findall(gold)):
+            return False
+        return any(same(read(gold, t), read(answer, u)) for t in (True, False) for u in (True, False))
+    except NoAnswer:
+        return False
+
+
+def same(gold, answer):
+    """Two shapes."""
+    if gold.label and answer.label and gold.label != answer.label:
+        return same_function(gold, answer) or same_relation(gold, answer)
+    if "relation" in (gold.kind, answer.kind):
+        return same_relation(gold, answer)
+    if gold.kind in ("list", "set") or answer.kind in ("list", "set"):
+        return same_items(gold, answer)
+    if gold.kind != answer.kind:
+        return False
+    if gold.kind == "value":
+        return same_value(gold.text, answer.text)
+    if gold.mark != answer.mark or len(gold.parts) != len(answer.parts):
+        return False
+    if gold.kind == "union":
+        return match_all(gold.parts, answer.parts)
+    return all(map(same, gold.parts, answer.parts))
+
+
+def same_items(gold, answer):
+    """Lists and sets: the same items in any order. A repeated item counts only where the gold repeats one."""
+    if any(x.kind in ("tuple", "interval", "union", "matrix") for x in (gold, answer)):
+        return False
+    g, a = (x.parts if x.kind in ("list", "set") else (x,) for x in (gold, answer))
+    labels = [[item.label for item in items] for items in (g, a)]
+    if len(g) == len(a) and any(labels[0]) != any(labels[1]) and len(set(filter(None, labels[0] + labels[1]))) > 1:
+        return all(map(same, g, a))  # a=1, b=2 without its labels: the order tells
+    if not repeats(g):
+        a = [item for i, item in enumerate(a) if not any(same(item, other) for other in a[:i])] if len(a) != len(g) else a
+    return match_all(g, a)
+
+
+def repeats(items):
+    return any(same(item, other) for i, item in enumerate(items) for other in items[:i])
+
+
+def match_all(gold, answer):
+    """Whether the items pair off."""
+    left = list(answer)
+    for item in gold:
+        found = next((i for i, other in enumerate(left) if same(item, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
+
+
+def same_function(gold, answer):
+    """f(x)=x and f(y)=y: the bound variable has no name."""
+    heads = [re.fullmatch(r"(.+)\(([a-zA-Z])\)", x.label) for x in (gold, answer)]
+    if not all(heads) or heads[0][1] != heads[1][1] or gold.kind != answer.kind:
+        return False
+    renamed = re.sub(rf"(?<![a-zA-Z\\]){heads[1][2]}(?![a-zA-Z])", heads[0][2], answer.text)
+    return same(replace(gold, label=""), read(renamed, False))
+
+
+FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
+
+
+def same_relation(gold, answer):
+    """Equations and inequalities. One that the other side lacks is no answer, unless it only names a value or a range."""
+    for one, other in ((gold, answer), (answer, gold)):
+        if one.kind == "relation" and other.kind != "relation":
+            if one.label and set(one.mark) == {"="} and not other.label:  # x = 2 + 3 = 5
+                return all(same(part, other) for part in one.parts) if one is answer else all(same(other, part) for part in one.parts)
+            interval = as_interval(one)
+            if interval and not other.label and other.kind in ("interval", "tuple"):
+                return other.mark == interval.mark and all(map(same, interval.parts, other.parts))
+            if not other.label:
+                return False
+    if gold.kind == answer.kind == "relation" and len(gold.parts) == len(answer.parts) and not gold.label and not answer.label:
+        for parts, signs in ((answer.parts, answer.mark), (answer.parts[::-1], tuple(FLIP.get(s, s) for s in answer.mark[::-1]))):
+            if signs == gold.mark and all(map(same, gold.parts, parts)):
+                return True
+        ranges = as_interval(gold), as_interval(answer)
+        if all(ranges):
+            return gold_variable(gold) == gold_variable(answer) and same(*ranges)
+    g, a = (f"{x.label} = {x.text}" if x.label else x.text for x in (gold, answer))
+    if len(split(g, RELATIONS)[1]) != 1 or len(split(a, RELATIONS)[1]) != 1:
+        return False
+    return same_expression(g, a)
+
+
+def gold_variable(relation):
+    return next(part.text for part in relation.parts if LABEL.fullmatch(part.text))
+
+
+def as_interval(relation):
+    """a < x <= b, x > a: the interval of x, an Answer; None for other relations."""
+    parts, signs = relation.parts, relation.mark
+    if signs and signs[0] in (">", ">="):
+        parts, signs = parts[::-1], tuple(FLIP.get(s, s) for s in signs[::-1])
+    if not signs or not set(signs) <= {"<", "<="} or len(parts) not in (2, 3):
+        return None
+    named = [bool(LABEL.fullmatch(part.text)) and not re.fullmatch(r"\\(pi|infty)|e", part.text) for part in parts]
+    inf = Answer("value", r"\infty")
+    if named == [False, True, False]:
+        low, high, marks = parts[0], parts[2], signs
+    elif named == [True, False]:
+        low, high, marks = replace(inf, text=r"-\infty"), parts[1], ("<", *signs)
+    elif named == [False, True]:
+        low, high, marks = parts[0], inf, (*signs, "<")
+    else:
+        return None
+    mark = {"<": "(", "<=": "["}[marks[0]] + {"<": ")", "<=": "]"}[marks[1]]
+    return Answer("tuple" if mark == "()" else "interval", relation.text, (low, high), mark)
