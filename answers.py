@@ -42,11 +42,12 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"\\\$": " dollars_ ",
     r"\\[()\[\]]|\$": "",  # delimiters of math mode; \[ and \( alike
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut)(?![a-zA-Z])\.?": "",
-    r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))": "",  # thousands; a plain comma may also part a list: see `read`
+    r"(?<=\d)(?:\{,\}|,?\\[,!]) ?(?=\d{3}(?!\d))": "",  # thousands; a plain comma may also part a list: see `read`
     r"\\(?:[,:;>! ]|thinspace|medspace|hspace\{[^{}]*\})|~": " ",
     r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])": r"\\frac",
+    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm)\s*\{\s*([a-zA-Z])\s*\}": r" \1 ",
+    r"\\(?:mathrm|textrm)\s*\{\s*([deixyz])\s*\}": r" \1 ",  # other letters may be units
     r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|pmb|mathnormal|bf|it|rm)(?![a-zA-Z])": "",
-    r"\\(?:mathrm|textrm)\s*\{\s*([a-zA-Z])\s*\}(?<!\d)": r"\1",
     r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mbox|hbox|emph)\s*(?=\{)": r"\\text",
     r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])": r"\\le ",
     r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])": r"\\ge ",
@@ -61,6 +62,8 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"\\(?:varnothing)(?![a-zA-Z])": r"\\emptyset",
     r"\\(?:degrees?)(?![a-zA-Z])": r"^\\circ",
     r"\^\{\s*\\circ\s*\}": r"^\\circ",
+    r"\^\s*(?:\\prime|\{\s*\\prime\s*\})": "'",
+    r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
     r"\\(sqrt|frac)\s+(?=[\d{])": r"\\\1",
     r"\\frac(\d)(\d)": r"\\frac{\1}{\2}",
     r"\\frac(\d)\{": r"\\frac{\1}{",
@@ -152,10 +155,14 @@ def read(text, thousands):
     """The shape of a tidied text. thousands: a plain comma before three digits is no separator: 1,234 is one number."""
     if thousands:
         text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
-    parts, _ = split(text, SEPARATORS)
+    parts, found = split(text, SEPARATORS)
     parts = [p for p in parts if p]  # "a, and b" has an empty one
     if len(parts) > 1:
-        return read_list([read(p, False) for p in parts], text)
+        items = [read(p, False) for p in parts]
+        ranges = [as_interval(item) for item in items if item.kind == "relation"]
+        if len(ranges) == len(items) and all(ranges) and set(found) <= {r"\or", r"\lor"}:  # x < 2 or x > 3
+            return Answer("union", text, tuple(ranges), (r"\cup",) * len(found))
+        return read_list(items, text)
     return read_item(parts[0] if parts else text)
 
 
@@ -183,9 +190,9 @@ def read_item(text):
                 return replace(read(value, False), label=re.sub(r"\s", "", label))
             return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r"\s", "", label))
         return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
-    sides, signs = split(text, (r"\cup",))
+    sides, signs = split(text, (r"\cup", r"\setminus", r"\backslash"))
     if signs:
-        return Answer("union", text, tuple(read(s, False) for s in sides))
+        return Answer("union", text, tuple(read(s, False) for s in sides), tuple(signs))
     matrix = re.fullmatch(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
     if matrix:
         rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", matrix[2]) if row.strip()]
@@ -225,7 +232,8 @@ def read_enclosed(text, left, inside, right):
         return Answer("set", text, parts, label=items.label)
     parts, _ = split(inside, (",", ";"))
     if len(parts) == 1 and (left, right) in (("(", ")"), ("[", "]")):
-        return read(inside, False) if left == "(" else Answer("tuple", text, (read(inside, False),), "[]")
+        item = read(inside, False)
+        return item if left == "(" or item.kind == "matrix" else Answer("tuple", text, (item,), "[]")
     items = tuple(read(p, False) for p in parts)
     if left == r"\langle":
         return Answer("tuple", text, items, "()")
@@ -245,7 +253,7 @@ UNITS = {
     "euro": "eur", "angstrom": "", "nanometer": "nm", "micrometer": "", "erg": "", "kph": "kmh", "mph": "", "dozen": "", "percent": "",
 }
 UNITS = {spelling: name for name, more in UNITS.items() for spelling in (name, name + "s", *(s for m in more.split() for s in (m, m + "s")))}
-UNIT_WORD = r"(?:\\text\s*\{[^{}]*\}|(?<=[ /.\-])[a-zA-Z]{2,}\.?)(?:\s*\^\s*\{?-?\d\}?)?"
+UNIT_WORD = r"(?:\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /.\-])[a-zA-Z]{2,}\.?)(?:\s*\^\s*\{?-?\d\}?)?"
 UNIT = re.compile(rf"(.*?[\d}})!\w])\s*((?:\s*(?:[/.\-]|\\cdot)?\s*{UNIT_WORD})+|(?:\^\\circ\s*(?:[CFK]\b|\\text\{{\s*[CFK]\s*\}})?))$")
 
 
@@ -270,9 +278,9 @@ def quantity(text):
 
 def unit_name(text):
     """One name for a unit however it is spelled: km/h, kilometers per hour. None: words that are no unit."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " ")).lower()
+    text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " ")).lower()
     text = re.sub(r"\bper\b|/", " / ", re.sub(r"\bsquare[d]?\s+(\w+)|\bsq\.?\s*(\w+)", r"\1\2 2", re.sub(r"\bcubic\s+(\w+)", r"\1 3", text)))
-    words = re.findall(r"[a-zåµ]+|-?\d|/", text)
+    words = re.findall(r"[a-zåµ]+|-?\d+|/", text)
     known = [UNITS.get(w, w) for w in words]
     if any(w in ("and", "or", "if", "where", "for", "when", "not", "no") for w in words):
         return None
@@ -321,6 +329,7 @@ def number(text):
     return None
 
 
+BASE = re.compile(r"\(?([0-9A-F]+)\)? ?_ ?\{? ?(\d+|\\text\s*\{[^{}]*\}) ?\}?")  # 1011_2
 FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg sqrt frac".split()
 
 
@@ -328,7 +337,7 @@ def words(text):
     """The text as plain words if that is what it is, else None: text macros and case do not matter, nor do articles."""
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     marked = plain != text or re.search(r"[a-zA-Z]{4,}", re.sub(r"\\[a-zA-Z]+", "", plain)) and not any(f in plain for f in FUNCTIONS)
-    plain = " ".join(re.sub(r"""["'.]""", "", plain).split())
+    plain = " ".join(re.sub(r"""["'.()]""", "", plain).split())
     if not marked or "\\" in plain:
         return None
     if len(plain) == 1:
@@ -344,12 +353,11 @@ def same_value(gold, answer):
     """Two plain values, by exact arithmetic where there is no variable."""
     if squeeze(gold) == squeeze(answer):
         return True
-    base = re.compile(r"([0-9A-F]+) ?_ ?\{? ?(\d+|\\text\s*\{[^{}]*\}) ?\}?")
-    if base.fullmatch(gold) or base.fullmatch(answer):
-        g, a = base.fullmatch(gold), base.fullmatch(answer)
+    g, a = BASE.fullmatch(gold), BASE.fullmatch(answer)
+    if g or a:
         return bool(g and a and g[1].lstrip("0") == a[1].lstrip("0") and g[2] == a[2])
     (g, g_unit, g_percent), (a, a_unit, a_percent) = quantity(gold), quantity(answer)
-    if conflicting(g_unit, a_unit) or "" in (g, a):
+    if conflicting(g_unit or g_percent and "percent", a_unit or a_percent and "percent") or "" in (g, a):
         return False
     if g_percent != a_percent:  # p% is p and p/100
         whole = (g, a) if g_percent else (a, g)
@@ -368,7 +376,8 @@ def same_value(gold, answer):
 
 
 def squeeze(text):
-    return re.sub(r"\s", "", text)
+    """Without the blanks that part nothing."""
+    return re.sub(r"(?<!\w)\s|\s(?!\w)", "", text)
 
 
 def same_ratio(gold, answer):
@@ -381,6 +390,9 @@ def same_ratio(gold, answer):
 # ------------------------------------------------------------------------------------------------------- expressions
 
 
+GREEK = re.compile(r"(\\(?:alpha|beta|gamma|delta|epsilon|eta|theta|kappa|lambda|mu|nu|pi|rho|sigma|tau|phi|psi|omega|hbar|ell)) ?\(")  # no functions
+
+
 @functools.lru_cache(maxsize=4096)
 def expression(text):
     """sympy's reading of a LaTeX text, decimals as fractions; None if it is not mathematics as a whole."""
@@ -388,9 +400,10 @@ def expression(text):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#&\"]|[+\-]{3}|[^\x00-\x7f]", text) or not re.search(r"\w", text):
+    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#%\"]|[+\-]{3}|[^\x00-\x7f]", text) or not re.search(r"\w", text):
         return None  # neighbours that the parser would add up, words, tricks, look-alikes
     text = re.sub(rf"(?<![\w.])({DECIMAL})[eE]([+-]\d+)", r"\1 \\times 10^{\2}", text)
+    text = GREEK.sub(r"\1 \\cdot (", text).replace(r"\cr ", r"\\ ")
     text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
     try:
         parsed = latex2sympy(
@@ -403,7 +416,13 @@ def expression(text):
         return None
     if not isinstance(parsed, sympy.Basic):
         return None
-    return parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+    parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+    return evaluated(parsed) if isinstance(parsed, sympy.Expr) else parsed
+
+
+def evaluated(expression):
+    """The parser leaves 1/3/3 as it was written, and evalf takes time exponential in such a depth."""
+    return expression.func(*map(evaluated, expression.args)) if expression.args else expression
 
 
 def same_expression(gold, answer):
@@ -416,6 +435,8 @@ def same_expression(gold, answer):
         return False
     if names(g) != names(a):
         return False
+    if sympy.Symbol("i") in names(g):  # the imaginary unit where that makes them equal
+        g, a = (x.subs(sympy.Symbol("i"), sympy.I) for x in (g, a))
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
         return same_constant(g, a, 50 + len(gold) + len(answer))
     return bool(verify(g, a, float_rounding=30, numeric_precision=40, timeout_seconds=None))
@@ -465,6 +486,12 @@ def same(gold, answer):
         return same_relation(gold, answer)
     if gold.kind in ("list", "set") or answer.kind in ("list", "set"):
         return same_items(gold, answer)
+    if gold.kind != answer.kind or gold.kind == "union":
+        sets = as_set(gold), as_set(answer)
+        if None not in sets:
+            return bool(sets[0] == sets[1])
+    if "matrix" in (gold.kind, answer.kind) and "value" in (gold.kind, answer.kind):  # 1/3 times a matrix
+        return same_expression(gold.text, answer.text)
     if gold.kind != answer.kind:
         return False
     if gold.kind == "value":
@@ -472,8 +499,32 @@ def same(gold, answer):
     if gold.mark != answer.mark or len(gold.parts) != len(answer.parts):
         return False
     if gold.kind == "union":
-        return match_all(gold.parts, answer.parts)
+        return set(gold.mark) == {r"\cup"} and match_all(gold.parts, answer.parts)
     return all(map(same, gold.parts, answer.parts))
+
+
+def as_set(answer):
+    """The sympy set of a range of numbers: an interval, a union or difference of such and of finite sets; else None."""
+    import sympy
+
+    if answer.kind in ("interval", "tuple") and len(answer.parts) == 2:
+        ends = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
+        if any(end is None or not end.is_extended_real for end in ends):
+            return None
+        return sympy.Interval(*ends, answer.mark[0] == "(", answer.mark[1] == ")")
+    if answer.kind == "set":
+        items = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
+        return None if None in items else sympy.FiniteSet(*items)
+    if answer.kind == "value":
+        return {r"\mathbb{R}": sympy.S.Reals, r"\emptyset": sympy.S.EmptySet}.get(squeeze(answer.text))
+    if answer.kind == "union":
+        first, *others = map(as_set, answer.parts)
+        for sign, other in zip(answer.mark, others):
+            if first is None or other is None:
+                return None
+            first = first + other if sign == r"\cup" else first - other
+        return first
+    return None
 
 
 def same_items(gold, answer):
@@ -523,7 +574,7 @@ def same_relation(gold, answer):
             if one.label and set(one.mark) == {"="} and not other.label:  # x = 2 + 3 = 5
                 return all(same(part, other) for part in one.parts) if one is answer else all(same(other, part) for part in one.parts)
             interval = as_interval(one)
-            if interval and not other.label and other.kind in ("interval", "tuple"):
+            if interval and other.label in ("", gold_variable(one)) and other.kind in ("interval", "tuple"):
                 return other.mark == interval.mark and all(map(same, interval.parts, other.parts))
             if not other.label:
                 return False

@@ -1,17 +1,21 @@
 """Problems in, prompts out: JSON lines, the one prompt template, levels of difficulty, the order of training.
 
     python data.py --split train --count 4096 --seed 0 --out pool.jsonl     generated problems, answers computed
+    python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]        evaluation problems that training repeats
 """
 
 import argparse
 import itertools
 import json
 import random
+import re
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # DeepScaleR, FastCuRL
+SUFFIX = f"\n{INSTRUCTION}"  # of every problem; the published protocols set a blank before it (eval.py)
 
 QUALITY = [0.8, 1.0]  # Q_l by default, for the shipped problems: level 1 is solved in 20 % of the attempts or more
 
@@ -76,13 +80,51 @@ def read_records(path, parse):
 
 
 def read_problems(path):
-    """Problems of a JSONL file of {"problem", "answer"}; optional id, pass_rate, level; other fields are kept."""
+    """Problems of a JSONL file of {"problem", "answer"}; optional id, pass_rate, level; other fields are kept.
+
+    A name in BENCHMARKS, where there is no such file, stands for its usual data set on the hub.
+    """
+    if str(path) in BENCHMARKS and not Path(path).exists():
+        return read_hub(str(path))
     problems = read_records(path, parse_problem)
     seen = set()
     for p in problems:
         if p.id in seen:
             raise ValueError(f"{path}: the id {p.id!r} stands twice")
         seen.add(p.id)
+    return problems
+
+
+BENCHMARKS = {  # name -> title, hub data set, configuration, split, its columns of problem and answer
+    "aime24": ("AIME24", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
+    "math500": ("MATH500", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
+    "amc22_23": ("AMC", "AI-MO/aimo-validation-amc", None, "train", "problem", "answer"),  # the 83 problems of the papers
+    "amc23": ("AMC23-40", "math-ai/amc23", None, "test", "question", "answer"),  # 40 of them
+    "minerva": ("Minerva", "math-ai/minervamath", None, "test", "question", "answer"),
+    "olympiadbench": ("Olympiad", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"),
+}
+
+
+def read_hub(name):
+    """The problems of a benchmark from the hub. Answers come as texts, numbers (142.0) or lists of texts (["$1$", "$2$"])."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{name}: reading the hub needs `pip install datasets`; or give a JSONL file") from error
+    _, repository, configuration, split, problem, answer = BENCHMARKS[name]
+    try:
+        rows = load_dataset(repository, configuration, split=split)
+    except Exception as error:  # the many errors of the hub, the network and the formats
+        raise ValueError(f"{name}: cannot read {repository} from the hub ({type(error).__name__}: {error})") from error
+    problems = []
+    for i, row in enumerate(rows):
+        missing = [column for column in (problem, answer) if column not in row]
+        if missing:
+            raise ValueError(f"{name}: {repository} has no column {missing[0]!r} (has: {', '.join(row)})")
+        value = row[answer]
+        value = ", ".join(str(v).strip().strip("$") for v in value) if isinstance(value, list) else value
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        problems.append(parse_problem({"problem": row[problem], "answer": value, "level": row.get("level")}, f"{name}-{i}"))
     return problems
 
 
@@ -95,10 +137,39 @@ def without_repeats(problems):
     return list({squash(p.problem): p for p in reversed(problems)}.values())[::-1]
 
 
+NEAR_WORDS, NEAR_JACCARD, NEAR_SHARE = 8, 0.7, 0.9
+
+
 def overlap(train, evaluation):
-    """How many evaluation problems also stand in the training problems, blanks and case aside."""
-    known = {squash(p.problem).lower() for p in train}
-    return sum(squash(p.problem).lower() in known for p in evaluation)
+    """Evaluation problems that training problems repeat: (exact, near), lists of pairs of ids (evaluation, training).
+
+    exact: equal in their letters and digits, case aside. near: of the 8-grams of words, a Jaccard index of 0.7, or 90 %
+    of the evaluation problem's found in the training problem; template and figures alike, paraphrases not.
+    """
+    squeezed, grams = {}, {}
+    for e in evaluation:
+        squeezed.setdefault(letters(e.problem), []).append(e)
+        for gram in ngrams(e.problem):
+            grams.setdefault(gram, []).append(e.id)
+    sizes = {e.id: len(ngrams(e.problem)) for e in evaluation}
+    exact, near = {}, {}
+    for t in train:
+        for e in squeezed.get(letters(t.problem), ()):
+            exact.setdefault(e.id, t.id)
+        own = ngrams(t.problem) if grams else set()
+        for name, shared in Counter(name for gram in own for name in grams.get(gram, ())).items():
+            if shared >= NEAR_JACCARD * (len(own) + sizes[name] - shared) or shared >= NEAR_SHARE * sizes[name]:
+                near.setdefault(name, t.id)
+    return list(exact.items()), [pair for pair in near.items() if pair[0] not in exact]
+
+
+def letters(text):
+    return re.sub(r"[\W_]", "", text).lower() or text  # a text of signs alone stands for itself
+
+
+def ngrams(text):
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + NEAR_WORDS]) for i in range(len(words) - NEAR_WORDS + 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -111,16 +182,17 @@ class Prompt:
     opening: str  # "<think>" if the template opened one that the completion has to close, else ""
 
 
-def render(tokenizer, problem, examples=()):
+def render(tokenizer, problem, examples=(), suffix=SUFFIX):
     """A problem as the policy sees it, in training and evaluation alike: worked examples, then the problem.
 
     examples  records {"problem", "solution"}, shown as earlier turns of the chat
+    suffix    what is put behind every problem
     """
     turns = []
     for example in examples:
-        turns.append({"role": "user", "content": f"{example['problem']}\n{INSTRUCTION}"})
+        turns.append({"role": "user", "content": example["problem"] + suffix})
         turns.append({"role": "assistant", "content": example["solution"]})
-    turns.append({"role": "user", "content": f"{problem.problem}\n{INSTRUCTION}"})
+    turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt(problem, tokens, "<think>" if text.rfind("<think>") > text.rfind("</think>") else "")
@@ -255,13 +327,35 @@ def generate(split, seed, repeats=False):
             yield Problem(f"{split}-{number}", text, str(answer), other={"family": family, "steps": steps})
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write generated problems, one JSON object a line.")
+def print_overlap(train_file, evaluation_files):
+    """One line a file, and one for every pair found."""
+    train = read_problems(train_file)
+    for path in evaluation_files:
+        evaluation = read_problems(path)
+        exact, near = overlap(train, evaluation)
+        print(f"{path}: {len(exact)} of {len(evaluation)} problems stand in {train_file}, {len(near)} nearly ({NEAR_WORDS}-grams)")
+        for kind, pairs in (("exact", exact), ("near", near)):
+            for ours, theirs in pairs:
+                print(f"  {kind}: {ours} = {theirs}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Generate problems, one JSON object a line; or look for overlap.")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="JSONL file to write")
-    args = parser.parse_args()
+    parser.add_argument("--out", help="JSONL file to write")
+    parser.add_argument("--overlap", nargs="+", metavar="FILE", help="a training file, then evaluation files or benchmark names")
+    args = parser.parse_args(arguments)
+    if args.overlap:
+        if len(args.overlap) < 2:
+            parser.error("--overlap needs a training file and at least one evaluation file")
+        try:
+            return print_overlap(args.overlap[0], args.overlap[1:])
+        except ValueError as error:
+            parser.error(str(error))
+    if not args.out:
+        parser.error("--out FILE: where to write the problems")
     if Path(args.out).exists():
         parser.error(f"--out {args.out}: exists already; name another file")
     with open(args.out, "x", encoding="utf-8") as file:
