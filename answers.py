@@ -69,6 +69,7 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"\\frac(\d)\{": r"\\frac{\1}{",
     r"\\frac(\{[^{}]*\})(\d)": r"\\frac\1{\2}",
     r"\\sqrt(\d)": r"\\sqrt{\1}",
+    r"([_^])\{ ?(\w) ?\}(?!\w)": r"\1\2",
 }
 RESPELLED = {re.compile(pattern): spelling for pattern, spelling in RESPELLED.items()}
 JOINED = re.compile(r"\\text\s*\{\s*,?\s*(?P<text>and|or)\s*,?\s*\}|(?P<inner>\\text\s*\{[^{}]*\})|(?<=[\s\d}),])(?P<bare>and|or)(?=[\s\d\\(])")
@@ -414,6 +415,8 @@ def expression(text):
         raise
     except Exception:  # the parser's many ways to say that this is no mathematics
         return None
+    if isinstance(parsed, sympy.MatrixBase):
+        parsed = sympy.ImmutableMatrix(parsed)
     if not isinstance(parsed, sympy.Basic):
         return None
     parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
@@ -437,6 +440,8 @@ def same_expression(gold, answer):
         return False
     if sympy.Symbol("i") in names(g):  # the imaginary unit where that makes them equal
         g, a = (x.subs(sympy.Symbol("i"), sympy.I) for x in (g, a))
+    if all(isinstance(x, sympy.MatrixBase | sympy.MatrixExpr) for x in (g, a)):
+        return bool(sympy.simplify(g.doit() - a.doit()).is_zero_matrix) if g.shape == a.shape else False
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
         return same_constant(g, a, 50 + len(gold) + len(answer))
     return bool(verify(g, a, float_rounding=30, numeric_precision=40, timeout_seconds=None))
