@@ -143,18 +143,18 @@ NEAR_WORDS, NEAR_JACCARD, NEAR_SHARE = 8, 0.7, 0.9
 def overlap(train, evaluation):
     """Evaluation problems that training problems repeat: (exact, near), lists of pairs of ids (evaluation, training).
 
-    exact: equal in their letters and digits, case aside. near: of the 8-grams of words, a Jaccard index of 0.7, or 90 %
+    exact: equal in their letters, digits and signs of arithmetic, case aside. near: of the 8-grams of words, a Jaccard index of 0.7, or 90 %
     of the evaluation problem's found in the training problem; template and figures alike, paraphrases not.
     """
     squeezed, grams = {}, {}
     for e in evaluation:
-        squeezed.setdefault(letters(e.problem), []).append(e)
+        squeezed.setdefault(bare(e.problem), []).append(e)
         for gram in ngrams(e.problem):
             grams.setdefault(gram, []).append(e.id)
     sizes = {e.id: len(ngrams(e.problem)) for e in evaluation}
     exact, near = {}, {}
     for t in train:
-        for e in squeezed.get(letters(t.problem), ()):
+        for e in squeezed.get(bare(t.problem), ()):
             exact.setdefault(e.id, t.id)
         own = ngrams(t.problem) if grams else set()
         for name, shared in Counter(name for gram in own for name in grams.get(gram, ())).items():
@@ -163,8 +163,8 @@ def overlap(train, evaluation):
     return list(exact.items()), [pair for pair in near.items() if pair[0] not in exact]
 
 
-def letters(text):
-    return re.sub(r"[\W_]", "", text).lower() or text  # a text of signs alone stands for itself
+def bare(text):
+    return re.sub(r"[^\w+\-*/=<>^]", "", text).lower()
 
 
 def ngrams(text):

@@ -2,6 +2,8 @@
 
     python eval.py --model M --data F.jsonl [G.jsonl ...] --samples K         accuracies with 95 % intervals
     python eval.py --model M --data F.jsonl --samples K --add-pass-rate G.jsonl   measures difficulty
+    python eval.py --model M --protocol deepscaler --data aime24 math500 ...      benchmarks, as the papers quote them
+    python eval.py --compare A B                                                  tests the difference of two --out folders
 
 `attempt` is what training, evaluation and difficulty share: the same template, sampler and grader.
 """
@@ -24,12 +26,28 @@ from transformers import AutoTokenizer
 
 import data
 from model import Transformer
-from rewards import NO_ANSWER, RIGHT, Grader, canonical, extract_answer, writes_steps
+from rewards import RIGHT, Grader, canonical, writes_steps
 from rollout import Completion, Request, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # the embedded default: a tiny checkpoint, its problems with pass rates
 MAX_NEW_TOKENS, SLOTS = 96, 256  # defaults, fit for the shipped model: longest completion, completions decoded together
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
+
+DEFAULTS = {"samples": 16, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_NEW_TOKENS, "suffix": data.SUFFIX}
+PROTOCOLS = {  # what --protocol puts in their place: the evaluation scripts of these repositories
+    "deepscaler": {"samples": 16, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
+    "fastcurl": {"samples": 16, "temperature": 0.6, "top_p": 1.0, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
+}
+COLUMNS = ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")  # of the papers' table; AMC is the version of 83 problems
+PUBLISHED = {  # model (protocol): per cent, in the order of COLUMNS, then their mean as it was published
+    "R1-Distill-Qwen-1.5B (deepscaler)": (28.8, 82.8, 62.9, 26.5, 43.3, 48.9),
+    "Still-1.5B (deepscaler)": (32.5, 84.4, 66.7, 29.0, 45.4, 51.6),
+    "DeepScaleR-1.5B (deepscaler)": (43.1, 87.8, 73.6, 30.2, 50.0, 57.0),
+    "FastCuRL-1.5B-Preview (fastcurl)": (43.1, 88.0, 74.2, 31.6, 50.4, 57.5),
+    "FastCuRL-1.5B-V2 (fastcurl)": (47.5, 89.3, 77.0, 32.8, 53.3, 60.0),
+    "FastCuRL-1.5B-V3 (fastcurl)": (49.6, 90.5, 78.5, 34.7, 54.5, 61.6),
+    "EPRLI (unstated, k = 1 by its digits)": (50.0, 89.2, 77.1, 35.3, 51.9, 60.7),
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,10 @@ class Policy:
     tokenizer: object
     stop_ids: tuple
     examples: tuple  # worked examples in front of every problem
+    suffix: str = data.SUFFIX  # behind every problem
 
     @classmethod
-    def load(cls, name, dtype="float32", device="cpu", examples_file=None):
+    def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
         """From a checkpoint folder or a hub name. Raises ValueError saying what is wrong with it."""
         path = Path(name)
         if not path.is_dir():
@@ -70,11 +89,11 @@ class Policy:
                 raise ValueError(f"{generation}: not a JSON object ({error})") from error
         if not stop_ids:
             raise ValueError(f"{path}: neither tokenizer nor config names a stop token (eos_token_id)")
-        return cls(model, tokenizer, tuple(sorted(stop_ids)), tuple(examples))
+        return cls(model, tokenizer, tuple(sorted(stop_ids)), tuple(examples), suffix)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]"""
-        return [data.render(self.tokenizer, p, self.examples) for p in problems]
+        return [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
 
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
@@ -95,6 +114,7 @@ class Attempt:
 
     completion: Completion
     text: str
+    answer: str | None  # what stands in its box
     verdict: str  # rewards.RIGHT, ...
 
     @property
@@ -123,9 +143,10 @@ def attempt(policy, grader, prompts, keys, *, max_new_tokens, temperature, slots
     done = [c or [Completion([], [], False)] * len(k) for c, k in zip(done, keys)]
     sampled = time.perf_counter()
     texts = [[policy.text(c) for c in cs] for cs in done]
-    verdicts = iter(grader.grade([(p.problem.answer, p.opening + t) for p, ts in zip(prompts, texts) for t in ts]))
+    answers = [[grader.extract(p.opening + t) for t in ts] for p, ts in zip(prompts, texts)]
+    verdicts = iter(grader.compare([(p.problem.answer, a) for p, many in zip(prompts, answers) for a in many]))
     clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
-    return [[Attempt(c, t, next(verdicts)) for c, t in zip(cs, ts)] for cs, ts in zip(done, texts)]
+    return [[Attempt(c, t, a, next(verdicts)) for c, t, a in zip(*group)] for group in zip(done, texts, answers)]
 
 
 def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
@@ -144,14 +165,14 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority(attempts, opening=""):
-    """Whether the most frequent answer is right. Ties go to the answer sampled first; no answer casts no vote."""
+def majority(answers, right):
+    """Whether the most frequent answer is right. Answers vote together if their canonical spelling is one; ties go to the
+    answer that was sampled first; None, no answer, casts no vote, and without any vote the majority is wrong."""
     votes, verdict = Counter(), {}
-    for a in attempts:
-        if a.verdict != NO_ANSWER:
-            answer = canonical(extract_answer(opening + a.text, allow_last_number=True))
-            votes[answer] += 1  # Counter keeps the order of first votes, and most_common is stable
-            verdict.setdefault(answer, a.right)
+    for answer, is_right in zip(answers, right):
+        if answer is not None:
+            votes[canonical(answer)] += 1  # Counter keeps the order of first votes, and most_common is stable
+            verdict.setdefault(canonical(answer), is_right)
     return verdict[votes.most_common(1)[0][0]] if votes else False
 
 
@@ -166,29 +187,121 @@ def wilson(successes, n):
 
 
 def interval(values):
-    """Mean of one value per problem and its 95 % interval over problems: Wilson's for 0/1 values, else a bootstrap."""
+    """Mean of one value per problem and its 95 % interval over problems: Wilson's for 0/1 values, else a bootstrap.
+
+    A problem's samples are averaged first, so the bootstrap is clustered: samples of one problem are not independent.
+    """
     values = np.asarray(values, float)
     if not len(values):
         return math.nan, math.nan, math.nan
     if np.isin(values, (0, 1)).all():
         return values.mean(), *wilson(values.sum(), len(values))
-    rng = np.random.default_rng(0)
-    resampled = [rng.choice(values, len(values)).mean() for _ in range(2000)]
-    return values.mean(), *np.quantile(resampled, (0.025, 0.975))
+    return values.mean(), *np.quantile(bootstrap(values), (0.025, 0.975))
 
 
-def summarise(prompts, attempts, k):
+def bootstrap(values, times=2000):
+    """Means of the values, one per problem, in `times` resamples of the problems."""
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    return np.array([rng.choice(values, len(values)).mean() for _ in range(times)])
+
+
+def paired_test(difference, times=10_000):
+    """Mean of one difference per problem, its bootstrap interval, and p of a two-sided sign-flip permutation test."""
+    difference, rng = np.asarray(difference, float), np.random.default_rng(0)
+    observed = abs(difference.mean())
+    flips = rng.choice((-1.0, 1.0), (times, len(difference)))
+    p = (1 + (abs((flips * difference).mean(1)) >= observed - 1e-12).sum()) / (times + 1)
+    return difference.mean(), *np.quantile(bootstrap(difference), (0.025, 0.975)), p
+
+
+def summarise(attempts, k):
     """{measure: (mean, low, high)} over problems."""
     right = [[a.right for a in group] for group in attempts]
     n = len(right[0])
     return {
         f"avg@{n}": interval([np.mean(r) for r in right]),
         f"pass@{k}": interval([pass_at_k(n, sum(r), k) for r in right]),
-        f"maj@{n}": interval([majority(group, p.opening) for p, group in zip(prompts, attempts)]),
+        f"maj@{n}": interval([majority([a.answer for a in group], r) for group, r in zip(attempts, right)]),
         "length": interval([np.mean([a.length for a in group]) for group in attempts]),
         "cut_off": interval([np.mean([not a.completion.stopped for a in group]) for group in attempts]),
         "writes_steps": interval([np.mean([writes_steps(a.text) for a in group]) for group in attempts]),
     }
+
+
+def papers_table(name, rates):
+    """The papers' table, in per cent, with the published rows beside ours.  rates: {benchmark: right share per problem}"""
+    shown = [c for c in data.BENCHMARKS if c in rates or c in COLUMNS]
+    ours = {c: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in interval(rates[c]))) for c in rates}
+    average = "-"
+    if set(COLUMNS) <= set(rates):
+        means = np.mean([bootstrap(rates[c]) for c in COLUMNS], 0)
+        low, high = np.quantile(means, (0.025, 0.975))
+        average = f"{100 * np.mean([np.mean(rates[c]) for c in COLUMNS]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    rows = [("", *(data.BENCHMARKS[c][0] for c in shown), "mean of the five"), (name, *(ours.get(c, "-") for c in shown), average)]
+    for model, values in PUBLISHED.items():
+        published = dict(zip(COLUMNS, values))
+        rows.append((model, *(str(published.get(c, "-")) for c in shown), str(values[-1])))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+
+def read_results(folder):
+    """{(file, problem id): its rows of completions.jsonl, in the order of sampling}; files are known by their names."""
+    path, results = Path(folder) / "completions.jsonl", {}
+
+    def parse(row, _):
+        lacking = {"file", "problem_id", "sample", "verdict", "answer", "level"} - set(row if isinstance(row, dict) else ())
+        if lacking:
+            raise ValueError(f"not a row that eval.py writes (no {', '.join(sorted(lacking))})")
+        return row
+
+    for row in data.read_records(path, parse):
+        results.setdefault((Path(row["file"]).name, row["problem_id"]), []).append(row)
+    return results
+
+
+def compare(folders):
+    """Print how two results differ, problem by problem, for every file and level, and return it as a dictionary.
+
+    disagreement: the chance that a sample of A and one of B differ in being right, mean over problems
+    """
+    a, b = map(read_results, folders)
+    pairs = [key for key in a if key in b]
+    if not pairs:
+        raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
+    if len(pairs) < len(a) or len(pairs) < len(b):
+        print(f"only in A: {len(a) - len(pairs)} problems, only in B: {len(b) - len(pairs)}; both are left out")
+    rows = {}
+    for key in pairs:
+        level = a[key][0]["level"]
+        for name in (key[0], f"{key[0]}, {level}") if level else (key[0],):
+            rows.setdefault(name, []).append(key)
+    report = {}
+    for name, keys in rows.items():
+        right = [[[row["verdict"] == RIGHT for row in side[key]] for key in keys] for side in (a, b)]
+        answers = [[[row["answer"] for row in side[key]] for key in keys] for side in (a, b)]
+        k = min(len(r) for side in right for r in side)
+        measures = {
+            "accuracy": [[np.mean(r) for r in side] for side in right],
+            f"pass@{k}": [[pass_at_k(len(r), sum(r), k) for r in side] for side in right],
+            "majority": [[majority(*both) for both in zip(*side)] for side in zip(answers, right)],
+        }
+        report[name] = {"problems": len(keys)}
+        print(f"\n{name}: {len(keys)} problems")
+        for measure, (x, y) in measures.items():
+            difference, low, high, p = paired_test(np.subtract(y, x, dtype=float))
+            report[name][measure] = {"A": np.mean(x), "B": np.mean(y), "difference": difference, "low": low, "high": high, "p": p}
+            print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {difference:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}")
+        p, q = map(np.array, measures["accuracy"])
+        report[name]["disagreement"] = (p * (1 - q) + q * (1 - p)).mean()
+        print(f"  disagreement {report[name]['disagreement']:.1%}")
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------ difficulty
 
 
 def print_difficulty(attempts, qualities):
@@ -215,14 +328,17 @@ def parse_args(arguments):
         description=__doc__.split("\n")[0], usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
-    parser.add_argument("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help="JSONL files of problems")
-    parser.add_argument("--samples", type=int, default=16, help="completions per problem")
+    parser.add_argument("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")],
+                        help=f"JSONL files of problems, or benchmarks from the hub: {', '.join(data.BENCHMARKS)}")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="published defaults of the next four flags and of the prompt's suffix")
+    parser.add_argument("--samples", type=int, help="completions per problem")
     parser.add_argument("--k", type=int, help="k of pass@k; default: --samples")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest completion, tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; 1 as in training")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 is off, as in training")
+    parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; 1 as in training")
+    parser.add_argument("--top-p", type=float, help="nucleus; 1 is off, as in training")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to choose from; 0 is off, as in training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two --out folders: test their difference, sample nothing")
     parser.add_argument("--out", help="folder to write; default runs/eval-<date-time>")
     parser.add_argument("--add-pass-rate", metavar="FILE", help="write the problems of --data back with their pass rates")
     parser.add_argument("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds that cut the levels")
@@ -231,6 +347,8 @@ def parse_args(arguments):
     parser.add_argument("--slots", type=int, default=SLOTS, help="completions decoded together (memory and speed only)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    chosen = parser.parse_known_args(arguments)[0].protocol
+    parser.set_defaults(**(PROTOCOLS[chosen] if chosen else DEFAULTS))
     args = parser.parse_args(arguments)
     args.k = args.samples if args.k is None else args.k
     for name in ("samples", "max_new_tokens", "slots"):
@@ -243,6 +361,8 @@ def parse_args(arguments):
     if args.add_pass_rate and len(args.data) > 1:
         parser.error("--add-pass-rate measures one file at a time")
     args.out = Path(args.out or f"runs/eval-{datetime.now():%Y%m%d-%H%M%S}")
+    if args.compare:
+        return parser, args
     for name, path in (("--out", args.out), ("--add-pass-rate", Path(args.add_pass_rate or args.out))):
         if path.exists():
             parser.error(f"{name} {path}: exists already; name another")
@@ -262,7 +382,7 @@ def split_by_level(problems, qualities):
     return {**rows, "all": list(range(len(problems)))}
 
 
-def evaluate_file(args, policy, grader, path, prompts, completions_file):
+def evaluate_file(args, policy, grader, path, prompts, levels, completions_file):
     """Sample and score one file, writing completions as they come: one list of Attempt per prompt."""
     purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     keys, attempts = evaluation_keys(args.seed, prompts, args.samples, purpose), []
@@ -272,10 +392,10 @@ def evaluate_file(args, policy, grader, path, prompts, completions_file):
             policy, grader, prompts[i : i + size], keys[i : i + size], max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, slots=args.slots, progress=True,
         )
-        for prompt, group in zip(prompts[i:], part):
+        for number, group in enumerate(part, i):
             for k, a in enumerate(group):
-                row = {"file": str(path), "problem_id": prompt.problem.id, "sample": k, "verdict": a.verdict,
-                       "tokens": a.length, "stopped": a.completion.stopped, "text": a.text}
+                row = {"file": str(path), "problem_id": prompts[number].problem.id, "level": levels.get(number), "sample": k,
+                       "verdict": a.verdict, "answer": a.answer, "tokens": a.length, "stopped": a.completion.stopped, "text": a.text}
                 completions_file.write(json.dumps(row, ensure_ascii=False) + "\n")
         completions_file.flush()
         attempts += part
@@ -284,9 +404,14 @@ def evaluate_file(args, policy, grader, path, prompts, completions_file):
 
 def main(arguments=None):
     parser, args = parse_args(arguments)
+    if args.compare:
+        try:
+            return print(json.dumps(compare(args.compare)))
+        except ValueError as error:
+            parser.error(str(error))
     try:
         files = {path: data.read_problems(path) for path in args.data}
-        policy = Policy.load(args.model, args.dtype, args.device, args.examples)
+        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
         prompts = {path: policy.render(problems) for path, problems in files.items()}
         for path in files:
             too_long = sum(not policy.room(p) for p in prompts[path])
@@ -300,21 +425,25 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
-    summary = {name: getattr(args, name) for name in ("model", "samples", "temperature", "top_k", "top_p", "max_new_tokens", "seed")}
-    summary["files"] = {}
+    summary = {name: getattr(args, name) for name in ("model", "protocol", "samples", "temperature", "top_k", "top_p", "max_new_tokens", "suffix", "seed")}
+    summary["files"], rates = {}, {}
     with open(args.out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
         for path, problems in files.items():
-            attempts = evaluate_file(args, policy, grader, path, prompts[path], completions_file)
+            rows_of = split_by_level(problems, args.quality)
+            levels = {i: name for name, rows in rows_of.items() if name != "all" for i in rows}
+            attempts = evaluate_file(args, policy, grader, path, prompts[path], levels, completions_file)
             print(f"\n{path}: {args.samples} sample(s) a problem, temperature {args.temperature:g}, top-p {args.top_p:g}, "
                   f"at most {args.max_new_tokens} tokens; 95 % intervals over problems")
             measures = {}
-            for name, rows in split_by_level(problems, args.quality).items():
+            for name, rows in rows_of.items():
                 if rows:
-                    measures[name] = summarise([prompts[path][i] for i in rows], [attempts[i] for i in rows], args.k)
+                    measures[name] = summarise([attempts[i] for i in rows], args.k)
                     cells = (f"{key} " + (f"{m:.1f} [{lo:.1f}, {hi:.1f}]" if key == "length" else f"{m:.1%} [{lo:.1%}, {hi:.1%}]")
                              for key, (m, lo, hi) in measures[name].items())
                     print(f"  {name:8} {len(rows):5} problems   " + "   ".join(cells))
             summary["files"][str(path)] = measures
+            if Path(path).stem in data.BENCHMARKS:
+                rates[Path(path).stem] = [np.mean([a.right for a in group]) for group in attempts]
             if args.add_pass_rate:
                 print_difficulty(attempts, args.quality)
                 with open(args.add_pass_rate, "x", encoding="utf-8") as file:
@@ -323,6 +452,9 @@ def main(arguments=None):
                         measured = replace(p, pass_rate=rate, other={**p.other, "pass_rate_samples": args.samples})
                         file.write(json.dumps(measured.record(), ensure_ascii=False) + "\n")
     summary["verdicts"] = dict(grader.counts)
+    if rates:
+        print(f"\nper cent right, mean of {args.samples} sample(s), 95 % intervals over problems; published rows with k = 16 where stated")
+        print(papers_table(f"{Path(args.model).name} ({args.protocol or 'own settings'})", rates))
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     print(f"\nevery completion with its verdict: {args.out / 'completions.jsonl'}")
     print(json.dumps(summary))

@@ -22,6 +22,8 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
+import answers
+
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict; ours: ordinary cases take milliseconds
 WALL = 25  # wall time may be so many times that, before a worker that does not answer is given up
 WORKER_BYTES = 2 << 30  # address space of a worker
@@ -60,10 +62,13 @@ def writes_steps(text):
 
 
 def canonical(answer):
-    """A spelling under which equal answers usually meet, for counting votes (not for grading)."""
-    answer = re.sub(r"\\(?:[dt]frac)", r"\\frac", answer)
-    answer = re.sub(r"\\(?:left|right|!|,|;|quad)(?![a-zA-Z])|[\s$]", "", answer).rstrip(".")
-    return str(int(answer)) if re.fullmatch(r"-?\d{1,1000}", answer) else answer
+    """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12."""
+    try:
+        text = answers.tidy(answer[:LONGEST_ANSWER])
+    except answers.NoAnswer:
+        return answer
+    number = answers.number(text) if len(text) < 50 else None
+    return answers.squeeze(text) if number is None else str(number)
 
 
 def at_once(gold, answer):
@@ -88,8 +93,6 @@ def serve(seconds):
     The cases are judged by a child. When one kills it, the verdict is the parent's, which has everything imported and
     forks the next child in milliseconds.
     """
-    import answers
-
     verdicts = os.fdopen(os.dup(1), "w")  # for verdicts alone: whatever a library prints goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -180,8 +183,10 @@ class Grader:
 
     def grade(self, pairs):
         """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...], in order."""
-        cases = [(gold, extract_answer(text, self.allow_last_number)) for gold, text in pairs]
-        return self.compare(cases)
+        return self.compare([(gold, self.extract(text)) for gold, text in pairs])
+
+    def extract(self, text):
+        return extract_answer(text, self.allow_last_number)
 
     def compare(self, cases):
         """[(gold, answer or None), ...] -> verdicts; equal cases are decided once."""

@@ -38,6 +38,7 @@ from rollout import stream
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # of AdamW: verl's defaults, which DeepScaleR and FastCuRL used
 MOST_SKIPS = 3  # updates in a row that a level may fail to fill its buffer, before it ends (algorithm, reading 7)
+MOST_FAILURES = 0.05  # share of an update's completions on which the grader may fail without a word
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking before plots do
 
 
@@ -509,6 +510,10 @@ class Run:
             f"clipped {number('clip_low_share', '.1%')} + {number('clip_high_share', '.1%')} | kl {number('kl_old', '.0e')} | "
             f"entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
         )
+        failures = row["grader_timeouts"] + row["grader_errors"]
+        if failures > MOST_FAILURES * len(stats.drawn):
+            tqdm.write(f"  the grader gave up on {failures} of {len(stats.drawn)} completions, which count as wrong: look for the verdicts "
+                       f"{TIMEOUT!r} and {ERROR!r} in {self.out / 'completions.jsonl'}")
         if stage.skipped:
             tqdm.write(f"  update {stats.update} skipped: {stats.draws} draws of {stage.level.prompts} prompts did not fill the buffer")
         if stage.skipped == MOST_SKIPS:
@@ -611,8 +616,8 @@ def prepare(cfg, levels, problems, held_out):
         tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} problems, {len(held_out_set)} held out")
     if qualities != sorted(qualities):
         tqdm.write('Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and "Q_{l-1} > Q_l"; see eprli.py')
-    overlap = data.overlap(problems, held_out)
-    facts = {"overlap_with_eval": overlap, "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
+    exact, near = data.overlap(problems, held_out)
+    facts = {"overlap_with_eval": len(exact), "near_overlap_with_eval": len(near), "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
     return policy, stages, facts
 
 

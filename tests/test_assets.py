@@ -31,7 +31,7 @@ def test_the_checkpoint_is_small_and_loads_in_transformers():
 
 def test_problems_are_measured_disjoint_and_fill_both_levels():
     training, held_out = read_problems(ASSETS / "train.jsonl"), read_problems(ASSETS / "heldout.jsonl")
-    assert len(training) >= 4000 and len(without_repeats(training)) == len(training) and overlap(training, held_out) == 0
+    assert len(training) >= 4000 and len(without_repeats(training)) == len(training) and overlap(training, held_out) == ([], [])
     assert all(p.pass_rate is not None and p.other["pass_rate_samples"] >= 16 for p in training + held_out)
     for problems, least in ((training, 800), (held_out, 300)):
         assert all(len(level) >= least for level in cut_levels(problems, QUALITY, "pass_rate")[0])

@@ -3,11 +3,14 @@
 import itertools
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import sympy
 from transformers import PreTrainedTokenizerFast
 
+import data
 from data import (
     INSTRUCTION,
     Problem,
@@ -68,7 +71,42 @@ def test_lines_end_at_newlines_alone(tmp_path):
 def test_repeats_and_overlap_are_found():
     train = [Problem("1", "What is  2N+n?", "4"), Problem("2", "What is 2N+n?", "4"), Problem("3", "Other", "1"), Problem("4", "What is 2n+N?", "5")]
     assert [p.id for p in without_repeats(train)] == ["1", "3", "4"]
-    assert overlap(train, [Problem("e", "OTHER", "1"), Problem("f", "new", "2")]) == 1
+    assert overlap(train, [Problem("e", "OTHER!", "1"), Problem("f", "new", "2"), Problem("g", "What is 2N-n?", "2")]) == ([("e", "3")], [])
+
+
+def test_near_overlap_is_found_by_its_words(tmp_path, capsys):
+    """The template with other figures, a sentence more, and neither; one problem is counted once, exact before near."""
+    story = "A baker packs {} rolls into bags of {}. How many bags does he need, if every bag has to be full?"
+    train = [Problem("t1", story.format(36, 4), "9"), Problem("t2", "Long ago, in a town by the sea: " + story.format(1, 2), "0")]
+    held_out = [Problem("same", story.format(36, 4).upper(), "9"), Problem("figures", story.format(1, 2), "9"),
+                Problem("other", "A baker needs flour for bread and sells the rest of it to a friend, so how much?", "1")]
+    exact, near = overlap(train, held_out)
+    assert exact == [("same", "t1")] and near == [("figures", "t2")]
+    for name, problems in (("t", train), ("h", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(p.record()) for p in problems))
+    data.main(["--overlap", str(tmp_path / "t.jsonl"), str(tmp_path / "h.jsonl")])
+    printed = capsys.readouterr().out
+    assert "1 of 3 problems stand in" in printed and "near: figures = t2" in printed
+
+
+def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
+    """Columns by one table; answers that are numbers or lists; without `datasets`, a sentence that says what to install."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read_problems("minerva")
+    rows = {"AI-MO/aimo-validation-amc": [{"problem": "1+1", "answer": 2.0, "url": "u"}],
+            "Hothan/OlympiadBench": [{"question": "roots?", "final_answer": ["$1$", "$-1$"]}], "math-ai/amc23": [{"q": "1"}]}
+    asked = []
+    fake = SimpleNamespace(load_dataset=lambda name, configuration, split: asked.append((name, configuration, split)) or rows[name])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert [(p.id, p.problem, p.answer) for p in read_problems("amc22_23")] == [("amc22_23-0", "1+1", "2")]
+    assert read_problems("olympiadbench")[0].answer == "1, -1"
+    assert asked == [("AI-MO/aimo-validation-amc", None, "train"), ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")]
+    with pytest.raises(ValueError, match="no column 'question'"):
+        read_problems("amc23")
+    with pytest.raises(ValueError, match="cannot read math-ai/minervamath"):
+        read_problems("minerva")
 
 
 # ----------------------------------------------------------------------------------------------------------- levels

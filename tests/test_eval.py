@@ -10,9 +10,8 @@ import pytest
 
 import eval as evaluation
 from data import Problem, read_problems
-from eval import Attempt, attempt, evaluation_keys, interval, majority, pass_at_k, wilson
+from eval import attempt, evaluation_keys, interval, majority, paired_test, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
-from rollout import Completion
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -35,19 +34,14 @@ def test_intervals():
 
 
 def answers(*boxes):
-    out = []
-    for box in boxes:
-        right = box == "2"
-        verdict = NO_ANSWER if box is None else RIGHT if right else WRONG
-        out.append(Attempt(Completion([1], [0.0], True), "none" if box is None else f"\\boxed{{{box}}}", verdict))
-    return out
+    return boxes, [box == "2" for box in boxes]
 
 
 def test_majority_rules():
     """Ties go to the answer sampled first; no answer casts no vote; spellings of one answer vote together."""
-    assert majority(answers("3", "2", "2")) and not majority(answers("3", "2")) and majority(answers("2", "3"))
-    assert majority(answers(None, None, None, "2")) and not majority(answers(None, None))
-    assert not majority(answers("\\frac{1}{2}", "2", "\\dfrac{1}{2}"))
+    assert majority(*answers("3", "2", "2")) and not majority(*answers("3", "2")) and majority(*answers("2", "3"))
+    assert majority(*answers(None, None, None, "2")) and not majority(*answers(None, None))
+    assert not majority(*answers("\\frac{1}{2}", "2", "\\dfrac{1}{2}"))
 
 
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
@@ -75,6 +69,89 @@ def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
     assert sum(row["verdict"] == RIGHT for row in rows) / 15 == pytest.approx(measures["all"]["avg@3"][0])
     measured = read_problems(tmp_path / "g.jsonl")
     assert all(p.other == {"source": "s", "pass_rate_samples": 3} and p.pass_rate is not None for p in measured)
+
+
+def write_results(folder, right, answers=None, level=None):
+    """completions.jsonl of one file: right[i][k], whether sample k of problem i is."""
+    folder.mkdir()
+    rows = [{"file": f"{folder}/p.jsonl", "problem_id": str(i), "level": level, "sample": k, "verdict": RIGHT if r else WRONG,
+             "answer": answers[i][k] if answers else str(int(r))} for i, many in enumerate(right) for k, r in enumerate(many)]
+    (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_compare_pairs_problems(tmp_path, capsys):
+    """By hand: accuracies 1/2 and 3/4 over two problems; disagreement (1/2 + 1/2) / 2; a third problem has no partner."""
+    a = write_results(tmp_path / "a", [[1, 0], [1, 0], [1, 1]])
+    b = write_results(tmp_path / "b", [[1, 1], [0, 1]])
+    evaluation.main(["--compare", a, b])
+    printed = capsys.readouterr().out
+    report = json.loads(printed.splitlines()[-1])["p.jsonl"]
+    assert report["problems"] == 2 and "only in A: 1 problems" in printed
+    assert report["accuracy"]["A"] == 0.5 and report["accuracy"]["B"] == 0.75 and report["accuracy"]["difference"] == 0.25
+    assert report["disagreement"] == 0.5 and report["pass@2"]["A"] == 1.0
+    assert report["majority"]["A"] == 1.0 and report["majority"]["B"] == 0.5  # ties go to the first
+
+
+def test_compare_needs_two_results_of_the_same_problems(tmp_path, capsys):
+    a, b = write_results(tmp_path / "a", [[1]]), write_results(tmp_path / "b", [[1]])
+    (tmp_path / "b/completions.jsonl").write_text((tmp_path / "b/completions.jsonl").read_text().replace("p.jsonl", "q.jsonl"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/completions.jsonl").write_text('{"text": "1"}')
+    for folders, message in (((a, b), "no problem in common"), ((a, "none"), "cannot be read"), ((a, str(tmp_path / "c")), "not a row that eval.py")):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--compare", *folders])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_paired_test_has_its_size_and_its_power():
+    """Under no difference p < 0.05 about once in twenty; pairing finds what two intervals side by side would not."""
+    rng = np.random.default_rng(0)
+    p_values = [paired_test(rng.normal(size=40), times=500)[3] for _ in range(200)]
+    assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.1
+    assert paired_test([0.0] * 5)[3] == 1.0
+    hard = rng.uniform(size=200)
+    mean, low, high, p = paired_test((hard + rng.normal(0.03, 0.05, 200)) - hard)
+    assert p < 1e-3 and 0 < low < mean < high
+    assert interval(hard)[2] - interval(hard)[1] > 0.06  # wider than the difference
+
+
+def test_samples_of_one_problem_are_one_cluster():
+    """Four equal samples of each problem tell no more than one: an interval over all samples would be half as wide."""
+    rng = np.random.default_rng(1)
+    right = rng.random(100) < 0.4
+    one, four = interval([np.mean([r]) for r in right]), interval([np.mean([r] * 4) for r in right])
+    assert one == four
+    spread = interval(rng.binomial(4, 0.4, 100) / 4)
+    assert spread[2] - spread[1] < 0.7 * (one[2] - one[1])  # samples that differ do tell more
+
+
+def test_a_protocol_sets_the_flags_that_are_not_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, args = evaluation.parse_args(["--protocol", "deepscaler", "--samples", "2"])
+    assert (args.samples, args.temperature, args.top_p, args.max_new_tokens) == (2, 0.6, 0.95, 32768)
+    assert args.suffix == " Let's think step by step and output the final answer within \\boxed{}."
+    assert evaluation.parse_args(["--protocol", "fastcurl"])[1].top_p == 1.0 and evaluation.parse_args([])[1].temperature == 1.0
+
+
+def test_benchmarks_end_in_the_papers_table(tmp_path, toy_folder, capsys):
+    for name in ("aime24", "math500", "amc22_23", "minerva", "olympiadbench"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) for i in range(3)))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")]
+    evaluation.main(["--model", str(toy_folder), "--data", *files, "--samples", "2", "--max-new-tokens", "4", "--protocol", "fastcurl",
+                     "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    (ours,) = [line for line in printed.splitlines() if "(fastcurl)" in line and "toy" in line]
+    assert ours.count("0.0 [0.0, ") == 6  # five benchmarks and their mean; Wilson's interval is not empty
+    (header,) = [line for line in printed.splitlines() if "mean of the five" in line]
+    assert header.split() == ["AIME24", "MATH500", "AMC", "Minerva", "Olympiad", "mean", "of", "the", "five"]
+    assert "DeepScaleR-1.5B (deepscaler)" in printed and "57.0" in printed
+
+
+def test_published_means_are_those_of_their_rows():
+    """A digit that was copied wrongly shows."""
+    for values in evaluation.PUBLISHED.values():
+        assert np.mean(values[:5]) == pytest.approx(values[5], abs=0.1)
 
 
 def test_samples_that_measure_difficulty_are_not_those_that_evaluate(toy_policy):
