@@ -37,30 +37,25 @@ VULGAR = {
     "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19",
 }
 RAISED, LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
+MACROS = {  # other names of the same thing
+    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "leqq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqq": r"\ge ",
+    "geqslant": r"\ge ", "neq": r"\ne ", "lt": "<", "gt": ">", "vee": r"\lor ", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
+    "varnothing": r"\emptyset ", "backslash": r"\setminus ", "degree": r"^\circ ", "degrees": r"^\circ ", "thinspace": " ", "medspace": " ",
+    "quad": " ; ", "qquad": " ; ", "newline": " ; ", "textnormal": r"\text", "textbf": r"\text", "textit": r"\text", "textrm": r"\text", "mathrm": r"\text",
+    "textsf": r"\text", "texttt": r"\text", "mbox": r"\text", "hbox": r"\text", "emph": r"\text",
+    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits".split(), ""),
+    **dict.fromkeys("mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm".split(), ""),
+}
 RESPELLED = {  # pattern -> spelling, in this order
-    r"\\q?quad(?![a-zA-Z])": " ; ",
     r"\\\$": " dollars_ ",
-    r"\\[()\[\]]|\$": "",  # delimiters of math mode; \[ and \( alike
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut)(?![a-zA-Z])\.?": "",
+    r"\\[()\[\]]|\$": "",  # delimiters of math mode
+    r"\\(?:left|right) ?\.": "",
     r"(?<=\d)(?:\{,\}|,?\\[,!]) ?(?=\d{3}(?!\d))": "",  # thousands; a plain comma may also part a list: see `read`
-    r"\\(?:[,:;>! ]|thinspace|medspace|hspace\{[^{}]*\})|~": " ",
-    r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])": r"\\frac",
+    r"\\[,:;>! ]|~": " ",
     r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm)\s*\{\s*([a-zA-Z])\s*\}": r" \1 ",
     r"\\(?:mathrm|textrm)\s*\{\s*([deixyz])\s*\}": r" \1 ",  # other letters may be units
-    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|pmb|mathnormal|bf|it|rm)(?![a-zA-Z])": "",
-    r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mbox|hbox|emph)\s*(?=\{)": r"\\text",
-    r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])": r"\\le ",
-    r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])": r"\\ge ",
-    r"\\(?:neq)(?![a-zA-Z])": r"\\ne ",
-    r"\\(?:lt)(?![a-zA-Z])": "<",
-    r"\\(?:gt)(?![a-zA-Z])": ">",
-    r"\\(?:vee)(?![a-zA-Z])": r"\\lor ",
-    r"\\(?:lbrace)(?![a-zA-Z])": r"\\{",
-    r"\\(?:rbrace)(?![a-zA-Z])": r"\\}",
-    r"\\(?:lbrack)(?![a-zA-Z])": "[",
-    r"\\(?:rbrack)(?![a-zA-Z])": "]",
-    r"\\(?:varnothing)(?![a-zA-Z])": r"\\emptyset",
-    r"\\(?:degrees?)(?![a-zA-Z])": r"^\\circ",
+    r"\\([a-zA-Z]+)": lambda m: MACROS.get(m[1], m[0]),
+    r"\\text\s+(?=\{)": r"\\text",
     r"\^\{\s*\\circ\s*\}": r"^\\circ",
     r"\^\s*(?:\\prime|\{\s*\\prime\s*\})": "'",
     r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
@@ -89,14 +84,11 @@ def tidy(text):
     if any(not c.isprintable() for c in text):
         raise NoAnswer("control characters")
     rows = r"\cr " if r"\begin" in text else " ; "
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?|\\newline", lambda _: rows, text)
+    text = re.sub(r"\\\\(?:\[[^\]]*\])?", lambda _: rows, text)
     for pattern, spelling in RESPELLED.items():
         text = pattern.sub(spelling, text)
     text = JOINED.sub(lambda m: m["inner"] or rf" \{m['text'] or m['bare']} ", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    while text and text[-1] in ".,;" or text.endswith(": "):
-        text = text[:-1].rstrip()
-    return text
+    return re.sub(r"\s+", " ", text).strip().rstrip(".,;: ")
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
@@ -191,7 +183,7 @@ def read_item(text):
                 return replace(read(value, False), label=re.sub(r"\s", "", label))
             return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r"\s", "", label))
         return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
-    sides, signs = split(text, (r"\cup", r"\setminus", r"\backslash"))
+    sides, signs = split(text, (r"\cup", r"\setminus"))
     if signs:
         return Answer("union", text, tuple(read(s, False) for s in sides), tuple(signs))
     matrix = re.fullmatch(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
@@ -206,8 +198,7 @@ def read_item(text):
     if enclosed(text, "{"):
         return read(text[1:-1].strip(), False)
     if re.search(r"\\(pm|mp)(?![a-zA-Z])", text):
-        other = {r"\pm": "-", r"\mp": "+"}
-        plus, minus = (re.sub(r"\\(?:pm|mp)(?![a-zA-Z])", lambda m, o=o: o[m[0]], text) for o in ({r"\pm": "+", r"\mp": "-"}, other))
+        plus, minus = (text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+"))
         return Answer("list", text, (Answer("value", plus.removeprefix("+").strip()), Answer("value", minus)))
     return Answer("value", text)
 
@@ -251,9 +242,10 @@ UNITS = {
     "month": "", "year": "yr", "gram": "g", "milligram": "mg", "kilogram": "kg", "ton": "tonne", "pound": "lb", "ounce": "oz", "liter": "l litre",
     "milliliter": "ml millilitre", "gallon": "gal", "joule": "j", "kilojoule": "kj", "watt": "w", "newton": "n", "pascal": "pa", "kelvin": "k",
     "volt": "v", "ampere": "a amp", "ohm": "", "hertz": "hz", "mole": "mol", "radian": "rad", "degree": "deg", "dollar": "usd", "cent": "",
-    "euro": "eur", "angstrom": "", "nanometer": "nm", "micrometer": "", "erg": "", "kph": "kmh", "mph": "", "dozen": "", "percent": "",
+    "euro": "eur €", "sterling": "£", "yen": "¥", "angstrom": "", "nanometer": "nm", "micrometer": "", "erg": "", "kph": "kmh", "mph": "", "dozen": "", "percent": "",
 }
 UNITS = {spelling: name for name, more in UNITS.items() for spelling in (name, name + "s", *(s for m in more.split() for s in (m, m + "s")))}
+CURRENCY = {"dollars_": "dollar", **{sign: UNITS[sign] for sign in "€£¥"}}
 UNIT_WORD = r"(?:\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /.\-])[a-zA-Z]{2,}\.?)(?:\s*\^\s*\{?-?\d\}?)?"
 UNIT = re.compile(rf"(.*?[\d}})!\w])\s*((?:\s*(?:[/.\-]|\\cdot)?\s*{UNIT_WORD})+|(?:\^\\circ\s*(?:[CFK]\b|\\text\{{\s*[CFK]\s*\}})?))$")
 
@@ -261,10 +253,10 @@ UNIT = re.compile(rf"(.*?[\d}})!\w])\s*((?:\s*(?:[/.\-]|\\cdot)?\s*{UNIT_WORD})+
 def quantity(text):
     r"""(text without its unit, unit or None, whether it was followed by a percent sign)."""
     core, unit = text, None
-    money = re.fullmatch(r"(-?)\s*(?:dollars_|[€£¥])\s*(.+)|(.+?)\s*(?:dollars_|[€£¥])", text)
+    money = re.fullmatch(r"(-?)\s*(dollars_|[€£¥])\s*(.+)", text) or re.fullmatch(r"()(.+?)\s*(dollars_|[€£¥])", text)
     if money:
-        symbol = re.search("[€£¥]", text)
-        core, unit = (money[1] or "") + (money[2] or "") + (money[3] or ""), {"€": "euro"}.get(symbol[0], symbol[0]) if symbol else "dollar"
+        symbol, amount = sorted(money.groups()[1:], key=lambda part: part not in CURRENCY)
+        core, unit = money[1] + amount, CURRENCY[symbol]
     percent = re.fullmatch(r"(.+?)\s*(?:\\?%|(?:\\text\s*\{\s*)?\bper ?cent\b(?:\s*\})?)", core)
     if percent:
         return percent[1], unit, True
@@ -280,18 +272,15 @@ def quantity(text):
 def unit_name(text):
     """One name for a unit however it is spelled: km/h, kilometers per hour. None: words that are no unit."""
     text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " ")).lower()
-    text = re.sub(r"\bper\b|/", " / ", re.sub(r"\bsquare[d]?\s+(\w+)|\bsq\.?\s*(\w+)", r"\1\2 2", re.sub(r"\bcubic\s+(\w+)", r"\1 3", text)))
+    for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3")):
+        text = re.sub(pattern, spelling, text)
     words = re.findall(r"[a-zåµ]+|-?\d+|/", text)
-    known = [UNITS.get(w, w) for w in words]
-    if any(w in ("and", "or", "if", "where", "for", "when", "not", "no") for w in words):
-        return None
-    return " ".join(known)
+    return None if {"and", "or", "if", "where", "for", "when", "not", "no"} & set(words) else " ".join(UNITS.get(w, w) for w in words)
 
 
 def conflicting(a, b):
     """Two units that both are known, and differ. Words that are no units of measurement (apples) never conflict."""
-    measured = lambda unit: unit and any(w in UNITS.values() or w in "€£¥euro" for w in unit.split())  # noqa: E731
-    return bool(measured(a) and measured(b) and a != b)
+    return bool(a and b and a != b and all(set(unit.split()) & set(UNITS.values()) for unit in (a, b)))
 
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -579,7 +568,7 @@ def same_relation(gold, answer):
             if one.label and set(one.mark) == {"="} and not other.label:  # x = 2 + 3 = 5
                 return all(same(part, other) for part in one.parts) if one is answer else all(same(other, part) for part in one.parts)
             interval = as_interval(one)
-            if interval and other.label in ("", gold_variable(one)) and other.kind in ("interval", "tuple"):
+            if interval and other.label in ("", variable(one)) and other.kind in ("interval", "tuple"):
                 return other.mark == interval.mark and all(map(same, interval.parts, other.parts))
             if not other.label:
                 return False
@@ -589,14 +578,15 @@ def same_relation(gold, answer):
                 return True
         ranges = as_interval(gold), as_interval(answer)
         if all(ranges):
-            return gold_variable(gold) == gold_variable(answer) and same(*ranges)
+            return variable(gold) == variable(answer) and same(*ranges)
     g, a = (f"{x.label} = {x.text}" if x.label else x.text for x in (gold, answer))
     if len(split(g, RELATIONS)[1]) != 1 or len(split(a, RELATIONS)[1]) != 1:
         return False
     return same_expression(g, a)
 
 
-def gold_variable(relation):
+def variable(relation):
+    """The name in an inequality that `as_interval` understood."""
     return next(part.text for part in relation.parts if LABEL.fullmatch(part.text))
 
 
@@ -609,13 +599,12 @@ def as_interval(relation):
         return None
     named = [bool(LABEL.fullmatch(part.text)) and not re.fullmatch(r"\\(pi|infty)|e", part.text) for part in parts]
     inf = Answer("value", r"\infty")
-    if named == [False, True, False]:
-        low, high, marks = parts[0], parts[2], signs
-    elif named == [True, False]:
-        low, high, marks = replace(inf, text=r"-\infty"), parts[1], ("<", *signs)
+    if named == [True, False]:
+        parts, signs = (replace(inf, text=r"-\infty"), *parts), ("<", *signs)
     elif named == [False, True]:
-        low, high, marks = parts[0], inf, (*signs, "<")
-    else:
+        parts, signs = (*parts, inf), (*signs, "<")
+    elif named != [False, True, False]:
         return None
-    mark = {"<": "(", "<=": "["}[marks[0]] + {"<": ")", "<=": "]"}[marks[1]]
+    low, _, high = parts
+    mark = {"<": "(", "<=": "["}[signs[0]] + {"<": ")", "<=": "]"}[signs[1]]
     return Answer("tuple" if mark == "()" else "interval", relation.text, (low, high), mark)

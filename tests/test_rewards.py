@@ -92,9 +92,22 @@ def test_a_case_may_take_its_time_and_no_more(monster, grader):
     assert grader.compare([("1/3", "2/6"), ("1/3", "3/9")]) == [RIGHT] * 2 and time.monotonic() - start < CASE_SECONDS
 
 
-def test_hostile_text_cannot_take_the_memory(monkeypatch):
-    """The expansion wants gigabytes; the limit turns that into an error before the clock does."""
-    monkeypatch.setattr(rewards, "CASE_SECONDS", 60)
+def test_hangs_cost_their_limit_shared_by_the_workers():
+    """Ordinary cases go on beside them: hangs x (limit + 0.5 s) / workers is all that the wall clock may add."""
+    grader = Grader(workers=2)
+    ordinary = [("1/4", f"{i}/{4 * i}") for i in range(1, 201)]
+    start = time.monotonic()
+    grader.compare([("1/3", "2/6"), ("1/3", "3/9"), *((g, f"-{a}") for g, a in ordinary)])  # started, and as many
+    alone, hangs = time.monotonic() - start, 10
+    start = time.monotonic()
+    verdicts = grader.compare([case for i, case in enumerate(ordinary) for case in ([("3", f"{i}^{{9^{{9^9}}}}")] if 0 < i <= hangs else []) + [case]])
+    assert verdicts.count(RIGHT) == 200 and verdicts.count(TIMEOUT) + verdicts.count(ERROR) >= hangs - 1  # 1 to any power may be known
+    assert time.monotonic() - start < alone + hangs * (CASE_SECONDS + 0.5) / 2
+    grader.close()
+
+
+def test_hostile_text_cannot_take_the_memory():
+    """The power wants gigabytes; the limit turns that into an error before the clock does."""
     code = "import rewards; rewards.WORKER_BYTES = 400 << 20; rewards.serve(60)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], cwd=Path(rewards.__file__).parent, text=True, bufsize=1, **pipes) as worker:
