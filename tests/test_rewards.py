@@ -1,6 +1,7 @@
 """The grader against a table of cases, hostile ones among them, and its workers against hangs and deaths."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -149,6 +150,18 @@ def test_while_one_worker_hangs_the_others_go_on(monkeypatch, tmp_path):
     assert first.process.poll() is not None
     assert grader.compare([("a", "again")]) == [RIGHT]
     grader.close()
+
+
+def test_a_killed_worker_takes_its_child_along():
+    """Else a hang would outlive the run that gave it up."""
+    worker = rewards.Worker(seconds=60)
+    assert worker.receive() == "ready"
+    worker.send(("3", "9^{9^{9^9}}"), 60)
+    time.sleep(0.5)
+    worker.kill()
+    time.sleep(0.5)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(worker.process.pid, 0)
 
 
 def test_a_worker_that_dies_while_idle_costs_no_verdict(grader):
