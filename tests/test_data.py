@@ -78,15 +78,15 @@ def test_near_overlap_is_found_by_its_words(tmp_path, capsys):
     """The template with other figures, a sentence more, and neither; one problem is counted once, exact before near."""
     story = "A baker packs {} rolls into bags of {}. How many bags does he need, if every bag has to be full?"
     train = [Problem("t1", story.format(36, 4), "9"), Problem("t2", "Long ago, in a town by the sea: " + story.format(1, 2), "0")]
-    held_out = [Problem("same", story.format(36, 4).upper(), "9"), Problem("figures", story.format(1, 2), "9"),
+    held_out = [Problem("same", story.format(36, 4).upper(), "9"), Problem("figures", story.format(1, 2), "9"), Problem("more", story.format(36, 4) + " Tell me.", "9"),
                 Problem("other", "A baker needs flour for bread and sells the rest of it to a friend, so how much?", "1")]
     exact, near = overlap(train, held_out)
-    assert exact == [("same", "t1")] and near == [("figures", "t2")]
+    assert exact == [("same", "t1")] and near == [("more", "t1"), ("figures", "t2")]
     for name, problems in (("t", train), ("h", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(p.record()) for p in problems))
     data.main(["--overlap", str(tmp_path / "t.jsonl"), str(tmp_path / "h.jsonl")])
     printed = capsys.readouterr().out
-    assert "1 of 3 problems stand in" in printed and "near: figures = t2" in printed
+    assert "1 of 4 problems stand in" in printed and "near: figures = t2" in printed
 
 
 def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
