@@ -72,10 +72,10 @@ def at_once(gold, answer):
     """The verdict where no mathematics is needed, else None: it saves the workers most of an easy data set."""
     if answer is None:
         return NO_ANSWER
-    if len(answer) > LONGEST_ANSWER:
-        return WRONG
     if answer == gold:
         return RIGHT
+    if len(answer) > LONGEST_ANSWER:
+        return WRONG
     if re.fullmatch(r"-?\d{1,1000}", answer) and re.fullmatch(r"-?\d{1,1000}", gold.strip()):
         return RIGHT if int(answer) == int(gold) else WRONG
     return None
