@@ -36,7 +36,8 @@ VULGAR = {
     "½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35", "⅘": "45", "⅙": "16", "⅚": "56",
     "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19",
 }
-RAISED, LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 MACROS = {  # other names of the same thing
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "leqq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqq": r"\ge ",
     "geqslant": r"\ge ", "neq": r"\ne ", "lt": "<", "gt": ">", "vee": r"\lor ", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
@@ -349,8 +350,9 @@ def same_value(gold, answer):
     if conflicting(g_unit or g_percent and "percent", a_unit or a_percent and "percent") or "" in (g, a):
         return False
     if g_percent != a_percent:  # p% is p and p/100
-        whole = (g, a) if g_percent else (a, g)
-        return same_value(*whole) or same_value(rf"\frac{{{whole[0]}}}{{100}}" if number(whole[0]) is None else str(number(whole[0]) / 100), whole[1])
+        share, other = (g, a) if g_percent else (a, g)
+        part = number(share)
+        return same_value(share, other) or same_value(rf"\frac{{{share}}}{{100}}" if part is None else str(part / 100), other)
     if (g, a) != (gold, answer) and (squeeze(g) == squeeze(a)):
         return True
     x, y = number(g), number(a)
@@ -396,8 +398,8 @@ def expression(text):
     text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
     try:
         parsed = latex2sympy(
-            text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
-            normalization_config=NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False),
+            text, conversion_config=ConversionConfig(lowercase_symbols=False),
+            normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
         )
     except (MemoryError, RecursionError):
         raise

@@ -425,7 +425,8 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
-    summary = {name: getattr(args, name) for name in ("model", "protocol", "samples", "temperature", "top_k", "top_p", "max_new_tokens", "suffix", "seed")}
+    settings = "model protocol samples temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()
+    summary = {name: getattr(args, name) for name in settings}
     summary["files"], rates = {}, {}
     with open(args.out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
         for path, problems in files.items():

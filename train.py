@@ -617,7 +617,8 @@ def prepare(cfg, levels, problems, held_out):
     if qualities != sorted(qualities):
         tqdm.write('Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and "Q_{l-1} > Q_l"; see eprli.py')
     exact, near = data.overlap(problems, held_out)
-    facts = {"overlap_with_eval": len(exact), "near_overlap_with_eval": len(near), "prompts_too_long": too_long, "left_out": left_out, "eval_left_out": held_out_left_out}
+    facts = {"overlap_with_eval": len(exact), "near_overlap_with_eval": len(near), "prompts_too_long": too_long,
+             "left_out": left_out, "eval_left_out": held_out_left_out}
     return policy, stages, facts
 
 

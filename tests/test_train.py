@@ -272,6 +272,22 @@ def test_the_math_reward_is_the_graders_outcome(workshop):
     assert all(c["outcome"] == (c["verdict"] == "right") for c in lines(out / "completions.jsonl"))
 
 
+@pytest.mark.parametrize("one_in, said", [(10, True), (40, False)])
+def test_failures_of_the_grader_are_counted_apart_and_many_are_said(workshop, monkeypatch, capsys, one_in, said):
+    """A reward that silently turns into zeros looks like a policy that does not learn."""
+    monkeypatch.setattr(train.Grader, "compare", lambda self, cases: ["timeout" if i % one_in == 0 else "wrong" for i in range(len(cases))])
+    out = workshop(quality=1.0, updates=1, buffer_groups=10, filter="all")
+    (row,) = lines(out / "metrics.jsonl")
+    assert row["grader_timeouts"] == 40 // one_in and row["grader_errors"] == 0 and row["accuracy"] == 0
+    assert (f"the grader gave up on {40 // one_in} of 40" in capsys.readouterr().out) == said
+
+
+def test_overlap_with_held_out_problems_is_printed_at_the_start(workshop, capsys):
+    out = workshop(eval_data="p.jsonl", quality=1.0, updates=1, eval_every=0)
+    assert "overlap_with_eval 20; near_overlap_with_eval 0" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["overlap_with_eval"] == 20
+
+
 def test_a_step_without_signal_moves_nothing():
     """Adam's momentum and weight decay would move the weights although every advantage is 0."""
     model = random_model()
