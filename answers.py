@@ -10,10 +10,12 @@ math-verify judges single expressions and equations. What a policy could abuse i
 
 Equality is that of mathematics, with these conventions: a label (x=, f(x)=), a unit or a currency may be left out;
 p\% is p or p/100; order does not matter in a list or set; an unevaluated integral, sum, limit, maximum... only equals
-itself. Nothing here is safe against hostile text by itself: rewards.py calls it in a process that can be killed.
+itself. Hostile text may take `equal` for ever: rewards.py calls it in a process that can be killed. `tidy`, `quantity` and
+`number` take time linear in a text, give or take, and are also called outside.
 """
 
 import functools
+import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -44,23 +46,25 @@ MACROS = {  # other names of the same thing
     "varnothing": r"\emptyset ", "backslash": r"\setminus ", "degree": r"^\circ ", "degrees": r"^\circ ", "thinspace": " ", "medspace": " ",
     "quad": " ; ", "qquad": " ; ", "newline": " ; ", "textnormal": r"\text", "textbf": r"\text", "textit": r"\text", "textrm": r"\text", "mathrm": r"\text",
     "textsf": r"\text", "texttt": r"\text", "mbox": r"\text", "hbox": r"\text", "emph": r"\text",
-    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits".split(), ""),
-    **dict.fromkeys("mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm".split(), ""),
+    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits".split(), " "),
+    **dict.fromkeys("mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm".split(), " "),  # blanks: they glue no digits
 }
 RESPELLED = {  # pattern -> spelling, in this order
     r"\\\$": " dollars_ ",
-    r"\\[()\[\]]|\$": "",  # delimiters of math mode
+    r"\\[()\[\]]|\$": " ",  # delimiters of math mode
+    r"\\not *=": r"\\ne ",
+    r"\\not *\\in(?![a-zA-Z])": r"\\notin ",
     r"\\(?:left|right) ?\.": "",
     r"(?<=\d)(?:\{,\}|,?\\[,!]) ?(?=\d{3}(?!\d))": "",  # thousands; a plain comma may also part a list: see `read`
     r"\\[,:;>! ]|~": " ",
-    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm)\s*\{\s*([a-zA-Z])\s*\}": r" \1 ",
-    r"\\(?:mathrm|textrm)\s*\{\s*([deixyz])\s*\}": r" \1 ",  # other letters may be units
+    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm) *\{ *([a-zA-Z]) *\}": r" \1 ",
+    r"\\(?:mathrm|textrm) *\{ *([deixyz]) *\}": r" \1 ",  # other letters may be units
     r"\\([a-zA-Z]+)": lambda m: MACROS.get(m[1], m[0]),
-    r"\\text\s+(?=\{)": r"\\text",
-    r"\^\{\s*\\circ\s*\}": r"^\\circ",
-    r"\^\s*(?:\\prime|\{\s*\\prime\s*\})": "'",
+    r"\\text +(?=\{)": r"\\text",
+    r"\^\{ *\\circ *\}": r"^\\circ",
+    r"\^ *(?:\\prime|\{ *\\prime *\})": "'",
     r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
-    r"\\(sqrt|frac)\s+(?=[\d{])": r"\\\1",
+    r"\\(sqrt|frac) +(?=[\d{])": r"\\\1",
     r"\\frac(\d)(\d)": r"\\frac{\1}{\2}",
     r"\\frac(\d)\{": r"\\frac{\1}{",
     r"\\frac(\{[^{}]*\})(\d)": r"\\frac\1{\2}",
@@ -68,7 +72,7 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"([_^])\{ ?(\w) ?\}(?!\w)": r"\1\2",
 }
 RESPELLED = {re.compile(pattern): spelling for pattern, spelling in RESPELLED.items()}
-JOINED = re.compile(r"\\text\s*\{\s*,?\s*(?P<text>and|or)\s*,?\s*\}|(?P<inner>\\text\s*\{[^{}]*\})|(?<=[\s\d}),])(?P<bare>and|or)(?=[\s\d\\(])")
+JOINED = re.compile(r"\\text *\{ *,? *(?P<text>and|or) *,? *\}|(?P<inner>\\text *\{[^{}]*\})|(?<=[ \d}),])(?P<bare>and|or)(?=[ \d\\(])")
 
 
 class TooDeep(ValueError):
@@ -87,7 +91,8 @@ def tidy(text):
     for pattern, spelling in RESPELLED.items():
         text = pattern.sub(spelling, text)
     text = JOINED.sub(lambda m: m["inner"] or rf" \{m['text'] or m['bare']} ", text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;: ")
+    text = re.sub(" +", " ", text).strip(" ").rstrip(",;: ")
+    return text[:-1].rstrip(",;: ") if re.search(r"(?<!\.)\.$", text) else text  # an ellipsis stays
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
@@ -113,7 +118,7 @@ class Answer:
 
 OPEN, CLOSE = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"), (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil")
 TOKEN = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\.|[<>]=|.", re.DOTALL)
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~",
+RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", r"\ne": "!=", r"\in": "in", r"\notin": "out", r"\approx": "~",
              r"\equiv": "mod", r"\to": "->", r"\mapsto": "->", r"\subset": "sub", r"\subseteq": "sube", r"\Rightarrow": "=>", r"\iff": "<=>"}
 SEPARATORS = (",", ";", r"\lor", r"\and", r"\or")
 DEEPEST = 40  # brackets within brackets; a real answer has three or four
@@ -131,14 +136,19 @@ def split(text, separators):
             parts.append(text[start : match.start()])
             found.append(token)
             start = match.end()
-    return [p.strip() for p in (*parts, text[start:])], found
+    return [p.strip(" ") for p in (*parts, text[start:])], found
 
 
-SYMBOL = r"(?:\\(?:text|mathbb|mathcal|vec|overline|hat|bar)\s*\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]{1,4})(?:_(?:\{[^{}]*\}|\w))?'*"
-SYMBOL_LIST = rf"{SYMBOL}(?:\s*,\s*{SYMBOL})*"
-LABEL = re.compile(
-    rf"(?:{SYMBOL}|{SYMBOL}\s*\(\s*(?:{SYMBOL_LIST}|[\w+\-\\ ]+)\s*\)|\(\s*{SYMBOL_LIST}\s*\)|{SYMBOL}(?:\s*[:/]\s*{SYMBOL})+"
-    rf"|\\frac\{{\s*{SYMBOL}\s*\}}\{{\s*{SYMBOL}\s*\}}|\|\s*{SYMBOL}\s*\||(?:m\s*)?\\angle\s*{SYMBOL}|\\triangle\s*{SYMBOL})"
+LETTERS = "alpha beta gamma delta epsilon eta theta kappa lambda mu nu rho sigma tau phi psi omega hbar ell Delta Gamma Omega Phi"
+GREEK = rf"\\(?:{LETTERS.replace(' ', '|')})(?![a-zA-Z])"
+NEGATED = r"(?![^{}]*\b(?:not|no|but|wrong|never|except|false|isn)\b)"
+INDEX = r"(?:_(?:\{[^{}]*\}|\w))?'*"
+POINTS = rf"[A-Z]{{1,4}}{INDEX}"  # a variable, a segment AB, a triangle ABC
+SYMBOL = rf"(?:\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\text *\{{{NEGATED}[a-zA-Z ]*\}}|{GREEK}|[A-Z]{{2,4}}|[a-df-zA-Z]|{NEGATED}[a-zA-Z]{{4,}}){INDEX}"
+SYMBOLS_LIST = rf"{SYMBOL}(?: *, *{SYMBOL})*"
+LABEL = re.compile(  # what may stand before "=" and be left out: x, f(x), P(A), (p,q), a:b, AB/CD, |AB|, angle ABC
+    rf"(?:{SYMBOL}|{SYMBOL} *\( *(?:{SYMBOLS_LIST}|[0-9]+) *\)|\( *{SYMBOLS_LIST} *\)|{SYMBOL}(?: *: *{SYMBOL})+|{POINTS} */ *{POINTS}"
+    rf"|\\frac\{{ *{POINTS} *\}}\{{ *{POINTS} *\}}|\| *{POINTS} *\||(?:m *)?\\angle *{POINTS}|\\triangle *{POINTS})"
 )
 
 
@@ -153,7 +163,8 @@ def read(text, thousands):
         items = [read(p, False) for p in parts]
         ranges = [as_interval(item) for item in items if item.kind == "relation"]
         if len(ranges) == len(items) and all(ranges) and set(found) <= {r"\or", r"\lor"}:  # x < 2 or x > 3
-            return Answer("union", text, tuple(ranges), (r"\cup",) * len(found))
+            if len({variable(item) for item in items}) == 1:
+                return Answer("union", text, tuple(ranges), (r"\cup",) * len(found), variable(items[0]))
         return read_list(items, text)
     return read_item(parts[0] if parts else text)
 
@@ -175,12 +186,12 @@ def read_item(text):
     if signs:
         signs = tuple(RELATIONS[s] for s in signs)
         label, value = sides[0], sides[-1]
-        if all(s in ("=", "~") for s in signs) and not label and len(sides) == 2:  # "= 5"
+        if signs == ("=",) and not label:  # "= 5"
             return read(value, False)
         if set(signs) <= {"=", "in"} and LABEL.fullmatch(label) and value:
             if len(sides) == 2:
-                return replace(read(value, False), label=re.sub(r"\s", "", label))
-            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r"\s", "", label))
+                return replace(read(value, False), label=re.sub(r" ", "", label))
+            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r" ", "", label))
         return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
     sides, signs = split(text, (r"\cup", r"\setminus"))
     if signs:
@@ -188,18 +199,18 @@ def read_item(text):
     matrix = re.fullmatch(r"([^&]*?)\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\}", text)
     if matrix:
         factor, kind, inside = matrix.groups()
-        rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", inside) if row.strip()]
-        cells = [f"({factor})({cell})" if factor else cell.strip() for row in rows for cell in row]
+        rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", inside) if row.strip(" ")]
+        cells = [f"({factor})({cell})" if factor else cell.strip(" ") for row in rows for cell in row]
         return Answer("matrix", text, tuple(read(c, False) for c in cells), kind if kind[0] in "vV" else tuple(map(len, rows)))
     for left in ("(", "[", r"\{", r"\langle"):
         inner = enclosed(text, left)
         if inner is not None:
             return read_enclosed(text, left, *inner)
     if enclosed(text, "{"):
-        return read(text[1:-1].strip(), False)
+        return read(text[1:-1].strip(" "), False)
     if re.search(r"\\(pm|mp)(?![a-zA-Z])", text):
         plus, minus = (text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+"))
-        return Answer("list", text, (Answer("value", plus.removeprefix("+").strip()), Answer("value", minus)))
+        return Answer("list", text, (Answer("value", plus.removeprefix("+").strip(" ")), Answer("value", minus)))
     return Answer("value", text)
 
 
@@ -211,7 +222,7 @@ def enclosed(text, left):
     for match in TOKEN.finditer(text):
         depth += (match.group() in OPEN) - (match.group() in CLOSE)
         if depth == 0:
-            return (text[len(left) : match.start()].strip(), match.group()) if match.end() == len(text) else None
+            return (text[len(left) : match.start()].strip(" "), match.group()) if match.end() == len(text) else None
     return None
 
 
@@ -236,78 +247,89 @@ def read_enclosed(text, left, inside, right):
 
 # ------------------------------------------------------------------------------------------------------------ values
 
-UNITS = {
-    "millimeter": "mm millimetre", "centimeter": "cm centimetre", "meter": "m metre", "kilometer": "km kilometre",
-    "inch": "in inches", "foot": "ft feet", "yard": "yd", "mile": "mi", "second": "s sec", "minute": "min", "hour": "h hr", "day": "d", "week": "",
-    "month": "", "year": "yr", "gram": "g", "milligram": "mg", "kilogram": "kg", "ton": "tonne", "pound": "lb", "ounce": "oz", "liter": "l litre",
-    "milliliter": "ml millilitre", "gallon": "gal", "joule": "j", "kilojoule": "kj", "watt": "w", "newton": "n", "pascal": "pa", "kelvin": "k",
-    "volt": "v", "ampere": "a amp", "ohm": "", "hertz": "hz", "mole": "mol", "radian": "rad", "degree": "deg", "dollar": "usd", "cent": "",
-    "euro": "eur €", "sterling": "£", "yen": "¥", "angstrom": "", "nanometer": "nm", "micrometer": "", "erg": "", "kph": "kmh", "mph": "", "dozen": "", "percent": "",
-}
-UNITS = {spelling: name for name, more in UNITS.items() for spelling in (name, name + "s", *(s for m in more.split() for s in (m, m + "s")))}
-CURRENCY = {"dollars_": "dollar", **{sign: UNITS[sign] for sign in "€£¥"}}
-UNIT_WORD = r"(?:\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /.\-])[a-zA-Z]{2,}\.?)(?:\s*\^\s*\{?-?\d\}?)?"
-UNIT = re.compile(rf"(.*?[\d}})!\w])\s*((?:\s*(?:[/.\-]|\\cdot)?\s*{UNIT_WORD})+|(?:\^\\circ\s*(?:[CFK]\b|\\text\{{\s*[CFK]\s*\}})?))$")
+PREFIXES = {"n": "nano", "µ": "micro", "μ": "micro", "m": "milli", "c": "centi", "k": "kilo", "M": "mega", "G": "giga", "": ""}
+SI = {"m": "meter metre", "g": "gram", "s": "second sec", "L": "liter litre", "l": "liter", "N": "newton", "Pa": "pascal", "J": "joule", "W": "watt",
+      "V": "volt", "A": "ampere amp", "Hz": "hertz", "eV": "electronvolt", "mol": "mole", "K": "kelvin", "T": "tesla", "C": "coulomb", "cal": "calorie"}
+OTHERS = ("in=inch inches", "ft=foot feet", "yd=yard", "mi=mile", "min=minute", "h=hour hr", "day", "week", "month", "yr=year", "lb=pound", "oz=ounce",
+          "gal=gallon", "ton tonne", "deg=degree", "rad=radian", "dollar usd", "cent", "euro eur €", "sterling £", "yen ¥", "percent", "acre",
+          "hectare", "erg", "atm", "gauss", "angstrom", "ohm")
+UNITS = {}  # spelling -> name
+for symbol, names in SI.items():
+    for prefix, word in PREFIXES.items():
+        name = word + names.split()[0]
+        UNITS |= {prefix + symbol: name} | {word + n + plural: name for n in names.split() for plural in ("", "s")}
+for names in OTHERS:
+    symbol, _, names = names.rpartition("=")
+    UNITS |= {n + plural: names.split()[0] for n in (*symbol.split(), *names.split()) for plural in ("", "s")}
+UNITS |= {"mph": "mile / hour", "kph": "kilometer / hour", "kmh": "kilometer / hour"}
+CURRENCY = {"dollars_": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
+NO_UNITS = set("hundred thousand million billion trillion dozen half third quarter plus minus times squared cubed over not and or but if is maybe else "
+               "otherwise where for when wrong right choice option factorial about mod base zero one two three four five six seven eight nine ten".split())
+UNIT_WORD = r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
+UNIT = re.compile(rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?: *(?:/|\\cdot)? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$")
 
 
 def quantity(text):
     r"""(text without its unit, unit or None, whether it was followed by a percent sign)."""
     core, unit = text, None
-    money = re.fullmatch(r"(-?)\s*(dollars_|[€£¥])\s*(.+)", text) or re.fullmatch(r"()(.+?)\s*(dollars_|[€£¥])", text)
+    money = re.fullmatch(r"(-?) *(dollars_|[€£¥]) *(.+)", text) or re.fullmatch(r"()(.+?) *(dollars_|[€£¥])", text)
     if money:
         symbol, amount = sorted(money.groups()[1:], key=lambda part: part not in CURRENCY)
         core, unit = money[1] + amount, CURRENCY[symbol]
-    percent = re.fullmatch(r"(.+?)\s*(?:\\?%|(?:\\text\s*\{\s*)?\bper ?cent\b(?:\s*\})?)", core)
+    percent = re.fullmatch(r"(.+?) *(?:\\?%|(?:\\text *\{ *)?\bper ?cent\b(?: *\})?)", core)
     if percent:
         return percent[1], unit, True
-    if not unit:
-        found = UNIT.fullmatch(core)
-        if found and (number(found[1]) is not None or r"\text" in found[2] or "circ" in found[2]):
-            name = unit_name(found[2])
-            if name is not None:
-                core, unit = found[1].strip(), name
+    found = UNIT.fullmatch(core) if not unit else None
+    if found:
+        name, known = unit_name(found[2])
+        if name and (number(found[1]) is not None or known and re.search(r"[0-9]|\\(?!text)", found[1])):
+            core, unit = found[1], name
     return core, unit, False
 
 
 def unit_name(text):
-    """One name for a unit however it is spelled: km/h, kilometers per hour. None: words that are no unit."""
-    text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " ")).lower()
+    """(one name for a unit however it is spelled, such as km/h and kilometers per hour; whether all of it is known).
+
+    Up to two unknown words are what is counted (red apples); None: something else.
+    """
+    text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " "))
     for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3")):
         text = re.sub(pattern, spelling, text)
-    words = re.findall(r"[a-zåµ]+|[€£¥]|-?\d+|/", text)
-    return None if {"and", "or", "if", "where", "for", "when", "not", "no"} & set(words) else " ".join(UNITS.get(w, w) for w in words)
+    if re.search(r"[^a-zA-ZµμÅ€£¥0-9/^. -]|(?<![\^a-zA-Z-] )(?<![\^a-zA-Z-])[0-9]", text):
+        return None, False
+    parts = re.findall(r"[^\W\d]+|[€£¥]|-?[0-9]|/", text)
+    names = [UNITS.get(p) or (UNITS.get(p.lower()) if len(p) > 3 else None) or p for p in parts]
+    unknown = [p.lower() for p, n in zip(parts, names) if p == n and p not in UNITS and p[0] not in "-/0123456789"]
+    if not parts or NO_UNITS & {p.lower() for p in parts} or len(unknown) > 2 or any(len(p) < 3 for p in unknown):
+        return None, False
+    return " ".join(n.lower().removesuffix("s") if n.lower() in unknown else n for n in names), not unknown
 
 
-def conflicting(a, b):
-    """Two units that both are known, and differ. Words that are no units of measurement (apples) never conflict."""
-    return bool(a and b and a != b and all(set(unit.split()) & set(UNITS.values()) for unit in (a, b)))
-
-
-DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
+DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 MAX_EXPONENT = 4000  # of ten: exact arithmetic beyond takes long; sympy decides, within its time
 
 
 def number(text):
     """An exact Fraction if the text is an integer, decimal, fraction, mixed number, a x 10^b or 0.\\overline{3}, else None."""
-    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r" +", " ", text).strip(" ")
     sign = 1
     while text[:1] in ("-", "+") or (enclosed(text, "(") or enclosed(text, "{")):
         if text[0] in "-+":
-            sign, text = sign * (-1 if text[0] == "-" else 1), text[1:].strip()
+            sign, text = sign * (-1 if text[0] == "-" else 1), text[1:].strip(" ")
             if text[:1] in ("-", "+"):
                 return None
         else:
-            text = text[1:-1].strip()
+            text = text[1:-1].strip(" ")
     if re.fullmatch(DECIMAL, text):
         return sign * Fraction(text)
-    m = re.fullmatch(rf"(\d+)? ?\\frac\s*\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}", text) or re.fullmatch(
+    m = re.fullmatch(rf"(\d+)? ?\\frac *\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}", text) or re.fullmatch(
         rf"(?:(\d+) )?({DECIMAL}) ?/ ?(-?{DECIMAL})", text)
     if m:
         top, bottom = Fraction(m[2]), Fraction(m[3])
         if bottom == 0 or (m[1] and (top < 0 or bottom < 0)):
             return None
         return sign * (int(m[1] or 0) + top / bottom)
-    m = re.fullmatch(r"(\d*)\.(\d*)\\overline\s*\{ ?(\d+) ?\}", text)
+    m = re.fullmatch(r"(\d*)\.(\d*)\\overline *\{ ?(\d+) ?\}", text)
     if m:
         whole, start, cycle = m[1] or "0", m[2], m[3]
         return sign * (Fraction(int(whole + start), 10 ** len(start)) + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(start)))
@@ -319,24 +341,22 @@ def number(text):
     return None
 
 
-BASE = re.compile(r"\(?([0-9A-F]+)\)? ?_ ?\{? ?(\d+|\\text\s*\{[^{}]*\}) ?\}?")  # 1011_2
+BASE = re.compile(r"\(?([0-9A-F]+)\)? ?_ ?\{? ?(\d+|\\text *\{[^{}]*\}) ?\}?")  # 1011_2
 FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg sqrt frac".split()
 
 
-def words(text):
+def words(text, certainly=False):
     """The text as plain words if that is what it is, else None: text macros and case do not matter, nor do articles."""
-    plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    plain = re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)
     marked = plain != text or re.search(r"[a-zA-Z]{4,}", re.sub(r"\\[a-zA-Z]+", "", plain)) and not any(f in plain for f in FUNCTIONS)
-    plain = " ".join(re.sub(r"""["'.()]""", "", plain).split())
-    if not marked or "\\" in plain:
+    plain = " ".join(re.sub(r"""["'.()]""", " ", plain).split())
+    if not certainly and (not marked or "\\" in plain):
         return None
-    if len(plain) == 1:
-        return plain
-    return re.sub(r"\b(?:an?|the) (?=\w)", "", plain.casefold())
+    return plain if len(plain) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", plain.casefold())
 
 
-RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset)(?![a-zA-Z])"
-                       r"|\.\.\.|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b")
+RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset)(?![a-zA-Z])"
+                       r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b")
 
 
 def same_value(gold, answer):
@@ -347,7 +367,8 @@ def same_value(gold, answer):
     if g or a:
         return bool(g and a and g[1].lstrip("0") == a[1].lstrip("0") and g[2] == a[2])
     (g, g_unit, g_percent), (a, a_unit, a_percent) = quantity(gold), quantity(answer)
-    if conflicting(g_unit or g_percent and "percent", a_unit or a_percent and "percent") or "" in (g, a):
+    g_unit, a_unit = g_unit or g_percent and "percent", a_unit or a_percent and "percent"
+    if g_unit and a_unit and g_unit != a_unit or "" in (g, a):
         return False
     if g_percent != a_percent:  # p% is p and p/100
         share, other = (g, a) if g_percent else (a, g)
@@ -361,27 +382,25 @@ def same_value(gold, answer):
     if ":" in g or ":" in a:
         return same_ratio(g, a)
     if words(g) is not None or words(a) is not None:
-        plain = [re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", t) for t in (g, a)]
-        return words(rf"\text{{{plain[0]}}}") == words(rf"\text{{{plain[1]}}}")
+        return words(g, True) == words(a, True)
     return same_expression(g, a)
 
 
 def squeeze(text):
     """Without the blanks that part nothing."""
-    return re.sub(r"(?<!\w)\s|\s(?!\w)", "", text)
+    return re.sub(r"(?<!\w) | (?!\w)", "", text)
 
 
 def same_ratio(gold, answer):
     g, a = ([number(part) for part in re.split(r":|(?<=\d)/(?=\d)", text)] for text in (gold, answer))
     if None in g or None in a or len(g) != len(a):
         return False
+    if re.fullmatch("[0-9]{1,2}:[0-5][0-9]", gold) and math.gcd(*map(int, g)) > 1:  # a time of day: no ratio is written so
+        return False
     return all(x * a[0] == y * g[0] for x, y in zip(g, a)) and all(x != 0 or y == 0 for x, y in zip(g, a))
 
 
 # ------------------------------------------------------------------------------------------------------- expressions
-
-
-GREEK = re.compile(r"(\\(?:alpha|beta|gamma|delta|epsilon|eta|theta|kappa|lambda|mu|nu|pi|rho|sigma|tau|phi|psi|omega|hbar|ell)) ?\(")  # no functions
 
 
 @functools.lru_cache(maxsize=4096)
@@ -391,10 +410,10 @@ def expression(text):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#%&\"]|[+\-]{3}|[^\x00-\x7f]", text) or not re.search(r"\w", text):
+    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#%&\"]|[+\-]{3}|[^ -~]", text) or not re.search(r"\w", text):
         return None  # neighbours that the parser would add up, words, tricks, look-alikes
     text = re.sub(rf"(?<![\w.])({DECIMAL})[eE]([+-]\d+)", r"\1 \\times 10^{\2}", text)
-    text = GREEK.sub(r"\1 \\cdot (", text)
+    text = re.sub(rf"({GREEK}) ?\(", r"\1 \\cdot (", text)  # the parser would take them for functions
     text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
     try:
         parsed = latex2sympy(
@@ -453,6 +472,8 @@ def equal(gold, answer):
         gold, answer = tidy(gold), tidy(answer)
         if squeeze(gold) == squeeze(answer):
             return bool(answer)
+        if any(c.isdigit() and not c.isascii() for c in answer):  # look-alikes of other scripts
+            return False
         if not gold or not answer or set(RESTATING.findall(answer)) - set(RESTATING.findall(gold)):
             return False
         return any(same(read(gold, t), read(answer, u)) for t in (True, False) for u in (True, False))
@@ -466,6 +487,8 @@ def same(gold, answer):
         return same_function(gold, answer) or same_relation(gold, answer)
     if "relation" in (gold.kind, answer.kind):
         return same_relation(gold, answer)
+    if r"\emptyset" in (gold.text, answer.text):
+        return as_set(gold) == as_set(answer)
     if gold.kind in ("list", "set") or answer.kind in ("list", "set"):
         return same_items(gold, answer)
     if gold.kind != answer.kind or gold.kind == "union":
@@ -524,7 +547,7 @@ def match_all(gold, answer):
     """Whether the items pair off."""
     left = list(answer)
     for item in gold:
-        found = next((i for i, other in enumerate(left) if same(item, other)), None)
+        found = next((i for i, other in enumerate(left) if (item.kind == "set") == (other.kind == "set") and same(item, other)), None)
         if found is None:
             return False
         del left[found]

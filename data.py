@@ -5,6 +5,7 @@
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import random
@@ -48,6 +49,8 @@ def parse_problem(record, default_id):
     problem, answer = record["problem"], record["answer"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError('"problem" must be a text that is not blank')
+    if any("\ud800" <= c <= "\udfff" for c in problem):
+        raise ValueError('"problem" holds half a character (a lone surrogate, \\ud800 to \\udfff)')
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError('"answer" must be a text or a number')
     for name, low, high in (("pass_rate", 0, 1), ("level", float("-inf"), float("inf"))):
@@ -63,11 +66,12 @@ def read_records(path, parse):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, legal within a string
+        text = gzip.decompress(path.read_bytes()).decode("utf-8") if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+        lines = text.split("\n")  # splitlines would also cut at U+2028, legal within a string
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -124,7 +128,10 @@ def read_hub(name):
         value = row[answer]
         value = ", ".join(str(v).strip().strip("$") for v in value) if isinstance(value, list) else value
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        problems.append(parse_problem({"problem": row[problem], "answer": value, "level": row.get("level")}, f"{name}-{i}"))
+        try:
+            problems.append(parse_problem({"problem": row[problem], "answer": value, "level": row.get("level")}, f"{name}-{i}"))
+        except ValueError as error:
+            raise ValueError(f"{name}, row {i} of {repository}: {error}") from error
     return problems
 
 
@@ -143,8 +150,9 @@ NEAR_WORDS, NEAR_JACCARD, NEAR_SHARE = 8, 0.7, 0.9
 def overlap(train, evaluation):
     """Evaluation problems that training problems repeat: (exact, near), lists of pairs of ids (evaluation, training).
 
-    exact: equal in their letters, digits and signs of arithmetic, case aside. near: of the 8-grams of words, a Jaccard index of 0.7, or 90 %
-    of the evaluation problem's found in the training problem; template and figures alike, paraphrases not.
+    exact: equal in their letters, digits and signs of arithmetic; case, dots and blanks aside.
+    near: of the 8-grams of words, a Jaccard index of 0.7, or 90 % of the evaluation problem's in the training problem.
+    Copies with other figures are found, paraphrases are not.
     """
     squeezed, grams = {}, {}
     for e in evaluation:

@@ -199,9 +199,9 @@ def interval(values):
     return values.mean(), *np.quantile(bootstrap(values), (0.025, 0.975))
 
 
-def bootstrap(values, times=2000):
+def bootstrap(values, times=2000, seed=0):
     """Means of the values, one per problem, in `times` resamples of the problems."""
-    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    values, rng = np.asarray(values, float), np.random.default_rng(seed)
     return np.array([rng.choice(values, len(values)).mean() for _ in range(times)])
 
 
@@ -209,8 +209,8 @@ def paired_test(difference, times=10_000):
     """Mean of one difference per problem, its bootstrap interval, and p of a two-sided sign-flip permutation test."""
     difference, rng = np.asarray(difference, float), np.random.default_rng(0)
     observed = abs(difference.mean())
-    flips = rng.choice((-1.0, 1.0), (times, len(difference)))
-    p = (1 + (abs((flips * difference).mean(1)) >= observed - 1e-12).sum()) / (times + 1)
+    flipped = (abs((rng.choice((-1.0, 1.0), len(difference)) * difference).mean()) for _ in range(times))
+    p = (1 + sum(value >= observed - 1e-12 for value in flipped)) / (times + 1)
     return difference.mean(), *np.quantile(bootstrap(difference), (0.025, 0.975)), p
 
 
@@ -234,7 +234,7 @@ def papers_table(name, rates):
     ours = {c: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in interval(rates[c]))) for c in rates}
     average = "-"
     if set(COLUMNS) <= set(rates):
-        means = np.mean([bootstrap(rates[c]) for c in COLUMNS], 0)
+        means = np.mean([bootstrap(rates[c], seed=i) for i, c in enumerate(COLUMNS)], 0)
         low, high = np.quantile(means, (0.025, 0.975))
         average = f"{100 * np.mean([np.mean(rates[c]) for c in COLUMNS]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     rows = [("", *(data.BENCHMARKS[c][0] for c in shown), "mean of the five"), (name, *(ours.get(c, "-") for c in shown), average)]
@@ -256,10 +256,12 @@ def read_results(folder):
         lacking = {"file", "problem_id", "sample", "verdict", "answer", "level"} - set(row if isinstance(row, dict) else ())
         if lacking:
             raise ValueError(f"not a row that eval.py writes (no {', '.join(sorted(lacking))})")
+        if not isinstance(row["file"], str) or not isinstance(row["answer"], str | None):
+            raise ValueError('"file" must be a text, and "answer" a text or null')
         return row
 
     for row in data.read_records(path, parse):
-        results.setdefault((Path(row["file"]).name, row["problem_id"]), []).append(row)
+        results.setdefault((Path(row["file"]).stem, row["problem_id"]), []).append(row)
     return results
 
 
@@ -293,7 +295,7 @@ def compare(folders):
         print(f"\n{name}: {len(keys)} problems")
         for measure, (x, y) in measures.items():
             difference, low, high, p = paired_test(np.subtract(y, x, dtype=float))
-            report[name][measure] = {"A": np.mean(x), "B": np.mean(y), "difference": difference, "low": low, "high": high, "p": p}
+            report[name][measure] = {"A": np.mean(x), "B": np.mean(y), "difference": difference, "low": low, "high": high, "p": float(p)}
             print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {difference:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}")
         p, q = map(np.array, measures["accuracy"])
         report[name]["disagreement"] = (p * (1 - q) + q * (1 - p)).mean()
@@ -363,6 +365,9 @@ def parse_args(arguments):
     args.out = Path(args.out or f"runs/eval-{datetime.now():%Y%m%d-%H%M%S}")
     if args.compare:
         return parser, args
+    names = [Path(path).stem for path in args.data]
+    if len(set(names)) < len(names):
+        parser.error(f"--data: results are known by the names of their files, and one stands twice: {', '.join(names)}")
     for name, path in (("--out", args.out), ("--add-pass-rate", Path(args.add_pass_rate or args.out))):
         if path.exists():
             parser.error(f"{name} {path}: exists already; name another")

@@ -147,6 +147,7 @@ class PromptCache:
     """The learner's cache: keys and values of prompts, with their gradients, for all completions that follow them.
 
     First the prompts go through the model (rows=None), right-padded, then completions, row b after prompt rows[b].
+    The mask is dense, B x T x (P + T) bytes: fine for thousands of tokens, 0.3 GB for a completion of 16,384.
     """
 
     def __init__(self, lengths):
@@ -422,12 +423,12 @@ def token_logprobs(model, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CH
 def micro_batches(prompts, completions, max_tokens):
     """Indices of sequences (token lists, pairwise), from the longest completion to the shortest, cut so that the padded
     tokens of their completions and of their different prompts stay within max_tokens (or it is one sequence)."""
-    batches, known, widest = [], set(), 0
+    batches, known = [], {}  # the different prompts of the last batch, and their lengths
     for i in sorted(range(len(completions)), key=lambda i: -len(completions[i])):
-        known, widest = known | {tuple(prompts[i])}, max(widest, len(prompts[i]))
-        if not batches or (len(batches[-1]) + 1) * len(completions[batches[-1][0]]) + len(known) * widest > max_tokens:
+        known[tuple(prompts[i])] = len(prompts[i])
+        if not batches or (len(batches[-1]) + 1) * len(completions[batches[-1][0]]) + len(known) * max(known.values()) > max_tokens:
             batches.append([])
-            known, widest = {tuple(prompts[i])}, len(prompts[i])
+            known = {tuple(prompts[i]): len(prompts[i])}
         batches[-1].append(i)
     return batches
 

@@ -41,7 +41,7 @@ def extract_answer(text, allow_last_number=False):
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = re.sub(r"(\\boxed\s*\{[^{}\n]*\})%.*\\boxed.*", r"\1", text)  # LaTeX reads % right behind a box as a comment
+    text = re.sub(r"(\\boxed\s*\{[^{}\n]*\})%[ \t]*\\boxed.*", r"\1", text)  # the second one is a comment in LaTeX
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
         numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
@@ -50,7 +50,7 @@ def extract_answer(text, allow_last_number=False):
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            answer = text[start : match.start()].strip()
+            answer = text[start : match.start()].strip(" \t\r\n")
             return answer if answer.strip(". ") else None
     return None
 
@@ -64,7 +64,7 @@ def writes_steps(text):
 def canonical(answer):
     """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12."""
     text = answers.tidy(answer[:LONGEST_ANSWER])
-    number = answers.number(text) if len(text) < 50 else None
+    number = answers.number(answers.quantity(text.rpartition("=")[2])[0]) if len(text) < 50 else None
     return answers.squeeze(text) if number is None else str(number)
 
 
@@ -76,7 +76,7 @@ def at_once(gold, answer):
         return RIGHT
     if len(answer) > LONGEST_ANSWER:
         return WRONG
-    if re.fullmatch(r"-?\d{1,1000}", answer) and re.fullmatch(r"-?\d{1,1000}", gold.strip()):
+    if re.fullmatch("-?[0-9]{1,1000}", answer) and re.fullmatch("-?[0-9]{1,1000}", gold.strip()):
         return RIGHT if int(answer) == int(gold) else WRONG
     return None
 

@@ -45,6 +45,10 @@ EQUAL = {
         ("18", "\\$18"), ("18", "18 \\text{ dollars}"), ("\\$18", "18.00"), ("30\\%", "30"), ("30\\%", "0.3"), ("0.3", "30\\%"), ("37.5\\%", "\\frac{3}{8}"),
         ("37.5\\%", "37\\frac{1}{2}\\%"), ("4\\pi \\text{ cm}^2", "4\\pi"), ("6", "6 \\text{ apples}"), ("10 \\text{ m}^2", "10 \\text{ square meters}"),
     ],
+    "units by their names": [
+        ("36\\text{ dollars}", "\\$36"), ("3\\text{ km}", "3\\text{ kilometers}"), ("5\\text{ m/s}^2", "5 \\text{ meters per second}^2"), ("7\\text{ apple}", "7\\text{ apples}"),
+        ("9.8", "9.8\\,\\mathrm{m\\,s^{-2}}"), ("2\\sqrt{3}", "2\\sqrt{3}\\text{ cm}"), ("5\\text{ L}", "5\\text{ liters}"), ("60", "60\\text{ mph}"),
+    ],
     "words": [
         ("\\text{Saturday}", "saturday"), ("Saturday", "\\textbf{Saturday}"), ("\\text{the circle}", "circle"), ("(E)", "\\text{(E)}"), ("\\text{no solution}", "No solution"),
     ],
@@ -53,6 +57,25 @@ EQUAL = {
     "restated in the gold": [("\\sum_{k=1}^n k^2", "\\sum_{k=1}^{n} k^{2}"), ("\\max(a,b)", "\\max(a, b)")],
 }
 DIFFERENT = {
+    "candidates behind a number, as if they were its unit": [
+        ("3", "3\\text{, 4, 5, 6}"), ("3", "3 \\text{; the other root is 4}"), ("4", "4 \\text{ is wrong, 5 is right}"), ("10", "10\\text{ maybe 11 / 12}"),
+        ("\\frac12", "\\frac{1}{2}\\text{, 7}"), ("1,2", "1\\text{, 5},2"), ("(1,2)", "(1\\text{, 3},2)"), ("x=3", "x=3\\text{, 4}"),
+        ("x>3", "x > 3 \\text{, x<5}"), ("A", "A\\text{, B, C, D}"), ("\\text{(A)}", "\\text{(A)}\\text{(B)}\\text{(C)}"),
+        ("\\text{even}", "\\text{even} / \\text{odd}"), ("\\text{Monday}", "\\text{Monday} \\text{Tuesday}"), ("4", "4, ..."), ("1,2", "1,2..."),
+        ("3", "3-\\text{4}"), ("3", "3/\\text{4}"), ("45", "4\\text{5}"), ("x^2", "x^2\\text{ + C}"), ("\\sqrt{2}", "\\sqrt{2}\\text{ plus one}"),
+        ("4", "4 million"), ("4", "4 hundred"), ("4", "4 squared"), ("4", "4/two"), ("4", "4 - five"), ("4", "4-xy"), ("2", "2 pi"), ("5\\text{ million}", "5"),
+    ],
+    "labels that are none": [
+        ("4", "\\not= 4"), ("4", "\\text{not}=4"), ("4", "\\text{anything but}=4"), ("4", "\\pi=4"), ("4", "e=4"), ("4", "\\infty=4"), ("4", "\\sin=4"), ("4", "xy=4"),
+        ("4", "\\frac{x}{y}=4"), ("4", "x/y=4"), ("4", "f(2x)=4"), ("4", "f(x+1)=4"), ("4", "\\approx 4"), ("4", "x \\approx 4"), ("\\{1,2\\}", "\\not\\in\\{1,2\\}"),
+        ("\\{1,2\\}", "x\\notin\\{1,2\\}"), ("(-\\infty,1)\\cup(2,\\infty)", "x<1 \\text{ or } y>2"),
+    ],
+    "sets of sets": [("\\emptyset", "\\{\\emptyset\\}"), ("\\{\\{1\\},\\{2\\}\\}", "\\{1,2\\}"), ("1,2", "\\{1\\},\\{2\\}")],
+    "digits glued": [("45", "4$5"), ("45", "4\\)\\(5"), ("45", "4\\left5"), ("45", "4\\limits5"), ("4", "٤"), ("4", "４"), ("5", "5\x1c"), ("5", "\x0b5"), ("5", "5\x85")],
+    "units that differ": [
+        ("10\\text{ N}", "10\\text{ kN}"), ("10\\text{ mW}", "10\\text{ MW}"), ("10\\text{ eV}", "10\\text{ J}"), ("30^\\circ", "30\\text{ C}"),
+        ("5\\text{ hours}", "5\\text{ blips}"), ("10\\text{ acres}", "10\\text{ hectares}"), ("12:30", "2:5"),
+    ],
     "rounded": [
         ("\\frac{2}{3}", "0.6667"), ("\\sqrt{5}", "2.2360679775"), ("\\pi", "3.14159265358979323846264338327950288419716939937510582097494459"),
         ("1000000", "1000001"), ("0", "10^{-300}"), ("\\frac{1}{1000!}", "\\frac{1}{1001!}"), ("\\frac{22}{7}", "\\pi"), ("12345678901234567890", "12345678901234567891"),

@@ -1,5 +1,6 @@
 """Problems, prompts and levels: what goes in is checked, what comes out is the same every time."""
 
+import gzip
 import itertools
 import json
 import re
@@ -66,6 +67,17 @@ def test_lines_end_at_newlines_alone(tmp_path):
     """U+2028 and its kin are legal within a JSON string, and str.splitlines would cut there."""
     (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "a\u2028b\u0085c", "answer": "2"}, ensure_ascii=False) + "\r\n", newline="")
     assert read_problems(tmp_path / "p.jsonl")[0].problem == "a\u2028b\u0085c"
+
+
+def test_gzip_is_read_and_half_characters_are_refused(tmp_path):
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"problem": "1+1", "answer": "2"}\n'))
+    assert read_problems(tmp_path / "p.jsonl.gz")[0].answer == "2"
+    (tmp_path / "p.jsonl").write_text('{"problem": "2 \\ud800", "answer": "2"}')
+    with pytest.raises(ValueError, match="line 1.*half a character"):
+        read_problems(tmp_path / "p.jsonl")
+    (tmp_path / "q.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="q.jsonl.gz: cannot be read"):
+        read_problems(tmp_path / "q.jsonl.gz")
 
 
 def test_repeats_and_overlap_are_found():

@@ -86,7 +86,7 @@ def test_compare_pairs_problems(tmp_path, capsys):
     b = write_results(tmp_path / "b", [[1, 1], [0, 1]])
     evaluation.main(["--compare", a, b])
     printed = capsys.readouterr().out
-    report = json.loads(printed.splitlines()[-1])["p.jsonl"]
+    report = json.loads(printed.splitlines()[-1])["p"]
     assert report["problems"] == 2 and "only in A: 1 problems" in printed
     assert report["accuracy"]["A"] == 0.5 and report["accuracy"]["B"] == 0.75 and report["accuracy"]["difference"] == 0.25
     assert report["disagreement"] == 0.5 and report["pass@2"]["A"] == 1.0
@@ -172,6 +172,7 @@ def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "no/such/folder/anywhere"], "neither a folder nor"),
     (["--data", "none.jsonl"], "cannot be read"),
+    (["--data", "p.jsonl", "sub/p.jsonl"], "stands twice"),
     (["--samples", "0"], "--samples must be at least 1"),
     (["--samples", "2", "--k", "3"], "--k must be in"),
     (["--top-p", "0"], "--top-p"),
