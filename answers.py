@@ -410,7 +410,7 @@ def expression(text):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[@#%&\"]|[+\-]{3}|[^ -~]", text) or not re.search(r"\w", text):
+    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]'|[@#%&\"]|[+\-]{3}|[^ -~]", text) or not re.search(r"\w", text):
         return None  # neighbours that the parser would add up, words, tricks, look-alikes
     text = re.sub(rf"(?<![\w.])({DECIMAL})[eE]([+-]\d+)", r"\1 \\times 10^{\2}", text)
     text = re.sub(rf"({GREEK}) ?\(", r"\1 \\cdot (", text)  # the parser would take them for functions
