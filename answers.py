@@ -190,8 +190,8 @@ def read_item(text):
             return read(value, False)
         if set(signs) <= {"=", "in"} and LABEL.fullmatch(label) and value:
             if len(sides) == 2:
-                return replace(read(value, False), label=re.sub(r" ", "", label))
-            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], re.sub(r" ", "", label))
+                return replace(read(value, False), label=label.replace(" ", ""))
+            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], label.replace(" ", ""))
         return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
     sides, signs = split(text, (r"\cup", r"\setminus"))
     if signs:

@@ -88,9 +88,9 @@ def test_a_case_may_take_its_time_and_no_more(monster, grader):
     start = time.monotonic()
     (verdict,) = grader.compare([("(x+y+z+w)^{1000}", monster)])
     assert verdict in (TIMEOUT, ERROR, WRONG)
-    assert time.monotonic() - start < 3 * CASE_SECONDS  # wall time, on a machine that may be busy
+    assert time.monotonic() - start < 5 * CASE_SECONDS  # wall time, on a machine that may be busy
     start = time.monotonic()
-    assert grader.compare([("1/3", "2/6"), ("1/3", "3/9")]) == [RIGHT] * 2 and time.monotonic() - start < CASE_SECONDS
+    assert grader.compare([("1/3", "2/6"), ("1/3", "3/9")]) == [RIGHT] * 2 and time.monotonic() - start < 3 * CASE_SECONDS
 
 
 def test_hangs_cost_their_limit_shared_by_the_workers():
