@@ -191,11 +191,15 @@ class Group:
         """All outcomes equal: nothing to learn from. Length does not count."""
         return bool((self.outcome == self.outcome[0]).all())
 
+    @property
+    def finite(self):
+        return bool(self.reward.isfinite().all()) and all(map(math.isfinite, (x for c in self.completions for x in c.logprobs)))
+
 
 class Buffer:
     """The dynamic buffer of one level: groups that wait for their update, and what became of all others.
 
-    Nothing is lost: drawn = kept + all_right + all_wrong + stale + pending, at any time.
+    Nothing is lost: drawn = kept + all_right + all_wrong + broken + stale + pending, at any time.
     """
 
     def __init__(self, keep_flat=False):
@@ -206,10 +210,13 @@ class Buffer:
         return len(self.groups)
 
     def add(self, groups):
-        """Take in groups in the order of their drawing; flat ones are dropped (all right: a common outcome above 0)."""
+        """Take in groups in the order of their drawing. Flat ones are dropped (all right: a common outcome above 0), and
+        so are broken ones, which hold a number that is not finite."""
         for group in groups:
             self.counts["drawn"] += 1
-            if group.flat and not self.keep_flat:
+            if not group.finite:
+                self.counts["broken"] += 1
+            elif group.flat and not self.keep_flat:
                 self.counts["all_right" if group.outcome[0] > 0 else "all_wrong"] += 1
             else:
                 self.groups.append(group)
@@ -220,11 +227,15 @@ class Buffer:
         self.counts["stale"] += len(self.groups) - len(fresh)
         self.groups = fresh
 
-    def take(self, num_groups):
-        """The oldest num_groups groups, to be trained on now."""
+    def oldest(self, num_groups):
+        """The groups to be trained on now. They leave when that is done: see `take`."""
         assert num_groups <= self.pending, f"{self.pending} groups wait, {num_groups} asked for: never train on less"
-        taken, self.groups = self.groups[:num_groups], self.groups[num_groups:]
-        self.counts["kept"] += num_groups
+        return self.groups[:num_groups]
+
+    def take(self, num_groups, fate="kept"):
+        """The oldest num_groups groups leave: kept (trained on), or broken (training met a number that is not finite)."""
+        taken, self.groups = self.oldest(num_groups), self.groups[num_groups:]
+        self.counts[fate] += num_groups
         return taken
 
     def close(self):

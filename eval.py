@@ -70,7 +70,7 @@ class Policy:
             except (ValueError, OSError) as error:  # the hub's errors are of these kinds
                 reason = (str(error) or repr(error)).splitlines()[0]
                 raise ValueError(f"model {name!r} is neither a folder nor to be had from the hub ({reason})") from error
-        if device == "cuda" and not torch.cuda.is_available():
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         examples = data.read_records(examples_file, data.parse_example) if examples_file else ()
         model = Transformer.from_pretrained(path, getattr(torch, dtype), device)

@@ -165,8 +165,7 @@ class PromptCache:
 
     def put(self, layer, rows, positions, k, v):
         if rows is None:
-            self.layers[layer] = k, v
-            return k, v
+            return self.layers.setdefault(layer, (k, v))  # the first, if a backward pass computes them again
         return tuple(torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
 
 
@@ -262,6 +261,7 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, head_dim, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # activation checkpointing: the backward pass makes a layer's inside again
 
     def forward(self, ids, positions=None, cache=None, rows=None):
         """ids (B, T) -> hidden states (B, T, C).
@@ -278,7 +278,10 @@ class Body(nn.Module):
         angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, visible, cache, rows, positions)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, visible, cache, rows, positions, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, visible, cache, rows, positions)
         return self.norm(x)
 
 
@@ -300,6 +303,35 @@ class Transformer(nn.Module):
 
     def forward(self, ids, positions=None, cache=None, rows=None):
         return self.lm_head(self.model(ids, positions, cache, rows))
+
+    def token_logprobs(self, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
+        """Log-prob of each completion token given those before it in its row, and the entropy of that choice.
+
+        ids (B, T), each row a prompt, its completion, and any ids as padding;  mask (B, T) bool, True on completions
+        -> logprob, entropy (B, T), nats, 0 outside the mask
+
+        Prompts that rows share, as those of a group do, go through the model once. The logits are made for completion
+        tokens alone, chunk by chunk, and again in the backward pass: (B, T, V) never exists.
+        """
+        starts, lengths = mask.int().argmax(1), mask.sum(1)
+        in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
+        keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
+        prompts, rows = keyed.unique(dim=0, return_inverse=True)  # the length counts: token 0 may be a token
+        prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
+        cache = PromptCache(prompt_lengths)
+        hidden = self.model(prompts, cache=cache)[rows, starts - 1][:, None]  # chooses the first token of each completion
+        offset = torch.arange(max(2, lengths.max()), device=ids.device)  # never only one: shards count on two passes
+        inside = offset < lengths[:, None]  # (B, longest completion)
+        targets = ids.gather(1, (starts[:, None] + offset).clamp(max=ids.shape[1] - 1))
+        more = self.model(targets[:, :-1], starts[:, None] + offset[:-1], cache, rows)
+        hidden, targets = torch.cat([hidden, more], 1)[inside], targets[inside]
+        size = max(1, logits_per_chunk // self.config.vocab_size)
+        parts = [
+            checkpoint(_chosen, h, self.lm_head, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(size), targets.split(size))
+        ]
+        values = (torch.cat(part) for part in zip(*parts))
+        return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
 
     @property
     def context(self):
@@ -329,6 +361,7 @@ class Transformer(nn.Module):
         for complaint, names in (
             ("lacks", [f"{n} {wanted[n]}" for n in wanted if n not in found]),
             ("has surplus", [f"{n} {found[n]}" for n in found if n not in wanted]),
+            ("holds nan or infinity in", [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]),
             ("misshapes", [f"{n} {found[n]}, wanted {wanted[n]}" for n in wanted if found.get(n, wanted[n]) != wanted[n]]),
         ):
             if names:
@@ -383,38 +416,6 @@ def _chosen(hidden, head, targets, temperature):
     logprobs = log_softmax(head(hidden), temperature)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
-
-
-def token_logprobs(model, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
-    """Log-prob of each completion token given those before it in its row, and the entropy of that choice.
-
-    ids (B, T), each row a prompt, its completion, and any ids as padding;  mask (B, T) bool, True on completions
-    -> logprob, entropy (B, T), nats, 0 outside the mask
-
-    Prompts that rows share, as those of a group do, go through the model once. The logits are made for completion
-    tokens alone, chunk by chunk, and again in the backward pass: (B, T, V) never exists.
-    """
-    starts, lengths = mask.int().argmax(1), mask.sum(1)
-    in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
-    keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
-    prompts, rows = keyed.unique(dim=0, return_inverse=True)  # the length counts: token 0 may be a token
-    prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
-    cache = PromptCache(prompt_lengths)
-    hidden = model.model(prompts, cache=cache)[rows, starts - 1][:, None]  # chooses the first token of each completion
-    offset = torch.arange(lengths.max(), device=ids.device)
-    inside = offset < lengths[:, None]  # (B, longest completion)
-    targets = ids.gather(1, (starts[:, None] + offset).clamp(max=ids.shape[1] - 1))
-    if targets.shape[1] > 1:
-        more = model.model(targets[:, :-1], starts[:, None] + offset[:-1], cache, rows)
-        hidden = torch.cat([hidden, more], 1)
-    hidden, targets = hidden[inside], targets[inside]
-    size = max(1, logits_per_chunk // model.config.vocab_size)
-    parts = [
-        checkpoint(_chosen, h, model.lm_head, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(size), targets.split(size))
-    ]
-    values = (torch.cat(part) for part in zip(*parts))
-    return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches

@@ -73,7 +73,7 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     cdf = logprobs.exp().cumsum(-1)
     total = cdf[:, -1:]  # 1 up to rounding; below it even for u = 1 - 2^-53, so that no impossible token is reached
     target = torch.minimum(u[:, None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cdf, target, right=True)
+    tokens = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)  # nan: any, its log-prob says so
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 

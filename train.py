@@ -7,38 +7,58 @@
 all levels, or one per level.
 """
 
-import copy
+import contextlib
 import itertools
 import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+import traceback
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 import data
 from data import QUALITY
-from eprli import Buffer, Group, Level, clipped_objective, diagnostics, group_advantage, kl_penalty, length_reward, loss_weight
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TRAINING, Policy, attempt, evaluation_keys, interval
-from model import micro_batches, pad, token_logprobs
+from eprli import (
+    Buffer,
+    Group,
+    Level,
+    clipped_objective,
+    diagnostics,
+    group_advantage,
+    kl_penalty,
+    length_reward,
+    loss_weight,
+)
+from eval import (
+    MAX_NEW_TOKENS,
+    SHIPPED,
+    SLOTS,
+    TRAINING,
+    Policy,
+    attempt,
+    evaluation_keys,
+    interval,
+)
+from model import LOGITS_PER_CHUNK, micro_batches, pad
+from ranks import Ranks, Stop, like, whole
 from rewards import ERROR, TIMEOUT, Grader, load_reward, writes_steps
 from rollout import stream
+from rundir import Run, Stats, newest_whole, sha256
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # of AdamW: verl's defaults, which DeepScaleR and FastCuRL used
 MOST_SKIPS = 3  # updates in a row that a level may fail to fill its buffer, before it ends (algorithm, reading 7)
-MOST_FAILURES = 0.05  # share of an update's completions on which the grader may fail without a word
+MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
+MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.2}  # mean difference of learner and sampler that is still rounding, nats
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking before plots do
 
 
@@ -83,7 +103,10 @@ class Config:
     lr_decay: Literal["none", "linear", "cosine"] = flag("linear", "from the peak to 0 at the last update", "ours; DeepScaleR none")
     minibatches: int = flag(2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts")
     micro_batch_tokens: int = flag(4096, "padded tokens per backward pass; memory only, never changes the result")
-    slots: int = flag(SLOTS, "completions decoded together; memory and speed only")
+    logits_per_chunk: int = flag(LOGITS_PER_CHUNK, "logits that the learner holds at once, tokens x vocabulary; memory only")
+    recompute: bool = flag(False, "activation checkpointing: compute a layer again in the backward pass; memory only")
+    fsdp: bool = flag(False, "cut weights, gradients and optimizer over torchrun's processes (FSDP2); memory only")
+    slots: int = flag(SLOTS, "completions decoded together, on each process; memory and speed only")
     temperature: float = flag(1.0, "of the softmax, in sampling and learning alike", "DAPO; DeepScaleR 0.6")
     loss_norm: Literal["sequence", "token", "constant"] = flag("sequence", "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO", "paper")
     adv_std: Literal["group", "none"] = flag("group", "divide advantages by the group's std, or not (Dr. GRPO)", "paper")
@@ -95,13 +118,16 @@ class Config:
     max_draws: int = flag(10, "draws per update before it is skipped", "DAPO")
     max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
     eval_every: int | None = flag(None, "updates between evaluations; default: at ends of levels alone; 0: none at all")
-    save_every: int = flag(0, "updates between checkpoints; 0: only at the end")
+    save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    resume: str | None = flag(None, "run directory to go on with, whatever ended it, with the flags that it was started with")
     examples: str | None = flag(None, "JSONL of worked examples {problem, solution} to put in front of every problem")
     allow_last_number: bool = flag(False, "without a box, grade the last number")
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
 
 
 PER_LEVEL = [f.name for f in fields(Level)]
+FREE = ("device", "micro_batch_tokens", "logits_per_chunk", "recompute", "fsdp", "slots", "save_every", "keep_checkpoints")  # of a --resume
 
 
 def check_flags(cfg):
@@ -116,7 +142,7 @@ def check_flags(cfg):
         **dict.fromkeys(("lr", "temperature", "max_grad_norm"), positive),
         **dict.fromkeys(("eps_high", "length_weight", "warmup", "kl_coef", "eval_every", "save_every", "seed"), not_negative),
         **dict.fromkeys(("prompts", "max_new_tokens", "inner_epochs", "updates", "minibatches", "micro_batch_tokens", "slots",
-                         "overlong_cache", "max_draws"), natural),
+                         "overlong_cache", "max_draws", "logits_per_chunk", "keep_checkpoints"), natural),
     }
     for name, (good, words) in wanted.items():
         value = getattr(cfg, name)
@@ -215,76 +241,107 @@ class Stage:
     def over(self):
         return self.updates == self.level.updates or self.skipped == MOST_SKIPS
 
-
-def turns(stages, schedule):
-    """The stage of every update: one after the other, or each in turn, until all are over."""
-    if schedule == "interleaved":
-        while any(not stage.over for stage in stages):
-            yield from (stage for stage in stages if not stage.over)
-    else:
-        for stage in stages:
-            while not stage.over:
-                yield stage
+    def skip(self, drawn):
+        """Go on behind the draws of an earlier process."""
+        self.problems, self.drawn = itertools.islice(self.problems, drawn, None), drawn
 
 
-def train(cfg, stages, policy, grader, run):
-    """The loop of the paper; the comments quote the algorithm box of the README."""
-    optimizer = Optimizer(policy.model)
-    reference = copy.deepcopy(policy.model).requires_grad_(False) if cfg.kl_coef else None  # the starting policy
-    trained = 0  # updates that changed the policy; a skipped one does not
-    run.evaluate(0, stages, policy, grader)
-    for update, stage in enumerate(turns(stages, cfg.schedule), 1):     # for level l = 1 .. L: for update = 1 .. M_l:
-        level, buffer, stats = stage.level, stage.buffer, Stats(update, stage)
-        stats.lr = optimizer.set_lr(cfg, update, sum(s.level.updates for s in stages))
+@dataclass
+class Progress:
+    """Where a run stands, beside its stages, weights and optimizer."""
 
-        buffer.expire(trained)                                          # pi_old <- pi, remembered as log-probs
-        while buffer.pending < level.buffer_groups and stats.draws < cfg.max_draws:                     # repeat
-            groups = draw(cfg, stage, policy, grader, trained, stats)   # P_l prompts, G_l completions each, their rewards
-            buffer.add(groups)                                          # keep a group iff its R_l are not all equal
-        with uninterrupted():                                           # until the buffer holds N_l groups
-            if buffer.pending >= level.buffer_groups:
-                learn(cfg, level, policy.model, reference, optimizer, buffer.take(level.buffer_groups), trained, stats)
-                trained, stage.skipped = trained + 1, 0
-            else:
-                stage.skipped += 1                                      # never train on less
-            stage.updates += 1
-            if stage.over:
-                buffer.close()
-            run.log(stats, stage)
-
-        if stage.over or (cfg.eval_every and update % cfg.eval_every == 0):
-            run.evaluate(update, stages, policy, grader)
-        if cfg.save_every and update % cfg.save_every == 0:
-            run.save(update, policy)
+    update: int = 0  # turns that were taken, skipped ones included
+    trained: int = 0  # updates that changed the policy
+    broken: int = 0  # updates in a row that met a number that is not finite
+    evaluate: bool = True  # held-out accuracy is due
+    stats: Stats | None = None  # of the update in progress
 
 
-@contextmanager
-def uninterrupted():
-    """Hold Ctrl-C back until the block is done: the weights on disk are those of whole updates."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
+def turn(stages, schedule):
+    """The stage of the next update: one after the other, or each in turn; None when all are over."""
+    key = (lambda s: s.updates) if schedule == "interleaved" else (lambda s: s.number)
+    return min((s for s in stages if not s.over), key=key, default=None)
 
 
-def draw(cfg, stage, policy, grader, trained, stats):
-    """Draw P_l prompts, sample G_l completions each from the policy as it is, and score them: a list of Group."""
-    level = stage.level
+def train(cfg, stages, policy, learner, grader, ranks, run, progress):
+    """The loop of the paper; the comments quote the algorithm box of the README. Any line of it may be the first after a
+    resume, so what is done is remembered in `progress`, the stages and their buffers alone."""
+    reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model if cfg.kl_coef else None  # the starting policy
+    total = sum(stage.level.updates for stage in stages)
+    while True:
+        if progress.evaluate:
+            evaluate(cfg, stages, policy, grader, ranks, run, progress)
+        if cfg.save_every and progress.update and progress.update % cfg.save_every == 0:
+            run.save(progress, stages, policy, learner)
+        stage = turn(stages, cfg.schedule)                              # for level l = 1 .. L: for update = 1 .. M_l:
+        if stage is None:
+            return
+        level, buffer = stage.level, stage.buffer
+        lr = learner.set_lr(cfg, progress.update + 1, total)
+        stats = progress.stats = progress.stats or Stats(progress.update + 1, stage.number, dict(buffer.counts), lr)
+
+        buffer.expire(progress.trained)                                 # pi_old <- pi, remembered as log-probs
+        while buffer.pending < level.buffer_groups and stats.draws < cfg.max_draws and not stats.trouble:  # repeat
+            draw(cfg, stage, policy, grader, ranks, run, progress)      # P_l prompts, G_l completions each, their rewards;
+        if stats.trouble:                                               # keep a group iff its R_l are not all equal
+            progress.broken += 1
+        elif buffer.pending >= level.buffer_groups:                     # until the buffer holds N_l groups
+            groups = buffer.oldest(level.buffer_groups)
+            learn(cfg, level, learner, reference, groups, ranks, progress)
+            buffer.take(level.buffer_groups, "broken" if stats.trouble else "kept")
+            progress.trained += bool(stats.grad_norms)
+            progress.broken, stage.skipped = progress.broken + 1 if stats.trouble else 0, 0
+            if stats.trouble:
+                run.keep_broken(stats, groups)
+        else:
+            stage.skipped += 1                                          # never train on less
+        stage.updates, progress.update, progress.stats = stage.updates + 1, progress.update + 1, None
+        if stage.over:
+            buffer.close()
+        progress.evaluate = bool(stage.over or (cfg.eval_every and progress.update % cfg.eval_every == 0))
+        run.log(stats, stage)
+        if stage.skipped == MOST_SKIPS:
+            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
+        if progress.broken == MOST_BROKEN:
+            raise Stop(f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: {stats.trouble}. Their completions "
+                       f"are in {run.out / 'broken'}; lower --lr, or look at --reward")
+
+
+def draw(cfg, stage, policy, grader, ranks, run, progress):
+    """Draw P_l prompts, sample G_l completions each from the policy as it is, score them, and put the groups into the buffer."""
+    level, stats = stage.level, progress.stats
     prompts = list(itertools.islice(stage.problems, level.prompts))
-    index = range(stage.drawn, stage.drawn + len(prompts))
+    keys = [[stream(cfg.seed, TRAINING, stage.number, d, i) for i in range(level.group_size)] for d in range(stage.drawn, stage.drawn + len(prompts))]
+
+    def work(share):
+        attempts = attempt(
+            policy, grader, [p for p, _ in share], [k for _, k in share], max_new_tokens=level.max_new_tokens,
+            temperature=cfg.temperature, slots=cfg.slots, progress=ranks.first, clock=stats.seconds,
+        )
+        return [(group, score(cfg, stage, p, group, progress.trained)) for (p, _), group in zip(share, attempts)]
+
+    done = ranks.spread(list(zip(prompts, keys)), work)  # whole, or not at all: an interrupt leaves the state as it was
     stage.drawn += len(prompts)
-    keys = [[stream(cfg.seed, TRAINING, stage.number, d, i) for i in range(level.group_size)] for d in index]
-    attempts = attempt(
-        policy, grader, prompts, keys, max_new_tokens=level.max_new_tokens, temperature=cfg.temperature,
-        slots=cfg.slots, progress=True, clock=stats.seconds,
-    )
-    groups = [score(cfg, stage, prompt, group, trained) for prompt, group in zip(prompts, attempts)]
-    stats.drew(prompts, attempts, groups)
-    return groups
+    stats.draws += 1
+    groups = [group for _, group in done]
+    stage.buffer.add(groups)
+    finite = lambda x: x if math.isfinite(x) else None  # noqa: E731  JSON knows no nan
+    stats.rows += [
+        {"update": stats.update, "level": stage.number, "problem_id": p.problem.id, "sample": i, "verdict": a.verdict,
+         "outcome": finite(group.outcome[i].item()), "length_reward": finite(group.length_reward[i].item()), "tokens": a.length,
+         "stopped": a.completion.stopped, "text": a.text}
+        for p, (attempts, group) in zip(prompts, done) for i, a in enumerate(attempts)
+    ]
+    if stats.draws == 1 and stats.update % SHOW_EVERY == 1:
+        for p, (attempts, _) in list(zip(prompts, done))[:: max(1, len(done) // 2)][:2]:
+            tqdm.write(f"  {p.problem.problem}  ->  {attempts[0].text}  ({attempts[0].verdict}; answer {p.problem.answer})")
+    broken = [(p.problem.id, group) for p, group in zip(prompts, groups) if not group.finite]
+    if broken:
+        name, group = broken[0]
+        what = f"log-probs sampled from the policy for problem {name}" if group.reward.isfinite().all() else (
+            f"--reward {level.reward} returned, for problem {name}, {[x for x in group.reward.tolist() if not math.isfinite(x)][0]}")
+        stats.trouble = f"{what} ({len(broken)} of {len(groups)} groups)"
+        run.keep_broken(stats, [group for _, group in broken])
 
 
 def score(cfg, stage, prompt, attempts, trained):
@@ -309,15 +366,11 @@ def score(cfg, stage, prompt, attempts, trained):
 
 
 def own_reward(stage, problem, response):
-    """The user's R_l of one completion; whatever is wrong with it is said with its name and the problem."""
-    where = f"--reward {stage.level.reward}, problem {problem.id}"
+    """The user's R_l of one completion; an error in it ends the run, and is said with its name and the problem."""
     try:
-        value = float(stage.reward(problem.record(), response))
+        return float(stage.reward(problem.record(), response))
     except Exception as error:
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: returned {value}, expected a finite number")
-    return value
+        raise Stop(f"--reward {stage.level.reward}, problem {problem.id}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -330,55 +383,109 @@ class Sample:
     fresh: bool  # sampled from the policy as it is before this update's first step
 
 
-def learn(cfg, level, model, reference, optimizer, groups, trained, stats):
+def learn(cfg, level, learner, reference, groups, ranks, progress):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
-    start = time.perf_counter()
-    samples = []  # one list per group
-    for group in groups:
-        advantage = group_advantage(group.reward, cfg.adv_std).tolist()                                 # A_i
-        fresh = group.update == trained
-        samples.append([Sample(group.prompt, c, A, fresh) for c, A in zip(group.completions, advantage)])
-    for epoch in range(level.inner_epochs):                                                             # mu_l times
-        random.Random(f"{cfg.seed}/minibatches/{stats.update}/{epoch}").shuffle(samples)
-        bounds = [len(samples) * i // cfg.minibatches for i in range(cfg.minibatches + 1)]
-        for low, high in zip(bounds, bounds[1:]):                                                       # minibatch by minibatch
-            backward(cfg, level, model, reference, list(itertools.chain(*samples[low:high])), stats)
-            stats.grad_norms.append(optimizer.step(cfg.max_grad_norm))
+    stats, start = progress.stats, time.perf_counter()
+    for number in range(len(stats.grad_norms), level.inner_epochs * cfg.minibatches):                   # mu_l times, minibatch by minibatch
+        step = minibatch(cfg, groups, number, progress)
+        sums, peaks = backward(cfg, level, learner.model, reference, step, number == 0, ranks)
+        if number == 0 and sums["gap"] > MOST_GAP[cfg.dtype] * sums["fresh"]:
+            raise Stop(f"the learner's log-probs of completions just sampled differ from the sampler's by {sums['gap'] / sums['fresh']:.2g} nats a "
+                       f"token, and rounding in {cfg.dtype} explains {MOST_GAP[cfg.dtype]:g}: the two no longer compute one policy, so the ratio "
+                       "of Eq. 1 is wrong. Look for a change of forward, cache, temperature or weights on one side alone")
+        if not math.isfinite(sums["objective"]):
+            stats.trouble = f"the loss of step {number + 1} is {-sums['objective']}"
+            return learner.forget()
+        norm = learner.step(cfg.max_grad_norm)
+        if not math.isfinite(norm):
+            stats.trouble = f"the gradient's norm in step {number + 1} is {norm}"
+            return
+        stats.learned(norm, sums, peaks)
     stats.seconds["learn"] += time.perf_counter() - start
 
 
-def backward(cfg, level, model, reference, step, stats):
-    """Add the gradient of -J_l over the samples of one optimizer step; how it is cut into micro-batches changes nothing."""
+def minibatch(cfg, groups, number, progress):
+    """The samples of one optimizer step of an update, group by group: an equal part of the groups, shuffled for every pass."""
+    epoch, part = divmod(number, cfg.minibatches)
+    order = list(range(len(groups)))
+    random.Random(f"{cfg.seed}/minibatches/{progress.stats.update}/{epoch}").shuffle(order)
+    samples = []
+    for group in (groups[i] for i in order[len(order) * part // cfg.minibatches : len(order) * (part + 1) // cfg.minibatches]):
+        advantage = group_advantage(group.reward, cfg.adv_std).tolist()                                 # A_i
+        samples += [Sample(group.prompt, c, A, group.update == progress.trained) for c, A in zip(group.completions, advantage)]
+    return samples
+
+
+def split(step, parts):
+    """Contiguous parts of about equal numbers of tokens, so that most groups stay together."""
+    result, total, before = [[] for _ in range(parts)], sum(len(s.completion.tokens) for s in step), 0
+    for s in step:
+        result[before * parts // total].append(s)
+        before += len(s.completion.tokens)
+    return result
+
+
+def backward(cfg, level, model, reference, step, before_first, ranks):
+    """Add the gradient of -J_l over the samples of one optimizer step; how it is cut into micro-batches and over the
+    processes changes nothing. -> sums over the step's tokens and the objective, maxima: of all processes, on each.
+
+    before_first  no step was taken in this update yet: the learner is the sampler, and what differs is rounding
+    """
     num_tokens = sum(len(s.completion.tokens) for s in step)  # of the whole step, counted before its first backward
-    for rows in micro_batches([s.prompt for s in step], [s.completion.tokens for s in step], cfg.micro_batch_tokens):
-        micro = [step[i] for i in rows]
+    parts = [
+        [[part[i] for i in rows] for rows in micro_batches([s.prompt for s in part], [s.completion.tokens for s in part], cfg.micro_batch_tokens)]
+        for part in split(step, ranks.size)
+    ]
+    sums = dict.fromkeys(("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh"), 0.0)
+    peaks = dict.fromkeys(("ratio_max", "gap_max"), 0.0)
+    for i in range(max(map(len, parts))):  # as often on every process: shards are gathered by all
+        ranks.check()
+        mine = parts[ranks.rank]
+        idle = i >= len(mine)
+        if idle and not ranks.sharded:
+            continue
+        micro = [step[0]] if idle else mine[i]
         ids, mask = pad([s.prompt for s in micro], [s.completion.tokens for s in micro], model.device)
-        logprob, entropy = token_logprobs(model, ids, mask, cfg.temperature)
-        sampled = torch.tensor([x for s in micro for x in s.completion.logprobs], dtype=logprob.dtype, device=model.device)
+        logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature, cfg.logits_per_chunk)
+        sampled = torch.tensor([x for s in micro for x in s.completion.logprobs], dtype=logprob.dtype, device=mask.device)
         logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
-        advantage = torch.tensor([s.advantage for s in micro], dtype=logprob.dtype, device=model.device)
-        weight = loss_weight(cfg.loss_norm, mask.sum(1).to(logprob), len(step), num_tokens, level.max_new_tokens)
+        advantage = torch.tensor([s.advantage for s in micro], dtype=logprob.dtype, device=mask.device)
+        weight = loss_weight(cfg.loss_norm, mask.sum(1).to(logprob), len(step), num_tokens, level.max_new_tokens) * (not idle)
         J = clipped_objective(logprob, logprob_old, advantage, weight, mask, level.eps_low, level.eps_high)  # Eq. 1
         if reference is not None:
             with torch.no_grad():
-                logprob_ref, _ = token_logprobs(reference, ids, mask, cfg.temperature)
+                logprob_ref, _ = reference.token_logprobs(ids, mask, cfg.temperature, cfg.logits_per_chunk)
             J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
-        (-J).backward()
-        stats.learned(J, diagnostics(logprob, logprob_old, entropy, advantage, mask, level.eps_low, level.eps_high))
-        if not stats.grad_norms:  # before the first step the learner is the sampler: what differs is rounding
-            fresh = torch.tensor([s.fresh for s in micro], device=mask.device)
-            stats.compare(logprob, logprob_old, mask & fresh[:, None])
+        (-J * (ranks.size if ranks.sharded else 1)).backward()  # FSDP takes the mean over processes, the step is a sum
+        if idle:
+            continue
+        found = diagnostics(logprob, logprob_old, entropy, advantage, mask, level.eps_low, level.eps_high)
+        peaks["ratio_max"] = max(peaks["ratio_max"], found.pop("ratio_max"))
+        gap = (logprob - logprob_old).detach().abs()[mask & torch.tensor([[s.fresh and before_first] for s in micro], device=mask.device)]
+        found |= {"objective": J.item(), "gap": gap.sum().item(), "fresh": gap.numel()}
+        peaks["gap_max"] = max(peaks["gap_max"], gap.max().item() if gap.numel() else 0.0)
+        sums = {name: sums[name] + found[name] for name in sums}
+    return ranks.sum(sums), ranks.max(peaks)
 
 
-class Optimizer:
-    """AdamW. Weights of less than float32 are copies of float32 masters, which own gradients and moments: an update of
-    1e-6 of a weight would vanish in bfloat16."""
+class Learner:
+    """AdamW on the weights of a policy. Weights of less than float32 are copies of float32 masters, which own gradients
+    and moments: an update of 1e-6 of a weight would vanish in bfloat16.
 
-    def __init__(self, model):
-        self.weights = list(model.parameters())
-        self.masters = [w if w.dtype.itemsize >= 4 else w.detach().float() for w in self.weights]
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
+    model    what the gradient goes through: the policy's own, or under FSDP a sharded copy whose shards are the masters.
+             The policy's own weights stay whole on every process, to sample from without gathering them token by token
+    """
+
+    def __init__(self, policy_model, ranks, recompute=False):
+        self.ranks, self.weights, self.torn = ranks, list(policy_model.parameters()), False
+        self.names = [name for name, _ in policy_model.named_parameters()]
+        self.model = ranks.shard(policy_model) if ranks.sharded else policy_model
+        self.model.model.recompute = recompute
+        self.masters = list(self.model.parameters())
+        self.copied = not ranks.sharded and self.weights[0].dtype.itemsize < 4
+        if self.copied:
+            self.masters = [w.detach().float() for w in self.weights]
+            for weight, master in zip(self.weights, self.masters):
                 master.grad = torch.zeros_like(master)
                 weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY)
@@ -398,178 +505,69 @@ class Optimizer:
         return rate
 
     def step(self, max_norm):
-        """One step; returns the gradient's norm before it was clipped. A norm that is not finite is an error.
-
-        A gradient of exactly 0 (flat groups alone) moves nothing: neither by Adam's momentum nor by weight decay.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm, error_if_nonfinite=True).item()
-        if norm:
+        """One step; returns the gradient's norm before it was clipped. A gradient that is not finite, or exactly 0 (flat
+        groups alone), moves nothing: neither by Adam's momentum nor by weight decay."""
+        self.ranks.sum_gradients(self.masters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
+        if norm and math.isfinite(norm):
+            self.torn = True
             self.adamw.step()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters):
-                if master is not weight:
-                    weight.copy_(master)
-        self.adamw.zero_grad(set_to_none=self.masters[0] is self.weights[0])
+            self.publish()
+            self.torn = False
+        self.forget()
         return norm
 
+    def forget(self):
+        """Drop the gradient."""
+        self.adamw.zero_grad(set_to_none=not self.copied)
 
-# ---------------------------------------------------------------------------------------------------------------- log
+    @torch.no_grad()
+    def publish(self):
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.copy_(whole(master))
 
+    def tensors(self):
+        """(name, whole tensor) of all that the optimizer holds. Shards are gathered: every process must iterate."""
+        for name, weight, master in zip(self.names, self.weights, self.masters):
+            if weight.dtype != master.dtype:
+                yield f"master.{name}", whole(master.detach())
+            for kind, value in self.adamw.state.get(master, {}).items():
+                yield f"{kind}.{name}", whole(value)
 
-class Stats:
-    """What happens in one update, and its line of metrics.jsonl (defined in README.md)."""
-
-    def __init__(self, update, stage):
-        self.update, self.level, self.counts_before = update, stage.number, Counter(stage.buffer.counts)
-        self.start, self.seconds, self.draws, self.drawn = time.perf_counter(), Counter(), 0, []
-        self.sums, self.objectives, self.grad_norms, self.ratio_max, self.gap, self.lr = Counter(), [], [], None, None, 0.0
-
-    def drew(self, prompts, attempts, groups):
-        self.draws += 1
-        self.drawn += [(p, a, group, i) for p, many, group in zip(prompts, attempts, groups) for i, a in enumerate(many)]
-
-    def learned(self, J, sums):
-        self.objectives.append(J.item())
-        self.ratio_max = max(self.ratio_max or 0.0, sums["ratio_max"])
-        self.sums.update(sums)
-
-    def compare(self, logprob, logprob_old, mask):
-        if mask.any():
-            self.gap = max(self.gap or 0.0, (logprob - logprob_old).detach()[mask].abs().max().item())
-
-    def row(self, buffer):
-        seconds = time.perf_counter() - self.start
-        reward = torch.tensor([group.reward[i] for _, _, group, i in self.drawn], dtype=torch.float64)
-        sampled = sum(a.length for _, a, _, _ in self.drawn)
-        mean = lambda values: sum(values) / len(self.drawn) if self.drawn else None  # noqa: E731  over completions drawn
-        per_token = lambda name: self.sums[name] / self.sums["tokens"] if self.sums["tokens"] else None  # noqa: E731
-        fates = ("drawn", "kept", "all_right", "all_wrong", "stale")
-        row = {
-            "update": self.update, "level": self.level,
-            "accuracy": mean(a.right for _, a, _, _ in self.drawn),
-            "reward_mean": mean(reward.tolist()),
-            "reward_std": reward.std(correction=0).item() if self.drawn else None,
-            "outcome_mean": mean(group.outcome[i].item() for _, _, group, i in self.drawn),
-            "length_reward_mean": mean(group.length_reward[i].item() for _, _, group, i in self.drawn),
-            "length_mean": mean(a.length for _, a, _, _ in self.drawn),
-            "truncated_share": mean(not a.completion.stopped for _, a, _, _ in self.drawn),
-            "writes_steps_share": mean(writes_steps(a.text) for _, a, _, _ in self.drawn),
-            **{f"grader_{kind}s": sum(a.verdict == kind for _, a, _, _ in self.drawn) for kind in (TIMEOUT, ERROR)},
-            **{f"groups_{fate}": buffer.counts[fate] - self.counts_before[fate] for fate in fates},
-            "groups_pending": buffer.pending,
-            "objective": sum(self.objectives) / len(self.grad_norms) if self.grad_norms else None,
-            "entropy": per_token("entropy"),
-            "clip_low_share": per_token("clip_low"), "clip_high_share": per_token("clip_high"),
-            "ratio_max": self.ratio_max, "kl_old": per_token("kl_old"), "logprob_gap_max": self.gap,
-            "grad_norm": sum(self.grad_norms) / len(self.grad_norms) if self.grad_norms else None,
-            "lr": self.lr, "tokens_sampled": sampled, "tokens_trained": self.sums["tokens"],
-            **{f"{phase}_seconds": self.seconds[phase] for phase in ("sample", "grade", "learn")},
-            "tokens_per_second": sampled / seconds, "peak_memory_mb": peak_memory_mb(),
-        }
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON knows no nan
+    @torch.no_grad()
+    def load(self, tensors):
+        """The inverse of `tensors`, whatever number of processes wrote them."""
+        for name, master in zip(self.names, self.masters):
+            if f"master.{name}" in tensors:
+                master.copy_(like(master, tensors[f"master.{name}"]))
+            if f"exp_avg.{name}" in tensors:
+                self.adamw.state[master] = {"step": tensors[f"step.{name}"],
+                                            **{kind: like(master, tensors[f"{kind}.{name}"]) for kind in ("exp_avg", "exp_avg_sq")}}
 
 
-def peak_memory_mb():
-    """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def evaluate(cfg, stages, policy, grader, ranks, run, progress):
+    """Held-out accuracy of every level: one sample a problem at the training temperature. What is done already is not
+    done again."""
+    done = {row["level"] for row in run.evaluations if row["update"] == progress.update}
+    for stage in stages if cfg.eval_every != 0 else ():
+        if not stage.evaluation or stage.number in done:
+            continue
+        keys = evaluation_keys(cfg.seed, stage.evaluation, 1)
 
-
-class Run:
-    """The run directory: the program's memory. Lines are written whole and at once, so an interrupt loses none."""
-
-    def __init__(self, cfg, levels, out, facts):
-        self.cfg, self.out, self.evaluations, self.saved = cfg, out, [], None
-        (out / "checkpoints").mkdir(parents=True)
-        resolved = [{**asdict(level), "overlong_cache": overlong_cache(cfg, level)} for level in levels]
-        flags = {k: v for k, v in asdict(cfg).items() if k not in (*resolved[0], "explain")}
-        (out / "config.json").write_text(json.dumps({**flags, "out": str(out), "levels": resolved, **facts}, indent=1))
-        self.bar = tqdm(total=sum(level.updates for level in levels), unit="update", smoothing=0.1)
-
-    def append(self, name, rows):
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-    def log(self, stats, stage):
-        row = stats.row(stage.buffer)
-        self.append("metrics.jsonl", [row])
-        self.append("completions.jsonl", (
-            {"update": stats.update, "level": stats.level, "problem_id": p.problem.id, "sample": i, "verdict": a.verdict,
-             "outcome": group.outcome[i].item(), "length_reward": group.length_reward[i].item(), "tokens": a.length,
-             "stopped": a.completion.stopped, "text": a.text}
-            for p, a, group, i in stats.drawn
-        ))
-        self.bar.update()
-        number = lambda name, spec: "-" if row[name] is None else format(row[name], spec)  # noqa: E731
-        tqdm.write(
-            f"level {stage.number} update {stage.updates}/{stage.level.updates} | reward {number('reward_mean', '.3f')} = "
-            f"right {number('outcome_mean', '.3f')} + length {number('length_reward_mean', '.3f')} | "
-            f"{number('length_mean', '.0f')} tok, {number('truncated_share', '.0%')} cut off | groups {row['groups_kept']} of "
-            f"{row['groups_drawn']} drawn, {row['groups_all_right']} all right, {row['groups_all_wrong']} all wrong | "
-            f"clipped {number('clip_low_share', '.1%')} + {number('clip_high_share', '.1%')} | kl {number('kl_old', '.0e')} | "
-            f"entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
-        )
-        failures = row["grader_timeouts"] + row["grader_errors"]
-        if failures > MOST_FAILURES * len(stats.drawn):
-            tqdm.write(f"  the grader gave up on {failures} of {len(stats.drawn)} completions, which count as wrong: look for the verdicts "
-                       f"{TIMEOUT!r} and {ERROR!r} in {self.out / 'completions.jsonl'}")
-        if stage.skipped:
-            tqdm.write(f"  update {stats.update} skipped: {stats.draws} draws of {stage.level.prompts} prompts did not fill the buffer")
-        if stage.skipped == MOST_SKIPS:
-            tqdm.write(
-                f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates: raise --max-draws or --prompts, or choose another "
-                "--quality if most groups were all right or all wrong"
+        def work(share, stage=stage):
+            attempts = attempt(
+                policy, grader, [p for p, _ in share], [k for _, k in share], max_new_tokens=stage.level.max_new_tokens,
+                temperature=cfg.temperature, slots=cfg.slots, progress=ranks.first,
             )
-        if stats.drawn and stats.update % SHOW_EVERY == 1:
-            for p, a, _, _ in stats.drawn[:: max(1, len(stats.drawn) // 2)][:2]:
-                tqdm.write(f"  {p.problem.problem}  ->  {a.text}  ({a.verdict}; answer {p.problem.answer})")
+            return [(a.right, a.length, writes_steps(a.text)) for (a,) in attempts]
 
-    def evaluate(self, update, stages, policy, grader):
-        """Held-out accuracy of every level: one sample a problem at the training temperature."""
-        if self.cfg.eval_every == 0:
-            return
-        for stage in stages:
-            if stage.evaluation:
-                keys = evaluation_keys(self.cfg.seed, stage.evaluation, 1)
-                attempts = attempt(
-                    policy, grader, stage.evaluation, keys, max_new_tokens=stage.level.max_new_tokens,
-                    temperature=self.cfg.temperature, slots=self.cfg.slots, progress=True,
-                )
-                attempts, n = [a for (a,) in attempts], len(attempts)
-                accuracy, low, high = interval([a.right for a in attempts])
-                self.evaluations.append({
-                    "update": update, "level": stage.number, "accuracy": accuracy, "low": low, "high": high, "n": n,
-                    "length_mean": sum(a.length for a in attempts) / n,
-                    "writes_steps_share": sum(writes_steps(a.text) for a in attempts) / n,
-                })
-                self.append("eval.jsonl", self.evaluations[-1:])
-                tqdm.write(f"  held out, level {stage.number}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after {update} updates")
-
-    def save(self, update, policy):
-        """checkpoints/000123, a Hugging Face folder; written elsewhere and renamed, so that it is whole or absent."""
-        if update == self.saved:
-            return
-        part = self.out / "checkpoint.part"
-        with uninterrupted():
-            policy.model.save_pretrained(part)
-            policy.tokenizer.save_pretrained(part)
-            GenerationConfig(eos_token_id=list(policy.stop_ids), pad_token_id=policy.tokenizer.pad_token_id).save_pretrained(part)
-            part.rename(self.out / "checkpoints" / f"{update:06d}")
-            self.saved = update
-
-    def table(self, stages):
-        """Held-out accuracy of every level (rows) before and after every level (columns), with 95 % intervals."""
-        ends = list(itertools.accumulate((stage.updates for stage in stages), initial=0))
-        names = ["before", *(f"after level {stage.number}" for stage in stages)]
-        if self.cfg.schedule == "interleaved":
-            ends, names = [0, ends[-1]], ["before", "after"]
-        show = "{accuracy:.1%} [{low:.1%}, {high:.1%}]"
-        cells = {(row["update"], row["level"]): show.format(**row) for row in self.evaluations}
-        lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in names)]
-        for stage in stages:
-            lines.append(f"level {stage.number:<13}" + "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends))
-        return "\n".join(lines)
+        right, lengths, steps = zip(*ranks.spread(list(zip(stage.evaluation, keys)), work))
+        accuracy, low, high = interval(right)
+        n = len(right)
+        run.evaluated({"update": progress.update, "level": stage.number, "accuracy": accuracy, "low": low, "high": high, "n": n,
+                       "length_mean": sum(lengths) / n, "writes_steps_share": sum(steps) / n})
+    progress.evaluate = False
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -585,8 +583,8 @@ def read_data(cfg):
     return cfg, problems, data.read_problems(cfg.eval_data) if cfg.eval_data else [], len(read) - len(problems)
 
 
-def prepare(cfg, levels, problems, held_out):
-    """Cut the levels, load and render everything before minutes are spent. -> policy, stages, facts for config.json"""
+def prepare(cfg, levels, problems, held_out, policy):
+    """Cut the levels and render everything before minutes are spent. -> stages, facts for config.json"""
     qualities = [level.quality for level in levels]
 
     def cut(name, problems):
@@ -600,7 +598,6 @@ def prepare(cfg, levels, problems, held_out):
     if held_out and not any(held_out_sets):
         raise ValueError(f"{cfg.eval_data}: no problem falls into any level (left out: {held_out_left_out}); see --quality")
     rewards = [load_reward(level.reward) for level in levels]
-    policy = Policy.load(cfg.model, cfg.dtype, cfg.device, cfg.examples)
     stages, too_long = [], 0
     for number, (level, train_set, held_out_set, reward) in enumerate(zip(levels, train_sets, held_out_sets, rewards), 1):
         if not train_set:
@@ -619,52 +616,146 @@ def prepare(cfg, levels, problems, held_out):
     exact, near = data.overlap(problems, held_out)
     facts = {"overlap_with_eval": len(exact), "near_overlap_with_eval": len(near), "prompts_too_long": too_long,
              "left_out": left_out, "eval_left_out": held_out_left_out}
-    return policy, stages, facts
+    return stages, facts
+
+
+def as_started(run, given):
+    """The flags of a run that is to be resumed, with those `given` now. -> Config, config.json"""
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        cfg = Config(**{f.name: config[f.name] for f in fields(Config) if f.name not in ("resume", "explain")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})") from error
+    changed = [f"--{name.replace('_', '-')}" for name in given if name not in (*FREE, "resume")]
+    if changed:
+        raise ValueError(f"--resume goes on with the flags of {run}, and {changed[0]} would change its result: leave it out, "
+                         f"or start a new run from one of its checkpoints (--model {run}/checkpoints/...)")
+    return replace(cfg, **{name: given[name] for name in FREE if name in given}, out=str(run), resume=str(run)), config
+
+
+def inputs(cfg):
+    """SHA-256 of every file that a run reads: a resumed run must read the same."""
+    files = [cfg.data, cfg.eval_data, cfg.examples, *(r.rpartition(":")[0] for r in cfg.reward)]
+    return {str(Path(f).resolve()): sha256(f) for f in files if f and Path(f).is_file()}
+
+
+def absolute(cfg):
+    """With paths that mean the same from any folder, for config.json."""
+    found = {name: str(Path(value).resolve()) for name in ("model", "data", "eval_data", "examples") if (value := getattr(cfg, name)) and Path(value).exists()}
+    return replace(cfg, **found, reward=[f"{Path(path).resolve()}:{function}" if path else function for path, _, function in (r.rpartition(":") for r in cfg.reward)])
+
+
+def set_up(cfg, given, ranks):
+    """Read, check and load everything, make or take up the run directory. -> what `train` needs; raises ValueError"""
+
+    def read(cfg):
+        config = None
+        if cfg.resume:
+            cfg, config = as_started(cfg.resume, given)
+            changed = [name for name, digest in config["inputs"].items() if not Path(name).is_file() or sha256(name) != digest]
+            if changed:
+                raise ValueError(f"--resume {cfg.resume}: {changed[0]} is gone, or is not what it was when the run began")
+        check_flags(cfg)
+        cfg, problems, held_out, repeats = read_data(cfg)
+        measured = cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems)
+        return cfg, config, problems, held_out, repeats, resolve_levels(cfg, measured)
+
+    def load():
+        policy = Policy.load(str(checkpoint or cfg.model), cfg.dtype, ranks.device, cfg.examples)
+        return policy, *prepare(cfg, levels, problems, held_out, policy)
+
+    def create():
+        resolved = [{**asdict(level), "overlong_cache": overlong_cache(cfg, level)} for level in levels]
+        Run.create(out, {**asdict(absolute(cfg)), "out": str(out), "levels": resolved, **facts, "inputs": inputs(cfg)})
+
+    cfg, config, problems, held_out, repeats, levels = ranks.together(lambda: read(cfg))
+    if cfg.explain:
+        print(explain(cfg, levels))
+        return None
+    out = Path(ranks.from_first(lambda: cfg.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"))
+    if not cfg.resume and ranks.from_first(out.exists):
+        raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume {out}")
+    checkpoint = ranks.from_first(lambda: newest_whole(out)) if cfg.resume else None
+    policy, stages, facts = ranks.together(load)
+    facts = {"repeats_removed": repeats, **facts, "torch": torch.__version__}
+    tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
+    if not cfg.resume:
+        ranks.from_first(create)
+    learner = Learner(policy.model, ranks, cfg.recompute)
+    run = ranks.together(lambda: Run(out, ranks, cfg.keep_checkpoints, sum(level.updates for level in levels)))
+    progress = Progress()
+    if cfg.resume:
+        run.resume(checkpoint, progress, stages, learner)
+        tqdm.write(f"{out}: " + (f"goes on after {checkpoint}" if checkpoint else "there is no checkpoint, so it starts over"))
+        if config["torch"] != torch.__version__:
+            tqdm.write(f"the run began with torch {config['torch']}, this is {torch.__version__}: it goes on, but not bit for bit")
+    return cfg, stages, policy, learner, run, progress
 
 
 def main(arguments=None):
     usage = "%(prog)s [--flag value ...]   (--help lists the flags)"
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
     cfg = Config(**vars(parser.parse_args(arguments)))
-    try:
-        check_flags(cfg)
-        cfg, problems, held_out, repeats = read_data(cfg)
-        measured = cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems)
-        levels = resolve_levels(cfg, measured)
-        if cfg.explain:
-            return print(explain(cfg, levels))
-        out = Path(cfg.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-        if out.exists():
-            raise ValueError(f"--out {out}: exists already; name a new folder")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("training runs in one process: use torchrun --nproc_per_node=1, or plain python")
-        policy, stages, facts = prepare(cfg, levels, problems, held_out)
-        facts = {"repeats_removed": repeats, **facts, "torch": torch.__version__}
-        tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-        run = Run(cfg, levels, out, facts)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    parser.set_defaults(**dict.fromkeys((f.name for f in fields(Config)), MISSING))
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not MISSING}
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as stack:
+        if not first:  # one voice
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            check_flags(cfg)
+            ranks = Ranks(cfg.device, cfg.fsdp)
+            stack.callback(ranks.close)
+            ready = set_up(cfg, given, ranks)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
+        if ready:
+            code = carry_out(ranks, *ready)
+            if code:
+                sys.exit(code)
+
+
+def carry_out(ranks, cfg, stages, policy, learner, run, progress):
+    """Train, save whatever ends it, and say what there is to see. -> the exit code, or None"""
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    interrupted = False
-    try:
-        train(cfg, stages, policy, grader, run)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:  # whatever ended the run, its state is not lost
-        run.save(sum(stage.updates for stage in stages), policy)
-        run.bar.close()
+    ended = code = None
+    with ranks.signals():
+        try:
+            train(cfg, stages, policy, learner, grader, ranks, run, progress)
+        except KeyboardInterrupt:
+            ended, code = f"interrupted: the state is saved, --resume {run.out} goes on", 128 + (ranks.signal or signal.SIGINT)
+        except Stop as stop:
+            ended, code = str(stop), 1
+            if stop.__cause__ is not None and ranks.first:
+                traceback.print_exception(stop.__cause__)
+        except Exception:  # of the code itself, and perhaps of this process alone, so that none must wait for another
+            if ranks.size == 1 and not learner.torn:
+                run.save(progress, stages, policy, learner)
+            raise
+        finally:
+            run.bar.close()
+        try:
+            run.save(progress, stages, policy, learner)
+        except Stop as stop:
+            ended, code = f"{ended}; {stop}" if ended and ended != str(stop) else str(stop), 1
+    grader.close()
+    if not ranks.first:
+        return code
     failures = {kind: grader.counts[kind] for kind in (TIMEOUT, ERROR) if grader.counts[kind]}
     if failures:
         print(f"grader failures, counted as wrong: {failures}")
     if run.evaluations:
-        print(run.table(stages))
-    if run.bar.n:
+        print(run.table(stages, cfg.schedule))
+    if progress.update:
         import report  # matplotlib takes a second to import
 
-        print(f"picture: {report.draw([out])}")
-    print(f"model:   {out / 'checkpoints' / f'{run.saved:06d}'}")
-    if interrupted:
-        sys.exit("interrupted: the state after the last whole update was saved")
+        print(f"picture: {report.draw([run.out])}")
+    if run.saved:
+        print(f"model:   {run.out / 'checkpoints' / run.saved}")
+    if ended:
+        print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

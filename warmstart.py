@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from data import generate, render
-from model import Transformer, micro_batches, pad, token_logprobs
+from model import Transformer, micro_batches, pad
 
 # The instruction that every other model is given in words stays on the second line, which this template leaves out.
 CHAT_TEMPLATE = (
@@ -89,7 +89,7 @@ def main():
         num_tokens, loss = sum(map(len, completions)), 0.0
         for rows in micro_batches(prompts, completions, 4096):
             ids, mask = pad([prompts[i] for i in rows], [completions[i] for i in rows])
-            logprob, _ = token_logprobs(model, ids, mask, temperature=1.0)
+            logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
             part = -logprob.sum() / num_tokens
             part.backward()
             loss += part.item()

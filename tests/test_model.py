@@ -8,7 +8,7 @@ from conftest import random_model, small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import KVCache, Transformer, attend, log_softmax, micro_batches, pad, token_logprobs
+from model import KVCache, Transformer, attend, log_softmax, micro_batches, pad
 
 SHAPES = {
     "llama": ("llama", {}),
@@ -160,7 +160,7 @@ def test_chunked_log_probs_equal_dense_ones(temperature, chunk):
     ids, mask = pad(prompts, [[7, 8], [9, 10, 11, 12], [13], [5, 6], [7, 7], [0]])
     weight = torch.randn(2, *ids.shape, dtype=torch.double)
     results = []
-    for function in (lambda: token_logprobs(model, ids, mask, temperature, chunk), lambda: dense(model, ids, mask, temperature)):
+    for function in (lambda: model.token_logprobs(ids, mask, temperature, chunk), lambda: dense(model, ids, mask, temperature)):
         model.zero_grad()
         values = function()
         sum((w * v).sum() for w, v in zip(weight, values)).backward()
@@ -172,16 +172,16 @@ def test_chunked_log_probs_equal_dense_ones(temperature, chunk):
 def test_log_probs_ignore_batch_mates_and_padding():
     model = random_model(dtype=torch.float64)
     prompts, completions = [[1, 2, 3], [4]], [[7, 8], [9, 10, 11, 12, 13, 14]]
-    together, _ = token_logprobs(model, *pad(prompts, completions), 1.0)
+    together, _ = model.token_logprobs(*pad(prompts, completions), 1.0)
     for row, p, c in zip(together, prompts, completions):
-        alone, _ = token_logprobs(model, *pad([p], [c]), 1.0)
+        alone, _ = model.token_logprobs(*pad([p], [c]), 1.0)
         assert torch.allclose(row[: len(p) + len(c)], alone[0], atol=1e-12)
 
 
 def test_a_shared_prompt_goes_through_the_model_once():
     model, seen = random_model(), []
     model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
-    token_logprobs(model, *pad([[1, 2, 3, 4, 5]] * 4, [[6, 7, 8]] * 4), 1.0)
+    model.token_logprobs(*pad([[1, 2, 3, 4, 5]] * 4, [[6, 7, 8]] * 4), 1.0)
     assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
@@ -194,7 +194,7 @@ def test_memory_of_log_probs_stays_far_below_the_logits():
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        logprob, entropy = token_logprobs(model, ids, mask, 1.0)
+        logprob, entropy = model.token_logprobs(ids, mask, 1.0)
         (logprob.sum() + entropy.sum()).backward()
     balance = peak = 0
     for event in profile.profiler.kineto_results.events():

@@ -2,8 +2,8 @@
 
 import json
 import os
-import select
 import resource
+import select
 import subprocess
 import sys
 import time
@@ -13,7 +13,18 @@ import pytest
 
 import rewards
 from bench.grader import fuzz
-from rewards import CASE_SECONDS, ERROR, NO_ANSWER, RIGHT, TIMEOUT, WRONG, Grader, canonical, extract_answer, load_reward, writes_steps
+from rewards import (
+    CASE_SECONDS,
+    ERROR,
+    RIGHT,
+    TIMEOUT,
+    WRONG,
+    Grader,
+    canonical,
+    extract_answer,
+    load_reward,
+    writes_steps,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM
 
 import model as model_module
-from model import pad, token_logprobs
+from model import pad
 from rollout import Request, choose, sample, stream, uniforms
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 21, 22, 23]]
@@ -69,7 +69,7 @@ def test_recorded_log_probs_equal_the_learners(temperature):
     gap = 0.0
     for request, completions in zip(requests(), done):
         ids, mask = pad([request.prompt] * len(completions), [c.tokens for c in completions])
-        logprob, _ = token_logprobs(model, ids, mask, temperature)
+        logprob, _ = model.token_logprobs(ids, mask, temperature)
         recorded = torch.tensor([x for c in completions for x in c.logprobs])
         gap = max(gap, (logprob[mask] - recorded).abs().max().item())
     assert 0 < gap < 5e-5  # rounding; a temperature or a position that is off moves tenths
@@ -86,7 +86,7 @@ def test_stop_token_is_kept_and_trained_exactly_once(stop):
     ids, mask = pad([[5, stop]] * len(stopped), [c.tokens for c in stopped])
     trained = (ids == stop) & mask
     assert (trained.sum(1) == 1).all()
-    logprob, _ = token_logprobs(model, ids, mask, 1.0)
+    logprob, _ = model.token_logprobs(ids, mask, 1.0)
     assert (logprob[trained] < 0).all() and (logprob[~mask] == 0).all()
 
 
