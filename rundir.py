@@ -131,6 +131,7 @@ class Run:
     def __init__(self, out, ranks, keep, total):
         self.out, self.ranks, self.keep, self.saved = Path(out), ranks, keep, None
         self.evaluations, self.first_entropy = [], None
+        self.torn = False  # a log lacks lines, so that no checkpoint may count on it
         self.bar = tqdm(total=total, unit="update", smoothing=0.1, disable=not ranks.first)
         if ranks.first:
             self.lock = open(self.out / "config.json")  # held until this process ends, however it ends
@@ -149,22 +150,38 @@ class Run:
         part.rename(out)
 
     def append(self, name, rows):
-        """Lines are written at once and whole."""
-        if self.ranks.first:
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        """Lines are written at once and whole, or the run ends and no checkpoint counts on them."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        try:
+            self._put(self.out / name, "a", text)
+        except Stop:
+            self.torn = True
+            raise
+
+    def _put(self, path, mode, text):
+        """Let the first process write; what goes wrong ends the run on all."""
+
+        def write():
+            if self.ranks.first:
+                path.parent.mkdir(exist_ok=True)
+                with open(path, mode, encoding="utf-8") as file:
+                    file.write(text)
+
+        try:
+            self.ranks.together(write, interruptible=False)
+        except OSError as error:
+            raise Stop(f"{path} cannot be written ({error}); {self.last_good()}. Free space, then go on with --resume {self.out}") from None
 
     def keep_broken(self, stats, groups):
         """broken/000123.jsonl: every completion of the groups, with what it takes to see which number was not finite."""
-        if not self.ranks.first:
-            return
-        (self.out / "broken").mkdir(exist_ok=True)
         plain = lambda values: [v if abs(v) < float("inf") else str(v) for v in values]  # noqa: E731  JSON knows no nan
-        with open(self.out / "broken" / f"{stats.update:06d}.jsonl", "w", encoding="utf-8") as file:
-            for group in groups:
-                for c, outcome, length in zip(group.completions, plain(group.outcome.tolist()), plain(group.length_reward.tolist())):
-                    file.write(json.dumps({"reason": stats.trouble, "prompt": group.prompt, "tokens": c.tokens, "stopped": c.stopped,
-                                           "logprobs": plain(c.logprobs), "outcome": outcome, "length_reward": length}) + "\n")
+        rows = [
+            {"reason": stats.trouble, "prompt": group.prompt, "tokens": c.tokens, "stopped": c.stopped, "logprobs": plain(c.logprobs),
+             "outcome": outcome, "length_reward": length}
+            for group in groups
+            for c, outcome, length in zip(group.completions, plain(group.outcome.tolist()), plain(group.length_reward.tolist()))
+        ]
+        self._put(self.out / "broken" / f"{stats.update:06d}.jsonl", "w", "".join(json.dumps(row) + "\n" for row in rows))
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -173,7 +190,7 @@ class Run:
         stats = progress.stats
         begun = stats and (stats.draws or stats.grad_norms)
         name = f"{progress.update:06d}" + (f"+{stats.draws:03d}.{len(stats.grad_norms):03d}" if begun else "")
-        if name == self.saved:
+        if name == self.saved or self.torn:
             return
         tensors = {n: t.cpu() for n, t in learner.tensors() if self.ranks.first}
 
@@ -210,7 +227,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
             raise Stop(f"checkpoint {name} cannot be written ({error}); {self.last_good()}. Free space, then go on "
-                       f"with --resume {self.out}") from error
+                       f"with --resume {self.out}") from None
         for old in checkpoints(self.out)[self.keep :]:
             shutil.rmtree(old)
 

@@ -727,7 +727,7 @@ def carry_out(ranks, cfg, stages, policy, learner, run, progress):
             ended, code = f"interrupted: the state is saved, --resume {run.out} goes on", 128 + (ranks.signal or signal.SIGINT)
         except Stop as stop:
             ended, code = str(stop), 1
-            if stop.__cause__ is not None and ranks.first:
+            if stop.__cause__ and ranks.first:
                 traceback.print_exception(stop.__cause__)
         except Exception:  # of the code itself, and perhaps of this process alone, so that none must wait for another
             if ranks.size == 1 and not learner.torn:
@@ -750,7 +750,10 @@ def carry_out(ranks, cfg, stages, policy, learner, run, progress):
     if progress.update:
         import report  # matplotlib takes a second to import
 
-        print(f"picture: {report.draw([run.out])}")
+        try:
+            print(f"picture: {report.draw([run.out])}")
+        except OSError as error:
+            print(f"picture: none ({error})")
     if run.saved:
         print(f"model:   {run.out / 'checkpoints' / run.saved}")
     if ended:

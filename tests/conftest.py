@@ -19,6 +19,10 @@ SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "faults: the promises of the README about crashes, processes, bad numbers and bad input; minutes")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Threads that spin on a busy machine cost more than they give at these sizes."""
