@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError  # chat templates are written in it
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -85,15 +86,29 @@ class Policy:
         if generation.is_file():
             try:
                 stop_ids |= set(as_list(json.loads(generation.read_text()).get("eos_token_id")))
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(f"{generation}: not a JSON object ({error})") from error
         if not stop_ids:
             raise ValueError(f"{path}: neither tokenizer nor config names a stop token (eos_token_id)")
+        for i in stop_ids:
+            if type(i) is not int or not 0 <= i < model.config.vocab_size:
+                raise ValueError(f"{path}: the stop token {i!r} is not in the model's vocabulary of {model.config.vocab_size} (eos_token_id in "
+                                 "config.json, generation_config.json or the tokenizer), so no completion would stop")
         return cls(model, tokenizer, tuple(sorted(stop_ids)), tuple(examples), suffix)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]"""
-        return [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
+        try:
+            prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template fails ({type(error).__name__}: {error})") from error
+        for prompt in prompts:
+            if not prompt.tokens:
+                raise ValueError(f"problem {prompt.problem.id}: the tokenizer's chat template makes an empty prompt of it")
+            if max(prompt.tokens) >= self.model.config.vocab_size:
+                raise ValueError(f"problem {prompt.problem.id}: its token {max(prompt.tokens)} is not in the model's vocabulary of "
+                                 f"{self.model.config.vocab_size}: model and tokenizer do not belong together")
+        return prompts
 
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
@@ -428,7 +443,7 @@ def main(arguments=None):
             raise ValueError(f"--add-pass-rate {args.add_pass_rate}: there is no folder to write it into")
         args.out.mkdir(parents=True)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
     settings = "model protocol samples temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()
     summary = {name: getattr(args, name) for name in settings}

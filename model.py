@@ -81,6 +81,8 @@ def check_supported(config):
     """Raise ValueError for what this decoder would silently compute wrong."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"model type {config.model_type!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
     if getattr(config, "use_sliding_window", False):
@@ -351,7 +353,7 @@ class Transformer(nn.Module):
         try:
             with torch.device("meta"):  # allocate nothing that the file is about to replace
                 model = cls(AutoConfig.from_pretrained(path))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # transformers' answers to a bad config
+        except Exception as error:  # the many answers of transformers and of arithmetic to a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         tensors = read_tensors(path)
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:

@@ -709,7 +709,7 @@ def main(arguments=None):
             stack.callback(ranks.close)
             ready = set_up(cfg, given, ranks)
         except (ValueError, OSError) as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
+            parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n" if first else None)
         if ready:
             code = carry_out(ranks, *ready)
             if code:

@@ -389,62 +389,6 @@ def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-BAD = [
-    ({"data": "none.jsonl"}, "none.jsonl: cannot be read"),
-    ({"data": "bad.jsonl"}, "bad.jsonl, line 2"),
-    ({"data": "empty.jsonl"}, "nothing in it"),
-    ({"eval_data": "none.jsonl"}, "none.jsonl: cannot be read"),
-    ({"quality": (0.2, 1.0)}, "level 1 (Q = 0.2) has no problem"),
-    ({"updates": (1, 2, 3), "quality": (0.5, 1.0)}, "--updates has 3 values, so there are 3 levels, and --quality needs 1 or 3 values, not 2"),
-    ({"eps_low": 1.0}, "--eps-low must be in [0, 1), found 1.0"),
-    ({"eps_low": -0.1}, "--eps-low must be in [0, 1)"),
-    ({"eps_high": -0.1}, "--eps-high must be at least 0"),
-    ({"quality": (0.5, 80)}, "--quality must be in (0, 1]"),
-    ({"overlong_cache": 7}, "--overlong-cache 7 exceeds --max-new-tokens"),
-    ({"overlong_cache": 0}, "--overlong-cache must be at least 1"),
-    ({"group_size": 1}, "--group-size must be at least 2"),
-    ({"minibatches": 3}, "--buffer-groups must be at least --minibatches"),
-    ({"temperature": 0}, "--temperature must be above 0"),
-    ({"reward": "nothing.py:f"}, "there is no file nothing.py"),
-    ({"reward": "broken_reward.py:f"}, "importing broken_reward.py failed (SyntaxError"),
-    ({"reward": "p.jsonl:f"}, "p.jsonl is not a Python file"),
-    ({"device": "cuda"}, "torch sees no GPU"),
-    ({"model": "no/such/model/at-all"}, "neither a folder nor"),
-    ({"model": "gpt"}, "gpt2"),
-    ({"difficulty": "level"}, "needs --quality"),
-    ({"data": "plain.jsonl", "quality": 0.5}, "no problem of plain.jsonl has a pass_rate"),
-    ({"examples": "p.jsonl"}, 'needs the texts "problem" and "solution"'),
-    ({"data": "long.jsonl", "quality": 1.0}, "every prompt is longer than the context"),
-    ({"out": "taken"}, "taken: exists already"),
-    ({"top_p": 0.9}, "unrecognized arguments: --top-p"),
-    ({"updates": "many"}, "invalid int value: 'many'"),
-    ({"loss_norm": "mean"}, "invalid choice: 'mean'"),
-]
-
-
-@pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_one_sentence_and_exit_code_2(workshop, tmp_path, toy_folder, flags, message, capsys, monkeypatch):
-    """Before minutes are spent, and before anything is written."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    good = '{"problem": "1", "answer": "1"}'
-    (tmp_path / "bad.jsonl").write_text(good + "\n{")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken_reward.py").write_text("def f(:")
-    (tmp_path / "plain.jsonl").write_text(good)
-    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1" * 300, "answer": "1", "pass_rate": 0.5}))
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        workshop(**flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and "Traceback" not in error
-    assert len(error.strip().splitlines()) <= 2  # a usage line at most
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_an_error_in_ones_own_reward_is_said_with_its_name_and_the_problem(workshop, capsys):
     with pytest.raises(SystemExit) as stop:
         workshop(reward="toy_reward.py:crash")
