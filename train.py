@@ -271,7 +271,7 @@ def train(cfg, stages, policy, learner, grader, ranks, run, progress):
     while True:
         if progress.evaluate:
             evaluate(cfg, stages, policy, grader, ranks, run, progress)
-        if cfg.save_every and progress.update and progress.update % cfg.save_every == 0:
+        if cfg.save_every and progress.update and progress.update % cfg.save_every == 0 and not progress.broken:
             run.save(progress, stages, policy, learner)
         stage = turn(stages, cfg.schedule)                              # for level l = 1 .. L: for update = 1 .. M_l:
         if stage is None:
@@ -304,7 +304,7 @@ def train(cfg, stages, policy, learner, grader, ranks, run, progress):
             tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
         if progress.broken == MOST_BROKEN:
             raise Stop(f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: {stats.trouble}. Their completions "
-                       f"are in {run.out / 'broken'}; lower --lr, or look at --reward")
+                       f"are in {run.out / 'broken'}, and {run.last_good()}; lower --lr, or look at --reward")
 
 
 def draw(cfg, stage, policy, grader, ranks, run, progress):
@@ -736,7 +736,8 @@ def carry_out(ranks, cfg, stages, policy, learner, run, progress):
         finally:
             run.bar.close()
         try:
-            run.save(progress, stages, policy, learner)
+            if code != 1 or not progress.broken:  # else the last good checkpoint is better
+                run.save(progress, stages, policy, learner)
         except Stop as stop:
             ended, code = f"{ended}; {stop}" if ended and ended != str(stop) else str(stop), 1
     grader.close()
