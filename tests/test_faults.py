@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import lines, workshop  # noqa: F401  the fixture
 
 import rundir
 import train
 from eprli import Buffer
 from ranks import Ranks
 from rollout import choose
-from test_train import lines, workshop  # noqa: F401  the fixture
 
 pytestmark = pytest.mark.faults
 
@@ -215,6 +215,7 @@ def test_the_watchdog_stops_a_learner_that_computes_another_policy(run, tmp_path
 def sharp(tmp_path):
     """The toy's checkpoint with distributions far from uniform, so that what it reads makes a difference."""
     from conftest import random_model
+
     from warmstart import make_tokenizer
 
     tokenizer = make_tokenizer()

@@ -5,7 +5,6 @@ In float64 settings differ by rounding of 1e-15, so a real difference cannot hid
 
 import functools
 import json
-import shutil
 import signal
 import subprocess
 import sys

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import launch
 import pytest
-from launch import at_call, die, die_after, die_appending, die_writing, full_disk, told_to_stop, words
+from launch import (
+    at_call,
+    die,
+    die_after,
+    die_appending,
+    die_writing,
+    full_disk,
+    told_to_stop,
+    words,
+)
 
 import rundir
 
