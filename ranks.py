@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-DECADE = timedelta(days=3650)  # a rank whose completions are short waits for the others: torchrun ends it if one dies
+PATIENCE = timedelta(days=1)  # a rank whose completions are short waits for the others: torchrun ends it if one dies
 
 
 class Stop(Exception):
@@ -42,7 +42,7 @@ class Ranks:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if (self.size > 1 or sharded) and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=DECADE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
 
     @property
     def first(self):

@@ -17,7 +17,7 @@ STYLES = ("-", "--", ":", "-.")
 LEVEL_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito, safe for the colour-blind
 FATES = {  # what becomes of a group
     "groups_kept": ("kept", "#0072b2"), "groups_all_right": ("all right", "#9ecae1"),
-    "groups_all_wrong": ("all wrong", "#bdbdbd"), "groups_stale": ("stale", "#636363"),
+    "groups_all_wrong": ("all wrong", "#bdbdbd"), "groups_stale": ("stale", "#636363"), "groups_broken": ("not finite", "#d55e00"),
 }
 
 
@@ -81,6 +81,8 @@ def draw_buffer(ax, run, many):
     """What became of the groups, stacked, per update; the first run alone."""
     updates, bottom = [row["update"] for row in run["metrics"]], [0.0] * len(run["metrics"])
     for key, (label, colour) in FATES.items():
+        if key == "groups_broken" and not any(row.get(key) for row in run["metrics"]):
+            continue
         top = [b + v for b, v in zip(bottom, smooth([row[key] for row in run["metrics"]], max(1, len(updates) // 20)))]
         ax.fill_between(updates, bottom, top, color=colour, label=label, linewidth=0)
         bottom = top
