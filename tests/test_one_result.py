@@ -103,6 +103,12 @@ def test_the_number_of_processes_changes_nothing_over_five_updates(workshop, wor
     assert_equal(workshop, out)
 
 
+def test_a_mean_over_tokens_is_over_those_of_all_processes(workshop):
+    for world in (1, 2):
+        run(workshop, f"token{world}", world, loss_norm="token")
+    assert_equal(workshop, "token2", "token1")
+
+
 def test_processes_without_any_prompt(workshop):
     """Fewer prompts than processes, so that some sample nothing at all."""
     for world in (1, 4):

@@ -115,6 +115,16 @@ def test_a_kill_at_any_moment_changes_nothing(workshop, moment):
     assert_the_same(workshop, out)
 
 
+@pytest.mark.parametrize("changes", [
+    {"dtype": "bfloat16"}, {"kl_coef": 0.1, "schedule": "sequential"}, {"filter": "all", "lr_decay": "cosine", "prompts": 9}, {"save_every": 0}], ids=str)
+def test_a_kill_changes_nothing_under_other_settings(workshop, changes):
+    """float32 masters, the starting policy of the KL term, a surplus that grows stale, no checkpoint at all."""
+    assert began(workshop, "settled", **changes) == 0, launch.said(workshop)
+    assert began(workshop, "killed", functools.partial(at_call, "train.Learner.step", 26, die), **changes) == -signal.SIGKILL
+    assert resumed(workshop, "killed") == 0, launch.said(workshop)
+    assert_the_same(workshop, "killed", "settled")
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_kills_at_random_moments_one_after_the_other(workshop, seed):
     """Eight kills by the clock, wherever a run stands, from reading its flags to its last checkpoint."""
@@ -221,16 +231,16 @@ def test_a_full_disk_while_a_line_is_appended(workshop):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where, call", [
-    ("rollout.Slots.decode", 3), ("rollout.Slots.decode", 60), ("train.evaluate", 1), ("train.minibatch", 4), ("train.minibatch", 11),
+    ("rollout.Slots.decode", 3), ("rollout.Slots.decode", 60), ("train.evaluate", 1), ("train.interval", 5), ("train.minibatch", 4), ("train.minibatch", 11),
     ("train.Learner.step", 6), ("rundir.Run._write", 2), ("rundir.Run.log", 3),
 ])
 def test_a_signal_saves_the_state_at_once_and_the_rest_follows_bit_for_bit(workshop, where, call, number):
-    """In a rollout, an evaluation, a step, a checkpoint: no whole update is waited for, and none is lost."""
+    """In a rollout, between the evaluations of two levels, in a step, in a checkpoint: nothing is waited for, nothing lost."""
     out = "told"
     assert began(workshop, out, functools.partial(at_call, where, call, functools.partial(told_to_stop, number))) == 128 + number, launch.said(workshop)
     assert "the state is saved" in launch.said(workshop)
     newest = rundir.newest_whole(workshop / out)
-    assert "+" in newest.name or where in ("train.evaluate", "rollout.Slots.decode", "rundir.Run._write", "rundir.Run.log")
+    assert "+" in newest.name or where in ("train.evaluate", "train.interval", "rollout.Slots.decode", "rundir.Run._write", "rundir.Run.log")
     assert resumed(workshop, out) == 0, launch.said(workshop)
     assert_the_same(workshop, out)
 
