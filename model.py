@@ -167,7 +167,8 @@ class PromptCache:
 
     def put(self, layer, rows, positions, k, v):
         if rows is None:
-            return self.layers.setdefault(layer, (k, v))  # the first, if a backward pass computes them again
+            self.layers[layer] = k, v
+            return k, v
         return tuple(torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
 
 

@@ -162,6 +162,20 @@ def test_when_one_process_is_killed_none_hangs_and_the_run_can_be_resumed(worksh
     assert_equal(workshop, out)
 
 
+@pytest.mark.parametrize("where, call", [("train.minibatch", 9), ("train.score", 5), ("train.Learner.step", 8)])
+def test_a_signal_to_one_process_stops_all_of_them(workshop, where, call):
+    out = f"one told {where}"
+    processes = launch.start(workshop, words(**FLAGS, out=out, micro_batch_tokens=50), 2, functools.partial(at_call, where, call, tell_second))
+    codes = launch.wait(processes, 60)
+    assert codes[0] > 128 and codes[1] == 128 + signal.SIGTERM and "the state is saved" in launch.said(workshop), launch.said(workshop)
+    assert launch.wait(launch.start(workshop, ["--resume", out], 2)) == [0, 0], launch.said(workshop)
+    assert_equal(workshop, out)
+
+
+def tell_second(original, arguments):
+    return launch.told_to_stop(signal.SIGTERM, original, arguments) if Ranks().rank == 1 else original()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_on_one_process_ends_all_of_them(workshop, rank):
     """A reward that raises on one of two processes must not leave the other waiting."""

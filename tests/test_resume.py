@@ -22,6 +22,7 @@ from launch import (
 )
 
 import rundir
+from ranks import Stop
 
 pytestmark = pytest.mark.faults
 
@@ -224,6 +225,18 @@ def test_a_full_disk_while_a_line_is_appended(workshop):
     assert "completions.jsonl cannot be written" in launch.said(workshop) and "Traceback" not in launch.said(workshop)
     assert resumed(workshop, out) == 0
     assert_the_same(workshop, out)
+
+
+def test_no_checkpoint_counts_on_a_log_that_lacks_lines(workshop):
+    """The disk was full for a line, and then had room for a checkpoint: it would go on behind a line that is not there."""
+    out = "torn"
+    assert began(workshop, out, functools.partial(at_call, "rundir.Run._put", 11, no_room)) == 1
+    assert resumed(workshop, out) == 0, launch.said(workshop)
+    assert_the_same(workshop, out)
+
+
+def no_room(original, arguments):
+    raise Stop("no room for this line")
 
 
 # -------------------------------------------------------------------------------------------------------- signals
