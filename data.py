@@ -49,9 +49,7 @@ def parse_problem(record, default_id):
     problem, answer = record["problem"], record["answer"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError('"problem" must be a text that is not blank')
-    if any("\ud800" <= c <= "\udfff" for c in problem):
-        raise ValueError('"problem" holds half a character (a lone surrogate, \\ud800 to \\udfff)')
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or str(answer).strip() in ("", "nan", "inf", "-inf"):
         raise ValueError('"answer" must be a text or a number')
     for name, low, high in (("pass_rate", 0, 1), ("level", float("-inf"), float("inf"))):
         value = record.get(name)
@@ -75,8 +73,11 @@ def read_records(path, parse):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                records.append(parse(json.loads(line), f"{path.stem}-{number}"))
-            except ValueError as error:  # JSONDecodeError is one
+                record = json.loads(line)
+                if any("\ud800" <= c <= "\udfff" for c in json.dumps(record, ensure_ascii=False)):
+                    raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
+                records.append(parse(record, f"{path.stem}-{number}"))
+            except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not records:
         raise ValueError(f"{path}: nothing in it")

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError  # chat templates are written in it
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -58,6 +57,7 @@ class Policy:
     model: Transformer
     tokenizer: object
     stop_ids: tuple
+    folder: Path  # where it was read
     examples: tuple  # worked examples in front of every problem
     suffix: str = data.SUFFIX  # behind every problem
 
@@ -94,13 +94,13 @@ class Policy:
             if type(i) is not int or not 0 <= i < model.config.vocab_size:
                 raise ValueError(f"{path}: the stop token {i!r} is not in the model's vocabulary of {model.config.vocab_size} (eos_token_id in "
                                  "config.json, generation_config.json or the tokenizer), so no completion would stop")
-        return cls(model, tokenizer, tuple(sorted(stop_ids)), tuple(examples), suffix)
+        return cls(model, tokenizer, tuple(sorted(stop_ids)), path, tuple(examples), suffix)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]"""
         try:
             prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of its own
             raise ValueError(f"the tokenizer's chat template fails ({type(error).__name__}: {error})") from error
         for prompt in prompts:
             if not prompt.tokens:

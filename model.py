@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what checkpoints may hold
 LOGITS_PER_CHUNK = 1 << 22  # elements; token_logprobs holds a handful of such tensors (16 MB each in float32)
 
 
@@ -53,6 +54,9 @@ class Rope:
             raise ValueError(f"rotary scaling {kind!r} is not supported (default, linear and llama3 are)")
         if fields.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor other than 1 is not supported")
+        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if not 0 < fields.get(name, 1) < math.inf:
+                raise ValueError(f"{name} {fields[name]} of the rotary embedding must be above 0")
         return cls(
             theta=fields.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0),
             kind=kind,
@@ -81,6 +85,9 @@ def check_supported(config):
     """Raise ValueError for what this decoder would silently compute wrong."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"model type {config.model_type!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+    for name in ("rms_norm_eps", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)} must be above 0")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
     if config.hidden_act != "silu":
@@ -364,12 +371,16 @@ class Transformer(nn.Module):
         for complaint, names in (
             ("lacks", [f"{n} {wanted[n]}" for n in wanted if n not in found]),
             ("has surplus", [f"{n} {found[n]}" for n in found if n not in wanted]),
-            ("holds nan or infinity in", [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]),
+            ("holds something else than floats in", [f"{n} {t.dtype}" for n, t in tensors.items() if t.dtype not in FLOATS]),
             ("misshapes", [f"{n} {found[n]}, wanted {wanted[n]}" for n in wanted if found.get(n, wanted[n]) != wanted[n]]),
         ):
             if names:
                 raise ValueError(f"{path}: the checkpoint {complaint} {len(names)} tensor(s): {'; '.join(names[:5])}")
-        model.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
+        tensors = {n: t.to(device, dtype) for n, t in tensors.items()}
+        infinite = [n for n, t in tensors.items() if not t.isfinite().all()]
+        if infinite:
+            raise ValueError(f"{path}: the checkpoint holds nan or infinity in {len(infinite)} tensor(s), as {dtype}: {'; '.join(infinite[:5])}")
+        model.load_state_dict(tensors, assign=True)
         model.tie()
         return model
 
@@ -393,7 +404,7 @@ def read_tensors(path):
     files = ["model.safetensors"]
     if index.is_file() and not (path / files[0]).is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
     tensors = {}

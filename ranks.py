@@ -34,7 +34,7 @@ class Ranks:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.device, self.sharded, self.signal, self.listening = torch.device(device), sharded, None, False
         if sharded and "RANK" not in os.environ:
-            raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp")
+            raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)")
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():

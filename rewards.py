@@ -260,11 +260,12 @@ def load_reward(name):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code: any error in it is theirs to see, in one line
+        reward = getattr(module, function, None)
+    except (Exception, SystemExit) as error:  # the user's own code: any error in it is theirs to see, in one line
         raise ValueError(f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, function, None)):
+    if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
-    return getattr(module, function)
+    return reward
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -126,13 +125,12 @@ def peak_memory_mb():
 
 
 class Run:
-    """One run's directory, in the hands of one process at a time: the first writes, the others only follow."""
+    """One run's directory, in the hands of one run at a time: its first process writes, the others only follow."""
 
-    def __init__(self, out, ranks, keep, total):
-        self.out, self.ranks, self.keep, self.saved = Path(out), ranks, keep, None
+    def __init__(self, out, ranks, keep):
+        self.out, self.ranks, self.keep, self.saved, self.bar = Path(out), ranks, keep, None, None
         self.evaluations, self.first_entropy = [], None
         self.torn = False  # a log lacks lines, so that no checkpoint may count on it
-        self.bar = tqdm(total=total, unit="update", smoothing=0.1, disable=not ranks.first)
         if ranks.first:
             self.lock = open(self.out / "config.json")  # held until this process ends, however it ends
             try:
@@ -145,18 +143,19 @@ class Run:
         """Make the directory with its config.json, both or neither."""
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.parent / f".{out.name}.{os.getpid()}"
-        (part / "checkpoints").mkdir(parents=True)
-        (part / "config.json").write_text(json.dumps(config, indent=1))
-        part.rename(out)
+        try:
+            (part / "checkpoints").mkdir(parents=True)
+            (part / "config.json").write_text(json.dumps(config, indent=1))
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def begin(self, done, total):
+        self.bar = tqdm(initial=done, total=total, unit="update", smoothing=0.1, disable=not self.ranks.first)
 
     def append(self, name, rows):
-        """Lines are written at once and whole, or the run ends and no checkpoint counts on them."""
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        try:
-            self._put(self.out / name, "a", text)
-        except Stop:
-            self.torn = True
-            raise
+        """Lines are written at once and whole."""
+        self._put(self.out / name, "a", "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
     def _put(self, path, mode, text):
         """Let the first process write; what goes wrong ends the run on all."""
@@ -192,7 +191,7 @@ class Run:
         name = f"{progress.update:06d}" + (f"+{stats.draws:03d}.{len(stats.grad_norms):03d}" if begun else "")
         if name == self.saved or self.torn:
             return
-        tensors = {n: t.cpu() for n, t in learner.tensors() if self.ranks.first}
+        tensors = {n: t.cpu() for n, t in learner.tensors() if self.ranks.first}  # all processes gather, one keeps
 
         def write():
             if self.ranks.first:
@@ -200,9 +199,11 @@ class Run:
 
         self.ranks.together(write, interruptible=False)
         self.saved = name
+        for old in checkpoints(self.out)[self.keep :] if self.ranks.first else ():
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it is tried again next time
 
     def _write(self, name, tensors, progress, stages, policy):
-        bad = [n for n, w in policy.model.named_parameters() if not w.isfinite().all()]
+        bad = [n for n, t in itertools.chain(policy.model.named_parameters(), tensors.items()) if not t.isfinite().all()]
         if bad:
             raise Stop(f"the weights are no longer finite ({bad[0]} and {len(bad) - 1} more), so they are not saved; {self.last_good()}")
         part = self.out / "checkpoint.part"
@@ -224,12 +225,10 @@ class Run:
                 flush(path)
             part.rename(self.out / "checkpoints" / name)
             flush(self.out / "checkpoints")
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
             raise Stop(f"checkpoint {name} cannot be written ({error}); {self.last_good()}. Free space, then go on "
                        f"with --resume {self.out}") from None
-        for old in checkpoints(self.out)[self.keep :]:
-            shutil.rmtree(old)
 
     def last_good(self):
         last = checkpoints(self.out)[:1]
@@ -246,14 +245,15 @@ class Run:
         self.ranks.together(lambda: self._cut(state["sizes"]))  # before the others read
         self.evaluations = self._read("eval.jsonl")
         self.first_entropy = next((row["entropy"] for row in self._read("metrics.jsonl") if row["entropy"] is not None), None)
-        self.bar.update(progress.update)
 
     def _cut(self, sizes):
         """Cut the logs back to the bytes that they had when a checkpoint was written."""
-        for path in (self.out / log for log in LOGS) if self.ranks.first else ():
-            size, held = sizes.get(path.name, 0), path.stat().st_size if path.exists() else 0
+        logs = {self.out / log: sizes.get(log, 0) for log in LOGS} if self.ranks.first else {}
+        for path, size in logs.items():
+            held = path.stat().st_size if path.exists() else 0
             if held < size:
                 raise ValueError(f"{path}: {held} bytes, but the checkpoint was written after {size}: lines were lost")
+        for path, size in logs.items():  # once all are known to be long enough
             if size:
                 os.truncate(path, size)
             else:
@@ -267,9 +267,11 @@ class Run:
 
     def log(self, stats, stage):
         """Write down one update, and print its line and whatever a person should hear of."""
+        self.torn = True  # until it is written down, whatever happens
         row = stats.row(stage.buffer)
         self.append("completions.jsonl", stats.rows)
         self.append("metrics.jsonl", [row])
+        self.torn = False
         self.bar.update()
         number = lambda name, spec: "-" if row[name] is None else format(row[name], spec)  # noqa: E731
         tqdm.write(
@@ -299,7 +301,9 @@ class Run:
         """Write down and print the held-out accuracy of one level."""
         best = max((e for e in self.evaluations if e["level"] == row["level"]), key=lambda e: e["accuracy"], default=row)
         self.evaluations.append(row)
+        self.torn = True
         self.append("eval.jsonl", [row])
+        self.torn = False
         tqdm.write("  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after {update} updates".format(**row))
         if row["high"] < best["low"]:
             tqdm.write(f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} after {best['update']} updates, and the "
@@ -335,24 +339,28 @@ def unfilled(row, level, draws):
 
 def checkpoints(out):
     """Folders of checkpoints, newest first; whether they are whole is another question."""
-    return sorted((p for p in (out / "checkpoints").iterdir() if CHECKPOINT.fullmatch(p.name)), reverse=True)
+    found = [p for p in (out / "checkpoints").iterdir() if CHECKPOINT.fullmatch(p.name)]
+    return sorted(found, key=lambda p: [int(number) for number in re.findall(r"\d+", p.name)], reverse=True)
 
 
 def newest_whole(out):
-    """The newest checkpoint whose files are what was written, or None if none was ever made. Others are put aside, aloud."""
-    found = checkpoints(out)
-    for path in found:
-        reason = damage(path)
-        if reason is None:
-            return path
-        aside = path.with_name(path.name + ".damaged")
+    """The newest checkpoint whose files are what was written; None if none was ever made. Newer ones are put aside, aloud."""
+    damaged = {}
+    for path in checkpoints(out):
+        damaged[path] = damage(path)
+        if damaged[path] is None:
+            break
+    else:
+        if damaged:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+            raise ValueError(f"{out}: no checkpoint is whole ({reasons}); to start over, start a new run")
+        return None
+    for newer, reason in list(damaged.items())[:-1]:
+        aside = newer.with_name(newer.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        tqdm.write(f"{path}: skipped, it is damaged ({reason}); it is now {aside.name}")
-    damaged = sorted(p.name for p in (out / "checkpoints").glob("*.damaged"))
-    if damaged:
-        raise ValueError(f"{out}: no checkpoint is whole ({', '.join(damaged)}); to start over, start a new run")
-    return None
+        newer.rename(aside)
+        tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {aside.name}")
+    return path
 
 
 def damage(path):
@@ -363,7 +371,7 @@ def damage(path):
             if name not in sums:
                 return f"checksums.json does not list {name}"
         return next((f"{name} is not what was written" for name, digest in sums.items() if sha256(path / name) != digest), None)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
 
 

@@ -263,10 +263,9 @@ def turn(stages, schedule):
     return min((s for s in stages if not s.over), key=key, default=None)
 
 
-def train(cfg, stages, policy, learner, grader, ranks, run, progress):
+def train(cfg, stages, policy, reference, learner, grader, ranks, run, progress):
     """The loop of the paper; the comments quote the algorithm box of the README. Any line of it may be the first after a
     resume, so what is done is remembered in `progress`, the stages and their buffers alone."""
-    reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model if cfg.kl_coef else None  # the starting policy
     total = sum(stage.level.updates for stage in stages)
     while True:
         if progress.evaluate:
@@ -369,7 +368,7 @@ def own_reward(stage, problem, response):
     """The user's R_l of one completion; an error in it ends the run, and is said with its name and the problem."""
     try:
         return float(stage.reward(problem.record(), response))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Stop(f"--reward {stage.level.reward}, problem {problem.id}: {type(error).__name__}: {error}") from error
 
 
@@ -619,110 +618,139 @@ def prepare(cfg, levels, problems, held_out, policy):
     return stages, facts
 
 
-def as_started(run, given):
-    """The flags of a run that is to be resumed, with those `given` now. -> Config, config.json"""
+def as_started(parser, given):
+    """The flags of the run that is to be resumed, with those `given` now. -> Config, config.json"""
+    run = given["resume"]
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text())
-        cfg = Config(**{f.name: config[f.name] for f in fields(Config) if f.name not in ("resume", "explain")})
+        flags = {f.name: config[f.name] for f in fields(Config) if f.name not in ("resume", "explain") and config[f.name] is not None}
+        if not all(isinstance(config[name], dict) for name in ("inputs", "model_files")):
+            raise TypeError("its inputs are not listed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})") from error
     changed = [f"--{name.replace('_', '-')}" for name in given if name not in (*FREE, "resume")]
     if changed:
-        raise ValueError(f"--resume goes on with the flags of {run}, and {changed[0]} would change its result: leave it out, "
-                         f"or start a new run from one of its checkpoints (--model {run}/checkpoints/...)")
-    return replace(cfg, **{name: given[name] for name in FREE if name in given}, out=str(run), resume=str(run)), config
+        raise ValueError(f"--resume goes on with the flags of {run}, and {changed[0]} is not one that may differ ({' '.join(FREE)}): leave it "
+                         f"out, or start a new run from a checkpoint (--model {run}/checkpoints/...)")
+    flags |= {name: given[name] for name in FREE if name in given} | {"out": run, "resume": run}
+    words = [[f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()]
+    return Config(**vars(parser.parse_args(list(itertools.chain(*words))))), config  # checked like those of a command line
 
 
 def inputs(cfg):
-    """SHA-256 of every file that a run reads: a resumed run must read the same."""
-    files = [cfg.data, cfg.eval_data, cfg.examples, *(r.rpartition(":")[0] for r in cfg.reward)]
-    return {str(Path(f).resolve()): sha256(f) for f in files if f and Path(f).is_file()}
+    """The files that a run reads beside its model, with their SHA-256: a resumed run must read the same."""
+    names = [cfg.data, cfg.eval_data, cfg.examples, *(r.rpartition(":")[0] for r in cfg.reward)]
+    return {str(Path(name).resolve()): sha256(name) for name in names if name and Path(name).is_file()}
+
+
+def model_files(folder):
+    return {str(p.resolve()): sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja")}
+
+
+def must_be_as_before(run, files):
+    changed = [name for name, digest in files.items() if not Path(name).is_file() or sha256(name) != digest]
+    if changed:
+        raise ValueError(f"--resume {run}: {changed[0]} is gone, or is not what it was when the run began: put it back, or start a new run "
+                         f"from a checkpoint (--model {run}/checkpoints/...)")
 
 
 def absolute(cfg):
     """With paths that mean the same from any folder, for config.json."""
-    found = {name: str(Path(value).resolve()) for name in ("model", "data", "eval_data", "examples") if (value := getattr(cfg, name)) and Path(value).exists()}
-    return replace(cfg, **found, reward=[f"{Path(path).resolve()}:{function}" if path else function for path, _, function in (r.rpartition(":") for r in cfg.reward)])
+    paths = {name: getattr(cfg, name) for name in ("model", "data", "eval_data", "examples")}
+    paths = {name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()}
+    rewards = [r.rpartition(":") for r in cfg.reward]
+    return replace(cfg, **paths, reward=[f"{Path(path).resolve()}:{function}" if path else function for path, _, function in rewards])
 
 
-def set_up(cfg, given, ranks):
-    """Read, check and load everything, make or take up the run directory. -> what `train` needs; raises ValueError"""
+def set_up(cfg, config, ranks):
+    """Read, check and load everything, make or take up the run directory. -> what `train` needs; raises ValueError
+
+    config  config.json of the run that is to be resumed, or None
+    """
 
     def read(cfg):
-        config = None
-        if cfg.resume:
-            cfg, config = as_started(cfg.resume, given)
-            changed = [name for name, digest in config["inputs"].items() if not Path(name).is_file() or sha256(name) != digest]
-            if changed:
-                raise ValueError(f"--resume {cfg.resume}: {changed[0]} is gone, or is not what it was when the run began")
-        check_flags(cfg)
+        if config:
+            must_be_as_before(cfg.resume, config["inputs"])
         cfg, problems, held_out, repeats = read_data(cfg)
         measured = cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems)
-        return cfg, config, problems, held_out, repeats, resolve_levels(cfg, measured)
+        return cfg, problems, held_out, repeats, resolve_levels(cfg, measured)
 
     def load():
+        if config and (cfg.kl_coef or not checkpoint):
+            must_be_as_before(cfg.resume, config["model_files"])
         policy = Policy.load(str(checkpoint or cfg.model), cfg.dtype, ranks.device, cfg.examples)
-        return policy, *prepare(cfg, levels, problems, held_out, policy)
+        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model if cfg.kl_coef else None  # the starting policy
+        return policy, reference, *prepare(cfg, levels, problems, held_out, policy)
 
     def create():
         resolved = [{**asdict(level), "overlong_cache": overlong_cache(cfg, level)} for level in levels]
-        Run.create(out, {**asdict(absolute(cfg)), "out": str(out), "levels": resolved, **facts, "inputs": inputs(cfg)})
+        Run.create(out, {**asdict(absolute(cfg)), "out": str(out), "levels": resolved, **facts, "inputs": inputs(cfg),
+                         "model_files": model_files(policy.folder)})
 
-    cfg, config, problems, held_out, repeats, levels = ranks.together(lambda: read(cfg))
+    cfg, problems, held_out, repeats, levels = ranks.together(lambda: read(cfg))
     if cfg.explain:
         print(explain(cfg, levels))
         return None
-    out = Path(ranks.from_first(lambda: cfg.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"))
-    if not cfg.resume and ranks.from_first(out.exists):
+    out = Path(ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}") if cfg.out is None else cfg.out)
+    if not config and ranks.from_first(lambda: os.path.lexists(out)):
         raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume {out}")
-    checkpoint = ranks.from_first(lambda: newest_whole(out)) if cfg.resume else None
-    policy, stages, facts = ranks.together(load)
+    run = ranks.together(lambda: Run(out, ranks, cfg.keep_checkpoints)) if config else None  # in our hands before it is looked into
+    checkpoint = ranks.from_first(lambda: newest_whole(out)) if config else None
+    policy, reference, stages, facts = ranks.together(load)
     facts = {"repeats_removed": repeats, **facts, "torch": torch.__version__}
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    if not cfg.resume:
+    if not config:
         ranks.from_first(create)
-    learner = Learner(policy.model, ranks, cfg.recompute)
-    run = ranks.together(lambda: Run(out, ranks, cfg.keep_checkpoints, sum(level.updates for level in levels)))
-    progress = Progress()
-    if cfg.resume:
+        run = ranks.together(lambda: Run(out, ranks, cfg.keep_checkpoints))
+    learner, progress = Learner(policy.model, ranks, cfg.recompute), Progress()
+    if config:
         run.resume(checkpoint, progress, stages, learner)
         tqdm.write(f"{out}: " + (f"goes on after {checkpoint}" if checkpoint else "there is no checkpoint, so it starts over"))
-        if config["torch"] != torch.__version__:
-            tqdm.write(f"the run began with torch {config['torch']}, this is {torch.__version__}: it goes on, but not bit for bit")
-    return cfg, stages, policy, learner, run, progress
+        if config.get("torch") != torch.__version__:
+            tqdm.write(f"the run began with torch {config.get('torch')}, this is {torch.__version__}: it goes on, but not bit for bit")
+    run.begin(progress.update, sum(level.updates for level in levels))
+    return cfg, stages, policy, reference, learner, run, progress
 
 
 def main(arguments=None):
     usage = "%(prog)s [--flag value ...]   (--help lists the flags)"
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
-    cfg = Config(**vars(parser.parse_args(arguments)))
-    parser.set_defaults(**dict.fromkeys((f.name for f in fields(Config)), MISSING))
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not MISSING}
+    cfg, config = Config(**vars(parser.parse_args(arguments))), None
     first = os.environ.get("RANK", "0") == "0"
     with contextlib.ExitStack() as stack:
         if not first:  # one voice
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
+            if cfg.resume is not None:
+                cfg, config = as_started(parser, given_flags(arguments))
             check_flags(cfg)
             ranks = Ranks(cfg.device, cfg.fsdp)
             stack.callback(ranks.close)
-            ready = set_up(cfg, given, ranks)
+            ready = set_up(cfg, config, ranks)
         except (ValueError, OSError) as error:
             parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n" if first else None)
-        if ready:
-            code = carry_out(ranks, *ready)
-            if code:
-                sys.exit(code)
+        except KeyboardInterrupt:
+            parser.exit(128 + signal.SIGINT, f"{parser.prog}: interrupted before the run began\n" if first else None)
+        code = carry_out(ranks, *ready) if ready else None
+        if code:
+            sys.exit(code)
 
 
-def carry_out(ranks, cfg, stages, policy, learner, run, progress):
+def given_flags(arguments):
+    """{name: value} of the flags that stand on the command line."""
+    parser = HfArgumentParser(Config, allow_abbrev=False)
+    parser.set_defaults(**dict.fromkeys((f.name for f in fields(Config)), MISSING))
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not MISSING}
+
+
+def carry_out(ranks, cfg, stages, policy, reference, learner, run, progress):
     """Train, save whatever ends it, and say what there is to see. -> the exit code, or None"""
     grader = Grader(allow_last_number=cfg.allow_last_number)
     ended = code = None
     with ranks.signals():
         try:
-            train(cfg, stages, policy, learner, grader, ranks, run, progress)
+            train(cfg, stages, policy, reference, learner, grader, ranks, run, progress)
         except KeyboardInterrupt:
             ended, code = f"interrupted: the state is saved, --resume {run.out} goes on", 128 + (ranks.signal or signal.SIGINT)
         except Stop as stop:
@@ -748,17 +776,14 @@ def carry_out(ranks, cfg, stages, policy, learner, run, progress):
         print(f"grader failures, counted as wrong: {failures}")
     if run.evaluations:
         print(run.table(stages, cfg.schedule))
-    if progress.update:
-        import report  # matplotlib takes a second to import
-
-        try:
-            print(f"picture: {report.draw([run.out])}")
-        except OSError as error:
-            print(f"picture: none ({error})")
     if run.saved:
         print(f"model:   {run.out / 'checkpoints' / run.saved}")
     if ended:
         print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)
+    elif progress.update:
+        import report  # matplotlib takes a second to import
+
+        print(f"picture: {report.draw([run.out])}")
     return code
 
 

@@ -43,6 +43,11 @@ FILES = {  # the content of --data, and what is said of it
     "a pass rate that is nan": ('{"problem": "1", "answer": "1", "pass_rate": NaN}', '"pass_rate" must be a number in [0, 1]'),
     "a level that is a text": (lines({**GOOD, "level": "hard"}), '"level" must be a number'),
     "half a character": (lines({**GOOD, "problem": "\ud800"}), "a lone surrogate"),
+    "half a character in an id": (lines({**GOOD, "id": "\ud800"}), "a lone surrogate"),
+    "half a character in another field": (lines({**GOOD, "source": ["\udfff"]}), "a lone surrogate"),
+    "an answer that is nan": ('{"problem": "1", "answer": NaN}', '"answer" must be a text or a number'),
+    "an answer beyond all numbers": ('{"problem": "1", "answer": 1e999}', '"answer" must be a text or a number'),
+    "ten thousand brackets": ("[" * 10_000, "x.jsonl, line 1"),
     "an id that stands twice": (lines({**GOOD, "id": "a"}, {**GOOD, "id": "a", "problem": "2"}), "the id 'a' stands twice"),
     "Latin-1": (lines({**GOOD, "problem": "größer"}).encode("utf-8").decode("unicode_escape").encode("latin-1", "ignore") + b"\xe9", "x.jsonl: not UTF-8 text"),
     "UTF-16": (lines(GOOD).encode("utf-16"), "x.jsonl: not UTF-8 text"),
@@ -54,7 +59,7 @@ FILES = {  # the content of --data, and what is said of it
 
 def refused(arguments, capsys, folder, *messages):
     """train.main(arguments) says one line that holds the messages, exits with 2, and leaves the folder as it is."""
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    before = {p: p.lstat().st_mtime_ns for p in folder.rglob("*")}
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in arguments])
     printed = capsys.readouterr()
@@ -62,7 +67,7 @@ def refused(arguments, capsys, folder, *messages):
     assert stop.value.code == 2 and len(said) == 1 and ": error: " in said[0], printed.err
     for message in messages:
         assert message in said[0]
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    assert {p: p.lstat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in str(p)} == before
 
 
 @pytest.fixture
@@ -76,6 +81,10 @@ def folder(tmp_path, toy_folder, monkeypatch):
     (tmp_path / "broken.py").write_text("def f(:")
     (tmp_path / "raises.py").write_text("import nowhere")
     (tmp_path / "empty.py").write_text("x = 1")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)")
+    (tmp_path / "moody.py").write_text("def __getattr__(name):\n    raise RuntimeError(f'no {name} today')")
+    (tmp_path / "half.jsonl").write_text('{"problem": "\\ud800", "solution": "1"}')
+    (tmp_path / "dangling").symlink_to("nowhere-at-all")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/metrics.jsonl").write_text("a year of work")
     (tmp_path / "file").write_text("")
@@ -137,6 +146,12 @@ FLAGS = [
     ({"reward": "broken.py:f"}, "importing broken.py failed (SyntaxError"),
     ({"reward": "raises.py:f"}, "importing raises.py failed (ModuleNotFoundError"),
     ({"reward": "empty.py:x"}, "empty.py has no function x"),
+    ({"reward": "exits.py:f"}, "importing exits.py failed (SystemExit"),
+    ({"reward": "moody.py:f"}, "importing moody.py failed (RuntimeError: no f today)"),
+    ({"examples": "half.jsonl"}, "half.jsonl, line 1: half a character"),
+    ({"out": "dangling"}, "--out dangling: exists already"),
+    ({"out": ""}, "--out .: exists already"),
+    ({"resume": ""}, "config.json is not that of a run"),
     ({"reward": "good.jsonl:f"}, "good.jsonl is not a Python file"),
     ({"device": "cuda"}, "--device cuda: torch sees no GPU; use --device cpu"),
     ({"model": "no/such/model/at-all"}, "neither a folder nor to be had from the hub"),
@@ -214,8 +229,17 @@ CHECKPOINTS = {
     "a tensor missing": (tensors(lambda t: t.pop(NORM)), f"toy: the checkpoint lacks 1 tensor(s): {NORM} (32,)"),
     "a tensor too many": (tensors(lambda t: t.update(extra=torch.ones(3))), "toy: the checkpoint has surplus 1 tensor(s): extra (3,)"),
     "a tensor of another shape": (tensors(lambda t: t.update({NORM: torch.ones(31)})), f"misshapes 1 tensor(s): {NORM} (31,), wanted (32,)"),
-    "a tensor with nan": (tensors(lambda t: t[NORM].fill_(float("nan"))), f"holds nan or infinity in 1 tensor(s): {NORM}"),
-    "a tensor with infinity": (tensors(lambda t: t[NORM][3:4].fill_(float("inf"))), f"holds nan or infinity in 1 tensor(s): {NORM}"),
+    "a tensor with nan": (tensors(lambda t: t[NORM].fill_(float("nan"))), f"holds nan or infinity in 1 tensor(s), as torch.float32: {NORM}"),
+    "a tensor that overflows": (tensors(lambda t: t.update({NORM: torch.full((32,), 1e300, dtype=torch.float64)})), "holds nan or infinity in 1 tensor(s), as torch.float32"),
+    "a tensor of whole numbers": (tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int64)})), f"holds something else than floats in 1 tensor(s): {NORM} torch.int64"),
+    "a tensor of truths": (tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.bool)})), "holds something else than floats"),
+    "a tensor of eight bits": (tensors(lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)})), "holds something else than floats"),
+    "a norm's epsilon below 0": (config(rms_norm_eps=-1.0), "rms_norm_eps -1.0 must be above 0"),
+    "a rotary base of 0": (config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta 0 of the rotary embedding must be above 0"),
+    "a rotary base that is a text": (config(rope_parameters={"rope_type": "default", "rope_theta": "big"}), "config.json"),
+    "a rotary factor of 0": (config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0}), "factor 0 of the rotary embedding"),
+    "no context": (config(max_position_embeddings=0), "max_position_embeddings 0 must be above 0"),
+    "a tensor with infinity": (tensors(lambda t: t[NORM][3:4].fill_(float("inf"))), f"tensor(s), as torch.float32: {NORM}"),
     "a torn weights file": (lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:5000]), "not a readable safetensors file"),
     "an empty weights file": (lambda m: (m / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "toy: model.safetensors is missing"),
@@ -236,6 +260,8 @@ CHECKPOINTS = {
     "another rotary scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), "'yarn' is not supported"),
     "a tokenizer without a template": (without_template, "its tokenizer has no chat template"),
     "a template that is no template": (text("chat_template.jinja", "{% for %}"), "chat template fails (TemplateSyntaxError"),
+    "an index of numbers": (lambda m: ((m / "model.safetensors").unlink(), (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')), "1 is missing"),
+    "a template that divides by zero": (text("chat_template.jinja", "{{ 1 / 0 }}"), "chat template fails (ZeroDivisionError"),
     "a template that raises": (text("chat_template.jinja", "{{ raise_exception('no system turns') }}"), "no system turns"),
     "a template that says nothing": (text("chat_template.jinja", "{# #}"), "chat template makes an empty prompt"),
     "no tokenizer": (lambda m: ((m / "tokenizer.json").unlink(), (m / "tokenizer_config.json").unlink()), "tokenizer"),
@@ -255,6 +281,34 @@ def test_bad_checkpoints(folder, capsys, name):
     build(folder / "toy")
     refused(words(), capsys, folder, message)
     assert not (folder / "toy/sprung").exists()  # no pickle was opened
+
+
+RUNS = {  # what stands in config.json of the run to be resumed
+    "no object": (lambda c: [], "is not that of a run"),
+    "no number where one belongs": (lambda c: {**c, "lr": "x"}, "argument --lr: invalid float value: 'x'"),
+    "one value where a list belongs": (lambda c: {**c, "updates": "three"}, "argument --updates: invalid int value: 'three'"),
+    "an unknown dtype": (lambda c: {**c, "dtype": "nonsense"}, "argument --dtype: invalid choice: 'nonsense'"),
+    "a flag missing": (lambda c: {k: v for k, v in c.items() if k != "seed"}, "is not that of a run (KeyError: 'seed')"),
+    "its inputs missing": (lambda c: {k: v for k, v in c.items() if k != "inputs"}, "is not that of a run (KeyError: 'inputs')"),
+    "a learning rate below 0": (lambda c: {**c, "lr": -1}, "--lr must be above 0"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bad_run_directories(folder, capsys, name):
+    change, message = RUNS[name]
+    train.main(words(updates=1))
+    path = folder / "run/config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    capsys.readouterr()
+    refused(["--resume", "run"], capsys, folder, message)
+
+
+@pytest.mark.parametrize("flag", [("--lr", "0.1"), ("--out", "other"), ("--explain",)])
+def test_flags_that_a_resumed_run_does_not_take(folder, capsys, flag):
+    train.main(words(updates=1))
+    capsys.readouterr()
+    refused(["--resume", "run", *flag], capsys, folder, f"--resume goes on with the flags of run, and {flag[0]} is not one that may differ")
 
 
 def test_there_are_enough_of_them():

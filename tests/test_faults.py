@@ -256,7 +256,7 @@ def stops_at_once(tmp_path):
 
 def a_run(tmp_path):
     tmp_path.joinpath("config.json").write_text("{}")
-    return rundir.Run(tmp_path, Ranks(), 2, 9)
+    return rundir.Run(tmp_path, Ranks(), 2)
 
 
 def evaluated(run, update, level, right, n=200):

@@ -70,7 +70,7 @@ def assert_equal(folder, out, one="one", tolerance=1e-9):
             assert timeless[0] == pytest.approx(timeless[1], abs=tolerance)
     for name in ("model", "optimizer"):
         mine, its = (load_file(folder / o / f"checkpoints/000005/{name}.safetensors") for o in (out, one))
-        assert mine.keys() == its.keys() and all((mine[k] - its[k]).abs().max() < tolerance for k in mine)
+        assert mine.keys() == its.keys() and all((mine[k] - its[k]).abs().max() <= tolerance for k in mine)
 
 
 MEMORY = {
@@ -146,6 +146,24 @@ def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, 
     codes = launch.wait(launch.start(workshop, ["--resume", out, "--fsdp", str(fsdp)], world))
     assert codes == [0] * world, launch.said(workshop)
     assert_equal(workshop, out)
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_a_resumed_run_has_the_flags_it_was_started_with(workshop, fsdp):
+    """--fsdp need not be repeated; and then two processes go on bit for bit."""
+    for out, sabotage in ((f"whole {fsdp}", None), (f"cut {fsdp}", functools.partial(at_call, "train.Learner.step", 14, die))):
+        launch.wait(launch.start(workshop, words(**FLAGS, out=out, **({"fsdp": True} if fsdp else {})), 2, sabotage))
+    codes = launch.wait(launch.start(workshop, ["--resume", f"cut {fsdp}"], 2, functools.partial(at_call, "ranks.Ranks.shard", 1, aloud)))
+    assert codes == [0, 0] and ("sharded" in launch.said(workshop)) == fsdp, launch.said(workshop)
+    assert_equal(workshop, f"cut {fsdp}", f"whole {fsdp}", tolerance=0)
+    if fsdp:
+        assert launch.wait(launch.start(workshop, ["--resume", f"cut {fsdp}"])) == [2]
+        assert "--fsdp needs the processes that torchrun starts" in launch.said(workshop) and "(or --fsdp False)" in launch.said(workshop)
+
+
+def aloud(original, arguments):
+    print("sharded")
+    return original()
 
 
 def die_if_second(original, arguments):

@@ -39,6 +39,7 @@ def workshop(tmp_path_factory, toy_folder):
     folder = tmp_path_factory.mktemp("resume")
     shutil.copytree(toy_folder, folder / "toy")
     rows = [{"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": [0.5, 0.1][i % 2]} for i, c in enumerate("0123456789abcdefghij")]
+    (folder / "elsewhere").mkdir()
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "r.py").write_text("def even(problem, response):\n    return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))\n")
     assert launch.wait(launch.start(folder, ["--explain"])) == [0]  # the server of processes has imported everything
@@ -193,7 +194,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_cut(workshop):
         flip(path / "model.safetensors")
     before = (workshop / "hopeless/metrics.jsonl").read_bytes()
     for _ in range(2):  # the second time too
-        assert resumed(workshop, "hopeless") == 2 and "no checkpoint is whole" in launch.said(workshop)
+        assert resumed(workshop, "hopeless") == 2 and "no checkpoint is whole (000010: model.safetensors is not what was written" in launch.said(workshop)
     assert (workshop / "hopeless/metrics.jsonl").read_bytes() == before
 
 
@@ -239,6 +240,32 @@ def no_room(original, arguments):
     raise Stop("no room for this line")
 
 
+def test_nor_on_an_update_that_could_not_be_described(workshop):
+    out = "torn"
+    assert began(workshop, out, functools.partial(at_call, "rundir.Stats.row", 5, crash)) == 1
+    assert "ZeroDivisionError" in launch.said(workshop)
+    assert resumed(workshop, out) == 0, launch.said(workshop)
+    assert_the_same(workshop, out)
+
+
+def crash(original, arguments):
+    return 1 / 0
+
+
+def test_a_disk_that_is_full_for_the_tokenizer(workshop):
+    """tokenizers raises a bare Exception."""
+    out = "full3"
+    assert began(workshop, out, functools.partial(at_call, "transformers.GenerationConfig.save_pretrained", 3, bare)) == 1
+    assert "checkpoint 000006 cannot be written (No space left on device)" in launch.said(workshop) and "Traceback" not in launch.said(workshop)
+    assert not (workshop / out / "checkpoint.part").exists()
+    assert resumed(workshop, out) == 0
+    assert_the_same(workshop, out)
+
+
+def bare(original, arguments):
+    raise Exception("No space left on device")
+
+
 # -------------------------------------------------------------------------------------------------------- signals
 
 
@@ -253,9 +280,23 @@ def test_a_signal_saves_the_state_at_once_and_the_rest_follows_bit_for_bit(works
     assert began(workshop, out, functools.partial(at_call, where, call, functools.partial(told_to_stop, number))) == 128 + number, launch.said(workshop)
     assert "the state is saved" in launch.said(workshop)
     newest = rundir.newest_whole(workshop / out)
-    assert "+" in newest.name or where in ("train.evaluate", "train.interval", "rollout.Slots.decode", "rundir.Run._write", "rundir.Run.log")
+    assert ("+" in newest.name) == (where in ("train.minibatch", "train.Learner.step")), newest
     assert resumed(workshop, out) == 0, launch.said(workshop)
     assert_the_same(workshop, out)
+
+
+def test_a_second_signal_while_the_state_is_saved_changes_nothing(workshop):
+    """A person who is impatient, or torchrun, which sends two."""
+    out = "twice told"
+    assert began(workshop, out, tell_twice) == 128 + signal.SIGINT
+    assert "the state is saved" in launch.said(workshop) and "Traceback" not in launch.said(workshop)
+    assert resumed(workshop, out) == 0, launch.said(workshop)
+    assert_the_same(workshop, out)
+
+
+def tell_twice():
+    at_call("train.minibatch", 4, functools.partial(told_to_stop, signal.SIGINT))
+    at_call("model.save_file", 1, functools.partial(told_to_stop, signal.SIGTERM))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -297,23 +338,26 @@ def os_kill(pid, number):
 
 
 def test_two_processes_cannot_write_to_one_run(workshop):
-    """The second would cut the first's logs."""
+    """The second would cut the first's logs, or take a checkpoint that is being deleted for a damaged one."""
     out = "busy"
     shutil.rmtree(workshop / out, ignore_errors=True)
-    (first,) = launch.start(workshop, words(**FLAGS, out=out), sabotage=functools.partial(slow, "rollout.Slots.decode"))
+    flags = {**FLAGS, "out": out, "save_every": 1, "keep_checkpoints": 1}
+    (first,) = launch.start(workshop, words(**flags), sabotage=functools.partial(slow, "rundir.Run._write"))
     while not (workshop / out / "config.json").exists():
         time.sleep(0.05)
-    time.sleep(0.5)
-    (second,) = launch.start(workshop, ["--resume", out])
-    assert launch.wait([second]) == [2] and "another process is writing to this run" in launch.said(workshop)
-    first.kill()
-    first.join()
+    refused = 0
+    while first.is_alive():
+        (second,) = launch.start(workshop / "elsewhere", ["--resume", workshop / out])
+        refused += launch.wait([second]) == [2] and "another process is writing to this run" in launch.said(workshop / "elsewhere")
+    assert refused > 3 and launch.wait([first]) == [0], launch.said(workshop)
+    assert not list((workshop / out / "checkpoints").glob("*.damaged"))
+    assert_the_same(workshop, out)
 
 
 def test_flags_that_change_the_result_are_refused_and_those_of_memory_are_not(workshop):
     shutil.copytree(workshop / "whole", workshop / "flags")
     assert resumed(workshop, "flags", "--lr", "0.1") == 2
-    assert "--lr would change its result" in launch.said(workshop)
+    assert "--lr is not one that may differ" in launch.said(workshop)
     assert resumed(workshop, "flags", "--slots", "9", "--micro-batch-tokens", "100", "--recompute") == 0
 
 
@@ -335,11 +379,46 @@ def test_a_folder_that_is_no_run_is_refused(workshop):
     assert not (workshop / "nowhere").exists() and not list((workshop / "empty").iterdir())
 
 
-def test_a_log_that_lost_lines_is_refused(workshop):
-    shutil.copytree(workshop / "whole", workshop / "lost")
-    path = workshop / "lost/metrics.jsonl"
+@pytest.mark.parametrize("log", rundir.LOGS)
+def test_a_log_that_lost_lines_is_refused_and_the_others_stay(workshop, log):
+    """The newest checkpoint is gone, so that there is something to cut; but one log is too short even for the one before."""
+    out = f"lost {log}"
+    shutil.copytree(workshop / "whole", workshop / out)
+    shutil.rmtree(workshop / out / "checkpoints/000010")
+    path = workshop / out / log
     path.write_bytes(path.read_bytes()[:200])
-    assert resumed(workshop, "lost") == 2 and "lines were lost" in launch.said(workshop)
+    before = {name: (workshop / out / name).read_bytes() for name in rundir.LOGS}
+    assert resumed(workshop, out) == 2 and "lines were lost" in launch.said(workshop)
+    assert {name: (workshop / out / name).read_bytes() for name in rundir.LOGS} == before
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, change):
+    """Another one would be another penalty, without a word."""
+    out, model = f"kl {change}", workshop / f"toy {change}"
+    shutil.copytree(workshop / "toy", model)
+    assert began(workshop, out, functools.partial(at_call, "train.learn", 5, die), kl_coef=0.1, model=model.name) == -signal.SIGKILL
+    if change == "gone":
+        (model / "model.safetensors").unlink()
+    else:
+        flip(model / "model.safetensors")
+    assert resumed(workshop, out) == 2 and "model.safetensors is gone, or is not what it was" in launch.said(workshop)
+
+
+def test_without_a_kl_term_the_starting_policy_may_be_gone(workshop):
+    """The checkpoint has all that it takes."""
+    shutil.copytree(workshop / "toy", workshop / "passing")
+    assert began(workshop, "heir", functools.partial(at_call, "train.learn", 5, die), model="passing") == -signal.SIGKILL
+    shutil.rmtree(workshop / "passing")
+    assert resumed(workshop, "heir") == 0, launch.said(workshop)
+    assert_the_same(workshop, "heir")
+
+
+def test_checkpoints_are_ordered_by_what_was_done(tmp_path):
+    names = ["000003", "000003+002.000", "000003+999.001", "000003+1000.000", "000004", "1000000"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [p.name for p in rundir.checkpoints(tmp_path)] == names[::-1]
 
 
 def test_from_another_folder(workshop, tmp_path):
