@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,6 +214,17 @@ def attend(q, k, v, visible):
     return (score.softmax(-1).type_as(q) @ v).view(B, H, 1, D)
 
 
+class Linear(nn.Linear):
+    """A linear layer that may hold its weight once more, laid out for products with few rows: see Transformer.laid_out."""
+
+    packed = None
+
+    def forward(self, x):
+        if self.packed is None:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
 class Attention(nn.Module):
     def __init__(self, config, head_dim, layer):
         super().__init__()
@@ -220,10 +232,10 @@ class Attention(nn.Module):
         bias = getattr(config, "attention_bias", False)
         qkv_bias = True if config.model_type == "qwen2" else bias  # Qwen2 has no switch: biases on q, k, v alone
         self.layer, self.head_dim = layer, head_dim
-        self.q_proj = nn.Linear(C, H * head_dim, qkv_bias)
-        self.k_proj = nn.Linear(C, K * head_dim, qkv_bias)
-        self.v_proj = nn.Linear(C, K * head_dim, qkv_bias)
-        self.o_proj = nn.Linear(H * head_dim, C, bias and config.model_type != "qwen2")
+        self.q_proj = Linear(C, H * head_dim, qkv_bias)
+        self.k_proj = Linear(C, K * head_dim, qkv_bias)
+        self.v_proj = Linear(C, K * head_dim, qkv_bias)
+        self.o_proj = Linear(H * head_dim, C, bias and config.model_type != "qwen2")
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
@@ -243,8 +255,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
-        self.gate_proj, self.up_proj = nn.Linear(C, inner, bias), nn.Linear(C, inner, bias)
-        self.down_proj = nn.Linear(inner, C, bias)
+        self.gate_proj, self.up_proj = Linear(C, inner, bias), Linear(C, inner, bias)
+        self.down_proj = Linear(inner, C, bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -304,7 +316,7 @@ class Transformer(nn.Module):
         self.config = config
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.model = Body(config, self.head_dim)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):
@@ -342,6 +354,24 @@ class Transformer(nn.Module):
         ]
         values = (torch.cat(part) for part in zip(*parts))
         return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
+
+    @contextmanager
+    def laid_out(self, rows):
+        """Within the block, inference with the weights of the moment, laid out by oneDNN for products of about `rows` rows.
+
+        On this project's CPUs such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
+        much as one step, and the memory of the weights once more. Where there is no such kernel it is a block like any.
+        """
+        weight = self.lm_head.weight
+        able = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        linears = [m for m in self.modules() if isinstance(m, Linear)] if able else []
+        try:
+            for linear in linears:
+                linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+            yield
+        finally:
+            for linear in linears:
+                linear.packed = None
 
     @property
     def context(self):

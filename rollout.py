@@ -24,7 +24,7 @@ class Request:
 
     prompt: list  # token ids
     keys: list  # one stream of random numbers per completion, see `stream`
-    max_new_tokens: int
+    max_new_tokens: int  # of each completion; or a list, one number per key
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Slots:
         self.waiting = deque((r, i) for r, request in enumerate(requests) for i in range(len(request.keys)))
         self.slots = min(slots, len(self.waiting))
         rows = max(MIN_ROWS, self.slots)  # beyond the slots: padding, never given a sample
-        longest = max((r.max_new_tokens for r in requests), default=0)
+        longest = max((np.max(r.max_new_tokens) for r in requests), default=0)
         self.owner = [None] * rows  # (request, sample) or None: idle
         self.keys = np.zeros(rows, np.uint64)
         self.prompt_length, self.count, self.limit = (np.zeros(rows, np.int64) for _ in range(3))
@@ -112,7 +112,8 @@ class Slots:
             if r not in self.held:
                 self.held[r] = slot
                 new.append(r)
-            self.keys[slot], self.limit[slot] = self.requests[r].keys[i], self.requests[r].max_new_tokens
+            request = self.requests[r]
+            self.keys[slot], self.limit[slot] = request.keys[i], np.broadcast_to(request.max_new_tokens, len(request.keys))[i]
             self.prompt_length[slot], self.count[slot] = len(self.requests[r].prompt), 0
             placed.append((slot, r))
         if not placed:
@@ -206,13 +207,14 @@ def sample(model, requests, *, slots, stop_ids, temperature, top_k=0, top_p=1.0,
     """
     done = [[None] * len(r.keys) for r in requests]
     work, stop_ids = Slots(model, requests, slots), sorted(stop_ids)
-    while work.waiting or work.live:
-        work.refill()
-        work.advance(temperature, top_k, top_p)
-        for r, i, completion in work.retire(stop_ids):
-            done[r][i] = completion
-            progress(len(completion.tokens))
-        work.compact()
-        if work.live:
-            work.decode()
+    with model.laid_out(len(work.owner)):
+        while work.waiting or work.live:
+            work.refill()
+            work.advance(temperature, top_k, top_p)
+            for r, i, completion in work.retire(stop_ids):
+                done[r][i] = completion
+                progress(len(completion.tokens))
+            work.compact()
+            if work.live:
+                work.decode()
     return done
