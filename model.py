@@ -126,8 +126,9 @@ class KVCache:
                     tensors[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], 2)
 
     def visible(self, positions, rows):
-        """What queries at positions (B, T) may attend to: (B, 1, T, window) bool."""
-        return torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]
+        """What queries at positions (B, T) may attend to: (B, 1, T, window), 0, or -infinity where they may not."""
+        hidden = torch.arange(self.window, device=positions.device) > positions[:, None, :, None]
+        return torch.zeros(hidden.shape, dtype=self.k[0].dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
     def put(self, layer, rows, positions, k, v):
         """Store k, v (B, K, T, D) at positions (B, T) of rows (B,); rows=None: row b is cache row b.
@@ -193,36 +194,52 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, H, T, D) by angles whose cos and sin are (B, 1, T, D/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Rotary embedding of x (B, H, T, D): channels i and i + D/2 turn by one angle. cos, sin (B, 1, T, D): cos of the angles,
+    twice; minus their sin, then their sin."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attend(q, k, v, visible):
     """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
-    visible  (B, 1, T, S) bool, or None for causal attention over T = S tokens
+    visible  (B, 1, T, S) bool, or to be added to the scores, or None for causal attention over T = S tokens
     """
     B, H, T, D = q.shape
-    if T > 1:
+    if T > 1 or visible is None or visible.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=H != k.shape[1])
-    # One query per row: SDPA's CPU kernel is made for many, two products and a softmax take half its time.
-    q = q.view(B, k.shape[1], -1, D)  # the heads that share a key/value head become its rows
-    score = at_least_float32(q @ k.transpose(2, 3)) * D**-0.5
-    if visible is not None:
-        score = score.masked_fill(~visible, float("-inf"))
-    return (score.softmax(-1).type_as(q) @ v).view(B, H, 1, D)
+    # Decoding, one query per row: SDPA's CPU kernel is made for many, two products and a softmax take half its time.
+    K, S = k.shape[1:3]
+    q, k, v = q.reshape(B * K, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # heads that share a key/value head become its rows
+    score = torch.baddbmm(visible.expand(B, K, 1, S).reshape(B * K, 1, S), q, k.transpose(1, 2), alpha=D**-0.5)
+    return torch.bmm(at_least_float32(score).softmax(-1).type_as(q), v).view(B, H, 1, D)
 
 
 class Linear(nn.Linear):
-    """A linear layer that may hold its weight once more, laid out for products with few rows: see Transformer.laid_out."""
+    """A linear layer that may hold its weight once more, laid out for products with few rows: see Transformer.laid_out.
 
-    packed = None
+    packed  None, or that weight, with those of the layers `beside` it that read the same input
+    """
+
+    packed, beside = None, ()
 
     def forward(self, x):
         if self.packed is None:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, *self.packed, "none", [], "")
+
+    def pack(self, rows):
+        parts = (self, *self.beside)
+        weight, bias = torch.cat([p.weight.detach() for p in parts]), None
+        if self.bias is not None:
+            bias = torch.cat([p.bias.detach() for p in parts])
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+
+
+def together(x, first, *others):
+    """The outputs of linear layers that read the same input: one product while they are laid out, else one each."""
+    if first.packed is None:
+        return [linear(x) for linear in (first, *others)]
+    return first(x).split([linear.out_features for linear in (first, *others)], -1)
 
 
 class Attention(nn.Module):
@@ -236,13 +253,14 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, K * head_dim, qkv_bias)
         self.v_proj = Linear(C, K * head_dim, qkv_bias)
         self.o_proj = Linear(H * head_dim, C, bias and config.model_type != "qwen2")
+        self.q_proj.beside = self.k_proj, self.v_proj  # a tuple, which registers nothing
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, visible, cache, rows, positions):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
@@ -257,9 +275,11 @@ class MLP(nn.Module):
         C, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
         self.gate_proj, self.up_proj = Linear(C, inner, bias), Linear(C, inner, bias)
         self.down_proj = Linear(inner, C, bias)
+        self.gate_proj.beside = (self.up_proj,)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -298,7 +318,7 @@ class Body(nn.Module):
         visible = None if cache is None else cache.visible(positions, rows)
         x = self.embed_tokens(ids)
         angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, visible, cache, rows, positions, use_reentrant=False)
@@ -365,9 +385,11 @@ class Transformer(nn.Module):
         weight = self.lm_head.weight
         able = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
         linears = [m for m in self.modules() if isinstance(m, Linear)] if able else []
+        beside = {id(other) for linear in linears for other in linear.beside}
         try:
             for linear in linears:
-                linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+                if id(linear) not in beside:
+                    linear.pack(rows)
             yield
         finally:
             for linear in linears:
