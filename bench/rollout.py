@@ -82,6 +82,7 @@ def main():
         start = time.perf_counter()
         sample(model, work, slots=args.slots, stop_ids=(), temperature=1.0)
         seconds.append(time.perf_counter() - start)
+    memory = peak_rss_mb()  # before the ceilings are measured
     flops, bandwidth = ceilings(getattr(torch, args.dtype), args.device)
     cost, read = decode_cost(model, args.slots, watch.positions / watch.rows)
     speed = tokens / statistics.median(seconds)
@@ -89,7 +90,7 @@ def main():
         "tokens": tokens, "seconds": round(statistics.median(seconds), 3), "tokens_per_second": round(speed, 1),
         "slot_occupancy": round(watch.live / max(1, watch.slots), 4),
         "fraction_of_roofline": round(speed * max(cost / flops, read / bandwidth), 4),
-        "peak_rss_mb": peak_rss_mb(), "cache_over_filled": round(float(watch.cache_bytes / watch.filled_bytes), 3),
+        "peak_rss_mb": memory, "cache_over_filled": round(float(watch.cache_bytes / watch.filled_bytes), 3),
         "gflops": round(flops / 1e9), "gbytes_per_second": round(bandwidth / 1e9, 1),
     }))
 
