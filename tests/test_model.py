@@ -8,7 +8,7 @@ from conftest import random_model, small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import KVCache, Transformer, attend, log_softmax, micro_batches, pad
+from model import ONEDNN, KVCache, Linear, Transformer, attend, log_softmax, micro_batches, pad
 
 SHAPES = {
     "llama": ("llama", {}),
@@ -137,7 +137,56 @@ def test_one_query_attention_equals_the_fused_kernel():
     q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
     visible = torch.arange(11) <= torch.tensor([4, 10, 0])[:, None, None, None]
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
-    assert torch.allclose(attend(q, k, v, visible), fused, atol=1e-6)
+    added = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))  # as a KVCache says it
+    assert torch.allclose(attend(q, k, v, added), fused, atol=1e-6) and torch.equal(attend(q, k, v, visible), fused)
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_in_float32_and_its_gradient(shape, bias):
+    """Against float64: a transposed weight, a bias that is forgotten in the sum over rows."""
+    ours, exact = Linear(24, 40, bias), torch.nn.Linear(24, 40, bias).double()
+    exact.load_state_dict({n: p.double() for n, p in ours.state_dict().items()})
+    x = torch.randn(shape, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    grad = torch.randn(*shape[:-1], 40)
+    ours(x).backward(grad)
+    exact(y).backward(grad.double())
+    assert (ours(x) - exact(y)).abs().max() < 1e-5
+    for mine, theirs in zip((x, *ours.parameters()), (y, *exact.parameters())):
+        assert mine.grad.shape == theirs.grad.shape and (mine.grad - theirs.grad).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_laid_out_for_decoding_give_the_same_logits(family, dtype):
+    """Products that are made together must be cut apart where they belong, biases included."""
+    model = random_model(family, dtype, **({"attention_bias": True, "mlp_bias": True} if family == "llama" else {}))
+    ids = torch.randint(0, 97, (8, 5))
+    with torch.inference_mode():
+        expected = model(ids)
+        with model.laid_out(8):
+            found = model(ids)
+            assert (model.lm_head.packed is None) == (dtype == torch.float64 or not ONEDNN)
+        assert model.lm_head.packed is None
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype] * scale
+
+
+def test_weights_are_laid_out_anew_for_every_rollout():
+    """Else a policy would be sampled as it was before its update; and an interrupt must not leave the old layout behind."""
+    model, ids = random_model(), torch.randint(0, 97, (8, 5))
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt), model.laid_out(8):
+            raise KeyboardInterrupt
+        for p in model.parameters():
+            p.mul_(1.1)
+        expected = model(ids)
+        with model.laid_out(8):
+            assert torch.allclose(model(ids), expected, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------- log-probs

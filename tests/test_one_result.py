@@ -122,6 +122,14 @@ def test_shared_weights_of_embedding_and_head_are_sharded_as_one(workshop):
     assert_equal(workshop, "tied2", "tied1")
 
 
+def test_float32_under_fsdp(workshop):
+    """float32 has products of its own (model.Product), whose saved weights FSDP frees and gathers again."""
+    for world in (1, 2):
+        run(workshop, f"float{world}", world, dtype="float32", fsdp=world > 1, updates=1)
+    one, two = (lines(workshop / f"float{w}/metrics.jsonl")[0] for w in (1, 2))
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5) and two["objective"] == pytest.approx(one["objective"], abs=1e-6)
+
+
 def test_bfloat16_under_fsdp_has_float32_masters(workshop):
     """As in one process: weights of bfloat16 in checkpoint and sampler, masters and moments of float32."""
     for world in (1, 2):

@@ -132,6 +132,8 @@ def test_limits_are_per_request():
     model = random_model()
     work = [Request([5, 6], [stream(i)], n) for i, n in enumerate((1, 7, 30))]
     assert [len(c.tokens) for (c,) in sample(model, work, slots=8, stop_ids=set(), temperature=1.0)] == [1, 7, 30]
+    several = [Request([5, 6], [stream(i) for i in range(4)], [3, 1, 9, 2])]
+    assert [len(c.tokens) for c in sample(model, several, slots=2, stop_ids=set(), temperature=1.0)[0]] == [3, 1, 9, 2]
 
 
 @pytest.mark.parametrize("slots", [8, 24])
