@@ -8,6 +8,7 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import random
 import re
 import zlib
@@ -49,8 +50,10 @@ def parse_problem(record, default_id):
     problem, answer = record["problem"], record["answer"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError('"problem" must be a text that is not blank')
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or str(answer).strip() in ("", "nan", "inf", "-inf"):
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError('"answer" must be a text or a number')
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError('"answer" must be a text or a number that is finite')
     for name, low, high in (("pass_rate", 0, 1), ("level", float("-inf"), float("inf"))):
         value = record.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high):

@@ -127,9 +127,12 @@ class KVCache:
                     tensors[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], 2)
 
     def visible(self, positions, rows):
-        """What queries at positions (B, T) may attend to: (B, 1, T, window), 0, or -infinity where they may not."""
-        hidden = torch.arange(self.window, device=positions.device) > positions[:, None, :, None]
-        return torch.zeros(hidden.shape, dtype=self.k[0].dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        """What queries at positions (B, T) may attend to, (B, 1, T, window): bool, or for T = 1 what is added to their scores,
+        0 or -infinity, which spares decoding a step and is small."""
+        seen = torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]
+        if positions.shape[1] > 1:
+            return seen
+        return torch.zeros(seen.shape, dtype=self.k[0].dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
     def put(self, layer, rows, positions, k, v):
         """Store k, v (B, K, T, D) at positions (B, T) of rows (B,); rows=None: row b is cache row b.
@@ -405,7 +408,7 @@ class Transformer(nn.Module):
     def laid_out(self, rows):
         """Within the block, inference with the weights of the moment, laid out by oneDNN for products of about `rows` rows.
 
-        On this project's CPUs such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
+        On the CPUs of bench/RESULTS.md such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
         much as one step, and the memory of the weights once more. Where there is no such kernel it is a block like any.
         """
         weight = self.lm_head.weight

@@ -147,11 +147,7 @@ class Ranks:
         """A copy of the model that FSDP2 cuts over the processes: float32 (or wider) weights, which are the masters,
         computing in the model's own dtype."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import (
-            MixedPrecisionPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         dtype = model.lm_head.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)

@@ -28,27 +28,8 @@ from transformers import HfArgumentParser
 
 import data
 from data import QUALITY
-from eprli import (
-    Buffer,
-    Group,
-    Level,
-    clipped_objective,
-    diagnostics,
-    group_advantage,
-    kl_penalty,
-    length_reward,
-    loss_weight,
-)
-from eval import (
-    MAX_NEW_TOKENS,
-    SHIPPED,
-    SLOTS,
-    TRAINING,
-    Policy,
-    attempt,
-    evaluation_keys,
-    interval,
-)
+from eprli import Buffer, Group, Level, clipped_objective, diagnostics, group_advantage, kl_penalty, length_reward, loss_weight
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TRAINING, Policy, attempt, evaluation_keys, interval
 from model import LOGITS_PER_CHUNK, micro_batches, pad
 from ranks import Ranks, Stop, like, whole
 from rewards import ERROR, TIMEOUT, Grader, load_reward, writes_steps
@@ -130,6 +111,11 @@ PER_LEVEL = [f.name for f in fields(Level)]
 FREE = ("device", "micro_batch_tokens", "logits_per_chunk", "recompute", "fsdp", "slots", "save_every", "keep_checkpoints")  # of a --resume
 
 
+def option(name):
+    """A flag as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_flags(cfg):
     """Raise ValueError for what no data can make right."""
     positive, natural = (lambda v: 0 < v < math.inf, "above 0"), (lambda v: v >= 1, "at least 1")
@@ -148,7 +134,7 @@ def check_flags(cfg):
         value = getattr(cfg, name)
         for v in [] if value is None else value if isinstance(value, list) else [value]:
             if not good(v):
-                raise ValueError(f"--{name.replace('_', '-')} must be {words}, found {v}")
+                raise ValueError(f"{option(name)} must be {words}, found {v}")
 
 
 def resolve_levels(cfg, measured):
@@ -169,8 +155,8 @@ def resolve_levels(cfg, measured):
     for name, values in given.items():
         if len(values) not in (1, num_levels):
             raise ValueError(
-                f"--{longest.replace('_', '-')} has {num_levels} values, so there are {num_levels} levels, and "
-                f"--{name.replace('_', '-')} needs 1 or {num_levels} values, not {len(values)}{'' if getattr(cfg, name) else ' as by default'}"
+                f"{option(longest)} has {num_levels} values, so there are {num_levels} levels, and "
+                f"{option(name)} needs 1 or {num_levels} values, not {len(values)}{'' if getattr(cfg, name) else ' as by default'}"
             )
     levels = [Level(**{name: v[min(i, len(v) - 1)] for name, v in given.items()}) for i in range(num_levels)]
     if cfg.overlong_cache and cfg.overlong_cache > min(level.max_new_tokens for level in levels):
@@ -629,12 +615,12 @@ def as_started(parser, given):
             raise TypeError("its inputs are not listed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})") from error
-    changed = [f"--{name.replace('_', '-')}" for name in given if name not in (*FREE, "resume")]
+    changed = [option(name) for name in given if name not in (*FREE, "resume")]
     if changed:
-        raise ValueError(f"--resume goes on with the flags of {run}, and {changed[0]} is not one that may differ ({' '.join(FREE)}): leave it "
+        raise ValueError(f"--resume goes on with the flags of {run}, and {changed[0]} is not one that may differ ({' '.join(map(option, FREE))}): leave it "
                          f"out, or start a new run from a checkpoint (--model {run}/checkpoints/...)")
     flags |= {name: given[name] for name in FREE if name in given} | {"out": run, "resume": run}
-    words = [[f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()]
+    words = [[option(name), *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()]
     return Config(**vars(parser.parse_args(list(itertools.chain(*words))))), config  # checked like those of a command line
 
 

@@ -33,7 +33,8 @@ def make_model(size, out, seed=0):
         num_key_value_heads=kv_heads, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.dim() == 2 else None
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

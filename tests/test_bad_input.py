@@ -180,7 +180,7 @@ def test_bad_flags(folder, capsys, flags, message):
 
 
 def test_a_run_directory_is_never_written_to_by_another_run(folder, capsys):
-    train.main(words(reward="good.py:f", filter="all") if (folder / "good.py").write_text("def f(p, r):\n    return 1.0\n") else [])
+    train.main(words())
     capsys.readouterr()
     refused(words(), capsys, folder, "--out run: exists already; name a new folder, or go on with --resume run")
 

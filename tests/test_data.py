@@ -80,6 +80,12 @@ def test_gzip_is_read_and_half_characters_are_refused(tmp_path):
         read_problems(tmp_path / "q.jsonl.gz")
 
 
+def test_a_text_may_say_infinity_and_a_number_may_not():
+    assert data.parse_problem({"problem": "1", "answer": "inf"}, "a").answer == "inf"
+    with pytest.raises(ValueError, match="finite"):
+        data.parse_problem({"problem": "1", "answer": float("inf")}, "a")
+
+
 def test_repeats_and_overlap_are_found():
     train = [Problem("1", "What is  2N+n?", "4"), Problem("2", "What is 2N+n?", "4"), Problem("3", "Other", "1"), Problem("4", "What is 2n+N?", "5")]
     assert [p.id for p in without_repeats(train)] == ["1", "3", "4"]
