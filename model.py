@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -102,60 +103,144 @@ def check_supported(config):
 
 
 class KVCache:
-    """Keys and values of every layer for independent rows, each as long as its own sequence.
+    """Keys and values of every layer for independent rows, in pages of which a row holds as many as its tokens need.
 
-    k, v    one tensor per layer, (rows, K, S, D); S grows in blocks, so memory follows the longest row
-    window  positions that the next forward reads and writes, at most S
-    Position p of a row is visible to a query at position q iff p <= q: what a row holds beyond its own length
-    (padding of a prefill, an earlier occupant's tokens) is overwritten before it can be seen.
+    k, v   one tensor per layer, (pages, K, D, page) and (pages, K, page, D): keys lie as their product with a query reads them
+    table  (rows, pages of the longest row), on the host: which pages a row holds, in order. Page 0 is nobody's: it stands for
+           none, and takes what idle rows and the padding of prompts write, which is never read.
+    Position p of a row is visible to a query at position q iff p <= q: what a row holds beyond its own length (padding of a
+    prefill, an earlier occupant's tokens) is overwritten before it can be seen.
     """
 
-    BLOCK = 32  # positions; growing copies the cache once per BLOCK tokens
+    PAGE = {"cpu": 32, "cuda": 256}  # positions: small ones waste less, large ones make less work; MIN_ROWS divides them
+    SLACK = 8  # the pool grows by at least 1 / SLACK of itself
+    NEVER = 1 << 40  # first position of a page that nobody holds
+    HIDDEN = -1e30  # score of what may not be seen: finite, since a row may have nothing to see
 
     def __init__(self, model, rows):
-        empty = model.lm_head.weight.new_empty(rows, model.config.num_key_value_heads, 0, model.head_dim)
-        self.k, self.v = ([empty] * len(model.model.layers) for _ in "kv")
-        self.window = 0
+        config, self.page = model.config, self.PAGE[model.device.type]
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+        empty = model.lm_head.weight.new_zeros(1, self.kv_heads, self.head_dim, self.page)
+        self.k = [empty.clone() for _ in model.model.layers]
+        self.v = [empty.transpose(2, 3).contiguous() for _ in model.model.layers]
+        self.table, self.held, self.free = np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64), []
+        self.device, self.plan, self.changed = model.device, (), True
 
-    def reserve(self, length):
-        """The next forward touches positions below `length`: make room for them, keeping what is stored."""
-        self.window = -(-int(length) // self.BLOCK) * self.BLOCK
-        more = self.window - self.k[0].shape[2]
-        if more > 0:
+    # Pages are given and taken on the host; `arrange` tells the device.
+
+    def reserve(self, rows, lengths):
+        """Make room for positions below lengths (one per row), keeping what is stored."""
+        needed = -(-lengths // self.page)
+        more = np.flatnonzero(needed > self.held[rows])
+        if not len(more):
+            return
+        rows, needed = rows[more], needed[more]
+        self._grow((needed - self.held[rows]).sum() - len(self.free))
+        wider = needed.max() - self.table.shape[1]
+        self.table = np.pad(self.table, ((0, 0), (0, max(0, wider))))
+        for row, n in zip(rows, needed):
+            for i in range(self.held[row], n):
+                self.table[row, i] = self.free.pop()
+            self.held[row] = n
+        self.changed = True
+
+    def cut(self, rows, lengths):
+        """Take back the pages of these rows that lie beyond lengths."""
+        for row, n in zip(rows, -(-lengths // self.page)):
+            if n < self.held[row]:
+                self.free.extend(self.table[row, n : self.held[row]].tolist())
+                self.table[row, n:], self.held[row], self.changed = 0, n, True
+
+    def _grow(self, wanted):
+        if wanted > 0:
+            pages = len(self.k[0])
+            more = max(int(wanted), pages // self.SLACK)
+            self.free.extend(range(pages, pages + more))
             for tensors in (self.k, self.v):
-                for i, old in enumerate(tensors):  # zeros: what is masked must be finite, 0 * nan would be nan
-                    tensors[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], 2)
+                for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
+                    tensors[i] = torch.cat([old, old.new_zeros(more, *old.shape[1:])])
 
-    def visible(self, positions, rows):
-        """What queries at positions (B, T) may attend to, (B, 1, T, window): bool, or for T = 1 what is added to their scores,
-        0 or -infinity, which spares decoding a step and is small."""
-        seen = torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]
-        if positions.shape[1] > 1:
-            return seen
-        return torch.zeros(seen.shape, dtype=self.k[0].dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-
-    def put(self, layer, rows, positions, k, v):
-        """Store k, v (B, K, T, D) at positions (B, T) of rows (B,); rows=None: row b is cache row b.
-
-        Returns the keys and values (B, K, window, D) of these rows.
-        """
-        at = torch.arange(len(k), device=k.device) if rows is None else rows
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            cache[at[:, None], :, positions] = new.transpose(1, 2)
-        k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
-        return (k, v) if rows is None else (k[rows], v[rows])
-
-    def copy(self, source, target):
-        """Row source[i] to row target[i], for sequences of equal length."""
+    def copy(self, source, target, lengths):
+        """The first lengths[i] positions of row source[i] to row target[i]."""
+        source, target = np.array(source), np.array(target)
+        self.reserve(target, lengths)
+        pages = [(self.table[s, :n], self.table[t, :n]) for s, t, n in zip(source, target, -(-lengths // self.page))]
+        source, target = (torch.from_numpy(np.concatenate(side)).to(self.device) for side in zip(*pages))
         for tensors in (self.k, self.v):
-            for cache in tensors:
-                cache[list(target)] = cache[list(source)]
+            for pool in tensors:
+                pool[target] = pool[source]
 
     def keep(self, rows):
-        """Keep only these rows, renumbered in this order."""
+        """Keep only these rows, renumbered in this order, and the pages that they hold."""
+        self.table, self.held = self.table[rows, : self.held[rows].max()], self.held[rows]
+        pages = np.unique(self.table[self.table > 0])
+        number = np.zeros(len(self.k[0]), np.int64)
+        number[pages] = np.arange(1, len(pages) + 1)
+        self.table, self.free, self.changed = number[self.table], [], True
+        kept = torch.from_numpy(np.append(0, pages)).to(self.device)
         for tensors in (self.k, self.v):
-            for i, cache in enumerate(tensors):
-                tensors[i] = cache[rows]
+            for i, pool in enumerate(tensors):
+                tensors[i] = pool[kept]
+
+    def arrange(self):
+        """Tell the device who holds what, once pages changed hands: the index tensors of `attention`, at their old addresses
+        if their shapes are the old ones."""
+        if not self.changed:
+            return
+        rows, width = self.table.shape
+        owner, start = np.zeros(len(self.k[0]), np.int64), np.full(len(self.k[0]), self.NEVER)
+        row, number = np.nonzero(self.table)
+        owner[self.table[row, number]], start[self.table[row, number]] = row, number * self.page
+        table, owner, start = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (self.table, owner, start))
+        head = torch.arange(self.heads, device=self.device)
+        held = start < self.NEVER
+        mine = (held & (owner == torch.arange(rows, device=self.device)[:, None])).to(self.k[0].dtype)
+        to_rows = (table[:, None] * self.heads + head[:, None]).flatten()  # (rows * H * width,), out of (pages * H)
+        to_pages = ((owner[:, None] * self.heads + head) * width + (start * held)[:, None] // self.page).flatten()  # the inverse
+        plan = table, owner, start, mine, to_rows, to_pages
+        if [x.shape for x in plan] == [x.shape for x in self.plan]:
+            for old, new in zip(self.plan, plan):
+                old.copy_(new)
+        else:
+            self.plan = plan
+        self.changed = False
+
+    def attention(self, positions, rows):
+        """How each layer stores k, v (B, K, T, D) at positions (B, T) of rows (B,), and attends from q (B, H, T, D):
+        (layer, q, k, v) -> (B, T, H * D). rows=None: decoding, T = 1, row b is cache row b, idle at position -1."""
+        table, owner, start, mine, to_rows, to_pages = self.plan
+        B, T = positions.shape
+        H, K, D, P = self.heads, self.kv_heads, self.head_dim, self.page
+        held = table if rows is None else table[rows, : int(positions.max()) // P + 1]
+        page, place = held.gather(1, positions.clamp(min=0) // P) * (positions >= 0), positions % P
+        within = torch.arange(P, device=positions.device)
+
+        def put(layer, k, v):
+            self.k[layer].permute(0, 3, 1, 2)[page, place] = k.transpose(1, 2)
+            self.v[layer].transpose(1, 2)[page, place] = v.transpose(1, 2)
+
+        def prefill(layer, q, k, v):
+            put(layer, k, v)
+            k = self.k[layer][held].permute(0, 2, 1, 4, 3).reshape(B, K, -1, D)
+            return scaled_dot_product(q, k, self.v[layer][held].transpose(1, 2).reshape(B, K, -1, D), seen)
+
+        def decode(layer, q, k, v):
+            # Every page meets the query of its owner, as it lies; softmax is over the pages of a row together. What is read
+            # is what is filled, and in long completions that is nearly all that a step costs beyond the weights.
+            put(layer, k, v)
+            q = q.reshape(B, H * D).index_select(0, owner).view(-1, H // K, D)
+            score = torch.baddbmm(hidden, q, self.k[layer].flatten(0, 1), alpha=D**-0.5).view(-1, P)
+            weight = score.index_select(0, to_rows).view(B * H, -1).softmax(-1)  # in float32 inside
+            out = torch.bmm(weight.view(-1, P).index_select(0, to_pages).view(-1, H // K, P), self.v[layer].flatten(0, 1))
+            return (mine @ out.view(-1, H * D)).view(B, 1, H * D)
+
+        if rows is not None:
+            seen = torch.arange(held.shape[1] * P, device=positions.device) <= positions[:, None, :, None]
+            return prefill
+        unseen = start[:, None] + within > positions[owner]  # (pages, page)
+        hidden = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=positions.device).masked_fill_(unseen, self.HIDDEN)
+        hidden = hidden.repeat_interleave(K, 0)[:, None]
+        return decode
 
 
 class PromptCache:
@@ -168,21 +253,34 @@ class PromptCache:
     def __init__(self, lengths):
         self.lengths, self.layers = lengths, {}  # (prompts,) tokens; layer -> k, v (prompts, K, P, D)
 
-    def visible(self, positions, rows):
-        """(B, 1, T, P + T) bool: the tokens of the row's prompt, and the row's own up to each; None: causal."""
+    def attention(self, positions, rows):
         if rows is None:
-            return None
+
+            def causal(layer, q, k, v):
+                self.layers[layer] = k, v
+                return scaled_dot_product(q, k, v)
+
+            return causal
         B, T = positions.shape
         P, device = self.layers[0][0].shape[2], positions.device
         prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
         own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        return torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
+        seen = torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
 
-    def put(self, layer, rows, positions, k, v):
-        if rows is None:
-            self.layers[layer] = k, v
-            return k, v
-        return tuple(torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
+        def after_prompt(layer, q, k, v):
+            k, v = (torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
+            return scaled_dot_product(q, k, v, seen)
+
+        return after_prompt
+
+
+def scaled_dot_product(q, k, v, seen=None):
+    """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, T, H * D).
+
+    seen  (B, 1, T, S) bool, or None for causal attention over T = S tokens
+    """
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
@@ -201,21 +299,6 @@ def rotate(x, cos, sin):
     """Rotary embedding of x (B, H, T, D): channels i and i + D/2 turn by one angle. cos, sin (B, 1, T, D): cos of the angles,
     twice; minus their sin, then their sin."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
-
-def attend(q, k, v, visible):
-    """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
-
-    visible  (B, 1, T, S) bool, or to be added to the scores, or None for causal attention over T = S tokens
-    """
-    B, H, T, D = q.shape
-    if T > 1 or visible is None or visible.dtype == torch.bool:
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=H != k.shape[1])
-    # Decoding, one query per row: SDPA's CPU kernel is made for many, two products and a softmax take half its time.
-    K, S = k.shape[1:3]
-    q, k, v = q.reshape(B * K, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # heads that share a key/value head become its rows
-    score = torch.baddbmm(visible.expand(B, K, 1, S).reshape(B * K, 1, S), q, k.transpose(1, 2), alpha=D**-0.5)
-    return torch.bmm(at_least_float32(score).softmax(-1).type_as(q), v).view(B, H, 1, D)
 
 
 def product(x, weight, bias=None):
@@ -287,15 +370,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, visible, cache, rows, positions):
+    def forward(self, x, cos, sin, attend):
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.put(self.layer, rows, positions, k, v)
-        return self.o_proj(attend(q, k, v, visible).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(self.layer, q, k, v))
 
 
 class MLP(nn.Module):
@@ -318,8 +399,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, *attention_inputs):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -344,15 +425,15 @@ class Body(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        visible = None if cache is None else cache.visible(positions, rows)
+        attend = cache.attention(positions, rows) if cache is not None else lambda layer, q, k, v: scaled_dot_product(q, k, v)
         x = self.embed_tokens(ids)
         angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
         cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, visible, cache, rows, positions, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, visible, cache, rows, positions)
+                x = layer(x, cos, sin, attend)
         return self.norm(x)
 
 

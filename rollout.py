@@ -105,6 +105,7 @@ class Slots:
     def refill(self):
         """Give every idle slot the next waiting sample."""
         idle = [slot for slot, owner in enumerate(self.owner[: self.slots]) if not owner]
+        self.clear(idle)
         idle.sort(key=lambda slot: slot not in self.held.values())  # a held prompt is overwritten only by its own group
         placed, new = [], []
         for slot in idle[: len(self.waiting)]:
@@ -125,10 +126,16 @@ class Slots:
             del new[-size:]
         copies = [(self.held[r], slot) for slot, r in placed if self.held[r] != slot]
         if copies:
-            self.cache.copy(*zip(*copies))
+            lengths = np.array([len(self.requests[r].prompt) for slot, r in placed if self.held[r] != slot])
+            self.cache.copy(*zip(*copies), lengths)
         self.logits[[slot for slot, _ in placed]] = torch.stack([self.first[r] for _, r in placed])
         for r in [r for r in self.held if not self.waiting or r != self.waiting[0][0]]:
             del self.held[r], self.first[r]
+
+    def clear(self, idle):
+        """Give back the pages of idle slots, save for a prompt that may still be copied."""
+        held = set(self.held.values())
+        self.cache.cut(idle, np.array([self.prompt_length[slot] if slot in held else 0 for slot in idle], np.int64))
 
     def prefill(self, batch):
         """Run the prompts of these requests into their cache rows; a beginning that all share (worked examples), once."""
@@ -136,7 +143,7 @@ class Slots:
         shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS if len(batch) > 1 else 0
         if shared:  # a token at least is left to each
             self.extend(rows[:1], [prompts[0][:shared]], 0)
-            self.cache.copy(rows[:1] * (len(rows) - 1), rows[1:])
+            self.cache.copy(rows[:1] * (len(rows) - 1), rows[1:], np.full(len(rows) - 1, shared))
         hidden = self.extend(rows, [p[shared:] for p in prompts], shared)
         lengths = self.to_device(np.array([len(p) for p in prompts])) - shared
         last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
@@ -148,7 +155,8 @@ class Slots:
         ids = np.zeros((len(rows), width), np.int64)
         for row, some in zip(ids, tokens):
             row[: len(some)] = some
-        self.cache.reserve(start + width)
+        self.cache.reserve(np.array(rows), start + np.array([len(some) for some in tokens]))
+        self.cache.arrange()
         positions = self.to_device(np.arange(start, start + width)).expand(len(rows), -1)
         return self.model.model(self.to_device(ids), positions, self.cache, self.to_device(np.array(rows)))
 
@@ -177,7 +185,9 @@ class Slots:
         rows = max(len(live), MIN_ROWS)
         if self.waiting or not live or len(self.owner) < 2 * rows:
             return
-        keep = (live + [slot for slot, owner in enumerate(self.owner) if not owner])[:rows]
+        idle = [slot for slot, owner in enumerate(self.owner) if not owner]
+        self.clear(idle)
+        keep = (live + idle)[:rows]
         self.owner = [self.owner[slot] for slot in keep]
         for name in ("keys", "prompt_length", "count", "limit", "tokens", "logprobs"):
             setattr(self, name, getattr(self, name)[keep])
@@ -185,10 +195,12 @@ class Slots:
         self.logits = self.logits[keep]
 
     def decode(self):
-        """Feed every slot its last token. An idle one repeats its last step, behind a prompt that may still be copied."""
-        positions = np.maximum(self.prompt_length + self.count - 1, 0)
-        last = self.tokens[np.arange(len(positions)), np.maximum(self.count - 1, 0)]
-        self.cache.reserve(positions.max() + 1)
+        """Feed every slot its last token."""
+        live = np.array(self.live)
+        last, positions = np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)
+        last[live], positions[live] = self.tokens[live, self.count[live] - 1], self.prompt_length[live] + self.count[live] - 1
+        self.cache.reserve(live, positions[live] + 1)
+        self.cache.arrange()
         self.logits = self.model(self.to_device(last)[:, None], self.to_device(positions)[:, None], self.cache)[:, 0]
 
     def to_device(self, array):

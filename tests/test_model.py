@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model, small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import ONEDNN, KVCache, Linear, Transformer, attend, log_softmax, micro_batches, pad
+from model import ONEDNN, KVCache, Linear, Transformer, log_softmax, micro_batches, pad
 
 SHAPES = {
     "llama": ("llama", {}),
@@ -115,30 +116,73 @@ def test_missing_weights_and_torn_files(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ cache
 
 
+def store(model, cache, ids, rows, lengths):
+    """Prefill these rows of ids (B, T), right-padded, into their cache rows."""
+    lengths = np.array(lengths)
+    cache.reserve(np.array(rows), lengths)
+    cache.arrange()
+    width = -(-lengths.max() // 8) * 8
+    model(ids[:, :width], torch.arange(width).expand(len(rows), -1), cache, torch.tensor(rows))
+
+
+def step(model, cache, ids, positions):
+    """Decode one token a row: row b of ids at positions[b]; -1: idle."""
+    positions = np.array(positions)
+    live = np.flatnonzero(positions >= 0)
+    cache.reserve(live, positions[live] + 1)
+    cache.arrange()
+    positions = torch.from_numpy(positions)
+    return model(ids[torch.arange(len(ids)), positions][:, None], positions[:, None], cache)[:, 0]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_cached_equals_uncached_for_rows_of_different_length(family):
-    """Positions off by one, a row that sees its neighbour or the padding of its prefill: all move these logits."""
+    """Positions off by one, a row that sees its neighbour, another's page or the padding of its prefill, a page that is read
+    before it is held, pages summed in the wrong order: all move these logits."""
     model = random_model(family, torch.float64)
-    ids, lengths = torch.randint(0, 97, (4, 90)), [3, 17, 40, 8]
+    ids, lengths = torch.randint(0, 97, (4, 120)), np.array([3, 17, 40, 32])
     with torch.no_grad():
         full, cache = model(ids), KVCache(model, 4)
-        cache.reserve(40)
-        rows = torch.tensor([2, 0, 3, 1])  # stored in another order
-        model(ids[rows, :40], torch.arange(40).expand(4, -1), cache, rows)  # longer than most rows' prompts
-        for step in range(45):  # across two growths of the cache
-            positions = torch.tensor(lengths) + step
-            cache.reserve(positions.max() + 1)
-            logits = model(ids[torch.arange(4), positions][:, None], positions[:, None], cache)[:, 0]
-            assert torch.allclose(logits, full[torch.arange(4), positions], atol=1e-10)
+        order = [2, 0, 3, 1]  # stored in another order
+        store(model, cache, ids[order], order, lengths[order])
+        for i in range(45):  # across borders of pages, at another step for each row
+            logits = step(model, cache, ids, lengths + i)
+            assert torch.allclose(logits, full[torch.arange(4), lengths + i], atol=1e-10)
 
 
-def test_one_query_attention_equals_the_fused_kernel():
-    """The decoding branch of `attend` is the same function as the training branch."""
-    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
-    visible = torch.arange(11) <= torch.tensor([4, 10, 0])[:, None, None, None]
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
-    added = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))  # as a KVCache says it
-    assert torch.allclose(attend(q, k, v, added), fused, atol=1e-6) and torch.equal(attend(q, k, v, visible), fused)
+def test_rows_idle_return_copy_and_leave(monkeypatch):
+    """What the sampler does to a cache, with pages of 8: a row that idles writes nowhere, its pages go to others, a prompt is
+    copied without its completion, rows are dropped and renumbered."""
+    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
+    model = random_model("qwen2", torch.float64)
+    ids = torch.randint(0, 97, (4, 60))
+    with torch.no_grad():
+        full, cache = model(ids), KVCache(model, 4)
+
+        def check(rows, positions):
+            got = step(model, cache, rows, positions)
+            for b, at in enumerate(positions):
+                if at >= 0:
+                    assert torch.allclose(got[b], model(rows[b : b + 1, : at + 1])[0, -1], atol=1e-10)
+            held = cache.table[cache.table > 0]
+            assert sorted([*held, *cache.free]) == list(range(1, len(cache.k[0])))  # each page is held once, or free
+            assert len(held) == cache.held.sum()
+
+        store(model, cache, ids, [0, 1, 2, 3], [16, 20, 5, 16])
+        assert torch.allclose(full, model(ids))
+        for i in range(12):
+            check(ids, [16 + i, 20 + i, 5 + i, -1])  # row 3 idles behind its prompt of two whole pages
+        ids[1, :16] = ids[3, :16]
+        cache.cut([1], np.array([0]))
+        cache.copy([3], [1], np.array([16]))
+        for i in range(8):
+            check(ids, [28 + i, 16 + i, 17 + i, 16 + i])
+        assert len(cache.k[0]) == 1 + 5 + 3 + 4 + 3  # what was given back was used again
+        cache.cut([0, 2], np.array([0, 8]))
+        cache.keep([3, 1])
+        assert len(cache.k[0]) == 1 + cache.held.sum() == 7
+        for i in range(8, 20):
+            check(ids[[3, 1]], [16 + i, 16 + i])
 
 
 # ----------------------------------------------------------------------------------------------------------- products
