@@ -247,7 +247,6 @@ class PromptCache:
     """The learner's cache: keys and values of prompts, with their gradients, for all completions that follow them.
 
     First the prompts go through the model (rows=None), right-padded, then completions, row b after prompt rows[b].
-    The mask is dense, B x T x (P + T) bytes: fine for thousands of tokens, 0.3 GB for a completion of 16,384.
     """
 
     def __init__(self, lengths):
@@ -263,12 +262,18 @@ class PromptCache:
             return causal
         B, T = positions.shape
         P, device = self.layers[0][0].shape[2], positions.device
-        prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
-        own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        seen = torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
+        # Where prompts have one length, queries that nobody asks in front make it plain causal attention, which needs no mask
+        # of B x T x (P + T): a completion of 24,576 tokens could not afford one.
+        plain = P <= T and bool((self.lengths[rows] == P).all())
+        if not plain:
+            prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
+            own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            seen = torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
 
         def after_prompt(layer, q, k, v):
             k, v = (torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
+            if plain:
+                return scaled_dot_product(F.pad(q, (0, 0, P, 0)), k, v)[:, P:]
             return scaled_dot_product(q, k, v, seen)
 
         return after_prompt
@@ -457,7 +462,7 @@ class Transformer(nn.Module):
         return self.lm_head(self.model(ids, positions, cache, rows))
 
     def token_logprobs(self, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
-        """Log-prob of each completion token given those before it in its row, and the entropy of that choice.
+        """Log-prob of each completion token given those before it in its row, and (without gradient) the entropy of that choice.
 
         ids (B, T), each row a prompt, its completion, and any ids as padding;  mask (B, T) bool, True on completions
         -> logprob, entropy (B, T), nats, 0 outside the mask
@@ -585,13 +590,16 @@ def read_tensors(path):
 
 def log_softmax(logits, temperature):
     """The policy's distribution over the next token, log-probs in nats: what is sampled from and what is learned."""
-    return torch.log_softmax(at_least_float32(logits) / temperature, -1)
+    logits = at_least_float32(logits)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)  # x / 1 is x, and takes a pass over memory
 
 
 def _chosen(hidden, head, targets, temperature):
     logprobs = log_softmax(head(hidden), temperature)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+    with torch.no_grad():  # last, so that the backward pass need not make it again
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return chosen, entropy
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches

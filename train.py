@@ -473,7 +473,7 @@ class Learner:
             for weight, master in zip(self.weights, self.masters):
                 master.grad = torch.zeros_like(master)
                 weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     @staticmethod
     def collect(weight, master):
@@ -527,7 +527,7 @@ class Learner:
             if f"master.{name}" in tensors:
                 master.copy_(like(master, tensors[f"master.{name}"]))
             if f"exp_avg.{name}" in tensors:
-                self.adamw.state[master] = {"step": tensors[f"step.{name}"],
+                self.adamw.state[master] = {"step": tensors[f"step.{name}"].to(master.device),
                                             **{kind: like(master, tensors[f"{kind}.{name}"]) for kind in ("exp_avg", "exp_avg_sq")}}
 
 
