@@ -156,6 +156,7 @@ class KVCache:
             pages = len(self.k[0])
             more = max(int(wanted), pages // self.SLACK)
             self.free.extend(range(pages, pages + more))
+            self.plan = ()
             for tensors in (self.k, self.v):
                 for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
                     tensors[i] = torch.cat([old, old.new_zeros(more, *old.shape[1:])])
@@ -176,15 +177,15 @@ class KVCache:
         pages = np.unique(self.table[self.table > 0])
         number = np.zeros(len(self.k[0]), np.int64)
         number[pages] = np.arange(1, len(pages) + 1)
-        self.table, self.free, self.changed = number[self.table], [], True
+        self.table, self.free, self.plan, self.changed = number[self.table], [], (), True
         kept = torch.from_numpy(np.append(0, pages)).to(self.device)
         for tensors in (self.k, self.v):
             for i, pool in enumerate(tensors):
                 tensors[i] = pool[kept]
 
     def arrange(self):
-        """Tell the device who holds what, once pages changed hands: the index tensors of `attention`, at their old addresses
-        if their shapes are the old ones."""
+        """Tell the device who holds what, once pages changed hands: the index tensors of `attention`. As long as `plan` is the
+        same object, these and the pools lie where they lay, so that a step that was captured may be replayed."""
         if not self.changed:
             return
         rows, width = self.table.shape
@@ -239,7 +240,7 @@ class KVCache:
             return prefill
         unseen = start[:, None] + within > positions[owner]  # (pages, page)
         hidden = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=positions.device).masked_fill_(unseen, self.HIDDEN)
-        hidden = hidden.repeat_interleave(K, 0)[:, None]
+        hidden = hidden[:, None, None].expand(-1, K, 1, P).reshape(-1, 1, P)
         return decode
 
 

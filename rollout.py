@@ -15,6 +15,7 @@ import torch
 from model import KVCache, log_softmax
 
 PREFILL_TOKENS = 8192  # at most so many padded prompt tokens go through the model at once (memory only)
+CAPTURED = "cuda"  # where the decoding step is captured; elsewhere it is a call like any
 MIN_ROWS = 8  # matrix products of fewer rows may round differently
 
 
@@ -77,6 +78,22 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
+def capture(step):
+    """step(), a function of tensors that stay where they are, as a CUDA graph -> its result and what makes it anew.
+
+    A step of 28 layers is a thousand kernels, most of which take less time than their launch.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()  # what libraries set up at a first call is no part of the graph
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return result, graph.replay
+
+
 class Slots:
     """The decoding rows: whose completion each holds, its position, its row of the KV cache.
 
@@ -96,6 +113,7 @@ class Slots:
         self.tokens, self.logprobs = np.zeros((rows, longest), np.int64), np.zeros((rows, longest))
         self.cache = KVCache(model, rows)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
+        self.captured = None  # the plan of the cache for which `replay` stands
         self.held, self.first = {}, {}  # request -> a slot holding its prompt; its first next-token logits (V,)
 
     @property
@@ -197,11 +215,24 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         live = np.array(self.live)
-        last, positions = np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)
-        last[live], positions[live] = self.tokens[live, self.count[live] - 1], self.prompt_length[live] + self.count[live] - 1
-        self.cache.reserve(live, positions[live] + 1)
+        fed = np.stack([np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)])  # last token, its position; -1: idle
+        fed[:, live] = self.tokens[live, self.count[live] - 1], self.prompt_length[live] + self.count[live] - 1
+        self.cache.reserve(live, fed[1, live] + 1)
         self.cache.arrange()
-        self.logits = self.model(self.to_device(last)[:, None], self.to_device(positions)[:, None], self.cache)[:, 0]
+        if self.logits.device.type != CAPTURED:
+            self.fed = self.to_device(fed)
+            self.logits = self.forward()
+            return
+        if self.captured is not self.cache.plan:  # the first step, or one whose tensors have moved
+            self.fed, self.logits, self.replay = self.to_device(fed), None, None
+            self.logits, self.replay = capture(self.forward)
+            self.captured = self.cache.plan
+        self.fed.copy_(torch.from_numpy(fed), non_blocking=True)
+        self.replay()
+
+    def forward(self):
+        last, positions = self.fed[..., None]
+        return self.model(last, positions, self.cache)[:, 0]
 
     def to_device(self, array):
         return torch.from_numpy(array).to(self.logits.device, non_blocking=True)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
 import model as model_module
-from model import pad
+import rollout
+from model import KVCache, pad
 from rollout import Request, choose, sample, stream, uniforms
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 21, 22, 23]]
@@ -49,6 +51,26 @@ def test_slots_and_order_do_not_change_completions(slots):
     assert run(requests(7)[::-1])[::-1] == alone
     lengths = {len(tokens) for cs in alone for tokens, _ in cs}
     assert len(lengths) > 5 and 25 in lengths  # ragged, and some ran out
+
+
+def test_a_captured_step_is_the_step(monkeypatch):
+    """What a GPU does, with torch.fx in the place of a CUDA graph: a trace of the step's operations on the very tensors that it
+    met, blind to everything in Python. One that is replayed after the cache has moved, or fed elsewhere, samples other tokens."""
+    captured = []
+
+    def trace(step):
+        graph, result = make_fx(lambda: step())(), step().clone()
+        captured.append(len(result))
+        return result, lambda: result.copy_(graph())
+
+    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
+    model = random_model(dtype=torch.float64)
+    expected = sample(model, requests(7), slots=24, stop_ids={3}, temperature=1.0)
+    monkeypatch.setattr(rollout, "capture", trace)
+    monkeypatch.setattr(rollout, "CAPTURED", "cpu")
+    assert sample(model, requests(7), slots=24, stop_ids={3}, temperature=1.0) == expected
+    steps = sum(len(c.tokens) for cs in expected for c in cs) / 24
+    assert len(set(captured)) > 1 and len(captured) < steps  # again for fewer rows, but not at every step
 
 
 def test_a_prompt_is_not_overwritten_while_it_is_still_copied():
