@@ -156,7 +156,6 @@ class KVCache:
             pages = len(self.k[0])
             more = max(int(wanted), pages // self.SLACK)
             self.free.extend(range(pages, pages + more))
-            self.plan = ()
             for tensors in (self.k, self.v):
                 for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
                     tensors[i] = torch.cat([old, old.new_zeros(more, *old.shape[1:])])
@@ -177,7 +176,7 @@ class KVCache:
         pages = np.unique(self.table[self.table > 0])
         number = np.zeros(len(self.k[0]), np.int64)
         number[pages] = np.arange(1, len(pages) + 1)
-        self.table, self.free, self.plan, self.changed = number[self.table], [], (), True
+        self.table, self.free, self.changed = number[self.table], [], True
         kept = torch.from_numpy(np.append(0, pages)).to(self.device)
         for tensors in (self.k, self.v):
             for i, pool in enumerate(tensors):
@@ -185,7 +184,8 @@ class KVCache:
 
     def arrange(self):
         """Tell the device who holds what, once pages changed hands: the index tensors of `attention`. As long as `plan` is the
-        same object, these and the pools lie where they lay, so that a step that was captured may be replayed."""
+        same object, these and the pools lie where they lay (a pool that moves has another number of pages, or of rows), so that
+        a step that was captured may be replayed."""
         if not self.changed:
             return
         rows, width = self.table.shape

@@ -73,6 +73,23 @@ def test_a_captured_step_is_the_step(monkeypatch):
     assert len(set(captured)) > 1 and len(captured) < steps  # again for fewer rows, but not at every step
 
 
+def test_a_slot_holds_the_pages_that_its_tokens_need(monkeypatch):
+    """Not those of its last occupant: long completions must not hold memory for the short ones that follow."""
+    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
+    decode, steps = rollout.Slots.decode, []
+
+    def watch(self):
+        decode(self)
+        live = self.live
+        assert (self.cache.held[live] == -(-(self.prompt_length + self.count) // 8)[live]).all()
+        steps.append(self.cache.held.sum())
+
+    monkeypatch.setattr(rollout.Slots, "decode", watch)
+    work = [Request([10 + r], [stream(r, k) for k in range(5)], [40, 3, 3, 40, 9]) for r in range(12)]
+    sample(random_model(), work, slots=8, stop_ids=set(), temperature=1.0)
+    assert max(steps) > 20 and len(steps) > 100
+
+
 def test_a_prompt_is_not_overwritten_while_it_is_still_copied():
     """All 8 slots fall idle at once. The last sample of the second request copies its prompt from slot 5, which is where
     the fourth request would be prefilled: the order in which idle slots are given away must see to that."""
@@ -184,8 +201,9 @@ def test_a_prompt_drawn_twice_is_sampled_twice():
     assert len({tuple(c.tokens) for c in first + second}) == 8
 
 
-def test_a_beginning_that_prompts_share_is_prefilled_once():
+def test_a_beginning_that_prompts_share_is_prefilled_once(monkeypatch):
     """And changes nothing: the completions are those of each prompt alone."""
+    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})  # it has several pages
     model, seen = random_model(dtype=torch.float64), []
     few_shot = list(range(3, 43))
     alike = [Request(few_shot + [50 + i] * (i + 1), [stream(7, i, k) for k in range(2)], 12) for i in range(4)]
