@@ -117,8 +117,10 @@ class KVCache:
     NEVER = 1 << 40  # first position of a page that nobody holds
     HIDDEN = -1e30  # score of what may not be seen: finite, since a row may have nothing to see
 
-    def __init__(self, model, rows):
+    def __init__(self, model, rows, longest):
+        """longest: tokens that a row may hold"""
         config, self.page = model.config, self.PAGE[model.device.type]
+        self.limit = 1 + rows * -(-longest // self.page)  # pages
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, model.head_dim
         empty = model.lm_head.weight.new_zeros(1, self.kv_heads, self.head_dim, self.page)
         self.k = [empty.clone() for _ in model.model.layers]
@@ -154,7 +156,7 @@ class KVCache:
     def _grow(self, wanted):
         if wanted > 0:
             pages = len(self.k[0])
-            more = max(int(wanted), pages // self.SLACK)
+            more = max(int(wanted), min(pages // self.SLACK, self.limit - pages))
             self.free.extend(range(pages, pages + more))
             for tensors in (self.k, self.v):
                 for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
@@ -522,7 +524,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read a Hugging Face folder (config.json, *.safetensors). Raises ValueError naming what does not fit."""
+        """Read a Hugging Face folder (config.json, *.safetensors). Raises ValueError naming what does not fit. On the meta device
+        it has shapes alone, and config.json is all that is read."""
         path = Path(path)
         if not (path / "config.json").is_file():
             raise ValueError(f"{path}: no config.json, so this is not a Hugging Face checkpoint folder")
@@ -531,6 +534,8 @@ class Transformer(nn.Module):
                 model = cls(AutoConfig.from_pretrained(path))
         except Exception as error:  # the many answers of transformers and of arithmetic to a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
+        if device == "meta":
+            return model.to(dtype)
         tensors = read_tensors(path)
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # whether or not the file repeats it

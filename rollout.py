@@ -111,7 +111,7 @@ class Slots:
         self.keys = np.zeros(rows, np.uint64)
         self.prompt_length, self.count, self.limit = (np.zeros(rows, np.int64) for _ in range(3))
         self.tokens, self.logprobs = np.zeros((rows, longest), np.int64), np.zeros((rows, longest))
-        self.cache = KVCache(model, rows)
+        self.cache = KVCache(model, rows, max((len(r.prompt) + np.max(r.max_new_tokens) for r in requests), default=0))
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.captured = None  # the plan of the cache for which `replay` stands
         self.held, self.first = {}, {}  # request -> a slot holding its prompt; its first next-token logits (V,)

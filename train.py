@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import data
+import plan
 from data import QUALITY
 from eprli import Buffer, Group, Level, clipped_objective, diagnostics, group_advantage, kl_penalty, length_reward, loss_weight
 from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TRAINING, Policy, attempt, evaluation_keys, interval
@@ -105,6 +106,7 @@ class Config:
     examples: str | None = flag(None, "JSONL of worked examples {problem, solution} to put in front of every problem")
     allow_last_number: bool = flag(False, "without a box, grade the last number")
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
+    plan: bool = flag(False, "print the memory that one process of the run would take, by what takes it, and stop; no weights are read")
 
 
 PER_LEVEL = [f.name for f in fields(Level)]
@@ -610,7 +612,7 @@ def as_started(parser, given):
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text())
-        flags = {f.name: config[f.name] for f in fields(Config) if f.name not in ("resume", "explain") and config[f.name] is not None}
+        flags = {f.name: config[f.name] for f in fields(Config) if f.name not in ("resume", "explain", "plan") and config[f.name] is not None}
         if not all(isinstance(config[name], dict) for name in ("inputs", "model_files")):
             raise TypeError("its inputs are not listed")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -699,6 +701,18 @@ def set_up(cfg, config, ranks):
     return cfg, stages, policy, reference, learner, run, progress
 
 
+def memory(cfg):
+    """The table of --plan: nothing is loaded but the data, the tokenizer and the model's config."""
+    cfg, problems, _, _ = read_data(cfg)
+    levels = resolve_levels(cfg, cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems))
+    policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
+    lengths = [len(p.tokens) for p in policy.render(problems) if policy.room(p)]
+    if not lengths:
+        raise ValueError(f"every prompt is longer than the context of {policy.model.context} tokens")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return plan.table(plan.plan(cfg, levels, policy.model, max(lengths), processes))
+
+
 def main(arguments=None):
     usage = "%(prog)s [--flag value ...]   (--help lists the flags)"
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)
@@ -711,6 +725,8 @@ def main(arguments=None):
             if cfg.resume is not None:
                 cfg, config = as_started(parser, given_flags(arguments))
             check_flags(cfg)
+            if cfg.plan:
+                return print(memory(cfg))
             ranks = Ranks(cfg.device, cfg.fsdp)
             stack.callback(ranks.close)
             ready = set_up(cfg, config, ranks)

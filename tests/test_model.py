@@ -142,7 +142,7 @@ def test_cached_equals_uncached_for_rows_of_different_length(family):
     model = random_model(family, torch.float64)
     ids, lengths = torch.randint(0, 97, (4, 120)), np.array([3, 17, 40, 32])
     with torch.no_grad():
-        full, cache = model(ids), KVCache(model, 4)
+        full, cache = model(ids), KVCache(model, 4, 120)
         order = [2, 0, 3, 1]  # stored in another order
         store(model, cache, ids[order], order, lengths[order])
         for i in range(45):  # across borders of pages, at another step for each row
@@ -157,7 +157,7 @@ def test_rows_idle_return_copy_and_leave(monkeypatch):
     model = random_model("qwen2", torch.float64)
     ids = torch.randint(0, 97, (4, 60))
     with torch.no_grad():
-        full, cache = model(ids), KVCache(model, 4)
+        full, cache = model(ids), KVCache(model, 4, 60)
 
         def check(rows, positions):
             got = step(model, cache, rows, positions)

@@ -1,0 +1,96 @@
+"""What a run will hold in memory, said before it begins:  python train.py --plan [flags of the run]
+
+For N processes that one does not have at hand: WORLD_SIZE=N python train.py --plan [--fsdp] ...
+Everything is counted at its worst (every completion as long as it may be), in bytes, for one process. Sampling and learning
+come one after the other: what one needs is gone before the other begins.
+"""
+
+from model import KVCache, Linear
+from rollout import MIN_ROWS, PREFILL_TOKENS
+
+
+def up_to(n, unit):
+    return -(-n // unit) * unit
+
+
+def layer_bytes(config, head_dim, size, wide):
+    """-> bytes that the backward pass of one layer wants to find, per token that goes through the model; and per key that
+    its attention sees. size, wide: bytes of a number in the model's dtype, and in its norms."""
+    C, I, H, K = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads  # noqa: E741
+    norms = 2 * C * wide + 4 * C * size  # of two: the input, what was divided by its root mean square, the output
+    if config.model_type == "qwen3":
+        norms += (H + K) * head_dim * (wide + size)
+    attention = 2 * H * head_dim * size + H * wide  # queries, output, log-sum-exp
+    return norms + attention + 4 * I * size, 2 * K * head_dim * size  # gate, its SiLU, up, their product; keys and values
+
+
+def plan(cfg, levels, model, prompt, processes=1):
+    """-> {"always": {what: bytes}, "sampling": ..., "learning": ...} for one of `processes`.
+
+    model   of the right shape and dtype; it may be on the meta device
+    prompt  tokens of the longest prompt
+    """
+    config, size = model.config, model.lm_head.weight.element_size()
+    wide, layers, V = max(size, 4), len(model.model.layers), config.vocab_size
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    shards, copied = processes if cfg.fsdp else 1, size < 4 or cfg.fsdp
+    always = {
+        "weights": parameters * size * (2 if cfg.kl_coef else 1),  # the reference's too
+        "master weights": parameters * wide // shards * copied,
+        "moments": 2 * parameters * wide // shards,
+    }
+    gradients = {"gradients": parameters * wide // shards}
+    if copied and not cfg.fsdp:
+        always |= gradients  # they stay
+    linears = sum(p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters())
+    sampling, learning = {}, {} if copied and not cfg.fsdp else gradients
+    if cfg.device == "cpu" and size < 8:
+        sampling["weights laid out"] = linears * size
+
+    per_token, per_key = layer_bytes(config, model.head_dim, size, wide)
+    phases = []
+    for level in levels:
+        length = min(level.max_new_tokens, model.context - prompt)
+        draw = up_to(level.prompts, processes) // processes  # prompts of a draw
+        rows = max(MIN_ROWS, min(cfg.slots, draw * level.group_size))
+        page = KVCache.PAGE[cfg.device]
+        pages = rows * (up_to(prompt + length, page) // page)
+        prefilled = min(max(PREFILL_TOKENS, prompt), draw * prompt)
+        step = {"logits": rows * V * (size + 4 * wide)}
+        prefill = {"activations of prompts": prefilled * (2 * config.hidden_size + 3 * config.intermediate_size) * size}
+        sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=lambda part: sum(part.values()))
+        batch = level.buffer_groups * level.group_size // cfg.minibatches // processes or 1  # completions of a step
+        together = min(batch, max(1, (cfg.micro_batch_tokens - prompt) // length))  # those of a micro-batch
+        prompts = up_to(together, level.group_size) // level.group_size
+        tokens, keys = together * length + prompts * prompt, together * (prompt + length)
+        one_layer = tokens * per_token + keys * per_key
+        chunk = min(cfg.logits_per_chunk, together * length * V)
+        ends = {
+            "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
+            "gradient of the head": 2 * V * config.hidden_size * size,  # of a chunk, and the sum so far
+        }
+        states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
+        if cfg.recompute:  # first the logits, then one layer after the other
+            kept = layers * tokens * config.hidden_size * size + prompts * prompt * layers * per_key
+            again = {"activations of one layer, again": one_layer}
+            ends = max(ends, again, key=lambda part: sum(part.values()))
+        else:
+            kept = layers * one_layer
+        learn = learning | {"activations": kept + states} | ends
+        if cfg.fsdp:
+            learn["gathered layers"] = (parameters - layers * block + 2 * block) * size + block * wide
+        phases.append((sample, learn))
+    total = lambda part: sum(part.values())  # noqa: E731
+    return {"always": always, "sampling": max((s for s, _ in phases), key=total), "learning": max((x for _, x in phases), key=total)}
+
+
+def table(parts):
+    """The plan for a terminal, and its peak."""
+    lines = []
+    sums = {phase: sum(part.values()) for phase, part in parts.items()}
+    for phase, part in parts.items():
+        lines.append(f"{phase:38}{sums[phase] / 1e9:10.3f} GB")
+        lines += [f"    {what:34}{n / 1e9:10.3f}" for what, n in part.items() if n]
+    peak = sums["always"] + max(sums["sampling"], sums["learning"])
+    return "\n".join([*lines, f"{'at its peak, one process':38}{peak / 1e9:10.3f} GB, and what Python and its libraries take"])
