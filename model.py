@@ -602,7 +602,7 @@ def log_softmax(logits, temperature):
 
 def _chosen(hidden, head, targets, temperature):
     logprobs = log_softmax(head(hidden), temperature)
-    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+    chosen = -F.nll_loss(logprobs, targets, reduction="none")  # a gather, whose gradient takes one pass and not three
     with torch.no_grad():  # last, so that the backward pass need not make it again
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return chosen, entropy
