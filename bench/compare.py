@@ -3,7 +3,10 @@
     python bench/compare.py --peer-python VENV/bin/python --sizes 11m 135m --dtypes float32 bfloat16 --repeats 3
 
 VENV: python -m venv VENV && VENV/bin/pip install torch transformers trl. Nothing else should run on the machine meanwhile.
-Every run is appended to --log as a line of JSON; medians and ratios are printed as Markdown.
+Every run is appended to --log as a line of JSON; medians and ratios are printed as Markdown. What is compared: sampling with
+32 slots on heavy-tailed lengths and on equal ones, an update; and of ours alone, how sampling slows down with length
+(growth) and how much of a step the kernels take (kernels). `--what batch` samples at several numbers of slots and draws
+bench/batch.png.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+WHAT = ("heavy-tailed", "equal", "update", "growth", "kernels", "batch")
+BATCHES = (1, 8, 16, 32, 64, 128)  # slots
 STEPS = {"2m": (8, 8, 128), "11m": (8, 8, 128), "135m": (4, 4, 64)}  # prompts, group, new tokens of one update
 
 
@@ -32,33 +37,93 @@ def main():
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--sizes", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--what", nargs="+", choices=("heavy-tailed", "equal", "update"), default=["heavy-tailed", "equal", "update"])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--log", default="compare.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for name, more in (("heavy-tailed", ("--max-new", 192)), ("equal", ("--max-new", 96, "--uniform"))):
-            subprocess.run([sys.executable, str(HERE / "rollout.py"), "--make-workload", folder / name, *map(str, more)], check=True)
+        workload(folder / "heavy-tailed", 12, "--max-new", 192)
+        workload(folder / "equal", 12, "--max-new", 96, "--uniform")
         for size in args.sizes:
             subprocess.run([sys.executable, str(HERE / "rollout.py"), "--make-model", size, folder / size], check=True)
         for size in args.sizes:
             for dtype in args.dtypes:
                 for what in args.what:
-                    compare(args, folder, size, dtype, what)
+                    {"growth": growth, "kernels": kernels, "batch": batch}.get(what, compare)(args, folder, size, dtype, what)
+
+
+def workload(path, prompts, *more):
+    subprocess.run([sys.executable, str(HERE / "rollout.py"), "--make-workload", path, "--prompts", str(prompts), *map(str, more)], check=True)
+
+
+def ours(folder, size, dtype, name, slots, *more):
+    return (sys.executable, "rollout.py", "--model", folder / size, "--workload", folder / name, "--dtype", dtype, "--slots", slots,
+            "--repeats", 1, *more)
+
+
+def growth(args, folder, size, dtype, what):
+    """Tokens a second at 512 new tokens over those at 128, 16 slots."""
+    for new in (128, 512):
+        workload(folder / f"{new}", 2, "--max-new", new, "--uniform")
+    speeds = {new: [] for new in (128, 512)}
+    for _ in range(args.repeats):
+        for new, values in speeds.items():
+            values.append(last_line(*ours(folder, size, dtype, f"{new}", 16))["tokens_per_second"])
+    short, long = (statistics.median(values) for values in speeds.values())
+    print(f"| {size} {dtype} | 128 tokens {short:,.0f}, 512 tokens {long:,.0f} | **{long / short:.2f}** |", flush=True)
+
+
+def kernels(args, folder, size, dtype, what):
+    shares = [last_line(*ours(folder, size, dtype, "equal", 64, "--kernels"))["kernel_share"] for _ in range(args.repeats)]
+    print(f"| {size} {dtype} | kernels in a step of 64 slots | **{statistics.median(shares):.2f}** |", flush=True)
+
+
+def batch(args, folder, size, dtype, what):
+    """Tokens a second over slots, equal lengths; two rounds of completions for every number of slots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    speeds, roofline = {}, []
+    for slots in BATCHES:
+        workload(folder / f"batch{slots}", 2, "--group", slots, "--max-new", 96, "--uniform")
+        shape = ("--model", folder / size, "--workload", folder / f"batch{slots}", "--dtype", dtype, "--slots", slots, "--repeats", 1)
+        runs = {"ours": ours(folder, size, dtype, f"batch{slots}", slots), "transformers generate": (args.peer_python, "peer_generate.py", *shape),
+                "transformers generate_batch": (args.peer_python, "peer_generate.py", *shape, "--continuous")}
+        for who, command in runs.items():
+            result = last_line(*command) or {"tokens_per_second": float("nan")}
+            speeds.setdefault(who, []).append(result["tokens_per_second"])
+            if who == "ours":
+                roofline.append(result["tokens_per_second"] / result["fraction_of_roofline"])
+    print(f"| {size} {dtype} | slots | {' | '.join(map(str, BATCHES))} |")
+    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    styles = zip(("#000000", "#0072b2", "#d55e00", "#009e73"), ("--", "o-", "s-", "^-"))
+    for (who, values), (colour, style) in zip((("roofline", roofline), *speeds.items()), styles):
+        print(f"| | {who} | {' | '.join(f'{v:,.0f}' for v in values)} |", flush=True)
+        ax.loglog(BATCHES, values, style, color=colour, label=who)
+    ax.set_xticks(BATCHES, list(map(str, BATCHES)))
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("slots")
+    ax.set_ylabel("tokens a second")
+    ax.set_title(f"sampling, {size} {dtype}, 96 new tokens each, two CPU cores", loc="left")
+    ax.legend(frameon=False)
+    figure.savefig(HERE / "batch.png", dpi=120)
 
 
 def compare(args, folder, size, dtype, what):
     if what == "update":
         prompts, group, new = STEPS[size]
         shape = ("--model", folder / size, "--prompts", prompts, "--group", group, "--new-tokens", new, "--dtype", dtype, "--steps", 1)
-        runs = {"ours": (sys.executable, "step.py", *shape, "--micro-batch-tokens", 2048),
+        runs = {"ours": (sys.executable, "step.py", *shape, "--micro-batch-tokens", 1024, *(("--recompute",) if args.recompute else ())),
                 "TRL": (args.peer_python, "peer_trl.py", *shape, "--micro-batch", min(8, prompts * group // 4))}
         unit, better = "seconds_per_step", min
     else:
         shape = ("--model", folder / size, "--workload", folder / what, "--dtype", dtype, "--slots", args.slots, "--repeats", 1)
-        runs = {"ours": (sys.executable, "rollout.py", *shape), "generate": (args.peer_python, "peer_generate.py", *shape),
+        runs = {"ours": ours(folder, size, dtype, what, args.slots), "generate": (args.peer_python, "peer_generate.py", *shape),
                 "generate_batch": (args.peer_python, "peer_generate.py", *shape, "--continuous")}
         unit, better = "tokens_per_second", max
     found = {who: [] for who in runs}
@@ -72,7 +137,7 @@ def compare(args, folder, size, dtype, what):
     medians = {who: statistics.median(r[unit] for r in results) for who, results in found.items() if results}
     anchor = better(value for who, value in medians.items() if who != "ours")
     ratio = medians["ours"] / anchor if better is max else anchor / medians["ours"]
-    extra = {key: found["ours"][-1].get(key) for key in ("slot_occupancy", "fraction_of_roofline", "learn_fraction_of_roofline", "peak_rss_mb")}
+    extra = {key: found["ours"][-1].get(key) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb")}
     if "TRL" in found and found["TRL"]:
         extra["TRL's peak_rss_mb"] = found["TRL"][-1]["peak_rss_mb"]
     print(f"| {size} {dtype} | {what} | " + " | ".join(f"{who} {value:,.1f}" for who, value in medians.items())

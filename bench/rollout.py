@@ -48,6 +48,29 @@ class Watch:
         Slots.decode = self.decode
 
 
+VIEWS = ("view", "as_strided", "slice", "select", "transpose", "permute", "expand", "unsqueeze", "narrow", "split", "reshape", "flatten",
+         "to", "t", "alias", "empty", "detach", "lift_fresh", "resolve", "result_type", "item", "unbind", "set_", "resize_")
+
+
+def kernel_share(model, work, slots, steps=30):
+    """Self time of the operations that compute (no views, no allocation) over the time of a decoding step, both as
+    torch.profiler sees them; the rest is Python and dispatch."""
+    with torch.inference_mode(), model.laid_out(slots):
+        decoding = Slots(model, work, slots)
+        decoding.refill()
+        for _ in range(steps):
+            decoding.advance(1.0, 0, 1.0)
+            decoding.decode()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            start = time.perf_counter()
+            for _ in range(steps):
+                decoding.advance(1.0, 0, 1.0)
+                decoding.decode()
+            wall = time.perf_counter() - start
+    kernels = [e for e in profile.key_averages() if "::" in e.key and not e.key.split("::")[1].lstrip("_").startswith(VIEWS)]
+    return sum(e.self_cpu_time_total for e in kernels) / 1e6 / wall
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--make-model", nargs=2, metavar=("SIZE", "DIR"), help=f"one of {', '.join(SIZES)}")
@@ -63,6 +86,7 @@ def main():
     parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest", help="of float32 products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kernels", action="store_true", help="profile the decoding step: the share of the time in kernels (CPU)")
     args = parser.parse_args()
     if args.make_model:
         return make_model(*args.make_model)
@@ -83,6 +107,9 @@ def main():
         sample(model, work, slots=args.slots, stop_ids=(), temperature=1.0)
         seconds.append(time.perf_counter() - start)
     memory = peak_rss_mb()  # before the ceilings are measured
+    gpu = {}
+    if args.device != "cpu":
+        gpu = {"device": torch.cuda.get_device_name(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)}
     flops, bandwidth = ceilings(getattr(torch, args.dtype), args.device)
     cost, read = decode_cost(model, args.slots, watch.positions / watch.rows)
     speed = tokens / statistics.median(seconds)
@@ -91,7 +118,8 @@ def main():
         "slot_occupancy": round(watch.live / max(1, watch.slots), 4),
         "fraction_of_roofline": round(speed * max(cost / flops, read / bandwidth), 4),
         "peak_rss_mb": memory, "cache_over_filled": round(float(watch.cache_bytes / watch.filled_bytes), 3),
-        "gflops": round(flops / 1e9), "gbytes_per_second": round(bandwidth / 1e9, 1),
+        "gflops": round(flops / 1e9), "gbytes_per_second": round(bandwidth / 1e9, 1), **gpu,
+        **({"kernel_share": round(kernel_share(model, work, args.slots), 3)} if args.kernels else {}),
     }))
 
 
