@@ -512,8 +512,8 @@ def as_set(answer):
 
     if answer.kind in ("interval", "tuple") and len(answer.parts) == 2:
         ends = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
-        if any(end is None or not end.is_extended_real for end in ends):
-            return None
+        if any(end is None or not end.is_extended_real for end in ends) or (ends[0] < ends[1]) != True:  # noqa: E712
+            return None  # (2,1) is a point, and no empty interval
         return sympy.Interval(*ends, answer.mark[0] == "(", answer.mark[1] == ")")
     if answer.kind == "set":
         items = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
