@@ -263,14 +263,19 @@ for names in OTHERS:
     UNITS |= {n + plural: names.split()[0] for n in (*symbol.split(), *names.split()) for plural in ("", "s")}
 UNITS |= {"mph": "mile / hour", "kph": "kilometer / hour", "kmh": "kilometer / hour"}
 CURRENCY = {"dollars_": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
-NO_UNITS = set("hundred thousand million billion trillion dozen half third quarter plus minus times squared cubed over not and or but if is maybe else "
-               "otherwise where for when wrong right choice option factorial about mod base zero one two three four five six seven eight nine ten".split())
+NO_UNITS = re.compile(  # words that make another number of the one before them, or take it back
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|t[yi])|hundred|thousand"
+    r"|[a-z]+illion|lakh|crore|dozen|score|pair|couple|half|halv|third|quarter|fif|nin|twelf|doubl|tripl|quadrupl|factorial|reciprocal|negat[a-z]*|opposit|invers)(?:e?s|e?ths?|e?d|e)?"
+    r"|squared|cubed|(?:un|in|dis|non)?(?:equal|correct|true|valid)s?|wrong|right|false|not?|nor|xor|never|none|neither|nope|yes|less|fewer|more|least|most"
+    r"|under|over|above|below|plus|minus|times|twice|thrice|versus|and|or|but|if|is|are|maybe|perhaps|else|otherwise|instead|where|for|when|about|nearly|almost|mod|base|to|through",
+    re.IGNORECASE)
+COUNTED = re.compile(r".*[^sui]s|people|persons?|(?:wo)?men|children|mice|geese|teeth|fish|sheep|deer|dice", re.IGNORECASE)  # plurals
 UNIT_WORD = r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
 UNIT = re.compile(rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?: *(?:/|\\cdot)? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$")
 
 
-def quantity(text):
-    r"""(text without its unit, unit or None, whether it was followed by a percent sign)."""
+def quantity(text, trusted=False):
+    r"""(text without its unit, unit or None, whether it was followed by a percent sign). trusted: as in `unit_name`."""
     core, unit = text, None
     money = re.fullmatch(r"(-?) *(dollars_|[€£¥]) *(.+)", text) or re.fullmatch(r"()(.+?) *(dollars_|[€£¥])", text)
     if money:
@@ -281,16 +286,18 @@ def quantity(text):
         return percent[1], unit, True
     found = UNIT.fullmatch(core) if not unit else None
     if found:
-        name, known = unit_name(found[2])
-        if name and (number(found[1]) is not None or known and re.search(r"[0-9]|\\(?!text)", found[1])):
+        value = number(found[1])
+        name, known = unit_name(found[2], trusted or value == 1)
+        if name and (value is not None or known and re.search(r"[0-9]|\\(?!text)", found[1])):
             core, unit = found[1], name
     return core, unit, False
 
 
-def unit_name(text):
+def unit_name(text, trusted):
     """(one name for a unit however it is spelled, such as km/h and kilometers per hour; whether all of it is known).
 
-    Up to two unknown words are what is counted (red apples); None: something else.
+    Up to two unknown words are what is counted, the last one a plural (red apples) unless they are trusted, as a gold
+    answer's are; None: something else.
     """
     text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " "))
     for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3")):
@@ -300,7 +307,9 @@ def unit_name(text):
     parts = re.findall(r"[^\W\d]+|[€£¥]|-?[0-9]|/", text)
     names = [UNITS.get(p) or (UNITS.get(p.lower()) if len(p) > 3 else None) or p for p in parts]
     unknown = [p.lower() for p, n in zip(parts, names) if p == n and p not in UNITS and p[0] not in "-/0123456789"]
-    if not parts or NO_UNITS & {p.lower() for p in parts} or len(unknown) > 2 or any(len(p) < 3 for p in unknown):
+    if not parts or any(map(NO_UNITS.fullmatch, unknown)) or len(unknown) > 2 or any(len(p) < 3 for p in unknown):
+        return None, False
+    if unknown and not trusted and not COUNTED.fullmatch(unknown[-1]):
         return None, False
     return " ".join(n.lower().removesuffix("s") if n.lower() in unknown else n for n in names), not unknown
 
@@ -366,7 +375,7 @@ def same_value(gold, answer):
     g, a = BASE.fullmatch(gold), BASE.fullmatch(answer)
     if g or a:
         return bool(g and a and g[1].lstrip("0") == a[1].lstrip("0") and g[2] == a[2])
-    (g, g_unit, g_percent), (a, a_unit, a_percent) = quantity(gold), quantity(answer)
+    (g, g_unit, g_percent), (a, a_unit, a_percent) = quantity(gold, trusted=True), quantity(answer)
     g_unit, a_unit = g_unit or g_percent and "percent", a_unit or a_percent and "percent"
     if g_unit and a_unit and g_unit != a_unit or "" in (g, a):
         return False

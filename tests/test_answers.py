@@ -47,7 +47,7 @@ EQUAL = {
     ],
     "units by their names": [
         ("36\\text{ dollars}", "\\$36"), ("3\\text{ km}", "3\\text{ kilometers}"), ("5\\text{ m/s}^2", "5 \\text{ meters per second}^2"), ("7\\text{ apple}", "7\\text{ apples}"),
-        ("9.8", "9.8\\,\\mathrm{m\\,s^{-2}}"), ("2\\sqrt{3}", "2\\sqrt{3}\\text{ cm}"), ("5\\text{ L}", "5\\text{ liters}"), ("60", "60\\text{ mph}"),
+        ("9.8", "9.8\\,\\mathrm{m\\,s^{-2}}"), ("2\\sqrt{3}", "2\\sqrt{3}\\text{ cm}"), ("5\\text{ L}", "5\\text{ liters}"), ("60", "60\\text{ mph}"), ("4", "4\\text{ red apples}"), ("4", "4 children"), ("1", "1\\text{ way}"), ("7\\text{ apple}", "7"), ("4", "4\\text{ apples per day}"),
     ],
     "words": [
         ("\\text{Saturday}", "saturday"), ("Saturday", "\\textbf{Saturday}"), ("\\text{the circle}", "circle"), ("(E)", "\\text{(E)}"), ("\\text{no solution}", "No solution"),
@@ -65,6 +65,10 @@ DIFFERENT = {
         ("3", "3-\\text{4}"), ("3", "3/\\text{4}"), ("45", "4\\text{5}"), ("x^2", "x^2\\text{ + C}"), ("\\sqrt{2}", "\\sqrt{2}\\text{ plus one}"),
         ("4", "4 million"), ("4", "4 hundred"), ("4", "4 squared"), ("4", "4/two"), ("4", "4 - five"), ("4", "4-xy"), ("2", "2 pi"), ("5\\text{ million}", "5"),
     ],
+    "words that are no unit": [("4", f"4\\text{{ {words}}}") for words in (
+        "xor eleven", "through nineteen", "fifths", "twelfths", "thousands", "millions", "dozens", "pairs", "lakh", "doubled", "negative", "reciprocal", "less than",
+        "incorrect", "false", "never", "elevens", "halves", "negative apples", "twenty apples", "fewer apples", "minus apples", "inverses", "apple", "whatever",
+    )] + [("4", "4 eleven"), ("4", "4 less"), ("2", "2\\text{ apple}")],
     "labels that are none": [
         ("4", "\\not= 4"), ("4", "\\text{not}=4"), ("4", "\\text{anything but}=4"), ("4", "\\pi=4"), ("4", "e=4"), ("4", "\\infty=4"), ("4", "\\sin=4"), ("4", "xy=4"),
         ("4", "\\frac{x}{y}=4"), ("4", "x/y=4"), ("4", "f(2x)=4"), ("4", "f(x+1)=4"), ("4", "\\approx 4"), ("4", "x \\approx 4"), ("\\{1,2\\}", "\\not\\in\\{1,2\\}"),
