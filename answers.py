@@ -315,6 +315,7 @@ def unit_name(text, trusted):
 
 
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+DIGITS = 2500  # to which irrational numbers are compared: more than can be written
 MAX_EXPONENT = 4000  # of ten: exact arithmetic beyond takes long; sympy decides, within its time
 
 
@@ -455,21 +456,16 @@ def same_expression(gold, answer):
     if sympy.Symbol("i") in g.free_symbols & a.free_symbols:  # the imaginary unit where that makes them equal
         g, a = (x.subs(sympy.Symbol("i"), sympy.I) for x in (g, a))
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
-        return same_constant(g, a, 50 + len(gold) + len(answer))
-    return bool(verify(g, a, float_rounding=30, numeric_precision=40, timeout_seconds=None))
+        return same_constant(g, a)
+    return bool(verify(g, a, numeric_precision=DIGITS, timeout_seconds=None))
 
 
-def same_constant(g, a, digits):
-    """Two constants, to more digits than were written: a decimal never passes for an irrational number."""
-    import sympy
-
-    if g == a:
-        return True
-    if g.is_Rational and a.is_Rational or g.is_infinite or a.is_infinite:
+def same_constant(g, a):
+    """Two constants: no digit of their difference is found among the first DIGITS. (Terms that both have cancel exactly.)"""
+    if g.is_infinite or a.is_infinite:
         return bool(g == a)
-    g, a = (sympy.N(x, digits) for x in (g, a))
-    difference, size = abs(g - a), max(abs(g), abs(a))
-    return bool(difference.is_number and size.is_number and difference <= size * sympy.Float(10, digits) ** (10 - digits))
+    difference = (g - a).evalf(2, maxn=DIGITS)  # works with as many digits as two good ones of the result need, up to that
+    return all(part == 0 or part.is_Float and part._prec == 1 for part in difference.as_real_imag())  # a precision of 1: none is good
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
