@@ -141,15 +141,27 @@ def split(text, separators):
 
 LETTERS = "alpha beta gamma delta epsilon eta theta kappa lambda mu nu rho sigma tau phi psi omega hbar ell Delta Gamma Omega Phi"
 GREEK = rf"\\(?:{LETTERS.replace(' ', '|')})(?![a-zA-Z])"
-NEGATED = r"(?![^{}]*\b(?:not|no|but|wrong|never|except|false|isn)\b)"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w))?'*"
 POINTS = rf"[A-Z]{{1,4}}{INDEX}"  # a variable, a segment AB, a triangle ABC
-SYMBOL = rf"(?:\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\text *\{{{NEGATED}[a-zA-Z ]*\}}|{GREEK}|[A-Z]{{2,4}}|[a-df-zA-Z]|{NEGATED}[a-zA-Z]{{4,}}){INDEX}"
+SYMBOL = rf"(?:\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\text *\{{[a-zA-Z ]*\}}|{GREEK}|[A-Z]{{2,4}}|[a-df-zA-Z]|[a-zA-Z]{{4,}}){INDEX}"
 SYMBOLS_LIST = rf"{SYMBOL}(?: *, *{SYMBOL})*"
 LABEL = re.compile(  # what may stand before "=" and be left out: x, f(x), P(A), (p,q), a:b, AB/CD, |AB|, angle ABC
     rf"(?:{SYMBOL}|{SYMBOL} *\( *(?:{SYMBOLS_LIST}|[0-9]+) *\)|\( *{SYMBOLS_LIST} *\)|{SYMBOL}(?: *: *{SYMBOL})+|{POINTS} */ *{POINTS}"
     rf"|\\frac\{{ *{POINTS} *\}}\{{ *{POINTS} *\}}|\| *{POINTS} *\||(?:m *)?\\angle *{POINTS}|\\triangle *{POINTS})"
 )
+QUANTITY = re.compile(  # words that only name a value: the answer, total cost, number of apples
+    r"(?:(?:the|final|total|average|required|minimum|maximum) )*(?:answer|ans|result|solution|value|total|sum|difference|product|quotient|remainder|area|volume"
+    r"|perimeter|circumference|length|width|height|depth|radius|diameter|side|angle|distance|speed|velocity|time|age|cost|price|profit|probability|number|amount"
+    r"|count|mean|median|mode|average|minimum|maximum|range|slope|ratio|rate|degree|mass|weight)(?: of (?:the )?(?P<counted>[a-z]+))?", re.IGNORECASE)
+
+
+def names_only(label, value):
+    """Whether a label that the gold answer lacks says nothing but a name. A word may mean more (NOT=4, twice x=4), or be an
+    answer itself, as a point may where the value is one (A=B)."""
+    if re.search(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{3,}|no", label, re.IGNORECASE) and not re.match(r"(?:m *)?\\(?:angle|triangle)", label):
+        found = QUANTITY.fullmatch(re.sub(r"\\text|[{}]", " ", label).strip(" "))
+        return bool(found) and (not found["counted"] or unit_name(found["counted"], False)[0] is not None)
+    return not re.fullmatch(rf"(?:{SYMBOL})'+", label) and not (re.fullmatch(POINTS, label) and re.fullmatch(rf"{POINTS}|\\text.*|[a-zA-Z]{{3,}}", value))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,8 +202,8 @@ def read_item(text):
             return read(value, False)
         if set(signs) <= {"=", "in"} and LABEL.fullmatch(label) and value:
             if len(sides) == 2:
-                return replace(read(value, False), label=label.replace(" ", ""))
-            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], label.replace(" ", ""))
+                return replace(read(value, False), label=squeeze(label))
+            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], squeeze(label))
         return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
     sides, signs = split(text, (r"\cup", r"\setminus"))
     if signs:
@@ -488,6 +500,8 @@ def equal(gold, answer):
 
 def same(gold, answer):
     """Two shapes."""
+    if answer.label and not gold.label and not names_only(answer.label, gold.text):
+        return False
     if gold.label and answer.label and gold.label != answer.label:
         return same_function(gold, answer) or same_relation(gold, answer)
     if "relation" in (gold.kind, answer.kind):

@@ -35,6 +35,7 @@ EQUAL = {
     "labels": [
         ("x=5", "5"), ("5", "x = 5"), ("f(x)=x^2", "x^2"), ("f(x)=2x", "f(t)=2t"), ("11:21", "V_1 : V_2 = 11 : 21"), ("3", "\\angle ABC = 3"),
         ("\\frac{AB}{CD}=2", "2"), ("5", "x = 2 + 3 = 5"), ("P(A)=\\frac{1}{3}", "\\frac{1}{3}"), ("12", "S_n = 12"), ("10", "|AB| = 10"),
+        *(("4", f"{label}=4") for label in ("\\text{answer}", "Answer", "\\text{total cost}", "\\text{number of apples}", "AB", "f'(2)", "area")), ("B", "\\text{Answer}=B"), ("B", "x=B"),
     ],
     "equations": [
         ("y=3x-2", "3x-y-2=0"), ("x+2y-z=0", "-x-2y+z=0"), ("2 \\cos x \\sin y", "2\\sin y\\cos x"), ("(x-1)^2", "x^2-2x+1"),
@@ -74,6 +75,9 @@ DIFFERENT = {
         ("4", "\\not= 4"), ("4", "\\text{not}=4"), ("4", "\\text{anything but}=4"), ("4", "\\pi=4"), ("4", "e=4"), ("4", "\\infty=4"), ("4", "\\sin=4"), ("4", "xy=4"),
         ("4", "\\frac{x}{y}=4"), ("4", "x/y=4"), ("4", "f(2x)=4"), ("4", "f(x+1)=4"), ("4", "\\approx 4"), ("4", "x \\approx 4"), ("\\{1,2\\}", "\\not\\in\\{1,2\\}"),
         ("\\{1,2\\}", "x\\notin\\{1,2\\}"), ("(-\\infty,1)\\cup(2,\\infty)", "x<1 \\text{ or } y>2"),
+        *(("4", f"{label}=4") for label in ("NOT", "NO", "\\text{Not}", "\\text{neither}", "\\text{unequal to}", "\\text{twice x}", "\\text{x plus one}", "\\text{opposite of answer}", "sqrt",
+                                             "double", "Half", "x'", "INV", "\\text{wrong answer}", "\\text{sum of x and one}", "\\text{number of fives}")),
+        ("B", "A=B"), ("B", "A \\in B"), ("\\text{Alice}", "\\text{Bob}=\\text{Alice}"), ("\\text{even}", "\\text{neither}=\\text{even}"), ("even", "odd=even"), ("4", "NOT=2+2=4"),
     ],
     "points that are no intervals": [
         ("(2,1)", "\\emptyset"), ("(0,0)", "∅"), ("\\emptyset", "(2,1)"), ("(3,2)", "(9,1)\\cup(8,1)"), ("(3,2)", "(5,4)\\setminus(0,1)"), ("(5,3),(2,1)", "\\emptyset,\\emptyset"),
