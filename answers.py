@@ -355,7 +355,7 @@ def number(text):
     if m:
         whole, start, cycle = m[1] or "0", m[2], m[3]
         return sign * (Fraction(int(whole + start), 10 ** len(start)) + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(start)))
-    m = re.fullmatch(rf"({DECIMAL})[eE]([+-]?\d+)", text) or re.fullmatch(
+    m = re.fullmatch(rf"({DECIMAL})[eE](\d+|[+-]\d\d+)", text) or re.fullmatch(
         rf"(?:({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{{ ?([+-]?\d+) ?\}}|(\d)$)", text)
     if m:
         power = int(next(g for g in m.groups()[1:] if g))
@@ -377,7 +377,8 @@ def words(text, certainly=False):
     return plain if len(plain) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", plain.casefold())
 
 
-RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset)(?![a-zA-Z])"
+RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset|[bp]?mod"
+                       r"|[hv]?phantom)(?![a-zA-Z])"
                        r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b")
 
 
@@ -434,7 +435,8 @@ def expression(text):
 
     if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]'|[@#%&\"]|[+\-]{3}|[^ -~]", text) or not re.search(r"\w", text):
         return None  # neighbours that the parser would add up, words, tricks, look-alikes
-    text = re.sub(rf"(?<![\w.])({DECIMAL})[eE]([+-]\d+)", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"\\Gamma(?![a-zA-Z_])", "G_{amma}", text)  # the parser would take it for \gamma, and 2E+1 for 20
+    text = re.sub(r"(?<=\d)E(?=[+-]\d)", " E ", text)
     text = re.sub(rf"({GREEK}) ?\(", r"\1 \\cdot (", text)  # the parser would take them for functions
     text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
     try:
@@ -449,6 +451,7 @@ def expression(text):
     if not isinstance(parsed, sympy.Basic):
         return None
     parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+    parsed = parsed.xreplace({x: sympy.Symbol(x.name + "_") for x in parsed.free_symbols if x.name != x.name.lower()})  # math-verify ignores case
     return evaluated(parsed) if isinstance(parsed, sympy.Expr) else parsed
 
 
