@@ -41,11 +41,12 @@ def extract_answer(text, allow_last_number=False):
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = re.sub(r"(\\boxed\s*\{[^{}\n]*\})%[ \t]*\\boxed.*", r"\1", text)  # the second one is a comment in LaTeX
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
         numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
         return numbers[-1].rstrip(",") if numbers else None
+    if re.search(r"\\boxed\s*\{[^{}\n]*\}%[ \t]*$", text[: boxes[-1].start()]):
+        return None  # the last box is a comment to LaTeX, and the last box to anybody else: neither of the two pays
     depth, start = 1, boxes[-1].end()
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

@@ -48,6 +48,7 @@ EXTRACTED = [  # response, answer
     (r"<think>a</think><think>\boxed{1}", None),
     (r"\boxed{1}</think>\boxed{2}", "2"),  # opened by the template
     (r"</think>\boxed{1}</think>\boxed{2}", "2"),  # the last close tag
+    (r"\boxed{50}% \boxed{60}", None), (r"\boxed{1}%\boxed{2}% or \boxed{3}", "3"), (r"\boxed{50}%, no, \boxed{60}%", "60"),  # a comment to LaTeX, or the last box
     ("", None),
 ]
 
