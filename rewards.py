@@ -63,10 +63,25 @@ def writes_steps(text):
 
 
 def canonical(answer):
-    """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12."""
+    """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12; 1,2 and
+    \\{2,1\\}; x=5 and 5; B and \\text{B}. Units count. Takes time linear in the text, unlike the algebra of `answers.equal`."""
     text = answers.tidy(answer[:LONGEST_ANSWER])
-    number = answers.number(answers.quantity(text.rpartition("=")[2])[0]) if len(text) < 50 else None
-    return answers.squeeze(text) if number is None else str(number)
+    try:
+        return spelled(answers.read(text, True)) if len(text) < 200 else answers.squeeze(text)
+    except answers.TooDeep:
+        return answers.squeeze(text)
+
+
+def spelled(shape):
+    if shape.kind in ("list", "set"):
+        parts = sorted(map(spelled, shape.parts))
+        return ",".join(parts) if len(parts) != 1 else parts[0]
+    if shape.kind in ("tuple", "interval"):
+        return shape.mark[0] + ",".join(map(spelled, shape.parts)) + shape.mark[1]
+    core, unit, percent = answers.quantity(shape.text)
+    value = answers.number(core)
+    core = answers.words(core) or answers.squeeze(core) if value is None else str(value)
+    return " ".join(filter(None, (core, unit, percent and "%")))
 
 
 def at_once(gold, answer):

@@ -205,6 +205,18 @@ def test_equal_cases_are_decided_once(grader):
 def test_canonical_answers_meet():
     assert len({canonical(a) for a in (r"\frac{1}{2}", r"\dfrac{1}{2}", r"$\frac{1} {2}$", r"\tfrac{1}{2}.")}) == 1
     assert canonical("025") == "25" != canonical("-25")
+    for same in (("1,2", "2,1", r"\{1,2\}", "x=2, x=1"), ("B", r"\text{B}", r"\text{(B)}"), ("x=5", "5", "5.0"), (r"5\text{ km}", r"5\text{ kilometers}"), ("(1,0.5)", r"(1, \frac12)")):
+        assert len({canonical(a) for a in same}) == 1, same
+
+
+def test_canonical_answers_stay_apart():
+    """Votes for wrong answers must not be counted for the right one, nor hostile text take the time or raise."""
+    different = ("5 m", "5 km", "5", "4", "2x=4", "x<4", "(1,2)", "(2,1)", "[1,2]", "1,2", "B", "b", r"\sqrt{4}x", "4\\%")
+    assert len({canonical(a) for a in different}) == len(different)
+    start = time.process_time()
+    for monster in (*MONSTERS, "((" * 99, "a" * 199, r"\text{" * 30, "x," * 99, "((((1,2),3),4),5)", "=" * 150, "1" * 150 + "/0", r"\pm" * 60, "", "a b " * 49 + "=1"):
+        assert isinstance(canonical(monster), str)
+    assert time.process_time() - start < 1
 
 
 def test_steps_are_recognised_before_the_box():
