@@ -204,20 +204,35 @@ def wilson(successes, n):
 def interval(values):
     """Mean of one value per problem and its 95 % interval over problems: Wilson's for 0/1 values, else a bootstrap.
 
-    A problem's samples are averaged first, so the bootstrap is clustered: samples of one problem are not independent.
+    A problem's samples are averaged first, so the bootstrap is clustered: samples of one problem are not independent. It
+    knows no values but those that were seen; shares reach at least as high as if all were 0, as low as if all were 1.
     """
     values = np.asarray(values, float)
     if not len(values):
         return math.nan, math.nan, math.nan
     if np.isin(values, (0, 1)).all():
         return values.mean(), *wilson(values.sum(), len(values))
-    return values.mean(), *np.quantile(bootstrap(values), (0.025, 0.975))
+    low, high = bootstrap(values)
+    if 0 <= values.min() and values.max() <= 1:
+        low, high = min(low, wilson(len(values), len(values))[0]), max(high, wilson(0, len(values))[1])
+    return values.mean(), low, high
 
 
-def bootstrap(values, times=2000, seed=0):
-    """Means of the values, one per problem, in `times` resamples of the problems."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    return np.array([rng.choice(values, len(values)).mean() for _ in range(times)])
+def bootstrap(values, times=2000):
+    """95 % interval of the mean over resamples of the values, one per problem."""
+    rng = np.random.default_rng(0)
+    return np.quantile([rng.choice(values, len(values)).mean() for _ in range(times)], (0.025, 0.975))
+
+
+def mean_of(intervals):
+    """Mean of independent means and its interval: the distances to their ends add up as standard errors do (Zou & Donner 2008)."""
+    means, low, high = np.array(intervals).T
+    return means.mean(), *(means.mean() + sign * np.linalg.norm(end - means) / len(means) for sign, end in ((-1, low), (1, high)))
+
+
+def shown(measure, signed=False):
+    """(m, low, high) as per cent."""
+    return ("{:+.1f} % [{:+.1f}, {:+.1f}]" if signed else "{:.1f} % [{:.1f}, {:.1f}]").format(*(100 * x for x in measure))
 
 
 def paired_test(difference, times=10_000):
@@ -226,7 +241,7 @@ def paired_test(difference, times=10_000):
     observed = abs(difference.mean())
     flipped = (abs((rng.choice((-1.0, 1.0), len(difference)) * difference).mean()) for _ in range(times))
     p = (1 + sum(value >= observed - 1e-12 for value in flipped)) / (times + 1)
-    return difference.mean(), *np.quantile(bootstrap(difference), (0.025, 0.975)), p
+    return difference.mean(), *bootstrap(difference), p
 
 
 def summarise(attempts, k):
@@ -245,17 +260,14 @@ def summarise(attempts, k):
 
 def papers_table(name, rates):
     """The papers' table, in per cent, with the published rows beside ours.  rates: {benchmark: right share per problem}"""
-    shown = [c for c in data.BENCHMARKS if c in rates or c in COLUMNS]
-    ours = {c: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in interval(rates[c]))) for c in rates}
-    average = "-"
-    if set(COLUMNS) <= set(rates):
-        means = np.mean([bootstrap(rates[c], seed=i) for i, c in enumerate(COLUMNS)], 0)
-        low, high = np.quantile(means, (0.025, 0.975))
-        average = f"{100 * np.mean([np.mean(rates[c]) for c in COLUMNS]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    rows = [("", *(data.BENCHMARKS[c][0] for c in shown), "mean of the five"), (name, *(ours.get(c, "-") for c in shown), average)]
+    columns = [c for c in data.BENCHMARKS if c in rates or c in COLUMNS]
+    ours = {c: interval(rates[c]) for c in rates}
+    average = shown(mean_of([ours[c] for c in COLUMNS])) if set(COLUMNS) <= set(rates) else "-"
+    rows = [("", *(data.BENCHMARKS[c][0] for c in columns), "mean of the five"),
+            (name, *(shown(ours[c]) if c in ours else "-" for c in columns), average)]
     for model, values in PUBLISHED.items():
         published = dict(zip(COLUMNS, values))
-        rows.append((model, *(str(published.get(c, "-")) for c in shown), str(values[-1])))
+        rows.append((model, *(str(published.get(c, "-")) for c in columns), str(values[-1])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -311,7 +323,7 @@ def compare(folders):
         for measure, (x, y) in measures.items():
             difference, low, high, p = paired_test(np.subtract(y, x, dtype=float))
             report[name][measure] = {"A": np.mean(x), "B": np.mean(y), "difference": difference, "low": low, "high": high, "p": float(p)}
-            print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {difference:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}")
+            print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {shown((difference, low, high), signed=True)}, p = {p:.2g}")
         p, q = map(np.array, measures["accuracy"])
         report[name]["disagreement"] = (p * (1 - q) + q * (1 - p)).mean()
         print(f"  disagreement {report[name]['disagreement']:.1%}")
@@ -459,8 +471,7 @@ def main(arguments=None):
             for name, rows in rows_of.items():
                 if rows:
                     measures[name] = summarise([attempts[i] for i in rows], args.k)
-                    cells = (f"{key} " + (f"{m:.1f} [{lo:.1f}, {hi:.1f}]" if key == "length" else f"{m:.1%} [{lo:.1%}, {hi:.1%}]")
-                             for key, (m, lo, hi) in measures[name].items())
+                    cells = (f"{key} " + ("{:.1f} [{:.1f}, {:.1f}]".format(*m) if key == "length" else shown(m)) for key, m in measures[name].items())
                     print(f"  {name:8} {len(rows):5} problems   " + "   ".join(cells))
             summary["files"][str(path)] = measures
             if Path(path).stem in data.BENCHMARKS:

@@ -10,7 +10,7 @@ import pytest
 
 import eval as evaluation
 from data import Problem, read_problems
-from eval import attempt, evaluation_keys, interval, majority, paired_test, pass_at_k, wilson
+from eval import attempt, evaluation_keys, interval, majority, mean_of, paired_test, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 
 
@@ -31,6 +31,19 @@ def test_intervals():
     mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
     half = 1.96 * math.sqrt(1 / 12 / 400)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
+
+
+def test_an_interval_knows_of_what_it_did_not_see():
+    """One half among zeros tells less than zeros alone, and five means of zeros are not certain: a bare bootstrap says so of both."""
+    assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
+    assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
+    assert mean_of([interval([0] * 30)] * 5) == pytest.approx((0, 0, 0.1135 / math.sqrt(5)), abs=1e-3)
+    rng = np.random.default_rng(2)  # it covers the truth about as often as it says
+    truths, covered = np.array([0.02, 0.1, 0.3, 0.5, 0.8]), []
+    for _ in range(100):
+        mean, low, high = mean_of([interval(rng.random(60) < truth) for truth in truths])
+        covered.append(low <= truths.mean() <= high)
+    assert 0.88 <= np.mean(covered)
 
 
 def answers(*boxes):
@@ -142,7 +155,7 @@ def test_benchmarks_end_in_the_papers_table(tmp_path, toy_folder, capsys):
                      "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     (ours,) = [line for line in printed.splitlines() if "(fastcurl)" in line and "toy" in line]
-    assert ours.count("0.0 [0.0, ") == 6  # five benchmarks and their mean; Wilson's interval is not empty
+    assert ours.count("0.0 % [0.0, ") == 6 and "0.0]" not in ours  # five benchmarks and their mean; no interval is empty
     (header,) = [line for line in printed.splitlines() if "mean of the five" in line]
     assert header.split() == ["AIME24", "MATH500", "AMC", "Minerva", "Olympiad", "mean", "of", "the", "five"]
     assert "DeepScaleR-1.5B (deepscaler)" in printed and "57.0" in printed
