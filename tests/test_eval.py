@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import eval as evaluation
 from data import Problem, read_problems
 from eval import attempt, evaluation_keys, interval, majority, mean_of, paired_test, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
+from rollout import sample
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -207,5 +209,30 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, m
 def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
     policy = evaluation.Policy.load(str(folder))
-    assert {7, 8, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+    assert policy.tokenizer.eos_token_id not in (7, 8, 9)
+    assert {7, 8, 9, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+
+
+def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, toy_folder, capsys):
+    """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can compare."""
+    (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    seen = {}
+    monkeypatch.setattr(evaluation, "sample", lambda model, requests, **settings: seen.update(settings, requests=requests) or sample(model, requests, **settings))
+    evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--protocol", "deepscaler", "--samples", "2", "--max-new-tokens", "4",
+                     "--top-k", "9", "--out", str(tmp_path / "out")])
+    assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
+    (request,) = seen["requests"]
+    text = evaluation.Policy.load(str(toy_folder)).tokenizer.decode(request.prompt)
+    assert "1+1 Let's think" in text  # a blank, where training has a new line
+
+
+def test_thoughts_that_the_template_opened_are_no_answer(monkeypatch, toy_policy):
+    """Without the opening put back, a box within thoughts that never close would pay."""
+    (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
+    for text, opening, verdict in (("\\boxed{2}", "<think>", NO_ANSWER), ("hm</think>\\boxed{2}", "<think>", RIGHT), ("\\boxed{2}", "", RIGHT)):
+        monkeypatch.setattr(evaluation.Policy, "text", lambda *_, text=text: text)
+        ((done,),) = attempt(toy_policy, Grader(), [replace(prompt, opening=opening)], [[1]], max_new_tokens=2, temperature=1.0, slots=1)
+        assert done.verdict == verdict

@@ -48,6 +48,7 @@ EXTRACTED = [  # response, answer
     (r"<think>a</think><think>\boxed{1}", None),
     (r"\boxed{1}</think>\boxed{2}", "2"),  # opened by the template
     (r"</think>\boxed{1}</think>\boxed{2}", "2"),  # the last close tag
+    (r"</think>\boxed{1}</think> so it is 2", None),
     (r"\boxed{50}% \boxed{60}", None), (r"\boxed{1}%\boxed{2}% or \boxed{3}", "3"), (r"\boxed{50}%, no, \boxed{60}%", "60"),  # a comment to LaTeX, or the last box
     ("", None),
 ]
@@ -193,6 +194,11 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path
     monkeypatch.setattr(rewards.os.path, "abspath", lambda _: str(tmp_path / "broken.py"))
     with pytest.raises(RuntimeError, match="do not start"):
         Grader(workers=1).compare([("1/2", "0.5")])
+
+
+def test_no_answer_is_longer_than_a_page(grader):
+    """Else the parser's time grows with what a policy can write: 100,000 characters are a case."""
+    assert grader.compare([("5", "0" * 999 + "5"), ("5", "0" * 1000 + "5"), ("x+1", "x+1" + "+0" * 500)]) == [RIGHT, WRONG, WRONG]
 
 
 def test_equal_cases_are_decided_once(grader):
