@@ -62,6 +62,7 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"\\([a-zA-Z]+)": lambda m: MACROS.get(m[1], m[0]),
     r"\\text +(?=\{)": r"\\text",
     r"\^\{ *\\circ *\}": r"^\\circ",
+    r"\\(sin|cos|tan|cot|sec|csc) *\(? ?([0-9.]+) ?\^\\circ ?\)?": r"\\\1(\\frac{\2\\pi}{180})",
     r"\^ *(?:\\prime|\{ *\\prime *\})": "'",
     r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
     r"\\(sqrt|frac) +(?=[\d{])": r"\\\1",
@@ -69,6 +70,8 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"\\frac(\d)\{": r"\\frac{\1}{",
     r"\\frac(\{[^{}]*\})(\d)": r"\\frac\1{\2}",
     r"\\sqrt(\d)": r"\\sqrt{\1}",
+    r"(?<=[.\d])\\(?:overline|dot) ?\{? ?(\d+) ?\}?(?!\d|\\dot)": r"\\overline{\1}",
+    r"\\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\} ?\}": r"\\text{\1/\2}",  # of units
     r"([_^])\{ ?(\w) ?\}(?!\w)": r"\1\2",
 }
 RESPELLED = {re.compile(pattern): spelling for pattern, spelling in RESPELLED.items()}
@@ -240,10 +243,13 @@ def enclosed(text, left):
 
 def read_enclosed(text, left, inside, right):
     if (left, right) == (r"\{", r"\}"):
+        head, by, condition = re.split(r"(\\mid|\||:)", inside, maxsplit=1) if re.search(r"\\mid|\||:", inside) else ("", "", "")
+        if by:  # a set by its condition
+            item = read(condition.strip(" "), False)
+            named = item.kind == "relation" and as_interval(item) and variable(item) == head.strip(" ")
+            return item if named else Answer("value", text)
         items = read(inside, False) if inside else Answer("list", "")
         parts = items.parts if items.kind == "list" else (items,)
-        if re.search(r"\\mid|\||:", inside):  # a set by its condition
-            return Answer("value", text)
         return Answer("set", text, parts, label=items.label)
     parts, _ = split(inside, (",", ";"))
     if len(parts) == 1 and (left, right) in (("(", ")"), ("[", "]")):
@@ -263,7 +269,7 @@ PREFIXES = {"n": "nano", "µ": "micro", "μ": "micro", "m": "milli", "c": "centi
 SI = {"m": "meter metre", "g": "gram", "s": "second sec", "L": "liter litre", "l": "liter", "N": "newton", "Pa": "pascal", "J": "joule", "W": "watt",
       "V": "volt", "A": "ampere amp", "Hz": "hertz", "eV": "electronvolt", "mol": "mole", "K": "kelvin", "T": "tesla", "C": "coulomb", "cal": "calorie"}
 OTHERS = ("in=inch inches", "ft=foot feet", "yd=yard", "mi=mile", "min=minute", "h=hour hr", "day", "week", "month", "yr=year", "lb=pound", "oz=ounce",
-          "gal=gallon", "ton tonne", "deg=degree", "rad=radian", "dollar usd", "cent", "euro eur €", "sterling £", "yen ¥", "percent", "acre",
+          "gal=gallon", "ton tonne", "deg=degree", "rad=radian", "dollar usd USD", "cent", "euro eur EUR €", "sterling £", "yen ¥", "percent", "acre",
           "hectare", "erg", "atm", "gauss", "angstrom", "ohm")
 UNITS = {}  # spelling -> name
 for symbol, names in SI.items():
@@ -312,7 +318,8 @@ def unit_name(text, trusted):
     answer's are; None: something else.
     """
     text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " "))
-    for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3")):
+    for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3"),
+                              (r"(\w+) ?\^ ?-1\b", r"/ \1"), (r"(\w+) ?\^ ?-([2-9])\b", r"/ \1 \2")):
         text = re.sub(pattern, spelling, text)
     if re.search(r"[^a-zA-ZµμÅ€£¥0-9/^. -]|(?<![\^a-zA-Z-] )(?<![\^a-zA-Z-])[0-9]", text):
         return None, False
@@ -468,7 +475,7 @@ def same_expression(gold, answer):
     g, a = expression(gold), expression(answer)
     if g is None or a is None or any(x.has(sympy.nan, sympy.zoo) for x in (g, a)):
         return False
-    if sympy.Symbol("i") in g.free_symbols & a.free_symbols:  # the imaginary unit where that makes them equal
+    if any(x.free_symbols == {sympy.Symbol("i")} for x in (g, a)) or sympy.Symbol("i") in g.free_symbols & a.free_symbols:  # the imaginary unit
         g, a = (x.subs(sympy.Symbol("i"), sympy.I) for x in (g, a))
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
         return same_constant(g, a)
@@ -554,12 +561,14 @@ def as_set(answer):
 
 def same_items(gold, answer):
     """Lists and sets: the same items in any order. A repeated item counts only where the gold repeats one."""
+    if gold.kind == "tuple" and answer.kind == "list" and len({item.label for item in answer.parts} - {""}) == len(gold.parts) == len(answer.parts):
+        return all(map(same, gold.parts, sorted(answer.parts, key=lambda item: item.label)))  # x=1, y=2 is (1,2)
     if any(x.kind in ("tuple", "interval", "union", "matrix") for x in (gold, answer)):
         return False
     g, a = (x.parts if x.kind in ("list", "set") else (x,) for x in (gold, answer))
     labels = [[item.label for item in items] for items in (g, a)]
-    if len(g) == len(a) and any(labels[0]) != any(labels[1]) and len(set(filter(None, labels[0] + labels[1]))) > 1:
-        return all(map(same, g, a))  # a=1, b=2 without its labels: the order tells
+    if len(g) == len(a) and any(labels[0]) != any(labels[1]) and len({re.sub(INDEX + "$", "", label) for label in labels[0] + labels[1] if label}) > 1:
+        return all(map(same, g, a))  # a=1, b=2 without its labels: the order tells; x_1=1, x_2=2 are the solutions x
     if len(a) != len(g):
         a = [item for i, item in enumerate(a) if not any(same(item, other) for other in a[:i])]
     return match_all(g, a)
