@@ -38,6 +38,7 @@ PROTOCOLS = {  # what --protocol puts in their place: the evaluation scripts of 
     "deepscaler": {"samples": 16, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
     "fastcurl": {"samples": 16, "temperature": 0.6, "top_p": 1.0, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
 }
+SETTINGS = "model protocol samples k temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()  # of a result
 COLUMNS = ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")  # of the papers' table; AMC is the version of 83 problems
 PUBLISHED = {  # model (protocol): per cent, in the order of COLUMNS, then their mean as it was published
     "R1-Distill-Qwen-1.5B (deepscaler)": (28.8, 82.8, 62.9, 26.5, 43.3, 48.9),
@@ -292,6 +293,15 @@ def read_results(folder):
     return results
 
 
+def read_settings(folder):
+    """What a result was sampled with; {} if its summary is not there (the evaluation was interrupted)."""
+    try:
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+        return {name: summary.get(name) for name in SETTINGS}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def compare(folders):
     """Print how two results differ, problem by problem, for every file and level, and return it as a dictionary.
 
@@ -303,7 +313,12 @@ def compare(folders):
         raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
     if len(pairs) < len(a) or len(pairs) < len(b):
         print(f"only in A: {len(a) - len(pairs)} problems, only in B: {len(b) - len(pairs)}; both are left out")
-    rows = {}
+    settings, rows = list(map(read_settings, folders)), {}
+    for name in SETTINGS if all(settings) else ():
+        if settings[0][name] != settings[1][name]:
+            print(f"{name} differs: A {settings[0][name]!r}, B {settings[1][name]!r}")
+    for name in (name for name, known in zip("AB", settings) if not known):
+        print(f"{name} has no summary.json that can be read: whether both were sampled alike is unknown")
     for key in pairs:
         level = a[key][0]["level"]
         for name in (key[0], f"{key[0]}, {level}") if level else (key[0],):
@@ -457,8 +472,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
-    settings = "model protocol samples temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()
-    summary = {name: getattr(args, name) for name in settings}
+    summary = {name: getattr(args, name) for name in SETTINGS}
     summary["files"], rates = {}, {}
     with open(args.out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
         for path, problems in files.items():

@@ -108,6 +108,20 @@ def test_compare_pairs_problems(tmp_path, capsys):
     assert report["majority"]["A"] == 1.0 and report["majority"]["B"] == 0.5  # ties go to the first
 
 
+def test_compare_says_which_settings_differ(tmp_path, capsys):
+    """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better model."""
+    a, b = write_results(tmp_path / "a", [[1, 0]]), write_results(tmp_path / "b", [[1, 1]])
+    settings = dict.fromkeys(evaluation.SETTINGS) | {"temperature": 1.0, "k": 2}
+    (tmp_path / "a/summary.json").write_text(json.dumps(settings))
+    evaluation.main(["--compare", a, b])
+    assert "B has no summary.json" in capsys.readouterr().out
+    (tmp_path / "b/summary.json").write_text(json.dumps(settings | {"temperature": 0.6, "protocol": "deepscaler"}))
+    evaluation.main(["--compare", a, b])
+    printed = capsys.readouterr().out
+    assert "temperature differs: A 1.0, B 0.6" in printed and "protocol differs: A None, B 'deepscaler'" in printed
+    assert printed.count("differs") == 2 and "pass@2" in printed
+
+
 def test_compare_needs_two_results_of_the_same_problems(tmp_path, capsys):
     a, b = write_results(tmp_path / "a", [[1]]), write_results(tmp_path / "b", [[1]])
     (tmp_path / "b/completions.jsonl").write_text((tmp_path / "b/completions.jsonl").read_text().replace("p.jsonl", "q.jsonl"))
