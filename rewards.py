@@ -76,7 +76,7 @@ def spelled(shape):
     if shape.kind in ("list", "set"):
         parts = sorted(map(spelled, shape.parts))
         return ",".join(parts) if len(parts) != 1 else parts[0]
-    if shape.kind in ("tuple", "interval"):
+    if shape.kind == "tuple":
         return shape.mark[0] + ",".join(map(spelled, shape.parts)) + shape.mark[1]
     core, unit, percent = answers.quantity(shape.text)
     value = answers.number(core)
