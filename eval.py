@@ -295,11 +295,8 @@ def read_results(folder):
 
 def read_settings(folder):
     """What a result was sampled with; {} if its summary is not there (the evaluation was interrupted)."""
-    try:
-        summary = json.loads((Path(folder) / "summary.json").read_text())
-        return {name: summary.get(name) for name in SETTINGS}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    path = Path(folder) / "summary.json"
+    return {**dict.fromkeys(SETTINGS), **json.loads(path.read_text())} if path.is_file() else {}
 
 
 def compare(folders):
@@ -314,11 +311,10 @@ def compare(folders):
     if len(pairs) < len(a) or len(pairs) < len(b):
         print(f"only in A: {len(a) - len(pairs)} problems, only in B: {len(b) - len(pairs)}; both are left out")
     settings, rows = list(map(read_settings, folders)), {}
-    for name in SETTINGS if all(settings) else ():
-        if settings[0][name] != settings[1][name]:
-            print(f"{name} differs: A {settings[0][name]!r}, B {settings[1][name]!r}")
-    for name in (name for name, known in zip("AB", settings) if not known):
-        print(f"{name} has no summary.json that can be read: whether both were sampled alike is unknown")
+    if not all(settings):
+        print("no summary.json beside both results: whether they were sampled alike is unknown")
+    for name in (name for name in SETTINGS if all(settings) and settings[0][name] != settings[1][name]):
+        print(f"{name} differs: A {settings[0][name]!r}, B {settings[1][name]!r}")
     for key in pairs:
         level = a[key][0]["level"]
         for name in (key[0], f"{key[0]}, {level}") if level else (key[0],):
@@ -348,8 +344,8 @@ def compare(folders):
 # ------------------------------------------------------------------------------------------------------ difficulty
 
 
-def print_difficulty(attempts, qualities):
-    """A histogram of pass rates, and how well they place the problems."""
+def print_difficulty(attempts):
+    """A histogram of pass rates."""
     n = len(attempts[0])
     right = np.array([sum(a.right for a in group) for group in attempts])
     bins = np.minimum(right * 10 // n, 9) if n >= 10 else right
@@ -358,9 +354,6 @@ def print_difficulty(attempts, qualities):
         low, high = wilson((bins == b).sum(), len(bins))
         label = f"{b / 10:.1f} - {(b + 1) / 10:.1f}" if n >= 10 else f"{b}/{n}"
         print(f"  {label:>9}  {(bins == b).mean():6.1%} [{low:.1%}, {high:.1%}]  {'#' * round(60 * (bins == b).mean())}")
-    bounds = [q for q in qualities if q < 1]
-    uncertain = np.mean([any(low < 1 - q < high for q in bounds) for low, high in (wilson(r, n) for r in right)])
-    print(f"  {uncertain:.1%} of the problems may belong to another level: their interval contains a threshold of Q = {qualities}")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -491,7 +484,7 @@ def main(arguments=None):
             if Path(path).stem in data.BENCHMARKS:
                 rates[Path(path).stem] = [np.mean([a.right for a in group]) for group in attempts]
             if args.add_pass_rate:
-                print_difficulty(attempts, args.quality)
+                print_difficulty(attempts)
                 with open(args.add_pass_rate, "x", encoding="utf-8") as file:
                     for p, group in zip(problems, attempts):
                         rate = sum(a.right for a in group) / args.samples

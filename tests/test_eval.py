@@ -114,7 +114,7 @@ def test_compare_says_which_settings_differ(tmp_path, capsys):
     settings = dict.fromkeys(evaluation.SETTINGS) | {"temperature": 1.0, "k": 2}
     (tmp_path / "a/summary.json").write_text(json.dumps(settings))
     evaluation.main(["--compare", a, b])
-    assert "B has no summary.json" in capsys.readouterr().out
+    assert "no summary.json beside both" in capsys.readouterr().out
     (tmp_path / "b/summary.json").write_text(json.dumps(settings | {"temperature": 0.6, "protocol": "deepscaler"}))
     evaluation.main(["--compare", a, b])
     printed = capsys.readouterr().out
