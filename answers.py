@@ -242,11 +242,10 @@ def enclosed(text, left):
 
 def read_enclosed(text, left, inside, right):
     if (left, right) == (r"\{", r"\}"):
-        head, by, condition = re.split(r"(\\mid|\||:)", inside, maxsplit=1) if re.search(r"\\mid|\||:", inside) else ("", "", "")
-        if by:  # a set by its condition
-            item = read(condition.strip(" "), False)
-            named = item.kind == "relation" and as_interval(item) and variable(item) == head.strip(" ")
-            return item if named else Answer("value", text)
+        found = re.fullmatch(r"(.*?) ?(?:\\mid|\||:) ?(.*)", inside)
+        if found:  # a set by its condition
+            item = read(found[2], False)
+            return item if item.kind == "relation" and as_interval(item) and variable(item) == found[1] else Answer("value", text)
         items = read(inside, False) if inside else Answer("list", "")
         parts = items.parts if items.kind == "list" else (items,)
         return Answer("set", text, parts, label=items.label)
@@ -323,9 +322,8 @@ def unit_name(text, trusted):
     parts = re.findall(r"[^\W\d]+|[€£¥]|-?[0-9]|/", text)
     names = [UNITS.get(p) or (UNITS.get(p.lower()) if len(p) > 3 else None) or p for p in parts]
     unknown = [p.lower() for p, n in zip(parts, names) if p == n and p not in UNITS and p[0] not in "-/0123456789"]
-    if not parts or any(map(NO_UNITS.fullmatch, unknown)) or len(unknown) > 2 or any(len(p) < 3 for p in unknown):
-        return None, False
-    if unknown and not trusted and not COUNTED.fullmatch(unknown[-1]):
+    if not parts or len(unknown) > 2 or any(len(p) < 3 or NO_UNITS.fullmatch(p) for p in unknown) or (
+            unknown and not trusted and not COUNTED.fullmatch(unknown[-1])):
         return None, False
     return " ".join(n.lower().removesuffix("s") if n.lower() in unknown else n for n in names), not unknown
 

@@ -194,8 +194,6 @@ def majority(answers, right):
 
 def wilson(successes, n):
     """95 % interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -293,12 +291,6 @@ def read_results(folder):
     return results
 
 
-def read_settings(folder):
-    """What a result was sampled with; {} if its summary is not there (the evaluation was interrupted)."""
-    path = Path(folder) / "summary.json"
-    return {**dict.fromkeys(SETTINGS), **json.loads(path.read_text())} if path.is_file() else {}
-
-
 def compare(folders):
     """Print how two results differ, problem by problem, for every file and level, and return it as a dictionary.
 
@@ -310,11 +302,13 @@ def compare(folders):
         raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
     if len(pairs) < len(a) or len(pairs) < len(b):
         print(f"only in A: {len(a) - len(pairs)} problems, only in B: {len(b) - len(pairs)}; both are left out")
-    settings, rows = list(map(read_settings, folders)), {}
-    if not all(settings):
+    summaries, rows = [Path(folder) / "summary.json" for folder in folders], {}
+    if all(path.is_file() for path in summaries):
+        one, other = (json.loads(path.read_text()) for path in summaries)
+        for name in (name for name in SETTINGS if one.get(name) != other.get(name)):
+            print(f"{name} differs: A {one.get(name)!r}, B {other.get(name)!r}")
+    else:  # an evaluation was interrupted
         print("no summary.json beside both results: whether they were sampled alike is unknown")
-    for name in (name for name in SETTINGS if all(settings) and settings[0][name] != settings[1][name]):
-        print(f"{name} differs: A {settings[0][name]!r}, B {settings[1][name]!r}")
     for key in pairs:
         level = a[key][0]["level"]
         for name in (key[0], f"{key[0]}, {level}") if level else (key[0],):

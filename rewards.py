@@ -74,8 +74,7 @@ def canonical(answer):
 
 def spelled(shape):
     if shape.kind in ("list", "set"):
-        parts = sorted(map(spelled, shape.parts))
-        return ",".join(parts) if len(parts) != 1 else parts[0]
+        return ",".join(sorted(map(spelled, shape.parts)))
     if shape.kind == "tuple":
         return shape.mark[0] + ",".join(map(spelled, shape.parts)) + shape.mark[1]
     core, unit, percent = answers.quantity(shape.text)
@@ -309,11 +308,8 @@ def main():
     grader = Grader(allow_last_number=args.allow_last_number)
     start = time.perf_counter()
 
-    def answer_of(case):
-        boxed = case["prediction"].strip() or None
-        return boxed if case.get("kind") == "answer" else extract_answer(case["prediction"], args.allow_last_number)
-
-    verdicts = grader.compare([(case["gold"], answer_of(case)) for case in cases])
+    answer_of = {"answer": lambda text: text.strip() or None, "response": grader.extract}
+    verdicts = grader.compare([(case["gold"], answer_of[case.get("kind", "response")](case["prediction"])) for case in cases])
     seconds = time.perf_counter() - start
     counts = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
     for case, verdict in zip(cases, verdicts):
