@@ -285,7 +285,7 @@ NO_UNITS = re.compile(  # words that make another number of the one before them,
     re.IGNORECASE)
 COUNTED = re.compile(r".*[^sui]s|people|persons?|(?:wo)?men|children|mice|geese|teeth|fish|sheep|deer|dice", re.IGNORECASE)  # plurals
 UNIT_WORD = r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
-UNIT = re.compile(rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?: *(?:/|\\cdot)? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$")
+UNIT = re.compile(rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?:(?: *(?:/|\\cdot))? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$")
 
 
 def quantity(text, trusted=False):
