@@ -220,7 +220,7 @@ def test_canonical_answers_stay_apart():
     different = ("5 m", "5 km", "5", "4", "2x=4", "x<4", "(1,2)", "(2,1)", "[1,2]", "1,2", "B", "b", r"\sqrt{4}x", "4\\%")
     assert len({canonical(a) for a in different}) == len(different)
     start = time.process_time()
-    for monster in (*MONSTERS, "((" * 99, "a" * 199, r"\text{" * 30, "x," * 99, "((((1,2),3),4),5)", "=" * 150, "1" * 150 + "/0", r"\pm" * 60, "", "a b " * 49 + "=1", "4 \\text{ or" + " orxt" * 32):
+    for monster in (*MONSTERS, "((" * 99, "a" * 199, r"\text{" * 30, "x," * 99, "((((1,2),3),4),5)", "=" * 150, "1" * 150 + "/0", r"\pm" * 60, "", "a b " * 49 + "=1", "4" + " orxt" * 21 + "{"):
         assert isinstance(canonical(monster), str)
     assert time.process_time() - start < 1
 
