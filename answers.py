@@ -278,10 +278,11 @@ for names in OTHERS:
 UNITS |= {"mph": "mile / hour", "kph": "kilometer / hour", "kmh": "kilometer / hour"}
 CURRENCY = {"dollars_": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 NO_UNITS = re.compile(  # words that make another number of the one before them, or take it back
-    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|t[yi])|hundred|thousand"
-    r"|[a-z]+illion|lakh|crore|dozen|score|pair|couple|half|halv|third|quarter|fif|nin|twelf|doubl|tripl|quadrupl|factorial|reciprocal|negat[a-z]*|opposit|invers)(?:e?s|e?ths?|e?d|e)?"
-    r"|squared|cubed|(?:un|in|dis|non)?(?:equal|correct|true|valid)s?|wrong|right|false|not?|nor|xor|never|none|neither|nope|yes|less|fewer|more|least|most"
-    r"|under|over|above|below|plus|minus|times|twice|thrice|versus|and|or|but|if|is|are|maybe|perhaps|else|otherwise|instead|where|for|when|about|nearly|almost|mod|base|to|through",
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|t[yi])"
+    r"|hundred|thousand|[a-z]+illion|lakh|crore|dozen|score|pair|couple|half|halv|third|quarter|fif|nin|twelf|doubl|tripl|quadrupl|factorial"
+    r"|reciprocal|negat[a-z]*|opposit|invers)(?:e?s|e?ths?|e?d|e)?|squared|cubed|(?:un|in|dis|non)?(?:equal|correct|true|valid)s?|wrong|right"
+    r"|false|not?|nor|xor|never|none|neither|nope|yes|less|fewer|more|least|most|under|over|above|below|plus|minus|times|twice|thrice|versus"
+    r"|and|or|but|if|is|are|maybe|perhaps|else|otherwise|instead|where|for|when|about|nearly|almost|mod|base|to|through",
     re.IGNORECASE)
 COUNTED = re.compile(r".*[^sui]s|people|persons?|(?:wo)?men|children|mice|geese|teeth|fish|sheep|deer|dice", re.IGNORECASE)  # plurals
 UNIT_WORD = r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
