@@ -38,6 +38,7 @@ PROTOCOLS = {  # what --protocol puts in their place: the evaluation scripts of 
     "deepscaler": {"samples": 16, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
     "fastcurl": {"samples": 16, "temperature": 0.6, "top_p": 1.0, "max_new_tokens": 32768, "suffix": f" {data.INSTRUCTION}"},
 }
+SETTINGS = "model protocol samples k temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()  # of a result
 COLUMNS = ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")  # of the papers' table; AMC is the version of 83 problems
 PUBLISHED = {  # model (protocol): per cent, in the order of COLUMNS, then their mean as it was published
     "R1-Distill-Qwen-1.5B (deepscaler)": (28.8, 82.8, 62.9, 26.5, 43.3, 48.9),
@@ -193,8 +194,6 @@ def majority(answers, right):
 
 def wilson(successes, n):
     """95 % interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -204,20 +203,35 @@ def wilson(successes, n):
 def interval(values):
     """Mean of one value per problem and its 95 % interval over problems: Wilson's for 0/1 values, else a bootstrap.
 
-    A problem's samples are averaged first, so the bootstrap is clustered: samples of one problem are not independent.
+    A problem's samples are averaged first, so the bootstrap is clustered: samples of one problem are not independent. It
+    knows no values but those that were seen; shares reach at least as high as if all were 0, as low as if all were 1.
     """
     values = np.asarray(values, float)
     if not len(values):
         return math.nan, math.nan, math.nan
     if np.isin(values, (0, 1)).all():
         return values.mean(), *wilson(values.sum(), len(values))
-    return values.mean(), *np.quantile(bootstrap(values), (0.025, 0.975))
+    low, high = bootstrap(values)
+    if 0 <= values.min() and values.max() <= 1:
+        low, high = min(low, wilson(len(values), len(values))[0]), max(high, wilson(0, len(values))[1])
+    return values.mean(), low, high
 
 
-def bootstrap(values, times=2000, seed=0):
-    """Means of the values, one per problem, in `times` resamples of the problems."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    return np.array([rng.choice(values, len(values)).mean() for _ in range(times)])
+def bootstrap(values, times=2000):
+    """95 % interval of the mean over resamples of the values, one per problem."""
+    rng = np.random.default_rng(0)
+    return np.quantile([rng.choice(values, len(values)).mean() for _ in range(times)], (0.025, 0.975))
+
+
+def mean_of(intervals):
+    """Mean of independent means and its interval: the distances to their ends add up as standard errors do (Zou & Donner 2008)."""
+    means, low, high = np.array(intervals).T
+    return means.mean(), *(means.mean() + sign * np.linalg.norm(end - means) / len(means) for sign, end in ((-1, low), (1, high)))
+
+
+def shown(measure, signed=False):
+    """(m, low, high) as per cent."""
+    return ("{:+.1f} % [{:+.1f}, {:+.1f}]" if signed else "{:.1f} % [{:.1f}, {:.1f}]").format(*(100 * x for x in measure))
 
 
 def paired_test(difference, times=10_000):
@@ -226,7 +240,7 @@ def paired_test(difference, times=10_000):
     observed = abs(difference.mean())
     flipped = (abs((rng.choice((-1.0, 1.0), len(difference)) * difference).mean()) for _ in range(times))
     p = (1 + sum(value >= observed - 1e-12 for value in flipped)) / (times + 1)
-    return difference.mean(), *np.quantile(bootstrap(difference), (0.025, 0.975)), p
+    return difference.mean(), *bootstrap(difference), p
 
 
 def summarise(attempts, k):
@@ -245,17 +259,14 @@ def summarise(attempts, k):
 
 def papers_table(name, rates):
     """The papers' table, in per cent, with the published rows beside ours.  rates: {benchmark: right share per problem}"""
-    shown = [c for c in data.BENCHMARKS if c in rates or c in COLUMNS]
-    ours = {c: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in interval(rates[c]))) for c in rates}
-    average = "-"
-    if set(COLUMNS) <= set(rates):
-        means = np.mean([bootstrap(rates[c], seed=i) for i, c in enumerate(COLUMNS)], 0)
-        low, high = np.quantile(means, (0.025, 0.975))
-        average = f"{100 * np.mean([np.mean(rates[c]) for c in COLUMNS]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    rows = [("", *(data.BENCHMARKS[c][0] for c in shown), "mean of the five"), (name, *(ours.get(c, "-") for c in shown), average)]
+    columns = [c for c in data.BENCHMARKS if c in rates or c in COLUMNS]
+    ours = {c: interval(rates[c]) for c in rates}
+    average = shown(mean_of([ours[c] for c in COLUMNS])) if set(COLUMNS) <= set(rates) else "-"
+    rows = [("", *(data.BENCHMARKS[c][0] for c in columns), "mean of the five"),
+            (name, *(shown(ours[c]) if c in ours else "-" for c in columns), average)]
     for model, values in PUBLISHED.items():
         published = dict(zip(COLUMNS, values))
-        rows.append((model, *(str(published.get(c, "-")) for c in shown), str(values[-1])))
+        rows.append((model, *(str(published.get(c, "-")) for c in columns), str(values[-1])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -291,7 +302,13 @@ def compare(folders):
         raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
     if len(pairs) < len(a) or len(pairs) < len(b):
         print(f"only in A: {len(a) - len(pairs)} problems, only in B: {len(b) - len(pairs)}; both are left out")
-    rows = {}
+    summaries, rows = [Path(folder) / "summary.json" for folder in folders], {}
+    if all(path.is_file() for path in summaries):
+        one, other = (json.loads(path.read_text()) for path in summaries)
+        for name in (name for name in SETTINGS if one.get(name) != other.get(name)):
+            print(f"{name} differs: A {one.get(name)!r}, B {other.get(name)!r}")
+    else:  # an evaluation was interrupted
+        print("no summary.json beside both results: whether they were sampled alike is unknown")
     for key in pairs:
         level = a[key][0]["level"]
         for name in (key[0], f"{key[0]}, {level}") if level else (key[0],):
@@ -311,7 +328,7 @@ def compare(folders):
         for measure, (x, y) in measures.items():
             difference, low, high, p = paired_test(np.subtract(y, x, dtype=float))
             report[name][measure] = {"A": np.mean(x), "B": np.mean(y), "difference": difference, "low": low, "high": high, "p": float(p)}
-            print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {difference:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}")
+            print(f"  {measure:9} A {np.mean(x):.1%}   B {np.mean(y):.1%}   B - A {shown((difference, low, high), signed=True)}, p = {p:.2g}")
         p, q = map(np.array, measures["accuracy"])
         report[name]["disagreement"] = (p * (1 - q) + q * (1 - p)).mean()
         print(f"  disagreement {report[name]['disagreement']:.1%}")
@@ -321,8 +338,8 @@ def compare(folders):
 # ------------------------------------------------------------------------------------------------------ difficulty
 
 
-def print_difficulty(attempts, qualities):
-    """A histogram of pass rates, and how well they place the problems."""
+def print_difficulty(attempts):
+    """A histogram of pass rates."""
     n = len(attempts[0])
     right = np.array([sum(a.right for a in group) for group in attempts])
     bins = np.minimum(right * 10 // n, 9) if n >= 10 else right
@@ -331,9 +348,6 @@ def print_difficulty(attempts, qualities):
         low, high = wilson((bins == b).sum(), len(bins))
         label = f"{b / 10:.1f} - {(b + 1) / 10:.1f}" if n >= 10 else f"{b}/{n}"
         print(f"  {label:>9}  {(bins == b).mean():6.1%} [{low:.1%}, {high:.1%}]  {'#' * round(60 * (bins == b).mean())}")
-    bounds = [q for q in qualities if q < 1]
-    uncertain = np.mean([any(low < 1 - q < high for q in bounds) for low, high in (wilson(r, n) for r in right)])
-    print(f"  {uncertain:.1%} of the problems may belong to another level: their interval contains a threshold of Q = {qualities}")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -445,8 +459,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n")
     grader = Grader(allow_last_number=args.allow_last_number)
-    settings = "model protocol samples temperature top_k top_p max_new_tokens suffix examples allow_last_number dtype seed".split()
-    summary = {name: getattr(args, name) for name in settings}
+    summary = {name: getattr(args, name) for name in SETTINGS}
     summary["files"], rates = {}, {}
     with open(args.out / "completions.jsonl", "w", encoding="utf-8") as completions_file:
         for path, problems in files.items():
@@ -459,14 +472,13 @@ def main(arguments=None):
             for name, rows in rows_of.items():
                 if rows:
                     measures[name] = summarise([attempts[i] for i in rows], args.k)
-                    cells = (f"{key} " + (f"{m:.1f} [{lo:.1f}, {hi:.1f}]" if key == "length" else f"{m:.1%} [{lo:.1%}, {hi:.1%}]")
-                             for key, (m, lo, hi) in measures[name].items())
+                    cells = (f"{key} " + ("{:.1f} [{:.1f}, {:.1f}]".format(*m) if key == "length" else shown(m)) for key, m in measures[name].items())
                     print(f"  {name:8} {len(rows):5} problems   " + "   ".join(cells))
             summary["files"][str(path)] = measures
             if Path(path).stem in data.BENCHMARKS:
                 rates[Path(path).stem] = [np.mean([a.right for a in group]) for group in attempts]
             if args.add_pass_rate:
-                print_difficulty(attempts, args.quality)
+                print_difficulty(attempts)
                 with open(args.add_pass_rate, "x", encoding="utf-8") as file:
                     for p, group in zip(problems, attempts):
                         rate = sum(a.right for a in group) / args.samples

@@ -41,11 +41,12 @@ def extract_answer(text, allow_last_number=False):
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = re.sub(r"(\\boxed\s*\{[^{}\n]*\})%[ \t]*\\boxed.*", r"\1", text)  # the second one is a comment in LaTeX
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
         numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
         return numbers[-1].rstrip(",") if numbers else None
+    if re.search(r"\\boxed\s*\{[^{}\n]*\}%[ \t]*$", text[: boxes[-1].start()]):
+        return None  # the last box is a comment to LaTeX, and the last box to anybody else: neither of the two pays
     depth, start = 1, boxes[-1].end()
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
@@ -62,10 +63,24 @@ def writes_steps(text):
 
 
 def canonical(answer):
-    """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12."""
+    """A spelling under which equal answers usually meet, for counting votes (not for grading): 0.5, 1/2 and \\dfrac12; 1,2 and
+    \\{2,1\\}; x=5 and 5; B and \\text{B}. Units count. Takes time linear in the text, unlike the algebra of `answers.equal`."""
     text = answers.tidy(answer[:LONGEST_ANSWER])
-    number = answers.number(answers.quantity(text.rpartition("=")[2])[0]) if len(text) < 50 else None
-    return answers.squeeze(text) if number is None else str(number)
+    try:
+        return spelled(answers.read(text, True)) if len(text) < 200 else answers.squeeze(text)
+    except answers.TooDeep:
+        return answers.squeeze(text)
+
+
+def spelled(shape):
+    if shape.kind in ("list", "set"):
+        return ",".join(sorted(map(spelled, shape.parts)))
+    if shape.kind == "tuple":
+        return shape.mark[0] + ",".join(map(spelled, shape.parts)) + shape.mark[1]
+    core, unit, percent = answers.quantity(shape.text)
+    value = answers.number(core)
+    core = answers.words(core) or answers.squeeze(core) if value is None else str(value)
+    return " ".join(filter(None, (core, unit, percent and "%")))
 
 
 def at_once(gold, answer):
@@ -293,11 +308,8 @@ def main():
     grader = Grader(allow_last_number=args.allow_last_number)
     start = time.perf_counter()
 
-    def answer_of(case):
-        boxed = case["prediction"].strip() or None
-        return boxed if case.get("kind") == "answer" else extract_answer(case["prediction"], args.allow_last_number)
-
-    verdicts = grader.compare([(case["gold"], answer_of(case)) for case in cases])
+    answer_of = {"answer": lambda text: text.strip() or None, "response": grader.extract}
+    verdicts = grader.compare([(case["gold"], answer_of[case.get("kind", "response")](case["prediction"])) for case in cases])
     seconds = time.perf_counter() - start
     counts = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
     for case, verdict in zip(cases, verdicts):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from answers import equal
+from answers import equal, number
 
 EQUAL = {
     "spelling": [
@@ -15,6 +15,7 @@ EQUAL = {
         ("\\frac{3}{11}", "0.\\overline{27}"), ("0.1\\overline{6}", "\\frac{1}{6}"), ("1.6 \\times 10^{-19}", "1.6e-19"), ("250000", "2.5\\cdot10^5"),
         ("10^{50}", "1" + "0" * 50), ("\\frac{20!}{2^5}", "\\frac{20!}{32}"), ("\\sqrt{12}", "2\\sqrt{3}"), ("3", "\\log_2 8"), ("25", "e^{2\\ln 5}"),
         ("\\binom{6}{3}", "20"), ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"), ("\\frac{-1}{2}", "-\\frac{1}{2}"), ("+5", "5"), ("042", "42"),
+        ("\\sqrt{2}+\\sqrt{3}", "\\sqrt{5+2\\sqrt{6}}"), ("\\log 6", "\\log 2+\\log 3"), ("\\frac{1+\\sqrt{5}}{4}", "\\cos\\frac{\\pi}{5}"),
     ],
     "separators": [
         ("2500000", "2,500,000"), ("2500000", "2{,}500{,}000"), ("2500000", "2\\,500\\,000"), ("20000", "20,\\!000"), ("1, 234", "234, 1"),
@@ -32,11 +33,12 @@ EQUAL = {
         ("(0,3)\\cup(3,9)", "(0,9)\\setminus\\{3\\}"), ("(-\\infty,2)\\cup(5,\\infty)", "x<2 \\text{ or } x>5"), ("x\\in[1,4]", "1 \\le x \\le 4"),
     ],
     "labels": [
-        ("x=5", "5"), ("5", "x = 5"), ("f(x)=x^2", "x^2"), ("f(x)=2x", "f(t)=2t"), ("11:21", "V_1 : V_2 = 11 : 21"), ("3", "\\angle ABC = 3"),
+        ("x=5", "5"), ("5", "x = 5"), ("5", "= 5"), ("f(x)=x^2", "x^2"), ("f(x)=2x", "f(t)=2t"), ("11:21", "V_1 : V_2 = 11 : 21"), ("3", "\\angle ABC = 3"),
         ("\\frac{AB}{CD}=2", "2"), ("5", "x = 2 + 3 = 5"), ("P(A)=\\frac{1}{3}", "\\frac{1}{3}"), ("12", "S_n = 12"), ("10", "|AB| = 10"),
+        *(("4", f"{label}=4") for label in ("\\text{answer}", "Answer", "\\text{total cost}", "\\text{number of apples}", "AB", "f'(2)", "area")), ("B", "\\text{Answer}=B"), ("B", "x=B"),
     ],
     "equations": [
-        ("y=3x-2", "3x-y-2=0"), ("x+2y-z=0", "-x-2y+z=0"), ("2 \\cos x \\sin y", "2\\sin y\\cos x"), ("(x-1)^2", "x^2-2x+1"),
+        ("y=3x-2", "3x-y-2=0"), ("2E+1", "1+2E"), ("2e+1", "1+2e"), ("2\\Gamma+1", "1+2\\Gamma"), ("\\Delta_1+x", "x+\\Delta_1"), ("x+2y-z=0", "-x-2y+z=0"), ("2 \\cos x \\sin y", "2\\sin y\\cos x"), ("(x-1)^2", "x^2-2x+1"),
         ("x^2+y^2=4", "y^2+x^2=4"), ("\\frac{n(n+1)}{2}", "\\frac{n^2+n}{2}"),
         ("2-2i", "\\frac{4}{1+i}"), ("\\binom{n}{2}", "{n \\choose 2}"), ("y'+2y=0", "y^{\\prime} + 2y = 0"), ("\\omega(v+1)", "\\omega v + \\omega"),
     ],
@@ -47,13 +49,17 @@ EQUAL = {
     ],
     "units by their names": [
         ("36\\text{ dollars}", "\\$36"), ("3\\text{ km}", "3\\text{ kilometers}"), ("5\\text{ m/s}^2", "5 \\text{ meters per second}^2"), ("7\\text{ apple}", "7\\text{ apples}"),
-        ("9.8", "9.8\\,\\mathrm{m\\,s^{-2}}"), ("2\\sqrt{3}", "2\\sqrt{3}\\text{ cm}"), ("5\\text{ L}", "5\\text{ liters}"), ("60", "60\\text{ mph}"),
+        ("9.8", "9.8\\,\\mathrm{m\\,s^{-2}}"), ("2\\sqrt{3}", "2\\sqrt{3}\\text{ cm}"), ("5\\text{ L}", "5\\text{ liters}"), ("60", "60\\text{ mph}"), ("4", "4\\text{ red apples}"), ("4", "4 children"), ("1", "1\\text{ way}"), ("7\\text{ apple}", "7"), ("4", "4\\text{ apples per day}"),
     ],
     "words": [
         ("\\text{Saturday}", "saturday"), ("Saturday", "\\textbf{Saturday}"), ("\\text{the circle}", "circle"), ("(E)", "\\text{(E)}"), ("\\text{no solution}", "No solution"),
     ],
     "bases": [("1011_2", "1011_{2}"), ("1011_2", "1011₂")],
     "ratios": [("2:3", "4:6"), ("2:3", "2 : 3")],
+    "other ways to write it": [
+        ("\\frac12", "\\sin 30^\\circ"), ("\\frac13", "0.\\overline3"), ("\\frac16", "0.1\\dot6"), ("-2,2", "x_1=2, x_2=-2"), ("(1,2)", "y=2, x=1"), ("15\\text{ m/s}", "15\\frac{\\text{m}}{\\text{s}}"),
+        ("15\\text{ m/s}", "15 \\mathrm{\\ m\\ s^{-1}}"), ("(-\\infty,2]", "\\{x: x\\le2\\}"), ("(1,2]", "\\{ t \\mid 1<t\\le2 \\}"), ("-1", "e^{i\\pi}"),
+    ],
     "restated in the gold": [("\\sum_{k=1}^n k^2", "\\sum_{k=1}^{n} k^{2}"), ("\\max(a,b)", "\\max(a, b)")],
 }
 DIFFERENT = {
@@ -65,13 +71,23 @@ DIFFERENT = {
         ("3", "3-\\text{4}"), ("3", "3/\\text{4}"), ("45", "4\\text{5}"), ("x^2", "x^2\\text{ + C}"), ("\\sqrt{2}", "\\sqrt{2}\\text{ plus one}"),
         ("4", "4 million"), ("4", "4 hundred"), ("4", "4 squared"), ("4", "4/two"), ("4", "4 - five"), ("4", "4-xy"), ("2", "2 pi"), ("5\\text{ million}", "5"),
     ],
+    "words that are no unit": [("4", f"4\\text{{ {words}}}") for words in (
+        "xor eleven", "through nineteen", "fifths", "twelfths", "thousands", "millions", "dozens", "pairs", "lakh", "doubled", "negative", "reciprocal", "less than",
+        "incorrect", "false", "never", "elevens", "halves", "negative apples", "twenty apples", "fewer apples", "minus apples", "inverses", "apple", "whatever",
+    )] + [("4", "4 eleven"), ("4", "4 less"), ("2", "2\\text{ apple}")],
     "labels that are none": [
         ("4", "\\not= 4"), ("4", "\\text{not}=4"), ("4", "\\text{anything but}=4"), ("4", "\\pi=4"), ("4", "e=4"), ("4", "\\infty=4"), ("4", "\\sin=4"), ("4", "xy=4"),
         ("4", "\\frac{x}{y}=4"), ("4", "x/y=4"), ("4", "f(2x)=4"), ("4", "f(x+1)=4"), ("4", "\\approx 4"), ("4", "x \\approx 4"), ("\\{1,2\\}", "\\not\\in\\{1,2\\}"),
         ("\\{1,2\\}", "x\\notin\\{1,2\\}"), ("(-\\infty,1)\\cup(2,\\infty)", "x<1 \\text{ or } y>2"),
+        *(("4", f"{label}=4") for label in ("NOT", "NO", "\\text{Not}", "\\text{neither}", "\\text{unequal to}", "\\text{twice x}", "\\text{x plus one}", "\\text{opposite of answer}", "sqrt",
+                                             "double", "Half", "x'", "INV", "\\text{wrong answer}", "\\text{sum of x and one}", "\\text{number of fives}")),
+        ("B", "A=B"), ("B", "A \\in B"), ("\\text{Alice}", "\\text{Bob}=\\text{Alice}"), ("\\text{even}", "\\text{neither}=\\text{even}"), ("even", "odd=even"), ("4", "NOT=2+2=4"),
     ],
-    "sets of sets": [("\\emptyset", "\\{\\emptyset\\}"), ("\\{\\{1\\},\\{2\\}\\}", "\\{1,2\\}"), ("1,2", "\\{1\\},\\{2\\}")],
-    "digits glued": [("45", "4$5"), ("45", "4\\)\\(5"), ("45", "4\\left5"), ("45", "4\\limits5"), ("4", "٤"), ("4", "４"), ("5", "5\x1c"), ("4", "4'"), ("5", "\x0b5"), ("5", "5\x85")],
+    "points that are no intervals": [
+        ("(2,1)", "\\emptyset"), ("(0,0)", "∅"), ("\\emptyset", "(2,1)"), ("(3,2)", "(9,1)\\cup(8,1)"), ("(3,2)", "(5,4)\\setminus(0,1)"), ("(5,3),(2,1)", "\\emptyset,\\emptyset"),
+    ],
+    "sets of sets": [("\\emptyset", "\\{\\emptyset\\}"), ("\\{\\{1\\},\\{2\\}\\}", "\\{1,2\\}"), ("1,2", "\\{1\\},\\{2\\}"), ("[0,1]", "\\{[0,1]\\}")],
+    "digits glued": [("45", "4$5"), ("45", "4\\)\\(5"), ("45", "4\\left5"), ("45", "4\\limits5"), ("4", "٤"), ("4", "４"), ("\\frac13", "0.\\overline{٣}"), ("5", "5\x1c"), ("4", "4'"), ("5", "\x0b5"), ("5", "5\x85")],
     "units that differ": [
         ("10\\text{ N}", "10\\text{ kN}"), ("10\\text{ mW}", "10\\text{ MW}"), ("10\\text{ eV}", "10\\text{ J}"), ("30^\\circ", "30\\text{ C}"),
         ("5\\text{ hours}", "5\\text{ blips}"), ("10\\text{ acres}", "10\\text{ hectares}"), ("12:30", "2:5"),
@@ -80,6 +96,8 @@ DIFFERENT = {
         ("\\frac{2}{3}", "0.6667"), ("\\sqrt{5}", "2.2360679775"), ("\\pi", "3.14159265358979323846264338327950288419716939937510582097494459"),
         ("1000000", "1000001"), ("0", "10^{-300}"), ("\\frac{1}{1000!}", "\\frac{1}{1001!}"), ("\\frac{22}{7}", "\\pi"), ("12345678901234567890", "12345678901234567891"),
         ("\\frac{1}{2004!}", "0"), ("2^{100}", "2^{100}+1"), ("33.3", "\\frac{100}{3}"),
+        ("e^{1000}", "e^{1000}+1"), ("5", "5+e^{-999}"), ("5", "\\sqrt{25+e^{-999}}"), ("10^{50}", "\\sqrt{10^{100}+1}"), ("\\pi^{200}", "\\pi^{200}+1"), ("y=2x+1", "y-2x-1=10^{-50}"),
+        ("\\sqrt{2}x", "1.4142135623730950488016887242096980785696718753769x"), ("x+y", "(1+10^{-70})x+y"), ("\\pi i", "(\\pi+10^{-99})i"),
     ],
     "candidates": [
         ("4", "4, 5"), ("4", "4 \\text{ or } 5"), ("4", "4 \\lor 5"), ("4", "5 \\\\ 4"), ("4", "5 \\quad 4"), ("4", "\\{4,5\\}"), ("4", "\\pm 4"), ("4", "(4,4)"), ("4", "4;5"),
@@ -97,9 +115,15 @@ DIFFERENT = {
         ("(1,2),(3,4)", "1,2,3,4"), ("(4,345,346)", "4345346"), ("(0,3)\\cup(3,9)", "(0,9)"), ("(0,3)\\cup(3,9)", "(0,3),(3,9)"), ("x \\ge 2", "x > 2"), ("x < 2", "y < 2"), ("(1,5)", "1 \\le x < 5"),
     ],
     "names": [
+        ("E", "e"), ("2E+1", "2e+1"), ("2e+1", "20"), ("i", "I"), ("2i+1", "2I+1"), ("xE", "xe"), *((name, name.title()) for name in ("\\delta", "\\phi", "\\omega", "\\gamma", "\\sigma x", "2\\lambda+1")), ("2\\gamma+1", "2\\Gamma+1"),
         ("k", "K"), ("5n", "5"), ("5", "5n"), ("x+1", "y+1"), ("x=5", "y=5"), ("f(x)=x", "g(x)=x"), ("f'(x)", "f(x)"), ("x_1", "x_2"), ("f(1)<f(2)", "f(2)<f(1)"),
         ("1", "I"), ("0", "O"), ("1", "l"), ("5", "S"), ("x", "х"), ("1011_2", "1011"), ("1011_2", "1011_3"), ("11", "1011_2"), ("13", "1₃"),
     ],
+    "other ways that are none": [
+        ("\\frac12", "\\sin 30"), ("\\sin 30", "\\sin 30^\\circ"), ("\\frac{1}{33}", "0.\\overline3"), ("0.123", "0.\\dot12\\dot3"), ("(2,1)", "x=1, y=2"), ("(1,2)", "x=1, 2"), ("(1,2)", "x=1, x=2"), ("x_1=-2,x_2=2", "x_1=2,x_2=-2"),
+        ("a=1,b=2", "2,1"), ("(-\\infty,2]", "\\{x: y\\le2\\}"), ("15\\text{ m/s}", "15\\text{ m s}"), ("\\{1,2\\}", "\\{x : 1,2\\}"),
+    ],
+    "drawn or left over": [("4", "\\phantom{4}"), ("4", "4\\mod 7"), ("4", "4 \\pmod 7")],
     "glue": [
         ("15", "1 \\text{ and } 5"), ("15", "1 \\text{cm} 5"), ("1234", "12,34"), ("34", "3,4"), ("3,4", "34"), ("56", "\u202e5\u202c6"), ("15", "1 5"), ("15", "1\\%5"), ("7", "3 4"), ("2^{12}", "212"),
     ],
@@ -121,3 +145,8 @@ def test_equal(kind, gold, answer):
 @pytest.mark.parametrize("kind, gold, answer", [(k, g, a) for k, pairs in DIFFERENT.items() for g, a in pairs])
 def test_different(kind, gold, answer):
     assert not equal(gold, answer)
+
+
+def test_powers_of_ten_are_exact_within_bounds():
+    """Votes are counted outside the workers: the fraction of 10^(10^9) would take the memory of the run."""
+    assert number("10^{4000}") == 10**4000 and number("10^{4001}") is None and number("1e-4001") is None

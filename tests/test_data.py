@@ -107,6 +107,21 @@ def test_near_overlap_is_found_by_its_words(tmp_path, capsys):
     assert "1 of 4 problems stand in" in printed and "near: figures = t2" in printed
 
 
+@pytest.mark.parametrize("kept, evaluated, trained, is_near", [
+    (7, 7, 60, False),  # a run of seven words may be chance
+    (8, 8, 60, True),
+    (24, 27, 27, True),  # 17 of 23 grams
+    (17, 20, 20, False),  # 10 of 16
+    (26, 27, 60, True),  # 19 of the evaluation problem's 20
+    (23, 27, 60, False),  # 16 of them
+])
+def test_what_counts_as_near(kept, evaluated, trained, is_near):
+    """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
+    words = [f"w{i}" for i in range(evaluated)]
+    training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
+    assert overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")]) == ([], [("e", "t")] if is_near else [])
+
+
 def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     """Columns by one table; answers that are numbers or lists; without `datasets`, a sentence that says what to install."""
     monkeypatch.chdir(tmp_path)

@@ -4,14 +4,16 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import eval as evaluation
 from data import Problem, read_problems
-from eval import attempt, evaluation_keys, interval, majority, paired_test, pass_at_k, wilson
+from eval import attempt, evaluation_keys, interval, majority, mean_of, paired_test, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
+from rollout import sample
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -31,6 +33,19 @@ def test_intervals():
     mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
     half = 1.96 * math.sqrt(1 / 12 / 400)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
+
+
+def test_an_interval_knows_of_what_it_did_not_see():
+    """One half among zeros tells less than zeros alone, and five means of zeros are not certain: a bare bootstrap says so of both."""
+    assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
+    assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
+    assert mean_of([interval([0] * 30)] * 5) == pytest.approx((0, 0, 0.1135 / math.sqrt(5)), abs=1e-3)
+    rng = np.random.default_rng(2)  # it covers the truth about as often as it says
+    truths, covered = np.array([0.02, 0.1, 0.3, 0.5, 0.8]), []
+    for _ in range(100):
+        mean, low, high = mean_of([interval(rng.random(60) < truth) for truth in truths])
+        covered.append(low <= truths.mean() <= high)
+    assert 0.88 <= np.mean(covered)
 
 
 def answers(*boxes):
@@ -93,6 +108,20 @@ def test_compare_pairs_problems(tmp_path, capsys):
     assert report["majority"]["A"] == 1.0 and report["majority"]["B"] == 0.5  # ties go to the first
 
 
+def test_compare_says_which_settings_differ(tmp_path, capsys):
+    """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better model."""
+    a, b = write_results(tmp_path / "a", [[1, 0]]), write_results(tmp_path / "b", [[1, 1]])
+    settings = dict.fromkeys(evaluation.SETTINGS) | {"temperature": 1.0, "k": 2}
+    (tmp_path / "a/summary.json").write_text(json.dumps(settings))
+    evaluation.main(["--compare", a, b])
+    assert "no summary.json beside both" in capsys.readouterr().out
+    (tmp_path / "b/summary.json").write_text(json.dumps(settings | {"temperature": 0.6, "protocol": "deepscaler"}))
+    evaluation.main(["--compare", a, b])
+    printed = capsys.readouterr().out
+    assert "temperature differs: A 1.0, B 0.6" in printed and "protocol differs: A None, B 'deepscaler'" in printed
+    assert printed.count("differs") == 2 and "pass@2" in printed
+
+
 def test_compare_needs_two_results_of_the_same_problems(tmp_path, capsys):
     a, b = write_results(tmp_path / "a", [[1]]), write_results(tmp_path / "b", [[1]])
     (tmp_path / "b/completions.jsonl").write_text((tmp_path / "b/completions.jsonl").read_text().replace("p.jsonl", "q.jsonl"))
@@ -142,7 +171,7 @@ def test_benchmarks_end_in_the_papers_table(tmp_path, toy_folder, capsys):
                      "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     (ours,) = [line for line in printed.splitlines() if "(fastcurl)" in line and "toy" in line]
-    assert ours.count("0.0 [0.0, ") == 6  # five benchmarks and their mean; Wilson's interval is not empty
+    assert ours.count("0.0 % [0.0, ") == 6 and "0.0]" not in ours  # five benchmarks and their mean; no interval is empty
     (header,) = [line for line in printed.splitlines() if "mean of the five" in line]
     assert header.split() == ["AIME24", "MATH500", "AMC", "Minerva", "Olympiad", "mean", "of", "the", "five"]
     assert "DeepScaleR-1.5B (deepscaler)" in printed and "57.0" in printed
@@ -194,5 +223,30 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, m
 def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
     policy = evaluation.Policy.load(str(folder))
-    assert {7, 8, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+    assert policy.tokenizer.eos_token_id not in (7, 8, 9)
+    assert {7, 8, 9, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+
+
+def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, toy_folder, capsys):
+    """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can compare."""
+    (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    seen = {}
+    monkeypatch.setattr(evaluation, "sample", lambda model, requests, **settings: seen.update(settings, requests=requests) or sample(model, requests, **settings))
+    evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--protocol", "deepscaler", "--samples", "2", "--max-new-tokens", "4",
+                     "--top-k", "9", "--out", str(tmp_path / "out")])
+    assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
+    (request,) = seen["requests"]
+    text = evaluation.Policy.load(str(toy_folder)).tokenizer.decode(request.prompt)
+    assert "1+1 Let's think" in text  # a blank, where training has a new line
+
+
+def test_thoughts_that_the_template_opened_are_no_answer(monkeypatch, toy_policy):
+    """Without the opening put back, a box within thoughts that never close would pay."""
+    (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
+    for text, opening, verdict in (("\\boxed{2}", "<think>", NO_ANSWER), ("hm</think>\\boxed{2}", "<think>", RIGHT), ("\\boxed{2}", "", RIGHT)):
+        monkeypatch.setattr(evaluation.Policy, "text", lambda *_, text=text: text)
+        ((done,),) = attempt(toy_policy, Grader(), [replace(prompt, opening=opening)], [[1]], max_new_tokens=2, temperature=1.0, slots=1)
+        assert done.verdict == verdict

@@ -48,6 +48,8 @@ EXTRACTED = [  # response, answer
     (r"<think>a</think><think>\boxed{1}", None),
     (r"\boxed{1}</think>\boxed{2}", "2"),  # opened by the template
     (r"</think>\boxed{1}</think>\boxed{2}", "2"),  # the last close tag
+    (r"</think>\boxed{1}</think> so it is 2", None),
+    (r"\boxed{50}% \boxed{60}", None), (r"\boxed{1}%\boxed{2}% or \boxed{3}", "3"), (r"\boxed{50}%, no, \boxed{60}%", "60"),  # a comment to LaTeX, or the last box
     ("", None),
 ]
 
@@ -194,6 +196,11 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path
         Grader(workers=1).compare([("1/2", "0.5")])
 
 
+def test_no_answer_is_longer_than_a_page(grader):
+    """Else the parser's time grows with what a policy can write: 100,000 characters are a case."""
+    assert grader.compare([("5", "0" * 999 + "5"), ("5", "0" * 1000 + "5"), ("x+1", "x+1" + "+0" * 500)]) == [RIGHT, WRONG, WRONG]
+
+
 def test_equal_cases_are_decided_once(grader):
     before = grader.counts[RIGHT]
     start = time.monotonic()
@@ -204,6 +211,18 @@ def test_equal_cases_are_decided_once(grader):
 def test_canonical_answers_meet():
     assert len({canonical(a) for a in (r"\frac{1}{2}", r"\dfrac{1}{2}", r"$\frac{1} {2}$", r"\tfrac{1}{2}.")}) == 1
     assert canonical("025") == "25" != canonical("-25")
+    for same in (("1,2", "2,1", r"\{1,2\}", "x=2, x=1"), ("B", r"\text{B}", r"\text{(B)}"), ("x=5", "5", "5.0"), (r"5\text{ km}", r"5\text{ kilometers}"), ("(1,0.5)", r"(1, \frac12)")):
+        assert len({canonical(a) for a in same}) == 1, same
+
+
+def test_canonical_answers_stay_apart():
+    """Votes for wrong answers must not be counted for the right one, nor hostile text take the time or raise."""
+    different = ("5 m", "5 km", "5", "4", "2x=4", "x<4", "(1,2)", "(2,1)", "[1,2]", "1,2", "B", "b", r"\sqrt{4}x", "4\\%")
+    assert len({canonical(a) for a in different}) == len(different)
+    start = time.process_time()
+    for monster in (*MONSTERS, "((" * 99, "a" * 199, r"\text{" * 30, "x," * 99, "((((1,2),3),4),5)", "=" * 150, "1" * 150 + "/0", r"\pm" * 60, "", "a b " * 49 + "=1", "4" + " orxt" * 21 + "{"):
+        assert isinstance(canonical(monster), str)
+    assert time.process_time() - start < 1
 
 
 def test_steps_are_recognised_before_the_box():
