@@ -25,6 +25,8 @@ from transformers import AutoConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # x86 builds of torch have it
+CPU = Path("/proc/cpuinfo")
+SLOW_BLAS = ONEDNN and CPU.is_file() and "GenuineIntel" not in CPU.read_text()  # MKL on others' CPUs, in float32: half the speed
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what checkpoints may hold
 LOGITS_PER_CHUNK = 1 << 22  # elements; token_logprobs holds a handful of such tensors (16 MB each in float32)
 
@@ -315,8 +317,8 @@ def product(x, weight, bias=None):
 
 
 class Product(torch.autograd.Function):
-    """A linear layer and its gradient by oneDNN, in float32: twice as fast as the BLAS behind F.linear on the CPUs of the
-    benchmarks, as exact (4e-7), and the same sums whatever torch's matmul precision is set to."""
+    """A linear layer and its gradient by oneDNN, in float32, for SLOW_BLAS: on an AMD EPYC twice as fast as the BLAS behind
+    F.linear, as exact (4e-7), and the same sums whatever torch's matmul precision is set to."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -343,7 +345,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.packed is not None:
             return product(x, *self.packed)
-        if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        if SLOW_BLAS and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
             return Product.apply(x, self.weight, self.bias)
         return super().forward(x)
 

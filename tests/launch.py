@@ -104,6 +104,12 @@ def words(**flags):
 # Made with functools.partial; they run in the child, before the run begins.
 
 
+def products_by_onednn():
+    import model
+
+    model.SLOW_BLAS = True
+
+
 def at_call(where, number, action):
     """Call action(original, arguments) in place of the number-th call of where, "module.function" or "module.Class.function"."""
     import importlib

@@ -9,6 +9,7 @@ from conftest import random_model, small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import model as model_module
 from model import ONEDNN, KVCache, Linear, Transformer, log_softmax, micro_batches, pad
 
 SHAPES = {
@@ -190,8 +191,10 @@ def test_rows_idle_return_copy_and_leave(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 1, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_in_float32_and_its_gradient(shape, bias):
+@pytest.mark.parametrize("slow_blas", {False, ONEDNN})
+def test_a_linear_layer_in_float32_and_its_gradient(shape, bias, slow_blas, monkeypatch):
     """Against float64: a transposed weight, a bias that is forgotten in the sum over rows."""
+    monkeypatch.setattr(model_module, "SLOW_BLAS", slow_blas)
     ours, exact = Linear(24, 40, bias), torch.nn.Linear(24, 40, bias).double()
     exact.load_state_dict({n: p.double() for n, p in ours.state_dict().items()})
     x = torch.randn(shape, requires_grad=True)
