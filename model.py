@@ -334,6 +334,13 @@ class Product(torch.autograd.Function):
                 flat.sum(0) if ctx.bias else None)
 
 
+def linear(x, weight, bias=None):
+    """x (..., I), weight (O, I), bias (O,) -> (..., O), with a gradient."""
+    if SLOW_BLAS and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        return Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer that may hold its weight once more, laid out for products with few rows: see Transformer.laid_out.
 
@@ -345,9 +352,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.packed is not None:
             return product(x, *self.packed)
-        if SLOW_BLAS and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-            return Product.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
     def pack(self, rows):
         parts = (self, *self.beside)
@@ -488,11 +493,7 @@ class Transformer(nn.Module):
         more = self.model(targets[:, :-1], starts[:, None] + offset[:-1], cache, rows)
         hidden, targets = torch.cat([hidden, more], 1)[inside], targets[inside]
         size = max(1, logits_per_chunk // self.config.vocab_size)
-        parts = [
-            checkpoint(_chosen, h, self.lm_head, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(size), targets.split(size))
-        ]
-        values = (torch.cat(part) for part in zip(*parts))
+        values = Chosen.apply(hidden, self.lm_head.weight, targets, temperature, size)
         return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
 
     @contextmanager
@@ -602,12 +603,39 @@ def log_softmax(logits, temperature):
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)  # x / 1 is x, and takes a pass over memory
 
 
-def _chosen(hidden, head, targets, temperature):
-    logprobs = log_softmax(head(hidden), temperature)
-    chosen = -F.nll_loss(logprobs, targets, reduction="none")  # a gather, whose gradient takes one pass and not three
-    with torch.no_grad():  # last, so that the backward pass need not make it again
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return chosen, entropy
+class Chosen(torch.autograd.Function):
+    """Log-probs of chosen tokens out of hidden states and the head, a chunk of `size` tokens at a time, forth and back: the
+    logits of all never exist, and one buffer takes the gradient of the head.
+
+    hidden (N, C), weight (V, C), targets (N,) -> logprob (N,) nats; entropy (N,) nats, without a gradient
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, size):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.size = temperature, size
+        chosen, entropy = [], []
+        for h, t in zip(hidden.split(size), targets.split(size)):
+            logprobs = log_softmax(linear(h, weight), temperature)
+            chosen.append(logprobs.gather(-1, t[:, None])[:, 0])
+            entropy.append(-(logprobs.exp() * logprobs).sum(-1))
+        chosen, entropy = torch.cat(chosen), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.size):
+            part = slice(start, start + ctx.size)
+            h, g = hidden[part], grad[part] / ctx.temperature
+            logits_grad = log_softmax(linear(h, weight), ctx.temperature).exp_().mul_(-g[:, None])  # (1[v = chosen] - p_v) g
+            logits_grad[torch.arange(len(h), device=h.device), targets[part]] += g
+            logits_grad = logits_grad.to(weight.dtype)
+            hidden_grad[part] = linear(logits_grad, weight.t())
+            weight_grad.addmm_(logits_grad.t(), h)
+        return hidden_grad, weight_grad, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches

@@ -68,7 +68,7 @@ def plan(cfg, levels, model, prompt, processes=1):
         chunk = min(cfg.logits_per_chunk, together * length * V)
         ends = {
             "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
-            "gradient of the head": 2 * V * config.hidden_size * size,  # of a chunk, and the sum so far
+            "gradient of the head": V * config.hidden_size * size,
         }
         states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
         if cfg.recompute:  # first the logits, then one layer after the other

@@ -84,7 +84,7 @@ class Config:
     warmup: int = flag(10, "updates of linear warm-up", "DAPO")
     lr_decay: Literal["none", "linear", "cosine"] = flag("linear", "from the peak to 0 at the last update", "ours; DeepScaleR none")
     minibatches: int = flag(2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts")
-    micro_batch_tokens: int = flag(4096, "padded tokens per backward pass; memory only, never changes the result")
+    micro_batch_tokens: int = flag(2048, "padded tokens per backward pass; memory only, never changes the result")
     logits_per_chunk: int = flag(LOGITS_PER_CHUNK, "logits that the learner holds at once, tokens x vocabulary; memory only")
     recompute: bool = flag(False, "activation checkpointing: compute a layer again in the backward pass; memory only")
     fsdp: bool = flag(False, "cut weights, gradients and optimizer over torchrun's processes (FSDP2); memory only")
