@@ -68,7 +68,7 @@ class Policy:
         path = Path(name)
         if not path.is_dir():
             try:
-                path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+                path = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "tokenizer*"] + ["*.safetensors"] * (device != "meta")))
             except (ValueError, OSError) as error:  # the hub's errors are of these kinds
                 reason = (str(error) or repr(error)).splitlines()[0]
                 raise ValueError(f"model {name!r} is neither a folder nor to be had from the hub ({reason})") from error

@@ -28,7 +28,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 CPU = Path("/proc/cpuinfo")
 SLOW_BLAS = ONEDNN and CPU.is_file() and "GenuineIntel" not in CPU.read_text()  # MKL on others' CPUs, in float32: half the speed
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what checkpoints may hold
-LOGITS_PER_CHUNK = 1 << 22  # elements; token_logprobs holds a handful of such tensors (16 MB each in float32)
+LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22  # elements; token_logprobs holds three such tensors in float32
 
 
 def at_least_float32(x):
@@ -108,27 +108,29 @@ class KVCache:
     """Keys and values of every layer for independent rows, in pages of which a row holds as many as its tokens need.
 
     k, v   one tensor per layer, (pages, K, D, page) and (pages, K, page, D): keys lie as their product with a query reads them
-    table  (rows, pages of the longest row), on the host: which pages a row holds, in order. Page 0 is nobody's: it stands for
-           none, and takes what idle rows and the padding of prompts write, which is never read.
+    table  (rows, pages of the longest row so far), on the host: which pages a row holds, in order. Page 0 is nobody's: it stands for
+           none, and takes what idle rows and the padding of prompts write, which never counts.
     Position p of a row is visible to a query at position q iff p <= q: what a row holds beyond its own length (padding of a
     prefill, an earlier occupant's tokens) is overwritten before it can be seen.
     """
 
     PAGE = {"cpu": 32, "cuda": 256}  # positions: small ones waste less, large ones make less work; MIN_ROWS divides them
-    SLACK = 8  # the pool grows by at least 1 / SLACK of itself
+    SLACK = {"cpu": 8, "cuda": 2}  # the pool grows by at least 1 / SLACK of itself, up to `limit`; on a GPU seldom, since each time
+    WIDER = {"cpu": 1, "cuda": 4}  # a step must be captured again, as when the table gets wider, by a multiple of this
     NEVER = 1 << 40  # first position of a page that nobody holds
     HIDDEN = -1e30  # score of what may not be seen: finite, since a row may have nothing to see
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
-        config, self.page = model.config, self.PAGE[model.device.type]
+        config, kind = model.config, model.device.type
+        self.page, self.slack, self.wider = self.PAGE[kind], self.SLACK[kind], self.WIDER[kind]
         self.limit = 1 + rows * -(-longest // self.page)  # pages
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, model.head_dim
         empty = model.lm_head.weight.new_zeros(1, self.kv_heads, self.head_dim, self.page)
         self.k = [empty.clone() for _ in model.model.layers]
         self.v = [empty.transpose(2, 3).contiguous() for _ in model.model.layers]
         self.table, self.held, self.free = np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64), []
-        self.device, self.plan, self.changed = model.device, (), True
+        self.device, self.layout, self.changed = model.device, (), True
 
     # Pages are given and taken on the host; `arrange` tells the device.
 
@@ -140,8 +142,8 @@ class KVCache:
             return
         rows, needed = rows[more], needed[more]
         self._grow((needed - self.held[rows]).sum() - len(self.free))
-        wider = needed.max() - self.table.shape[1]
-        self.table = np.pad(self.table, ((0, 0), (0, max(0, wider))))
+        wider = max(0, -(-(needed.max() - self.table.shape[1]) // self.wider) * self.wider)
+        self.table = np.pad(self.table, ((0, 0), (0, wider)))
         for row, n in zip(rows, needed):
             for i in range(self.held[row], n):
                 self.table[row, i] = self.free.pop()
@@ -158,7 +160,7 @@ class KVCache:
     def _grow(self, wanted):
         if wanted > 0:
             pages = len(self.k[0])
-            more = max(int(wanted), min(pages // self.SLACK, self.limit - pages))
+            more = max(int(wanted), min(pages // self.slack, self.limit - pages))
             self.free.extend(range(pages, pages + more))
             for tensors in (self.k, self.v):
                 for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
@@ -187,7 +189,7 @@ class KVCache:
                 tensors[i] = pool[kept]
 
     def arrange(self):
-        """Tell the device who holds what, once pages changed hands: the index tensors of `attention`. As long as `plan` is the
+        """Tell the device who holds what, once pages changed hands: the index tensors of `attention`. As long as `layout` is the
         same object, these and the pools lie where they lay (a pool that moves has another number of pages, or of rows), so that
         a step that was captured may be replayed."""
         if not self.changed:
@@ -202,18 +204,18 @@ class KVCache:
         mine = (held & (owner == torch.arange(rows, device=self.device)[:, None])).to(self.k[0].dtype)
         to_rows = (table[:, None] * self.heads + head[:, None]).flatten()  # (rows * H * width,), out of (pages * H)
         to_pages = ((owner[:, None] * self.heads + head) * width + (start * held)[:, None] // self.page).flatten()  # the inverse
-        plan = table, owner, start, mine, to_rows, to_pages
-        if [x.shape for x in plan] == [x.shape for x in self.plan]:
-            for old, new in zip(self.plan, plan):
+        layout = table, owner, start, mine, to_rows, to_pages
+        if [x.shape for x in layout] == [x.shape for x in self.layout]:
+            for old, new in zip(self.layout, layout):
                 old.copy_(new)
         else:
-            self.plan = plan
+            self.layout = layout
         self.changed = False
 
     def attention(self, positions, rows):
         """How each layer stores k, v (B, K, T, D) at positions (B, T) of rows (B,), and attends from q (B, H, T, D):
         (layer, q, k, v) -> (B, T, H * D). rows=None: decoding, T = 1, row b is cache row b, idle at position -1."""
-        table, owner, start, mine, to_rows, to_pages = self.plan
+        table, owner, start, mine, to_rows, to_pages = self.layout
         B, T = positions.shape
         H, K, D, P = self.heads, self.kv_heads, self.head_dim, self.page
         held = table if rows is None else table[rows, : int(positions.max()) // P + 1]
@@ -289,7 +291,10 @@ def scaled_dot_product(q, k, v, seen=None):
 
     seen  (B, 1, T, S) bool, or None for causal attention over T = S tokens
     """
-    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if seen is not None and q.is_cuda:  # no kernel there but the slowest takes a mask and fewer keys than queries
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=shared > 1)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -446,7 +451,7 @@ class Body(nn.Module):
         cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
@@ -626,7 +631,9 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # in bfloat16 a sum of a thousand chunks would stand still
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        addend = None if weight.dtype == wide else torch.empty_like(weight)
         for start in range(0, len(hidden), ctx.size):
             part = slice(start, start + ctx.size)
             h, g = hidden[part], grad[part] / ctx.temperature
@@ -634,7 +641,10 @@ class Chosen(torch.autograd.Function):
             logits_grad[torch.arange(len(h), device=h.device), targets[part]] += g
             logits_grad = logits_grad.to(weight.dtype)
             hidden_grad[part] = linear(logits_grad, weight.t())
-            weight_grad.addmm_(logits_grad.t(), h)
+            if addend is None:
+                weight_grad.addmm_(logits_grad.t(), h)
+            else:
+                weight_grad += torch.mm(logits_grad.t(), h, out=addend)
         return hidden_grad, weight_grad, None, None, None
 
 

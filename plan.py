@@ -1,8 +1,9 @@
 """What a run will hold in memory, said before it begins:  python train.py --plan [flags of the run]
 
 For N processes that one does not have at hand: WORLD_SIZE=N python train.py --plan [--fsdp] ...
-Everything is counted at its worst (every completion as long as it may be), in bytes, for one process. Sampling and learning
-come one after the other: what one needs is gone before the other begins.
+Everything is counted in bytes, for one process, with every completion as long as it may be. (Many short ones behind a long
+prompt, whose keys each of them copies while learning, may take more.) Setting up, sampling and learning come one after the
+other: what one needs is gone before the next begins.
 """
 
 from model import KVCache, Linear
@@ -24,11 +25,12 @@ def layer_bytes(config, head_dim, size, wide):
     return norms + attention + 4 * I * size, 2 * K * head_dim * size  # gate, its SiLU, up, their product; keys and values
 
 
-def plan(cfg, levels, model, prompt, processes=1):
-    """-> {"always": {what: bytes}, "sampling": ..., "learning": ...} for one of `processes`.
+def plan(cfg, levels, model, prompt, held_out=0, processes=1):
+    """-> {"always": {what: bytes}, "setting up": ..., "sampling": ..., "learning": ...} for one of `processes`.
 
-    model   of the right shape and dtype; it may be on the meta device
-    prompt  tokens of the longest prompt
+    model     of the right shape and dtype; it may be on the meta device
+    prompt    tokens of the longest prompt
+    held_out  problems of an evaluation, each sampled once
     """
     config, size = model.config, model.lm_head.weight.element_size()
     wide, layers, V = max(size, 4), len(model.model.layers), config.vocab_size
@@ -53,10 +55,10 @@ def plan(cfg, levels, model, prompt, processes=1):
     for level in levels:
         length = min(level.max_new_tokens, model.context - prompt)
         draw = up_to(level.prompts, processes) // processes  # prompts of a draw
-        rows = max(MIN_ROWS, min(cfg.slots, draw * level.group_size))
+        rows = max(MIN_ROWS, min(cfg.slots, max(draw * level.group_size, up_to(held_out, processes) // processes)))
         page = KVCache.PAGE[cfg.device]
         pages = rows * (up_to(prompt + length, page) // page)
-        prefilled = min(max(PREFILL_TOKENS, prompt), draw * prompt)
+        prefilled = min(max(PREFILL_TOKENS, prompt), (min(rows, held_out) or draw) * prompt)
         step = {"logits": rows * V * (size + 4 * wide)}
         prefill = {"activations of prompts": prefilled * (2 * config.hidden_size + 3 * config.intermediate_size) * size}
         sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=lambda part: sum(part.values()))
@@ -68,21 +70,25 @@ def plan(cfg, levels, model, prompt, processes=1):
         chunk = min(cfg.logits_per_chunk, together * length * V)
         ends = {
             "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
-            "gradient of the head": V * config.hidden_size * size,
+            "gradient of the head": V * config.hidden_size * (wide + size * (size < 4)),
         }
         states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
         if cfg.recompute:  # first the logits, then one layer after the other
             kept = layers * tokens * config.hidden_size * size + prompts * prompt * layers * per_key
             again = {"activations of one layer, again": one_layer}
+            if config.tie_word_embeddings:  # the head's gradient waits for that of the embedding
+                again |= {"gradient of the head": V * config.hidden_size * wide}
             ends = max(ends, again, key=lambda part: sum(part.values()))
         else:
             kept = layers * one_layer
         learn = learning | {"activations": kept + states} | ends
         if cfg.fsdp:
-            learn["gathered layers"] = (parameters - layers * block + 2 * block) * size + block * wide
+            root = parameters - layers * block  # embedding and head, which stay
+            learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (size + wide)  # the latter: a gradient on its way
         phases.append((sample, learn))
     total = lambda part: sum(part.values())  # noqa: E731
-    return {"always": always, "sampling": max((s for s, _ in phases), key=total), "learning": max((x for _, x in phases), key=total)}
+    before = {"whole copy, before it is cut": parameters * wide} if cfg.fsdp else {}
+    return {"always": always, "setting up": before, "sampling": max((s for s, _ in phases), key=total), "learning": max((x for _, x in phases), key=total)}
 
 
 def table(parts):
@@ -90,7 +96,9 @@ def table(parts):
     lines = []
     sums = {phase: sum(part.values()) for phase, part in parts.items()}
     for phase, part in parts.items():
+        if not part:
+            continue
         lines.append(f"{phase:38}{sums[phase] / 1e9:10.3f} GB")
         lines += [f"    {what:34}{n / 1e9:10.3f}" for what, n in part.items() if n]
-    peak = sums["always"] + max(sums["sampling"], sums["learning"])
+    peak = sums.pop("always") + max(sums.values())
     return "\n".join([*lines, f"{'at its peak, one process':38}{peak / 1e9:10.3f} GB, and what Python and its libraries take"])

@@ -83,11 +83,7 @@ def capture(step):
 
     A step of 28 layers is a thousand kernels, most of which take less time than their launch.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()  # what libraries set up at a first call is no part of the graph
-    torch.cuda.current_stream().wait_stream(aside)
+    step()  # what libraries set up at a first call is no part of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
@@ -113,7 +109,7 @@ class Slots:
         self.tokens, self.logprobs = np.zeros((rows, longest), np.int64), np.zeros((rows, longest))
         self.cache = KVCache(model, rows, max((len(r.prompt) + np.max(r.max_new_tokens) for r in requests), default=0))
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
-        self.captured = None  # the plan of the cache for which `replay` stands
+        self.captured = None  # the layout of the cache for which `replay` stands
         self.held, self.first = {}, {}  # request -> a slot holding its prompt; its first next-token logits (V,)
 
     @property
@@ -133,7 +129,7 @@ class Slots:
                 new.append(r)
             request = self.requests[r]
             self.keys[slot], self.limit[slot] = request.keys[i], np.broadcast_to(request.max_new_tokens, len(request.keys))[i]
-            self.prompt_length[slot], self.count[slot] = len(self.requests[r].prompt), 0
+            self.prompt_length[slot], self.count[slot] = len(request.prompt), 0
             placed.append((slot, r))
         if not placed:
             return
@@ -144,8 +140,7 @@ class Slots:
             del new[-size:]
         copies = [(self.held[r], slot) for slot, r in placed if self.held[r] != slot]
         if copies:
-            lengths = np.array([len(self.requests[r].prompt) for slot, r in placed if self.held[r] != slot])
-            self.cache.copy(*zip(*copies), lengths)
+            self.cache.copy(*zip(*copies), self.prompt_length[[slot for _, slot in copies]])
         self.logits[[slot for slot, _ in placed]] = torch.stack([self.first[r] for _, r in placed])
         for r in [r for r in self.held if not self.waiting or r != self.waiting[0][0]]:
             del self.held[r], self.first[r]
@@ -223,10 +218,10 @@ class Slots:
             self.fed = self.to_device(fed)
             self.logits = self.forward()
             return
-        if self.captured is not self.cache.plan:  # the first step, or one whose tensors have moved
+        if self.captured is not self.cache.layout:  # the first step, or one whose tensors have moved
             self.fed, self.logits, self.replay = self.to_device(fed), None, None
             self.logits, self.replay = capture(self.forward)
-            self.captured = self.cache.plan
+            self.captured = self.cache.layout
         self.fed.copy_(torch.from_numpy(fed), non_blocking=True)
         self.replay()
 

@@ -703,14 +703,15 @@ def set_up(cfg, config, ranks):
 
 def memory(cfg):
     """The table of --plan: nothing is loaded but the data, the tokenizer and the model's config."""
-    cfg, problems, _, _ = read_data(cfg)
+    cfg, problems, held_out, _ = read_data(cfg)
+    held_out = held_out if cfg.eval_every != 0 else []
     levels = resolve_levels(cfg, cfg.difficulty == "pass_rate" and any(p.pass_rate is not None for p in problems))
     policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
-    lengths = [len(p.tokens) for p in policy.render(problems) if policy.room(p)]
+    lengths = [len(p.tokens) for p in policy.render(problems + held_out) if policy.room(p)]
     if not lengths:
         raise ValueError(f"every prompt is longer than the context of {policy.model.context} tokens")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan.table(plan.plan(cfg, levels, policy.model, max(lengths), processes))
+    return plan.table(plan.plan(cfg, levels, policy.model, max(lengths), len(held_out), processes))
 
 
 def main(arguments=None):

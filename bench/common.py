@@ -63,7 +63,7 @@ def best_seconds(work, repeats=5):
 
 
 def ceilings(dtype, device="cpu"):
-    """Matrix products, FLOP/s, in this dtype; memory bandwidth, bytes/s, of reading."""
+    """Matrix products, FLOP/s, in this dtype; memory bandwidth, bytes/s, of a copy (read and write)."""
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in "ab")
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None

@@ -11,11 +11,15 @@ bench/batch.png.
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 WHAT = ("heavy-tailed", "equal", "update", "growth", "kernels", "batch")
@@ -43,6 +47,7 @@ def main():
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--log", default="compare.jsonl")
     args = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         workload(folder / "heavy-tailed", 12, "--max-new", 192)
@@ -135,9 +140,12 @@ def compare(args, folder, size, dtype, what):
                 with open(args.log, "a") as file:
                     file.write(json.dumps({"size": size, "dtype": dtype, "what": what, "who": who, "repeat": repeat, **result}) + "\n")
     medians = {who: statistics.median(r[unit] for r in results) for who, results in found.items() if results}
+    if "ours" not in medians or len(medians) < 2:
+        print(f"| {size} {dtype} | {what} | failed, see above |", flush=True)
+        return
     anchor = better(value for who, value in medians.items() if who != "ours")
     ratio = medians["ours"] / anchor if better is max else anchor / medians["ours"]
-    extra = {key: found["ours"][-1].get(key) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb")}
+    extra = {key: statistics.median(r[key] for r in found["ours"]) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb") if key in found["ours"][0]}
     if "TRL" in found and found["TRL"]:
         extra["TRL's peak_rss_mb"] = found["TRL"][-1]["peak_rss_mb"]
     print(f"| {size} {dtype} | {what} | " + " | ".join(f"{who} {value:,.1f}" for who, value in medians.items())

@@ -66,6 +66,7 @@ def main():
         samples = [(row["prompt"], n) for row in map(json.loads, file) for n in row["new_tokens"]]
     run, seconds = continuous if args.continuous else static, []
     with torch.inference_mode():
+        run(model, [(prompt, 16) for prompt, _ in samples[: args.slots]], args.slots)  # warm-up
         for _ in range(args.repeats):
             start = time.perf_counter()
             run(model, samples, args.slots)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import model as model_module
-from model import ONEDNN, KVCache, Linear, Transformer, log_softmax, micro_batches, pad
+from model import ONEDNN, Chosen, KVCache, Linear, Transformer, log_softmax, micro_batches, pad
 
 SHAPES = {
     "llama": ("llama", {}),
@@ -272,6 +272,19 @@ def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk):
         results.append((logprob, entropy, *(p.grad.clone() for p in model.parameters())))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results))
     assert all((v[~mask] == 0).all() for v in results[0][:2])
+
+
+def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks():
+    """A sum in bfloat16 stands still once an addend is below 1/512 of it: 512 chunks would lose half of the gradient."""
+    torch.manual_seed(0)
+    hidden, weight = torch.rand(2048, 8).bfloat16(), (torch.randn(16, 8) / 8).bfloat16().requires_grad_()
+    targets = torch.zeros(2048, dtype=torch.long)
+    grads = []
+    for size in (2, 2048):
+        Chosen.apply(hidden, weight, targets, 1.0, size)[0].sum().backward()
+        grads.append(weight.grad.float())
+        weight.grad = None
+    assert (grads[0] - grads[1]).norm() < 0.01 * grads[1].norm()
 
 
 def test_log_probs_ignore_batch_mates_and_padding():

@@ -44,16 +44,17 @@ def peak(work):
     ("qwen2", {"dtype": "bfloat16", "recompute": True, "micro_batch_tokens": 1024}, 64, 192),
     ("qwen3", {"temperature": 0.6, "logits_per_chunk": 1 << 18}, 64, 192),
     ("qwen2", {"dtype": "float64"}, 64, 192),
-    ("qwen2", {}, 200, 40),
+    ("llama", {"tie_word_embeddings": False, "dtype": "bfloat16"}, 200, 40),
 ])
 def test_the_plan_is_what_a_run_takes(family, flags, prompt, length):
     """Within 15 %, phase by phase: a tensor that is kept and was not counted, a cache that outlives sampling."""
     torch.manual_seed(0)
+    tied = flags.pop("tie_word_embeddings", True)
     cfg, some = Config(minibatches=1, filter="all", device="cpu", **flags), level(max_new_tokens=length)
 
     def make():
         config = small_config(family, vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-                              num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True)
+                              num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=tied)
         model = Transformer(config).to(getattr(torch, cfg.dtype))
         torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # completions of a group differ
         return model, Learner(model, Ranks(), cfg.recompute)
@@ -87,7 +88,7 @@ def shape(hidden, inner, layers, heads, kv_heads, tied):
 
 def gigabytes(parts):
     sums = {phase: sum(part.values()) / 1e9 for phase, part in parts.items()}
-    return sums["always"] + max(sums["sampling"], sums["learning"])
+    return sums.pop("always") + max(sums.values())
 
 
 LONG = dict(dtype="bfloat16", device="cuda", recompute=True, slots=16, minibatches=1)
@@ -103,10 +104,16 @@ def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     assert gigabytes(plan(Config(**{**LONG, "recompute": False}), [some], model, 256)) > 80
 
 
+def test_an_evaluation_fills_the_slots():
+    model, cfg = shape(1536, 8960, 28, 12, 2, True), Config(**{**LONG, "slots": 64})
+    few, many, split = (plan(cfg, [level()], model, 256, *rest)["sampling"]["KV cache"] for rest in ((), (1000,), (320, 8)))
+    assert 4 * few == many and split * 64 == many * 40  # 16, 64 and 40 rows
+
+
 def test_7b_over_8_cards_is_sharded():
     model, some = shape(3584, 18944, 28, 28, 4, False), level(prompts=8, group_size=16, max_new_tokens=24576, buffer_groups=8)
-    one = plan(Config(**LONG, fsdp=True), [some], model, 256, 1)
-    eight = plan(Config(**LONG, fsdp=True), [some], model, 256, 8)
+    one = plan(Config(**LONG, fsdp=True), [some], model, 256, processes=1)
+    eight = plan(Config(**LONG, fsdp=True), [some], model, 256, processes=8)
     for phase, what in (("always", "master weights"), ("always", "moments"), ("learning", "gradients")):
         assert eight[phase][what] == one[phase][what] // 8
     assert eight["always"]["weights"] == one["always"]["weights"]  # whole, to sample from
