@@ -23,7 +23,7 @@ import torch
 
 HERE = Path(__file__).parent
 WHAT = ("heavy-tailed", "equal", "update", "growth", "kernels", "batch")
-BATCHES = (1, 8, 16, 32, 64, 128)  # slots
+BATCHES = (8, 16, 32, 64)  # slots
 STEPS = {"2m": (8, 8, 128), "11m": (8, 8, 128), "135m": (4, 4, 64)}  # prompts, group, new tokens of one update
 
 

@@ -39,7 +39,7 @@ class Watch:
             if held > watch.cache_bytes:
                 cache = slots.cache
                 watch.cache_bytes = held
-                watch.filled_bytes = 2 * len(cache.k) * cache.k[0].shape[1] * cache.k[0].shape[3] * cache.k[0].element_size() * filled[slots.live].sum()
+                watch.filled_bytes = 2 * len(cache.k) * cache.kv_heads * cache.head_dim * cache.k[0].element_size() * filled[slots.live].sum()
 
         Slots.decode = decode
         return self
