@@ -88,12 +88,7 @@ def kernels(args, folder, size, dtype, what):
 
 def batch(args, folder, size, dtype, what):
     """Tokens a second over slots, equal lengths; two rounds of completions for every number of slots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    speeds, roofline = {}, []
+    speeds = {"roofline": []}
     for slots in BATCHES:
         workload(folder / f"batch{slots}", 2, "--group", slots, "--max-new", 96, "--uniform")
         shape = ("--model", folder / size, "--workload", folder / f"batch{slots}", "--dtype", dtype, "--slots", slots, "--repeats", 1)
@@ -103,19 +98,29 @@ def batch(args, folder, size, dtype, what):
             result = last_line(*command) or {"tokens_per_second": float("nan")}
             speeds.setdefault(who, []).append(result["tokens_per_second"])
             if who == "ours":
-                roofline.append(result["tokens_per_second"] / result["fraction_of_roofline"])
+                speeds["roofline"].append(result["tokens_per_second"] / result["fraction_of_roofline"])
     print(f"| {size} {dtype} | slots | {' | '.join(map(str, BATCHES))} |")
-    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    styles = zip(("#000000", "#0072b2", "#d55e00", "#009e73"), ("--", "o-", "s-", "^-"))
-    for (who, values), (colour, style) in zip((("roofline", roofline), *speeds.items()), styles):
+    for who, values in speeds.items():
         print(f"| | {who} | {' | '.join(f'{v:,.0f}' for v in values)} |", flush=True)
+    draw(f"sampling, {size} {dtype}, 96 new tokens each, {os.cpu_count()} CPU cores", speeds)
+
+
+def draw(title, speeds):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    styles = zip(("#000000", "#0072b2", "#d55e00", "#009e73"), ("--", "o-", "s-", "^-"))
+    for (who, values), (colour, style) in zip(speeds.items(), styles):
         ax.loglog(BATCHES, values, style, color=colour, label=who)
     ax.set_xticks(BATCHES, list(map(str, BATCHES)))
     ax.set_xticks([], minor=True)
     ax.set_xlabel("slots")
     ax.set_ylabel("tokens a second")
-    ax.set_title(f"sampling, {size} {dtype}, 96 new tokens each, two CPU cores", loc="left")
-    ax.legend(frameon=False)
+    ax.set_title(title, loc="left")
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "batch.png", dpi=120)
 
 
