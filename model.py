@@ -505,21 +505,21 @@ class Transformer(nn.Module):
     def laid_out(self, rows):
         """Within the block, inference with the weights of the moment, laid out by oneDNN for products of about `rows` rows.
 
-        On the CPUs of bench/RESULTS.md such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
+        On the AMD CPU of bench/RESULTS.md such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
         much as one step, and the memory of the weights once more. Where there is no such kernel it is a block like any.
         """
         weight = self.lm_head.weight
         able = ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         linears = [m for m in self.modules() if isinstance(m, Linear)] if able else []
-        beside = {id(other) for linear in linears for other in linear.beside}
+        beside = {id(other) for layer in linears for other in layer.beside}
         try:
-            for linear in linears:
-                if id(linear) not in beside:
-                    linear.pack(rows)
+            for layer in linears:
+                if id(layer) not in beside:
+                    layer.pack(rows)
             yield
         finally:
-            for linear in linears:
-                linear.packed = None
+            for layer in linears:
+                layer.packed = None
 
     @property
     def context(self):

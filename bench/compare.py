@@ -44,7 +44,6 @@ def main():
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--log", default="compare.jsonl")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
@@ -128,7 +127,7 @@ def compare(args, folder, size, dtype, what):
     if what == "update":
         prompts, group, new = STEPS[size]
         shape = ("--model", folder / size, "--prompts", prompts, "--group", group, "--new-tokens", new, "--dtype", dtype, "--steps", 1)
-        runs = {"ours": (sys.executable, "step.py", *shape, "--micro-batch-tokens", 1024, *(("--recompute",) if args.recompute else ())),
+        runs = {"ours": (sys.executable, "step.py", *shape, "--micro-batch-tokens", 1024),
                 "TRL": (args.peer_python, "peer_trl.py", *shape, "--micro-batch", min(8, prompts * group // 4))}
         unit, better = "seconds_per_step", min
     else:

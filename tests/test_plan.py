@@ -49,6 +49,7 @@ def peak(work):
 def test_the_plan_is_what_a_run_takes(family, flags, prompt, length):
     """Within 15 %, phase by phase: a tensor that is kept and was not counted, a cache that outlives sampling."""
     torch.manual_seed(0)
+    flags = dict(flags)
     tied = flags.pop("tie_word_embeddings", True)
     cfg, some = Config(minibatches=1, filter="all", device="cpu", **flags), level(max_new_tokens=length)
 
