@@ -8,6 +8,7 @@ may raise on its own only inside `together`, which raises on all.
 import copy
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -140,6 +141,17 @@ class Ranks:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def leave(self, code):
+        """End this process. FSDP2 keeps hold of the process group: its threads would outlive `close`, and now and then
+        one aborts the process while the interpreter is taken down, though the run has gone well."""
+        self.close()
+        if self.sharded:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
+        if code:
+            sys.exit(code)
 
     # -------------------------------------------------------------------------------------------------- sharding
 

@@ -735,9 +735,7 @@ def main(arguments=None):
             parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n" if first else None)
         except KeyboardInterrupt:
             parser.exit(128 + signal.SIGINT, f"{parser.prog}: interrupted before the run began\n" if first else None)
-        code = carry_out(ranks, *ready) if ready else None
-        if code:
-            sys.exit(code)
+        ranks.leave(carry_out(ranks, *ready) if ready else None)
 
 
 def given_flags(arguments):
