@@ -242,7 +242,7 @@ class KVCache:
             return (mine @ out.view(-1, H * D)).view(B, 1, H * D)
 
         if rows is not None:
-            seen = torch.arange(held.shape[1] * P, device=positions.device) <= positions[:, None, :, None]
+            seen = only(torch.arange(held.shape[1] * P, device=positions.device) <= positions[:, None, :, None], self.k[0].dtype)
             return prefill
         unseen = start[:, None] + within > positions[owner]  # (pages, page)
         hidden = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=positions.device).masked_fill_(unseen, self.HIDDEN)
@@ -275,7 +275,7 @@ class PromptCache:
         if not plain:
             prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            seen = torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1)
+            seen = only(torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1), self.layers[0][0].dtype)
 
         def after_prompt(layer, q, k, v):
             k, v = (torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
@@ -286,10 +286,16 @@ class PromptCache:
         return after_prompt
 
 
+def only(seen, dtype):
+    """What is added to scores: 0 where seen (bool), else minus infinity. Made once for all layers, which would each make, and
+    keep for the backward pass, one of its own."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
 def scaled_dot_product(q, k, v, seen=None):
     """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, T, H * D).
 
-    seen  (B, 1, T, S) bool, or None for causal attention over T = S tokens
+    seen  (B, 1, T, S), see `only`, or None for causal attention over T = S tokens
     """
     shared = q.shape[1] // k.shape[1]
     if seen is not None and q.is_cuda:  # no kernel there but the slowest takes a mask and fewer keys than queries
@@ -313,7 +319,7 @@ class RMSNorm(nn.Module):
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, H, T, D): channels i and i + D/2 turn by one angle. cos, sin (B, 1, T, D): cos of the angles,
     twice; minus their sin, then their sin."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def product(x, weight, bias=None):
@@ -623,7 +629,7 @@ class Chosen(torch.autograd.Function):
         for h, t in zip(hidden.split(size), targets.split(size)):
             logprobs = log_softmax(linear(h, weight), temperature)
             chosen.append(logprobs.gather(-1, t[:, None])[:, 0])
-            entropy.append(-(logprobs.exp() * logprobs).sum(-1))
+            entropy.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
         chosen, entropy = torch.cat(chosen), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
         return chosen, entropy

@@ -66,7 +66,9 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         together = min(batch, max(1, (cfg.micro_batch_tokens - prompt) // length))  # those of a micro-batch
         prompts = up_to(together, level.group_size) // level.group_size
         tokens, keys = together * length + prompts * prompt, together * (prompt + length)
-        one_layer = tokens * per_token + keys * per_key
+        masked = prompts > 1 or prompt > length  # see PromptCache
+        expanded = config.num_attention_heads // config.num_key_value_heads if masked and cfg.device == "cuda" else 1
+        one_layer = tokens * per_token + keys * per_key * expanded
         chunk = min(cfg.logits_per_chunk, together * length * V)
         ends = {
             "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
@@ -81,7 +83,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
             ends = max(ends, again, key=lambda part: sum(part.values()))
         else:
             kept = layers * one_layer
-        learn = learning | {"activations": kept + states} | ends
+        learn = learning | {"activations": kept + states, "attention mask": masked * length * keys * size} | ends
         if cfg.fsdp:
             root = parameters - layers * block  # embedding and head, which stay
             learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (size + wide)  # the latter: a gradient on its way

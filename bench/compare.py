@@ -28,10 +28,13 @@ STEPS = {"2m": (8, 8, 128), "11m": (8, 8, 128), "135m": (4, 4, 64)}  # prompts, 
 
 
 def last_line(python, script, *arguments):
-    """The JSON that a script prints last, or None with its error on stderr: one peer's failure ends no comparison."""
+    """The JSON that a script prints last. A peer's failure ends no comparison: it is None, with its error on stderr."""
     done = subprocess.run([python, str(HERE / script), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        print(f"{script} {arguments}: exit {done.returncode}\n{done.stderr[-800:]}", file=sys.stderr)
+        failure = f"{script} {' '.join(map(str, arguments))}: exit {done.returncode}\n{done.stderr[-800:]}"
+        if not script.startswith("peer_"):
+            sys.exit(failure)
+        print(failure, file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -126,8 +129,8 @@ def draw(title, speeds):
 def compare(args, folder, size, dtype, what):
     if what == "update":
         prompts, group, new = STEPS[size]
-        shape = ("--model", folder / size, "--prompts", prompts, "--group", group, "--new-tokens", new, "--dtype", dtype, "--steps", 1)
-        runs = {"ours": (sys.executable, "step.py", *shape, "--micro-batch-tokens", 1024),
+        shape = ("--model", folder / size, "--prompts", prompts, "--group", group, "--new-tokens", new, "--dtype", dtype, "--steps", 3)
+        runs = {"ours": (sys.executable, "step.py", *shape),
                 "TRL": (args.peer_python, "peer_trl.py", *shape, "--micro-batch", min(8, prompts * group // 4))}
         unit, better = "seconds_per_step", min
     else:
@@ -144,8 +147,8 @@ def compare(args, folder, size, dtype, what):
                 with open(args.log, "a") as file:
                     file.write(json.dumps({"size": size, "dtype": dtype, "what": what, "who": who, "repeat": repeat, **result}) + "\n")
     medians = {who: statistics.median(r[unit] for r in results) for who, results in found.items() if results}
-    if "ours" not in medians or len(medians) < 2:
-        print(f"| {size} {dtype} | {what} | failed, see above |", flush=True)
+    if len(medians) < 2:
+        print(f"| {size} {dtype} | {what} | the peers failed, see above |", flush=True)
         return
     anchor = better(value for who, value in medians.items() if who != "ours")
     ratio = medians["ours"] / anchor if better is max else anchor / medians["ours"]

@@ -10,6 +10,15 @@ import pytest
 from conftest import ROOT
 
 
+def test_only_a_peer_may_fail_in_a_comparison(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from compare import last_line
+
+    assert last_line(sys.executable, "peer_none.py") is None and "peer_none.py : exit 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="none.py --slots 3: exit 2"):
+        last_line(sys.executable, "none.py", "--slots", 3)
+
+
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
 def test_the_script_for_a_gpu_without_one(tmp_path):
     """A flag that was renamed, a key that is gone, a workload that is not sampled to its lengths would cost time on a card."""

@@ -303,6 +303,15 @@ def test_a_shared_prompt_goes_through_the_model_once():
     assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
+def test_all_layers_share_one_mask():
+    """Given a mask of booleans, attention would make one of numbers in every layer and keep them all for the backward pass."""
+    model, kept = random_model("qwen2"), {}
+    ids, mask = pad([[5] * 4, [6] * 7], [[8] * 9, [9] * 9])  # prompts of two lengths
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        model.token_logprobs(ids, mask, 1.0)
+    assert len(model.model.layers) > 1 and [t.shape for t in kept.values()].count((2, 1, 8, 7 + 8)) == 1
+
+
 def test_memory_of_log_probs_stays_far_below_the_logits():
     """(B, T, V) logits at 4,096 tokens and a vocabulary of 49,152 are 805 MB; ours stay under a quarter, backward included."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_the_plan_is_what_a_run_takes(family, flags, prompt, length):
         return model, Learner(model, Ranks(), cfg.recompute)
 
     _, always, (model, learner) = peak(make)
-    prompts = torch.randint(0, 4096, (some.prompts, prompt)).tolist()
+    prompts = [p[i:] for i, p in enumerate(torch.randint(0, 4096, (some.prompts, prompt)).tolist())]  # of two lengths, so there is a mask
     requests = [Request(p, [stream(i, k) for k in range(some.group_size)], length) for i, p in enumerate(prompts)]
     sampling, _, done = peak(lambda: sample(model, requests, slots=cfg.slots, stop_ids=(), temperature=cfg.temperature))
     groups = [Group(prompt=p, completions=c, outcome=torch.arange(8).double() % 2, length_reward=torch.zeros(8).double(), update=0)
