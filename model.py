@@ -292,13 +292,19 @@ def only(seen, dtype):
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
+def keys_for_every_head(device, masked):
+    """Whether keys and values are copied to every head that shares them, since only the slowest kernel takes fewer: on a GPU
+    where there is a mask, on a CPU before torch 2.9."""
+    return masked if device == "cuda" else torch.__version__ < (2, 9)
+
+
 def scaled_dot_product(q, k, v, seen=None):
     """Grouped-query attention: q (B, H, T, D), k and v (B, K, S, D) -> (B, T, H * D).
 
     seen  (B, 1, T, S), see `only`, or None for causal attention over T = S tokens
     """
     shared = q.shape[1] // k.shape[1]
-    if seen is not None and q.is_cuda:  # no kernel there but the slowest takes a mask and fewer keys than queries
+    if keys_for_every_head(q.device.type, masked=seen is not None):
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=shared > 1)
     return out.transpose(1, 2).flatten(2)

@@ -6,7 +6,7 @@ prompt, whose keys each of them copies while learning, may take more.) Setting u
 other: what one needs is gone before the next begins.
 """
 
-from model import KVCache, Linear
+from model import KVCache, Linear, keys_for_every_head
 from rollout import MIN_ROWS, PREFILL_TOKENS
 
 
@@ -67,7 +67,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         prompts = up_to(together, level.group_size) // level.group_size
         tokens, keys = together * length + prompts * prompt, together * (prompt + length)
         masked = prompts > 1 or prompt > length  # see PromptCache
-        expanded = config.num_attention_heads // config.num_key_value_heads if masked and cfg.device == "cuda" else 1
+        expanded = config.num_attention_heads // config.num_key_value_heads if keys_for_every_head(cfg.device, masked) else 1
         one_layer = tokens * per_token + keys * per_key * expanded
         chunk = min(cfg.logits_per_chunk, together * length * V)
         ends = {
