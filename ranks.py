@@ -36,6 +36,8 @@ class Ranks:
         self.device, self.sharded, self.signal, self.listening = torch.device(device), sharded, None, False
         if sharded and "RANK" not in os.environ:
             raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)")
+        if sharded and device == "cpu" and torch.__version__ < (2, 9):
+            raise ValueError(f"--fsdp on CPUs needs torch 2.9 or newer (this is {torch.__version__}): before, gloo adds gradients up where FSDP2 asks for their mean")
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():
@@ -138,20 +140,21 @@ class Ranks:
         if self.max({"signal": self.signal or 0})["signal"]:
             raise KeyboardInterrupt
 
-    def close(self):
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def __enter__(self):
+        return self
 
-    def leave(self, code):
-        """End this process. FSDP2 keeps hold of the process group: its threads would outlive `close`, and now and then
-        one aborts the process while the interpreter is taken down, though the run has gone well."""
-        self.close()
-        if self.sharded:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code or 0)
-        if code:
-            sys.exit(code)
+    def __exit__(self, kind, error, trace):
+        """Where there are other processes, end this one at once, with what the interpreter would have said. Left to the
+        interpreter, gloo's threads now and then wait for a peer that has gone (torch 2.6), or abort a process whose run has
+        gone well, since FSDP2 keeps hold of the process group."""
+        if not dist.is_initialized():
+            return
+        code = error.code or 0 if kind is SystemExit else 0 if kind is None else 1
+        if kind not in (None, SystemExit):
+            sys.excepthook(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     # -------------------------------------------------------------------------------------------------- sharding
 

@@ -728,14 +728,15 @@ def main(arguments=None):
             check_flags(cfg)
             if cfg.plan:
                 return print(memory(cfg))
-            ranks = Ranks(cfg.device, cfg.fsdp)
-            stack.callback(ranks.close)
+            ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
             ready = set_up(cfg, config, ranks)
         except (ValueError, OSError) as error:
             parser.exit(2, f"{parser.prog}: error: {data.squash(str(error))}\n" if first else None)
         except KeyboardInterrupt:
             parser.exit(128 + signal.SIGINT, f"{parser.prog}: interrupted before the run began\n" if first else None)
-        ranks.leave(carry_out(ranks, *ready) if ready else None)
+        code = carry_out(ranks, *ready) if ready else None
+        if code:
+            sys.exit(code)
 
 
 def given_flags(arguments):
