@@ -379,6 +379,11 @@ class Linear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
 
 
+def lays_out(device, dtype):
+    """Whether there are kernels for weights that are laid out."""
+    return ONEDNN and device == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
 def together(x, first, *others):
     """The outputs of linear layers that read the same input: one product while they are laid out, else one each."""
     if first.packed is None:
@@ -520,8 +525,7 @@ class Transformer(nn.Module):
         On the AMD CPU of bench/RESULTS.md such products take a third (float32) to a half (bfloat16) of the time; the layout costs as
         much as one step, and the memory of the weights once more. Where there is no such kernel it is a block like any.
         """
-        weight = self.lm_head.weight
-        able = ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        able = lays_out(self.device.type, self.lm_head.weight.dtype)
         linears = [m for m in self.modules() if isinstance(m, Linear)] if able else []
         beside = {id(other) for layer in linears for other in layer.beside}
         try:

@@ -6,7 +6,7 @@ prompt, whose keys each of them copies while learning, may take more.) Setting u
 other: what one needs is gone before the next begins.
 """
 
-from model import KVCache, Linear, keys_for_every_head
+from model import KVCache, Linear, keys_for_every_head, lays_out
 from rollout import MIN_ROWS, PREFILL_TOKENS
 
 
@@ -25,6 +25,41 @@ def layer_bytes(config, head_dim, size, wide):
     return norms + attention + 4 * I * size, 2 * K * head_dim * size  # gate, its SiLU, up, their product; keys and values
 
 
+def total(part):
+    return sum(part.values())
+
+
+def micro_batch(cfg, model, prompts, together, prompt, length):
+    """-> {what: bytes} of the learner for `together` completions of `length` tokens, of so many prompts of `prompt` tokens."""
+    config, size, layers, V = model.config, model.lm_head.weight.element_size(), len(model.model.layers), model.config.vocab_size
+    wide = max(size, 4)
+    per_token, per_key = layer_bytes(config, model.head_dim, size, wide)
+    tokens, keys = together * length + prompts * prompt, together * (prompt + length)
+    masked = prompts > 1 or prompt > length  # see PromptCache
+    expanded = config.num_attention_heads // config.num_key_value_heads if keys_for_every_head(cfg.device, masked) else 1
+    one_layer = tokens * per_token + keys * per_key * expanded
+    chunk = min(cfg.logits_per_chunk, together * length * V)
+    ends = {
+        "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
+        "gradient of the head": V * config.hidden_size * (wide + size * (size < 4)),
+    }
+    states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
+    if cfg.recompute:  # first the logits, then one layer after the other
+        kept = layers * tokens * config.hidden_size * size + prompts * prompt * layers * per_key
+        again = {"activations of one layer, again": one_layer}
+        if config.tie_word_embeddings:  # the head's gradient waits for that of the embedding
+            again |= {"gradient of the head": V * config.hidden_size * wide}
+        ends = max(ends, again, key=total)
+    else:
+        kept = layers * one_layer
+    learn = {"activations": kept + states, "attention mask": masked * length * keys * size} | ends
+    if cfg.fsdp:
+        block = sum(p.numel() for p in model.model.layers[0].parameters())
+        root = sum(p.numel() for p in model.parameters()) - layers * block  # embedding and head, which stay
+        learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (size + wide)  # the latter: a gradient on its way
+    return learn
+
+
 def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     """-> {"always": {what: bytes}, "setting up": ..., "sampling": ..., "learning": ...} for one of `processes`.
 
@@ -35,7 +70,6 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     config, size = model.config, model.lm_head.weight.element_size()
     wide, layers, V = max(size, 4), len(model.model.layers), config.vocab_size
     parameters = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
     shards, copied = processes if cfg.fsdp else 1, size < 4 or cfg.fsdp
     always = {
         "weights": parameters * size * (2 if cfg.kl_coef else 1),  # the reference's too
@@ -47,10 +81,10 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         always |= gradients  # they stay
     linears = sum(p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters())
     sampling, learning = {}, {} if copied and not cfg.fsdp else gradients
-    if cfg.device == "cpu" and size < 8:
+    if lays_out(cfg.device, model.lm_head.weight.dtype):
         sampling["weights laid out"] = linears * size
 
-    per_token, per_key = layer_bytes(config, model.head_dim, size, wide)
+    _, per_key = layer_bytes(config, model.head_dim, size, wide)
     phases = []
     for level in levels:
         length = min(level.max_new_tokens, model.context - prompt)
@@ -61,34 +95,15 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         prefilled = min(max(PREFILL_TOKENS, prompt), (min(rows, held_out) or draw) * prompt)
         step = {"logits": rows * V * (size + 4 * wide)}
         prefill = {"activations of prompts": prefilled * (2 * config.hidden_size + 3 * config.intermediate_size) * size}
-        sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=lambda part: sum(part.values()))
-        batch = level.buffer_groups * level.group_size // cfg.minibatches // processes or 1  # completions of a step
-        together = min(batch, max(1, (cfg.micro_batch_tokens - prompt) // length))  # those of a micro-batch
-        prompts = up_to(together, level.group_size) // level.group_size
-        tokens, keys = together * length + prompts * prompt, together * (prompt + length)
-        masked = prompts > 1 or prompt > length  # see PromptCache
-        expanded = config.num_attention_heads // config.num_key_value_heads if keys_for_every_head(cfg.device, masked) else 1
-        one_layer = tokens * per_token + keys * per_key * expanded
-        chunk = min(cfg.logits_per_chunk, together * length * V)
-        ends = {
-            "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
-            "gradient of the head": V * config.hidden_size * (wide + size * (size < 4)),
-        }
-        states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
-        if cfg.recompute:  # first the logits, then one layer after the other
-            kept = layers * tokens * config.hidden_size * size + prompts * prompt * layers * per_key
-            again = {"activations of one layer, again": one_layer}
-            if config.tie_word_embeddings:  # the head's gradient waits for that of the embedding
-                again |= {"gradient of the head": V * config.hidden_size * wide}
-            ends = max(ends, again, key=lambda part: sum(part.values()))
-        else:
-            kept = layers * one_layer
-        learn = learning | {"activations": kept + states, "attention mask": masked * length * keys * size} | ends
-        if cfg.fsdp:
-            root = parameters - layers * block  # embedding and head, which stay
-            learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (size + wide)  # the latter: a gradient on its way
-        phases.append((sample, learn))
-    total = lambda part: sum(part.values())  # noqa: E731
+        sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=total)
+        groups = -(-level.buffer_groups // cfg.minibatches)  # of a step
+        batch = max(1, groups * level.group_size // processes)  # completions of a step
+        candidates = []
+        for prompts in range(1, groups + 1):  # that meet in a micro-batch, since it holds completions of one length, not of one group
+            together = min(batch, prompts * level.group_size, max(1, (cfg.micro_batch_tokens - prompts * prompt) // length))
+            if together >= prompts:
+                candidates.append(learning | micro_batch(cfg, model, prompts, together, prompt, length))
+        phases.append((sample, max(candidates, key=total)))
     before = {"whole copy, before it is cut": parameters * wide} if cfg.fsdp else {}
     return {"always": always, "setting up": before, "sampling": max((s for s, _ in phases), key=total), "learning": max((x for _, x in phases), key=total)}
 
@@ -96,7 +111,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
 def table(parts):
     """The plan for a terminal, and its peak."""
     lines = []
-    sums = {phase: sum(part.values()) for phase, part in parts.items()}
+    sums = {phase: total(part) for phase, part in parts.items()}
     for phase, part in parts.items():
         if not part:
             continue

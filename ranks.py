@@ -36,8 +36,9 @@ class Ranks:
         self.device, self.sharded, self.signal, self.listening = torch.device(device), sharded, None, False
         if sharded and "RANK" not in os.environ:
             raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)")
-        if sharded and device == "cpu" and torch.__version__ < (2, 9):
-            raise ValueError(f"--fsdp on CPUs needs torch 2.9 or newer (this is {torch.__version__}): before, gloo adds gradients up where FSDP2 asks for their mean")
+        if sharded and device == "cpu" and torch.__version__ < (2, 10):
+            raise ValueError(f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): before 2.9 gloo adds gradients up where FSDP2 "
+                             "asks for their mean, and 2.9 rounds the factor that clips them")
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():
@@ -149,7 +150,7 @@ class Ranks:
         gone well, since FSDP2 keeps hold of the process group."""
         if not dist.is_initialized():
             return
-        code = error.code or 0 if kind is SystemExit else 0 if kind is None else 1
+        code = error.code or 0 if kind is SystemExit else 0 if kind is None else 1  # ours exit with numbers
         if kind not in (None, SystemExit):
             sys.excepthook(kind, error, trace)
         sys.stdout.flush()

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--log", default="compare.jsonl")
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| model | what | tokens a second; seconds an update | ours by the better | ours |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         workload(folder / "heavy-tailed", 12, "--max-new", 192)
@@ -60,6 +62,11 @@ def main():
             for dtype in args.dtypes:
                 for what in args.what:
                     {"growth": growth, "kernels": kernels, "batch": batch}.get(what, compare)(args, folder, size, dtype, what)
+
+
+def processor():
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def workload(path, prompts, *more):
@@ -80,12 +87,12 @@ def growth(args, folder, size, dtype, what):
         for new, values in speeds.items():
             values.append(last_line(*ours(folder, size, dtype, f"{new}", 16))["tokens_per_second"])
     short, long = (statistics.median(values) for values in speeds.values())
-    print(f"| {size} {dtype} | 128 tokens {short:,.0f}, 512 tokens {long:,.0f} | **{long / short:.2f}** |", flush=True)
+    print(f"| {size} {dtype} | {what}: 512 new tokens by 128 | 128: {short:,.0f}, 512: {long:,.0f} | **{long / short:.2f}** | |", flush=True)
 
 
 def kernels(args, folder, size, dtype, what):
     shares = [last_line(*ours(folder, size, dtype, "equal", 64, "--kernels"))["kernel_share"] for _ in range(args.repeats)]
-    print(f"| {size} {dtype} | kernels in a step of 64 slots | **{statistics.median(shares):.2f}** |", flush=True)
+    print(f"| {size} {dtype} | {what}: share of a step of 64 slots | | **{statistics.median(shares):.2f}** | |", flush=True)
 
 
 def batch(args, folder, size, dtype, what):
@@ -101,9 +108,9 @@ def batch(args, folder, size, dtype, what):
             speeds.setdefault(who, []).append(result["tokens_per_second"])
             if who == "ours":
                 speeds["roofline"].append(result["tokens_per_second"] / result["fraction_of_roofline"])
-    print(f"| {size} {dtype} | slots | {' | '.join(map(str, BATCHES))} |")
+    print(f"\n| {size} {dtype}, slots | {' | '.join(map(str, BATCHES))} |\n|{' --- |' * (1 + len(BATCHES))}")
     for who, values in speeds.items():
-        print(f"| | {who} | {' | '.join(f'{v:,.0f}' for v in values)} |", flush=True)
+        print(f"| {who} | {' | '.join(f'{v:,.0f}' for v in values)} |", flush=True)
     draw(f"sampling, {size} {dtype}, 96 new tokens each, {os.cpu_count()} CPU cores", speeds)
 
 
@@ -148,13 +155,14 @@ def compare(args, folder, size, dtype, what):
                     file.write(json.dumps({"size": size, "dtype": dtype, "what": what, "who": who, "repeat": repeat, **result}) + "\n")
     medians = {who: statistics.median(r[unit] for r in results) for who, results in found.items() if results}
     if len(medians) < 2:
-        print(f"| {size} {dtype} | {what} | the peers failed, see above |", flush=True)
+        print(f"| {size} {dtype} | {what} | the peers failed, see above | | |", flush=True)
         return
     anchor = better(value for who, value in medians.items() if who != "ours")
     ratio = medians["ours"] / anchor if better is max else anchor / medians["ours"]
     extra = {key: statistics.median(r[key] for r in found["ours"]) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb") if key in found["ours"][0]}
     if "TRL" in found and found["TRL"]:
-        extra["TRL's peak_rss_mb"] = found["TRL"][-1]["peak_rss_mb"]
+        extra["TRL's peak_rss_mb"] = statistics.median(r["peak_rss_mb"] for r in found["TRL"])
+        extra["memory by TRL's"] = round(extra["peak_rss_mb"] / extra["TRL's peak_rss_mb"], 2)
     print(f"| {size} {dtype} | {what} | " + " | ".join(f"{who} {value:,.1f}" for who, value in medians.items())
           + f" | **{ratio:.2f} x** | {', '.join(f'{k} {v}' for k, v in extra.items() if v is not None)} |", flush=True)
 

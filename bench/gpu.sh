@@ -11,7 +11,9 @@ out=${OUT:-$(mktemp -d)}
 "$python" -c "import torch; print('torch', torch.__version__, torch.cuda.get_device_name() if '$device' == 'cuda' else '$device')"
 "$python" bench/rollout.py --make-model "$size" "$out/model"
 "$python" bench/rollout.py --make-workload "$out/workload.jsonl" --prompts 32 --group 8 --max-new "$new"
+status=0  # one that fails or takes too long must not cost the other
 timeout 300 "$python" bench/rollout.py --model "$out/model" --workload "$out/workload.jsonl" --slots 128 --dtype bfloat16 --repeats 1 \
-  --device "$device" | tee "$out/rollout.json"
+  --device "$device" | tee "$out/rollout.json" || status=$?
 timeout 200 "$python" bench/step.py --model "$out/model" --prompts 8 --group 16 --new-tokens "$((new / 8))" --slots 128 \
-  --micro-batch-tokens 8192 --dtype bfloat16 --steps 2 --device "$device" | tee "$out/step.json"
+  --micro-batch-tokens 8192 --dtype bfloat16 --steps 2 --device "$device" | tee "$out/step.json" || status=$?
+exit $status

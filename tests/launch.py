@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FSDP = torch.__version__ >= (2, 10)
-NO_FSDP = "torch before 2.9 adds up what FSDP2 should average on CPUs; 2.9 rounds the factor that clips a sharded gradient to float32"
+NO_FSDP = "--fsdp on CPUs needs torch 2.10"
 
 
 @functools.cache

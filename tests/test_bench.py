@@ -19,6 +19,36 @@ def test_only_a_peer_may_fail_in_a_comparison(monkeypatch, capsys):
         last_line(sys.executable, "none.py", "--slots", 3)
 
 
+def test_the_tables_of_a_comparison(monkeypatch, capsys, tmp_path):
+    """Runs in turns, medians, the ratio by the better of two peers, and the right way round for seconds."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import compare
+
+    runs = []
+
+    def last_line(python, script, *arguments):
+        who = "generate_batch" if "--continuous" in arguments else script.removesuffix(".py")
+        runs.append(who)
+        speed = {"rollout": 1000, "peer_generate": 300, "generate_batch": 200}.get(who, 0) + 100 * (runs.count(who) % 3)  # 100, 200, 0 more
+        seconds = {"step": 2.0, "peer_trl": 5.0}.get(who, 0)
+        return {"tokens_per_second": speed, "seconds_per_step": seconds, "fraction_of_roofline": 0.5, "peak_rss_mb": 50 if who == "step" else 200,
+                "kernel_share": 0.7}
+
+    monkeypatch.setattr(compare, "last_line", last_line)
+    monkeypatch.setattr(compare, "workload", lambda *_: None)
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--peer-python", "peer", "--sizes", "2m", "--dtypes", "float32", "--what", "equal", "update",
+                                      "growth", "kernels", "batch", "--log", str(tmp_path / "log.jsonl")])
+    compare.main()
+    said = capsys.readouterr().out
+    assert runs[:6] == ["rollout", "peer_generate", "generate_batch"] * 2
+    assert "| 2m float32 | equal | ours 1,100.0 | generate 400.0 | generate_batch 300.0 | **2.75 x** |" in said.replace(",  |", " |")
+    assert "| 2m float32 | update | ours 2.0 | TRL 5.0 | **2.50 x** |" in said and "memory by TRL's 0.25" in said
+    assert "growth" in said and "**0.70**" in said and "| transformers generate_batch |" in said and (tmp_path / "batch.png").is_file()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 3 + 3 * 2
+
+
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
 def test_the_script_for_a_gpu_without_one(tmp_path):
     """A flag that was renamed, a key that is gone, a workload that is not sampled to its lengths would cost time on a card."""

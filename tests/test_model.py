@@ -303,6 +303,22 @@ def test_a_shared_prompt_goes_through_the_model_once():
     assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_keys_copied_to_every_head_are_those_of_its_group(prompts, monkeypatch):
+    """What a GPU takes where there is a mask: heads that meet the keys of another group."""
+    model = random_model("qwen3", torch.float64)
+    ids, mask = pad([[5, 6, 7], [5, 6, 7] if prompts == 1 else [5, 6]], [[1, 2, 3, 4], [4, 3, 2]])
+    results = []
+    for copied in (False, True):
+        monkeypatch.setattr(model_module, "keys_for_every_head", lambda device, masked: copied)
+        model.zero_grad()
+        logprob = model.token_logprobs(ids, mask, 1.0)[0]
+        logprob.sum().backward()
+        results.append([logprob.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, atol=1e-10)
+
+
 def test_all_layers_share_one_mask():
     """Given a mask of booleans, attention would make one of numbers in every layer and keep them all for the backward pass."""
     model, kept = random_model("qwen2"), {}

@@ -53,7 +53,8 @@ def test_slots_and_order_do_not_change_completions(slots):
     assert len(lengths) > 5 and 25 in lengths  # ragged, and some ran out
 
 
-def test_a_captured_step_is_the_step(monkeypatch):
+@pytest.mark.parametrize("wider,slack", [(1, 8), (4, 2)])
+def test_a_captured_step_is_the_step(monkeypatch, wider, slack):
     """What a GPU does, with torch.fx in the place of a CUDA graph: a trace of the step's operations on the very tensors that it
     met, blind to everything in Python. One that is replayed after the cache has moved, or fed elsewhere, samples other tokens."""
     captured = []
@@ -63,7 +64,8 @@ def test_a_captured_step_is_the_step(monkeypatch):
         captured.append(len(result))
         return result, lambda: result.copy_(graph())
 
-    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
+    for name, value in (("PAGE", 8), ("WIDER", wider), ("SLACK", slack)):
+        monkeypatch.setattr(KVCache, name, {"cpu": value})
     model = random_model(dtype=torch.float64)
     expected = sample(model, requests(7), slots=24, stop_ids={3}, temperature=1.0)
     monkeypatch.setattr(rollout, "capture", trace)
