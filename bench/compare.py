@@ -159,7 +159,7 @@ def compare(args, folder, size, dtype, what):
         return
     anchor = better(value for who, value in medians.items() if who != "ours")
     ratio = medians["ours"] / anchor if better is max else anchor / medians["ours"]
-    extra = {key: statistics.median(r[key] for r in found["ours"]) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb") if key in found["ours"][0]}
+    extra = {key: round(statistics.median(r[key] for r in found["ours"]), 3) for key in ("slot_occupancy", "fraction_of_roofline", "cache_over_filled", "learn_fraction_of_roofline", "peak_rss_mb") if key in found["ours"][0]}
     if "TRL" in found and found["TRL"]:
         extra["TRL's peak_rss_mb"] = statistics.median(r["peak_rss_mb"] for r in found["TRL"])
         extra["memory by TRL's"] = round(extra["peak_rss_mb"] / extra["TRL's peak_rss_mb"], 2)
