@@ -200,11 +200,9 @@ class KVCache:
         owner[self.table[row, number]], start[self.table[row, number]] = row, number * self.page
         table, owner, start = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (self.table, owner, start))
         head = torch.arange(self.heads, device=self.device)
-        held = start < self.NEVER
-        mine = (held & (owner == torch.arange(rows, device=self.device)[:, None])).to(self.k[0].dtype)
         to_rows = (table[:, None] * self.heads + head[:, None]).flatten()  # (rows * H * width,), out of (pages * H)
-        to_pages = ((owner[:, None] * self.heads + head) * width + (start * held)[:, None] // self.page).flatten()  # the inverse
-        layout = table, owner, start, mine, to_rows, to_pages
+        to_pages = ((owner[:, None] * self.heads + head) * width + (start % self.NEVER)[:, None] // self.page).flatten()  # the inverse
+        layout = table, owner, start, to_rows, to_pages
         if [x.shape for x in layout] == [x.shape for x in self.layout]:
             for old, new in zip(self.layout, layout):
                 old.copy_(new)
@@ -215,7 +213,7 @@ class KVCache:
     def attention(self, positions, rows):
         """How each layer stores k, v (B, K, T, D) at positions (B, T) of rows (B,), and attends from q (B, H, T, D):
         (layer, q, k, v) -> (B, T, H * D). rows=None: decoding, T = 1, row b is cache row b, idle at position -1."""
-        table, owner, start, mine, to_rows, to_pages = self.layout
+        table, owner, start, to_rows, to_pages = self.layout
         B, T = positions.shape
         H, K, D, P = self.heads, self.kv_heads, self.head_dim, self.page
         held = table if rows is None else table[rows, : int(positions.max()) // P + 1]
@@ -239,7 +237,9 @@ class KVCache:
             score = torch.baddbmm(hidden, q, self.k[layer].flatten(0, 1), alpha=D**-0.5).view(-1, P)
             weight = score.index_select(0, to_rows).view(B * H, -1).softmax(-1)  # in float32 inside
             out = torch.bmm(weight.view(-1, P).index_select(0, to_pages).view(-1, H // K, P), self.v[layer].flatten(0, 1))
-            return (mine @ out.view(-1, H * D)).view(B, 1, H * D)
+            out = out.view(-1, H * D)
+            out[0] = 0  # nobody's page, which stands for none
+            return out.index_select(0, table.flatten()).view(*table.shape, H * D).sum(1, keepdim=True)
 
         if rows is not None:
             seen = only(torch.arange(held.shape[1] * P, device=positions.device) <= positions[:, None, :, None], self.k[0].dtype)
