@@ -211,6 +211,16 @@ def test_an_error_on_one_process_ends_all_of_them(workshop, rank):
     assert codes == [1, 1] and "ZeroDivisionError" in launch.said(workshop)
 
 
+def test_an_error_that_nobody_expected_leaves_its_trace(workshop):
+    """A process that leaves at once must not leave silently, or with code 0."""
+    codes = launch.wait(launch.start(workshop, words(**FLAGS, out="bug"), 2, functools.partial(at_call, "train.learn", 1, divide)))
+    assert codes == [1, 1] and "ZeroDivisionError" in launch.said(workshop) and "in divide" in launch.said(workshop)
+
+
+def divide(original, arguments):
+    return 1 / 0
+
+
 def test_bad_input_is_said_once(workshop):
     codes = launch.wait(launch.start(workshop, words(**{**FLAGS, "data": "none.jsonl"}, out="bad"), 2))
     assert codes == [2, 2] and "none.jsonl: cannot be read" in launch.said(workshop) and "error" not in launch.said(workshop, 1)

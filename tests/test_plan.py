@@ -81,6 +81,7 @@ def test_the_plan_is_what_a_run_takes(family, flags, groups, prompt, length):
     assert moments == sum(t.numel() * t.element_size() for s in learner.adamw.state.values() for t in (s["exp_avg"], s["exp_avg_sq"]))
     for phase, found in (("always", always), ("sampling", sampling), ("learning", learning)):
         assert sum(parts[phase].values()) == pytest.approx(found, rel=0.15), (phase, parts[phase], found)
+    assert parts["learning"]["attention mask"]  # prompts of two lengths meet
 
 
 def test_without_kernels_for_them_no_weights_are_laid_out(monkeypatch):
