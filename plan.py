@@ -97,7 +97,9 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         prefill = {"activations of prompts": prefilled * (2 * config.hidden_size + 3 * config.intermediate_size) * size}
         sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=total)
         groups = -(-level.buffer_groups // cfg.minibatches)  # of a step
-        batch = max(1, groups * level.group_size // processes)  # completions of a step
+        batch = -(-groups * level.group_size // processes)  # completions of a step, for one process: one part of them, as they lie
+        if processes > 1:
+            groups = min(groups, (batch - 1) // level.group_size + 2)
         candidates = []
         for prompts in range(1, groups + 1):  # that meet in a micro-batch, since it holds completions of one length, not of one group
             together = min(batch, prompts * level.group_size, max(1, (cfg.micro_batch_tokens - prompts * prompt) // length))

@@ -153,9 +153,11 @@ class Ranks:
         code = error.code or 0 if kind is SystemExit else 0 if kind is None else 1  # ours exit with numbers
         if kind not in (None, SystemExit):
             sys.excepthook(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
     # -------------------------------------------------------------------------------------------------- sharding
 

@@ -108,9 +108,8 @@ def batch(args, folder, size, dtype, what):
             speeds.setdefault(who, []).append(result["tokens_per_second"])
             if who == "ours":
                 speeds["roofline"].append(result["tokens_per_second"] / result["fraction_of_roofline"])
-    print(f"\n| {size} {dtype}, slots | {' | '.join(map(str, BATCHES))} |\n|{' --- |' * (1 + len(BATCHES))}")
-    for who, values in speeds.items():
-        print(f"| {who} | {' | '.join(f'{v:,.0f}' for v in values)} |", flush=True)
+    found = "; ".join(f"{who} {', '.join(f'{v:,.0f}' for v in values)}" for who, values in speeds.items())
+    print(f"| {size} {dtype} | {what}: {', '.join(map(str, BATCHES))} slots | {found} | | |", flush=True)
     draw(f"sampling, {size} {dtype}, 96 new tokens each, {os.cpu_count()} CPU cores", speeds)
 
 
@@ -163,7 +162,7 @@ def compare(args, folder, size, dtype, what):
     if "TRL" in found and found["TRL"]:
         extra["TRL's peak_rss_mb"] = statistics.median(r["peak_rss_mb"] for r in found["TRL"])
         extra["memory by TRL's"] = round(extra["peak_rss_mb"] / extra["TRL's peak_rss_mb"], 2)
-    print(f"| {size} {dtype} | {what} | " + " | ".join(f"{who} {value:,.1f}" for who, value in medians.items())
+    print(f"| {size} {dtype} | {what} | " + ", ".join(f"{who} {value:,.1f}" for who, value in medians.items())
           + f" | **{ratio:.2f} x** | {', '.join(f'{k} {v}' for k, v in extra.items() if v is not None)} |", flush=True)
 
 

@@ -73,12 +73,12 @@ def measure(model, problems, seed):
     }
 
 
-def by_itself(folder, number):
-    """Held-out accuracy of a level in the run's own log (one sample a problem): when its own training begins, and at the end."""
+def meanwhile(folder, number, other):
+    """Held-out accuracy of level `other` in the run's own log (one sample a problem): when training of level `number` begins,
+    and when it ends."""
     rows, updates = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("eval.jsonl", "metrics.jsonl"))
-    begins = max(u["update"] for u in updates if u["level"] < number)
-    found = {row["update"]: row["accuracy"] for row in rows if row["level"] == number}
-    return found[begins], found[max(found)]
+    found = {row["update"]: row["accuracy"] for row in rows if row["level"] == other}
+    return [found[max((u["update"] for u in updates if u["level"] <= level), default=0)] for level in (number - 1, number)]
 
 
 def main():
@@ -111,10 +111,14 @@ def main():
                             * (row["before"]["right, if steps"] - row["before"]["right, if bare"]) for row in rows])
         lines += ["", f"Of the {total:.1f} points gained in sampled accuracy, {choosing:.1f} are what writing steps more often would give at the "
                   f"accuracies of the start; the remaining {total - choosing:+.1f} are steps that became better or worse.", ""]
-    for number in range(2, len(seeds[0]) + 1):
-        start, end = 100 * np.transpose([by_itself(folder, number) for folder in folders])
-        gain, half = t_interval(end - start)
-        lines += [f"Level {number} is at {start.mean():.1f} when its own training begins (one sample a problem), which adds {gain:+.1f} ± {half:.1f}.", ""]
+    lines += ["## While a level is trained", "", "Held out, one sample a problem.", "", "| trained | of level | at its start | at its end | gain |",
+              "| --- | --- | --- | --- | --- |"]
+    for number in range(1, len(seeds[0]) + 1):
+        for other in range(1, len(seeds[0]) + 1):
+            start, end = 100 * np.transpose([meanwhile(folder, number, other) for folder in folders])
+            gain, half = t_interval(end - start)
+            lines.append(f"| {number} | {other} | {start.mean():.1f} | {end.mean():.1f} | {gain:+.1f} ± {half:.1f} |")
+    lines.append("")
     (ROOT / "bench" / "SEEDS.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

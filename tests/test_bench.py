@@ -43,9 +43,11 @@ def test_the_tables_of_a_comparison(monkeypatch, capsys, tmp_path):
     compare.main()
     said = capsys.readouterr().out
     assert runs[:6] == ["rollout", "peer_generate", "generate_batch"] * 2
-    assert "| 2m float32 | equal | ours 1,100.0 | generate 400.0 | generate_batch 300.0 | **2.75 x** |" in said.replace(",  |", " |")
-    assert "| 2m float32 | update | ours 2.0 | TRL 5.0 | **2.50 x** |" in said and "memory by TRL's 0.25" in said
-    assert "growth" in said and "**0.70**" in said and "| transformers generate_batch |" in said and (tmp_path / "batch.png").is_file()
+    assert "| 2m float32 | equal | ours 1,100.0, generate 400.0, generate_batch 300.0 | **2.75 x** |" in said
+    assert "| 2m float32 | update | ours 2.0, TRL 5.0 | **2.50 x** |" in said and "memory by TRL's 0.25" in said
+    assert "growth" in said and "**0.70**" in said and "8, 16, 32, 64 slots | roofline" in said and (tmp_path / "batch.png").is_file()
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 5 and {row.count("|") for row in rows} == {6}
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 3 + 3 * 2
 
 
