@@ -278,12 +278,18 @@ class PromptCache:
             seen = only(torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1), self.layers[0][0].dtype)
 
         def after_prompt(layer, q, k, v):
-            k, v = (torch.cat([old[rows], new], 2) for old, new in zip(self.layers[layer], (k, v)))
+            k, v = (torch.cat([take(old, rows), new], 2) for old, new in zip(self.layers[layer], (k, v)))
             if plain:
                 return scaled_dot_product(F.pad(q, (0, 0, P, 0)), k, v)[:, P:]
             return scaled_dot_product(q, k, v, seen)
 
         return after_prompt
+
+
+def take(x, rows):
+    """x[rows], where rows may repeat: kernels whose gradients add up in one order, so that a run can be repeated bit for bit.
+    Indexing leaves the order to the threads on a CPU, index_select on a GPU."""
+    return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
 def only(seen, dtype):
@@ -508,7 +514,8 @@ class Transformer(nn.Module):
         prompts, rows = keyed.unique(dim=0, return_inverse=True)  # the length counts: token 0 may be a token
         prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
         cache = PromptCache(prompt_lengths)
-        hidden = self.model(prompts, cache=cache)[rows, starts - 1][:, None]  # chooses the first token of each completion
+        last = rows * prompts.shape[1] + starts - 1
+        hidden = take(self.model(prompts, cache=cache).flatten(0, 1), last)[:, None]  # chooses the first token of each completion
         offset = torch.arange(max(2, lengths.max()), device=ids.device)  # never only one: shards count on two passes
         inside = offset < lengths[:, None]  # (B, longest completion)
         targets = ids.gather(1, (starts[:, None] + offset).clamp(max=ids.shape[1] - 1))

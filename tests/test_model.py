@@ -303,6 +303,22 @@ def test_a_shared_prompt_goes_through_the_model_once():
     assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
+def test_the_gradient_is_the_same_bits_whatever_threads_do():
+    """A sum over completions of one prompt whose order is left to threads: a run could not be repeated, nor resumed exactly."""
+    torch.set_num_threads(2)
+    model = random_model(hidden_size=960, intermediate_size=128)
+    ids, mask = pad([[5, 6, 7] * 20] * 40, [[1 + i % 7] * 5 for i in range(40)])
+
+    def gradient():
+        model.zero_grad()
+        model.token_logprobs(ids, mask, 1.0)[0].sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    first = gradient()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradient()))
+
+
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_keys_copied_to_every_head_are_those_of_its_group(prompts, monkeypatch):
     """What a GPU takes where there is a mask: heads that meet the keys of another group."""
