@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=1)  # a rank whose completions are short waits for the others: torchrun ends it if one dies
+SHARDS_ON_CPU = torch.__version__ >= (2, 10)  # before 2.9 gloo adds up where FSDP2 asks for a mean; 2.9 rounds the factor that clips
 
 
 class Stop(Exception):
@@ -36,9 +37,8 @@ class Ranks:
         self.device, self.sharded, self.signal, self.listening = torch.device(device), sharded, None, False
         if sharded and "RANK" not in os.environ:
             raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)")
-        if sharded and device == "cpu" and torch.__version__ < (2, 10):
-            raise ValueError(f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): before 2.9 gloo adds gradients up where FSDP2 "
-                             "asks for their mean, and 2.9 rounds the factor that clips them")
+        if sharded and device == "cpu" and not SHARDS_ON_CPU:
+            raise ValueError(f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): older ones compute other gradients")
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():

@@ -20,7 +20,7 @@ from test_train import level, off_policy_samples
 from transformers import Qwen3Config
 
 from model import ONEDNN, Transformer, log_softmax
-from ranks import Ranks
+from ranks import SHARDS_ON_CPU, Ranks
 from rollout import Request, sample, stream, uniforms
 from train import Config, backward
 
@@ -231,7 +231,14 @@ def test_fsdp_without_torchrun_says_what_it_needs():
         Ranks("cpu", sharded=True)
 
 
-@pytest.mark.skipif(not launch.FSDP, reason=launch.NO_FSDP)
+def test_fsdp_on_a_cpu_needs_a_torch_that_averages(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("ranks.SHARDS_ON_CPU", False)
+    with pytest.raises(ValueError, match="needs torch 2.10 or newer"):
+        Ranks("cpu", sharded=True)
+
+
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason=launch.NO_FSDP)
 def test_torchrun_itself(workshop):
     """The command of the README, word for word but for its flags."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launch.ROOT / "train.py"), "--fsdp"]
