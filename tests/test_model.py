@@ -303,6 +303,7 @@ def test_a_shared_prompt_goes_through_the_model_once():
     assert seen == [5, 4 * 2]  # nothing is predicted from the last token
 
 
+@pytest.mark.faults
 def test_the_gradient_is_the_same_bits_whatever_threads_do():
     """A sum over completions of one prompt whose order is left to threads: a run could not be repeated, nor resumed exactly."""
     torch.set_num_threads(2)
