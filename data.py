@@ -1,7 +1,7 @@
 """Problems in, prompts out: JSON lines, the one prompt template, levels of difficulty, the order of training.
 
-    python data.py --split train --count 4096 --seed 0 --out pool.jsonl     generated problems, answers computed
-    python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]        evaluation problems that training repeats
+python data.py --split train --count 4096 --seed 0 --out pool.jsonl     generated problems, answers computed
+python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]        evaluation problems that training repeats
 """
 
 import argparse
@@ -16,10 +16,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # DeepScaleR, FastCuRL
-SUFFIX = f"\n{INSTRUCTION}"  # of every problem; the published protocols set a blank before it (eval.py)
+INSTRUCTION = (
+    "Let's think step by step and output the final answer within \\boxed{}."  # DeepScaleR, FastCuRL
+)
+SUFFIX = (
+    f"\n{INSTRUCTION}"  # of every problem; the published protocols set a blank before it (eval.py)
+)
 
-QUALITY = [0.8, 1.0]  # Q_l by default, for the shipped problems: level 1 is solved in 20 % of the attempts or more
+QUALITY = [
+    0.8,
+    1.0,
+]  # Q_l by default, for the shipped problems: level 1 is solved in 20 % of the attempts or more
 
 
 # -------------------------------------------------------------------------------------------------------- problems
@@ -32,7 +39,9 @@ class Problem:
     answer: str
     pass_rate: float | None = None  # of the policy that measured it, in [0, 1]
     level: float | None = None  # difficulty declared by the source
-    other: dict = field(default_factory=dict, compare=False)  # further fields of the file, kept as they are
+    other: dict = field(
+        default_factory=dict, compare=False
+    )  # further fields of the file, kept as they are
 
     def record(self):
         """The JSON object that read_problems reads back."""
@@ -50,29 +59,57 @@ def parse_problem(record, default_id):
     problem, answer = record["problem"], record["answer"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError('"problem" must be a text that is not blank')
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+    if (
+        isinstance(answer, bool)
+        or not isinstance(answer, (str, int, float))
+        or not str(answer).strip()
+    ):
         raise ValueError('"answer" must be a text or a number')
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
     for name, low, high in (("pass_rate", 0, 1), ("level", float("-inf"), float("inf"))):
         value = record.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high):
-            raise ValueError(f'"{name}" must be a number' + (f" in [{low}, {high}]" if name == "pass_rate" else ""))
-    other = {k: v for k, v in record.items() if k not in ("id", "problem", "answer", "pass_rate", "level")}
+        if value is not None and (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not low <= value <= high
+        ):
+            raise ValueError(
+                f'"{name}" must be a number'
+                + (f" in [{low}, {high}]" if name == "pass_rate" else "")
+            )
+    other = {
+        k: v
+        for k, v in record.items()
+        if k not in ("id", "problem", "answer", "pass_rate", "level")
+    }
     name = record.get("id")
-    return Problem(str(default_id if name is None else name), problem, str(answer), record.get("pass_rate"), record.get("level"), other)
+    return Problem(
+        str(default_id if name is None else name),
+        problem,
+        str(answer),
+        record.get("pass_rate"),
+        record.get("level"),
+        other,
+    )
 
 
 def read_records(path, parse):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:
-        text = gzip.decompress(path.read_bytes()).decode("utf-8") if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+        text = (
+            gzip.decompress(path.read_bytes()).decode("utf-8")
+            if path.suffix == ".gz"
+            else path.read_text(encoding="utf-8")
+        )
         lines = text.split("\n")  # splitlines would also cut at U+2028, legal within a string
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ValueError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -106,10 +143,24 @@ def read_problems(path):
 BENCHMARKS = {  # name -> title, hub data set, configuration, split, its columns of problem and answer
     "aime24": ("AIME24", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
     "math500": ("MATH500", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
-    "amc22_23": ("AMC", "AI-MO/aimo-validation-amc", None, "train", "problem", "answer"),  # the 83 problems of the papers
+    "amc22_23": (
+        "AMC",
+        "AI-MO/aimo-validation-amc",
+        None,
+        "train",
+        "problem",
+        "answer",
+    ),  # the 83 problems of the papers
     "amc23": ("AMC23-40", "math-ai/amc23", None, "test", "question", "answer"),  # 40 of them
     "minerva": ("Minerva", "math-ai/minervamath", None, "test", "question", "answer"),
-    "olympiadbench": ("Olympiad", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"),
+    "olympiadbench": (
+        "Olympiad",
+        "Hothan/OlympiadBench",
+        "OE_TO_maths_en_COMP",
+        "train",
+        "question",
+        "final_answer",
+    ),
 }
 
 
@@ -118,22 +169,37 @@ def read_hub(name):
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"{name}: reading the hub needs `pip install datasets`; or give a JSONL file") from error
+        raise ValueError(
+            f"{name}: reading the hub needs `pip install datasets`; or give a JSONL file"
+        ) from error
     _, repository, configuration, split, problem, answer = BENCHMARKS[name]
     try:
         rows = load_dataset(repository, configuration, split=split)
     except Exception as error:  # the many errors of the hub, the network and the formats
-        raise ValueError(f"{name}: cannot read {repository} from the hub ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name}: cannot read {repository} from the hub ({type(error).__name__}: {error})"
+        ) from error
     problems = []
     for i, row in enumerate(rows):
         missing = [column for column in (problem, answer) if column not in row]
         if missing:
-            raise ValueError(f"{name}: {repository} has no column {missing[0]!r} (has: {', '.join(row)})")
+            raise ValueError(
+                f"{name}: {repository} has no column {missing[0]!r} (has: {', '.join(row)})"
+            )
         value = row[answer]
-        value = ", ".join(str(v).strip().strip("$") for v in value) if isinstance(value, list) else value
+        value = (
+            ", ".join(str(v).strip().strip("$") for v in value)
+            if isinstance(value, list)
+            else value
+        )
         value = int(value) if isinstance(value, float) and value.is_integer() else value
         try:
-            problems.append(parse_problem({"problem": row[problem], "answer": value, "level": row.get("level")}, f"{name}-{i}"))
+            problems.append(
+                parse_problem(
+                    {"problem": row[problem], "answer": value, "level": row.get("level")},
+                    f"{name}-{i}",
+                )
+            )
         except ValueError as error:
             raise ValueError(f"{name}, row {i} of {repository}: {error}") from error
     return problems
@@ -170,7 +236,10 @@ def overlap(train, evaluation):
             exact.setdefault(e.id, t.id)
         own = ngrams(t.problem) if grams else set()
         for name, shared in Counter(name for gram in own for name in grams.get(gram, ())).items():
-            if shared >= NEAR_JACCARD * (len(own) + sizes[name] - shared) or shared >= NEAR_SHARE * sizes[name]:
+            if (
+                shared >= NEAR_JACCARD * (len(own) + sizes[name] - shared)
+                or shared >= NEAR_SHARE * sizes[name]
+            ):
                 near.setdefault(name, t.id)
     return list(exact.items()), [pair for pair in near.items() if pair[0] not in exact]
 
@@ -207,11 +276,15 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX):
     turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(problem, tokens, "<think>" if text.rfind("<think>") > text.rfind("</think>") else "")
+    return Prompt(
+        problem, tokens, "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
+    )
 
 
 def parse_example(record, _):
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("problem", "solution")):
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(k), str) for k in ("problem", "solution")
+    ):
         raise ValueError('a worked example needs the texts "problem" and "solution"')
     return record
 
@@ -246,7 +319,9 @@ def cut_levels(problems, qualities, kind):
         elif d > bounds[-1] + 1e-9:
             left_out["too hard"] += 1
         for level, q in zip(levels, qualities):
-            if d is not None and q > floor and lower[q] + 1e-9 < d <= q + 1e-9:  # 1 - 0.2 is not quite 0.8
+            if (
+                d is not None and q > floor and lower[q] + 1e-9 < d <= q + 1e-9
+            ):  # 1 - 0.2 is not quite 0.8
                 level.append(p)
     return levels, left_out
 
@@ -289,8 +364,16 @@ def expression(rng):
 
 def product(rng):
     """A number times one digit, by parts, and one number more, e.g. 47*6-85: 40*6=240;7*6=42;240+42=282;282-85=197."""
-    n, b, c = rng.choice((rng.randint(11, 99), rng.randint(101, 999))), rng.randint(2, 9), rng.randint(11, 99)
-    parts = [int(digit) * 10**i for i, digit in reversed(list(enumerate(reversed(str(n))))) if digit != "0"]
+    n, b, c = (
+        rng.choice((rng.randint(11, 99), rng.randint(101, 999))),
+        rng.randint(2, 9),
+        rng.randint(11, 99),
+    )
+    parts = [
+        int(digit) * 10**i
+        for i, digit in reversed(list(enumerate(reversed(str(n)))))
+        if digit != "0"
+    ]
     if len(parts) < 2:
         return product(rng)
     steps, total = [f"{part}*{b}={part * b}" for part in parts], parts[0] * b
@@ -336,7 +419,9 @@ def generate(split, seed, repeats=False):
         held_out = zlib.crc32(text.encode()) % 8 == 0
         if held_out == (split == "heldout") and (repeats or text not in seen):
             seen.add(text)
-            yield Problem(f"{split}-{number}", text, str(answer), other={"family": family, "steps": steps})
+            yield Problem(
+                f"{split}-{number}", text, str(answer), other={"family": family, "steps": steps}
+            )
 
 
 def print_overlap(train_file, evaluation_files):
@@ -345,19 +430,28 @@ def print_overlap(train_file, evaluation_files):
     for path in evaluation_files:
         evaluation = read_problems(path)
         exact, near = overlap(train, evaluation)
-        print(f"{path}: {len(exact)} of {len(evaluation)} problems stand in {train_file}, {len(near)} nearly ({NEAR_WORDS}-grams)")
+        print(
+            f"{path}: {len(exact)} of {len(evaluation)} problems stand in {train_file}, {len(near)} nearly ({NEAR_WORDS}-grams)"
+        )
         for kind, pairs in (("exact", exact), ("near", near)):
             for ours, theirs in pairs:
                 print(f"  {kind}: {ours} = {theirs}")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Generate problems, one JSON object a line; or look for overlap.")
+    parser = argparse.ArgumentParser(
+        description="Generate problems, one JSON object a line; or look for overlap."
+    )
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSONL file to write")
-    parser.add_argument("--overlap", nargs="+", metavar="FILE", help="a training file, then evaluation files or benchmark names")
+    parser.add_argument(
+        "--overlap",
+        nargs="+",
+        metavar="FILE",
+        help="a training file, then evaluation files or benchmark names",
+    )
     args = parser.parse_args(arguments)
     if args.overlap:
         if len(args.overlap) < 2:

@@ -79,7 +79,9 @@ def cosine_length_reward(length, correct, stopped, max_new_tokens):
     """After arXiv 2502.03373, as a term added to the outcome: right, 1/2 falling to 0 with length; wrong, -1/2 rising
     to 0; ran out, -1/2. In [-1/2, 1/2].  length, correct, stopped: one shape, tokens / bool / bool
     """
-    shape = (1 + torch.cos(math.pi * length.clamp(max=max_new_tokens) / max_new_tokens)) / 4  # 1/2 -> 0
+    shape = (
+        1 + torch.cos(math.pi * length.clamp(max=max_new_tokens) / max_new_tokens)
+    ) / 4  # 1/2 -> 0
     return torch.where(stopped, torch.where(correct, shape, -shape), torch.full_like(shape, -0.5))
 
 
@@ -193,7 +195,9 @@ class Group:
 
     @property
     def finite(self):
-        return bool(self.reward.isfinite().all()) and all(map(math.isfinite, (x for c in self.completions for x in c.logprobs)))
+        return bool(self.reward.isfinite().all()) and all(
+            map(math.isfinite, (x for c in self.completions for x in c.logprobs))
+        )
 
 
 class Buffer:
@@ -229,7 +233,9 @@ class Buffer:
 
     def oldest(self, num_groups):
         """The groups to be trained on now. They leave when that is done: see `take`."""
-        assert num_groups <= self.pending, f"{self.pending} groups wait, {num_groups} asked for: never train on less"
+        assert num_groups <= self.pending, (
+            f"{self.pending} groups wait, {num_groups} asked for: never train on less"
+        )
         return self.groups[:num_groups]
 
     def take(self, num_groups, fate="kept"):

@@ -23,12 +23,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # x86 builds of torch have it
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)  # x86 builds of torch have it
 CPU = Path("/proc/cpuinfo")
-SLOW_BLAS = ONEDNN and CPU.is_file() and "GenuineIntel" not in CPU.read_text()  # MKL on others' CPUs, in float32: half the speed
+SLOW_BLAS = (
+    ONEDNN and CPU.is_file() and "GenuineIntel" not in CPU.read_text()
+)  # MKL on others' CPUs, in float32: half the speed
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what checkpoints may hold
-LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22  # elements; token_logprobs holds three such tensors in float32
+LOGITS_PER_CHUNK = (
+    1 << 26 if torch.cuda.is_available() else 1 << 22
+)  # elements; token_logprobs holds three such tensors in float32
 
 
 def at_least_float32(x):
@@ -53,13 +63,23 @@ class Rope:
     @classmethod
     def of(cls, config):
         """From a transformers config, in the new spelling (`rope_parameters`) or the old (`rope_theta`, `rope_scaling`)."""
-        fields = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+        fields = dict(
+            getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        )
         kind = fields.get("rope_type", fields.get("type", "default"))
         if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"rotary scaling {kind!r} is not supported (default, linear and llama3 are)")
+            raise ValueError(
+                f"rotary scaling {kind!r} is not supported (default, linear and llama3 are)"
+            )
         if fields.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor other than 1 is not supported")
-        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        for name in (
+            "rope_theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ):
             if not 0 < fields.get(name, 1) < math.inf:
                 raise ValueError(f"{name} {fields[name]} of the rotary embedding must be above 0")
         return cls(
@@ -68,18 +88,24 @@ class Rope:
             factor=fields.get("factor", 1.0),
             low_freq_factor=fields.get("low_freq_factor", 1.0),
             high_freq_factor=fields.get("high_freq_factor", 1.0),
-            original_context=fields.get("original_max_position_embeddings", config.max_position_embeddings),
+            original_context=fields.get(
+                "original_max_position_embeddings", config.max_position_embeddings
+            ),
         )
 
 
 @functools.lru_cache(maxsize=32)
 def inverse_frequencies(rope, head_dim, device):
     """Radians per position of each pair of channels, (D/2,) float32. Llama 3's scaling: arXiv 2407.21783."""
-    freq = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    freq = rope.theta ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )
     if rope.kind == "linear":
         return freq / rope.factor
     if rope.kind == "llama3":
-        turns = rope.original_context * freq / (2 * math.pi)  # rotations within the original context
+        turns = (
+            rope.original_context * freq / (2 * math.pi)
+        )  # rotations within the original context
         blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = blend.clamp(0, 1)  # 0: slow channels, interpolated; 1: fast channels, left alone
         return freq * (blend + (1 - blend) / rope.factor)
@@ -89,12 +115,23 @@ def inverse_frequencies(rope, head_dim, device):
 def check_supported(config):
     """Raise ValueError for what this decoder would silently compute wrong."""
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"model type {config.model_type!r} is not supported ({', '.join(ARCHITECTURES)} are)")
-    for name in ("rms_norm_eps", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings"):
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported ({', '.join(ARCHITECTURES)} are)"
+        )
+    for name in (
+        "rms_norm_eps",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} {getattr(config, name)} must be above 0")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}"
+        )
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
     if getattr(config, "use_sliding_window", False):
@@ -114,9 +151,18 @@ class KVCache:
     prefill, an earlier occupant's tokens) is overwritten before it can be seen.
     """
 
-    PAGE = {"cpu": 32, "cuda": 256}  # positions: small ones waste less, large ones make less work; MIN_ROWS divides them
-    SLACK = {"cpu": 8, "cuda": 2}  # the pool grows by at least 1 / SLACK of itself, up to `limit`; on a GPU seldom, since each time
-    WIDER = {"cpu": 1, "cuda": 4}  # a step must be captured again, as when the table gets wider, by a multiple of this
+    PAGE = {
+        "cpu": 32,
+        "cuda": 256,
+    }  # positions: small ones waste less, large ones make less work; MIN_ROWS divides them
+    SLACK = {
+        "cpu": 8,
+        "cuda": 2,
+    }  # the pool grows by at least 1 / SLACK of itself, up to `limit`; on a GPU seldom, since each time
+    WIDER = {
+        "cpu": 1,
+        "cuda": 4,
+    }  # a step must be captured again, as when the table gets wider, by a multiple of this
     NEVER = 1 << 40  # first position of a page that nobody holds
     HIDDEN = -1e30  # score of what may not be seen: finite, since a row may have nothing to see
 
@@ -125,11 +171,19 @@ class KVCache:
         config, kind = model.config, model.device.type
         self.page, self.slack, self.wider = self.PAGE[kind], self.SLACK[kind], self.WIDER[kind]
         self.limit = 1 + rows * -(-longest // self.page)  # pages
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            model.head_dim,
+        )
         empty = model.lm_head.weight.new_zeros(1, self.kv_heads, self.head_dim, self.page)
         self.k = [empty.clone() for _ in model.model.layers]
         self.v = [empty.transpose(2, 3).contiguous() for _ in model.model.layers]
-        self.table, self.held, self.free = np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64), []
+        self.table, self.held, self.free = (
+            np.zeros((rows, 0), np.int64),
+            np.zeros(rows, np.int64),
+            [],
+        )
         self.device, self.layout, self.changed = model.device, (), True
 
     # Pages are given and taken on the host; `arrange` tells the device.
@@ -163,15 +217,22 @@ class KVCache:
             more = max(int(wanted), min(pages // self.slack, self.limit - pages))
             self.free.extend(range(pages, pages + more))
             for tensors in (self.k, self.v):
-                for i, old in enumerate(tensors):  # zeros: what is hidden must be finite, 0 * nan would be nan
+                for i, old in enumerate(
+                    tensors
+                ):  # zeros: what is hidden must be finite, 0 * nan would be nan
                     tensors[i] = torch.cat([old, old.new_zeros(more, *old.shape[1:])])
 
     def copy(self, source, target, lengths):
         """The first lengths[i] positions of row source[i] to row target[i]."""
         source, target = np.array(source), np.array(target)
         self.reserve(target, lengths)
-        pages = [(self.table[s, :n], self.table[t, :n]) for s, t, n in zip(source, target, -(-lengths // self.page))]
-        source, target = (torch.from_numpy(np.concatenate(side)).to(self.device) for side in zip(*pages))
+        pages = [
+            (self.table[s, :n], self.table[t, :n])
+            for s, t, n in zip(source, target, -(-lengths // self.page))
+        ]
+        source, target = (
+            torch.from_numpy(np.concatenate(side)).to(self.device) for side in zip(*pages)
+        )
         for tensors in (self.k, self.v):
             for pool in tensors:
                 pool[target] = pool[source]
@@ -198,10 +259,18 @@ class KVCache:
         owner, start = np.zeros(len(self.k[0]), np.int64), np.full(len(self.k[0]), self.NEVER)
         row, number = np.nonzero(self.table)
         owner[self.table[row, number]], start[self.table[row, number]] = row, number * self.page
-        table, owner, start = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (self.table, owner, start))
+        table, owner, start = (
+            torch.from_numpy(x).to(self.device, non_blocking=True)
+            for x in (self.table, owner, start)
+        )
         head = torch.arange(self.heads, device=self.device)
-        to_rows = (table[:, None] * self.heads + head[:, None]).flatten()  # (rows * H * width,), out of (pages * H)
-        to_pages = ((owner[:, None] * self.heads + head) * width + (start % self.NEVER)[:, None] // self.page).flatten()  # the inverse
+        to_rows = (
+            table[:, None] * self.heads + head[:, None]
+        ).flatten()  # (rows * H * width,), out of (pages * H)
+        to_pages = (
+            (owner[:, None] * self.heads + head) * width
+            + (start % self.NEVER)[:, None] // self.page
+        ).flatten()  # the inverse
         layout = table, owner, start, to_rows, to_pages
         if [x.shape for x in layout] == [x.shape for x in self.layout]:
             for old, new in zip(self.layout, layout):
@@ -227,7 +296,9 @@ class KVCache:
         def prefill(layer, q, k, v):
             put(layer, k, v)
             k = self.k[layer][held].permute(0, 2, 1, 4, 3).reshape(B, K, -1, D)
-            return scaled_dot_product(q, k, self.v[layer][held].transpose(1, 2).reshape(B, K, -1, D), seen)
+            return scaled_dot_product(
+                q, k, self.v[layer][held].transpose(1, 2).reshape(B, K, -1, D), seen
+            )
 
         def decode(layer, q, k, v):
             # Every page meets the query of its owner, as it lies; softmax is over the pages of a row together. What is read
@@ -236,16 +307,27 @@ class KVCache:
             q = q.reshape(B, H * D).index_select(0, owner).view(-1, H // K, D)
             score = torch.baddbmm(hidden, q, self.k[layer].flatten(0, 1), alpha=D**-0.5).view(-1, P)
             weight = score.index_select(0, to_rows).view(B * H, -1).softmax(-1)  # in float32 inside
-            out = torch.bmm(weight.view(-1, P).index_select(0, to_pages).view(-1, H // K, P), self.v[layer].flatten(0, 1))
+            out = torch.bmm(
+                weight.view(-1, P).index_select(0, to_pages).view(-1, H // K, P),
+                self.v[layer].flatten(0, 1),
+            )
             out = out.view(-1, H * D)
             out[0] = 0  # nobody's page, which stands for none
-            return out.index_select(0, table.flatten()).view(*table.shape, H * D).sum(1, keepdim=True)
+            return (
+                out.index_select(0, table.flatten()).view(*table.shape, H * D).sum(1, keepdim=True)
+            )
 
         if rows is not None:
-            seen = only(torch.arange(held.shape[1] * P, device=positions.device) <= positions[:, None, :, None], self.k[0].dtype)
+            seen = only(
+                torch.arange(held.shape[1] * P, device=positions.device)
+                <= positions[:, None, :, None],
+                self.k[0].dtype,
+            )
             return prefill
         unseen = start[:, None] + within > positions[owner]  # (pages, page)
-        hidden = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=positions.device).masked_fill_(unseen, self.HIDDEN)
+        hidden = torch.zeros(
+            unseen.shape, dtype=self.k[0].dtype, device=positions.device
+        ).masked_fill_(unseen, self.HIDDEN)
         hidden = hidden[:, None, None].expand(-1, K, 1, P).reshape(-1, 1, P)
         return decode
 
@@ -257,7 +339,10 @@ class PromptCache:
     """
 
     def __init__(self, lengths):
-        self.lengths, self.layers = lengths, {}  # (prompts,) tokens; layer -> k, v (prompts, K, P, D)
+        self.lengths, self.layers = (
+            lengths,
+            {},
+        )  # (prompts,) tokens; layer -> k, v (prompts, K, P, D)
 
     def attention(self, positions, rows):
         if rows is None:
@@ -275,10 +360,15 @@ class PromptCache:
         if not plain:
             prompt = torch.arange(P, device=device) < self.lengths[rows, None, None, None]
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            seen = only(torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1), self.layers[0][0].dtype)
+            seen = only(
+                torch.cat([prompt.expand(B, 1, T, P), own.expand(B, 1, T, T)], -1),
+                self.layers[0][0].dtype,
+            )
 
         def after_prompt(layer, q, k, v):
-            k, v = (torch.cat([take(old, rows), new], 2) for old, new in zip(self.layers[layer], (k, v)))
+            k, v = (
+                torch.cat([take(old, rows), new], 2) for old, new in zip(self.layers[layer], (k, v))
+            )
             if plain:
                 return scaled_dot_product(F.pad(q, (0, 0, P, 0)), k, v)[:, P:]
             return scaled_dot_product(q, k, v, seen)
@@ -312,7 +402,9 @@ def scaled_dot_product(q, k, v, seen=None):
     shared = q.shape[1] // k.shape[1]
     if keys_for_every_head(q.device.type, masked=seen is not None):
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=shared > 1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, seen, is_causal=seen is None, enable_gqa=shared > 1
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -353,8 +445,11 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        return (product(grad, weight.t()) if ctx.needs_input_grad[0] else None, product(flat.t(), x.flatten(0, -2).t()),
-                flat.sum(0) if ctx.bias else None)
+        return (
+            product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            product(flat.t(), x.flatten(0, -2).t()),
+            flat.sum(0) if ctx.bias else None,
+        )
 
 
 def linear(x, weight, bias=None):
@@ -402,7 +497,9 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         bias = getattr(config, "attention_bias", False)
-        qkv_bias = True if config.model_type == "qwen2" else bias  # Qwen2 has no switch: biases on q, k, v alone
+        qkv_bias = (
+            True if config.model_type == "qwen2" else bias
+        )  # Qwen2 has no switch: biases on q, k, v alone
         self.layer, self.head_dim = layer, head_dim
         self.q_proj = Linear(C, H * head_dim, qkv_bias)
         self.k_proj = Linear(C, K * head_dim, qkv_bias)
@@ -415,17 +512,28 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend):
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            y.view(B, T, -1, self.head_dim)
+            for y in together(x, self.q_proj, self.k_proj, self.v_proj)
+        )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        q, k, v = (
+            rotate(q.transpose(1, 2), cos, sin),
+            rotate(k.transpose(1, 2), cos, sin),
+            v.transpose(1, 2),
+        )
         return self.o_proj(attend(self.layer, q, k, v))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        C, inner, bias = (
+            config.hidden_size,
+            config.intermediate_size,
+            getattr(config, "mlp_bias", False),
+        )
         self.gate_proj, self.up_proj = Linear(C, inner, bias), Linear(C, inner, bias)
         self.down_proj = Linear(inner, C, bias)
         self.gate_proj.beside = (self.up_proj,)
@@ -454,9 +562,13 @@ class Body(nn.Module):
         super().__init__()
         self.rope, self.head_dim = Rope.of(config), head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, head_dim, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, head_dim, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False  # activation checkpointing: the backward pass makes a layer's inside again
+        self.recompute = (
+            False  # activation checkpointing: the backward pass makes a layer's inside again
+        )
 
     def forward(self, ids, positions=None, cache=None, rows=None):
         """ids (B, T) -> hidden states (B, T, C).
@@ -468,13 +580,24 @@ class Body(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attend = cache.attention(positions, rows) if cache is not None else lambda layer, q, k, v: scaled_dot_product(q, k, v)
+        attend = (
+            cache.attention(positions, rows)
+            if cache is not None
+            else lambda layer, q, k, v: scaled_dot_product(q, k, v)
+        )
         x = self.embed_tokens(ids)
-        angle = positions[:, None, :, None] * inverse_frequencies(self.rope, self.head_dim, ids.device)  # (B, 1, T, D/2)
-        cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
+        angle = positions[:, None, :, None] * inverse_frequencies(
+            self.rope, self.head_dim, ids.device
+        )  # (B, 1, T, D/2)
+        cos, sin = (
+            torch.cat([angle.cos()] * 2, -1).to(x.dtype),
+            torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype),
+        )
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
@@ -487,7 +610,9 @@ class Transformer(nn.Module):
         super().__init__()
         check_supported(config)
         self.config = config
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self.model = Body(config, self.head_dim)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -511,19 +636,28 @@ class Transformer(nn.Module):
         starts, lengths = mask.int().argmax(1), mask.sum(1)
         in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
         keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
-        prompts, rows = keyed.unique(dim=0, return_inverse=True)  # the length counts: token 0 may be a token
+        prompts, rows = keyed.unique(
+            dim=0, return_inverse=True
+        )  # the length counts: token 0 may be a token
         prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
         cache = PromptCache(prompt_lengths)
         last = rows * prompts.shape[1] + starts - 1
-        hidden = take(self.model(prompts, cache=cache).flatten(0, 1), last)[:, None]  # chooses the first token of each completion
-        offset = torch.arange(max(2, lengths.max()), device=ids.device)  # never only one: shards count on two passes
+        hidden = take(self.model(prompts, cache=cache).flatten(0, 1), last)[
+            :, None
+        ]  # chooses the first token of each completion
+        offset = torch.arange(
+            max(2, lengths.max()), device=ids.device
+        )  # never only one: shards count on two passes
         inside = offset < lengths[:, None]  # (B, longest completion)
         targets = ids.gather(1, (starts[:, None] + offset).clamp(max=ids.shape[1] - 1))
         more = self.model(targets[:, :-1], starts[:, None] + offset[:-1], cache, rows)
         hidden, targets = torch.cat([hidden, more], 1)[inside], targets[inside]
         size = max(1, logits_per_chunk // self.config.vocab_size)
         values = Chosen.apply(hidden, self.lm_head.weight, targets, temperature, size)
-        return tuple(torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v) for v in values)
+        return tuple(
+            torch.zeros(ids.shape, dtype=v.dtype, device=v.device).masked_scatter(mask, v)
+            for v in values
+        )
 
     @contextmanager
     def laid_out(self, rows):
@@ -559,31 +693,51 @@ class Transformer(nn.Module):
         it has shapes alone, and config.json is all that is read."""
         path = Path(path)
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path}: no config.json, so this is not a Hugging Face checkpoint folder")
+            raise ValueError(
+                f"{path}: no config.json, so this is not a Hugging Face checkpoint folder"
+            )
         try:
             with torch.device("meta"):  # allocate nothing that the file is about to replace
                 model = cls(AutoConfig.from_pretrained(path))
-        except Exception as error:  # the many answers of transformers and of arithmetic to a bad config
+        except (
+            Exception
+        ) as error:  # the many answers of transformers and of arithmetic to a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         if device == "meta":
             return model.to(dtype)
         tensors = read_tensors(path)
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # whether or not the file repeats it
+            tensors["lm_head.weight"] = tensors[
+                "model.embed_tokens.weight"
+            ]  # whether or not the file repeats it
         wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         for complaint, names in (
             ("lacks", [f"{n} {wanted[n]}" for n in wanted if n not in found]),
             ("has surplus", [f"{n} {found[n]}" for n in found if n not in wanted]),
-            ("holds something else than floats in", [f"{n} {t.dtype}" for n, t in tensors.items() if t.dtype not in FLOATS]),
-            ("misshapes", [f"{n} {found[n]}, wanted {wanted[n]}" for n in wanted if found.get(n, wanted[n]) != wanted[n]]),
+            (
+                "holds something else than floats in",
+                [f"{n} {t.dtype}" for n, t in tensors.items() if t.dtype not in FLOATS],
+            ),
+            (
+                "misshapes",
+                [
+                    f"{n} {found[n]}, wanted {wanted[n]}"
+                    for n in wanted
+                    if found.get(n, wanted[n]) != wanted[n]
+                ],
+            ),
         ):
             if names:
-                raise ValueError(f"{path}: the checkpoint {complaint} {len(names)} tensor(s): {'; '.join(names[:5])}")
+                raise ValueError(
+                    f"{path}: the checkpoint {complaint} {len(names)} tensor(s): {'; '.join(names[:5])}"
+                )
         tensors = {n: t.to(device, dtype) for n, t in tensors.items()}
         infinite = [n for n, t in tensors.items() if not t.isfinite().all()]
         if infinite:
-            raise ValueError(f"{path}: the checkpoint holds nan or infinity in {len(infinite)} tensor(s), as {dtype}: {'; '.join(infinite[:5])}")
+            raise ValueError(
+                f"{path}: the checkpoint holds nan or infinity in {len(infinite)} tensor(s), as {dtype}: {'; '.join(infinite[:5])}"
+            )
         model.load_state_dict(tensors, assign=True)
         model.tie()
         return model
@@ -608,7 +762,9 @@ def read_tensors(path):
     files = ["model.safetensors"]
     if index.is_file() and not (path / files[0]).is_file():
         try:
-            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted(
+                {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+            )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
     tensors = {}
@@ -619,7 +775,9 @@ def read_tensors(path):
             tensors |= load_file(path / name)
         except SafetensorError as error:
             raise ValueError(f"{path / name}: not a readable safetensors file ({error})") from error
-    return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}  # old files store this constant
+    return {
+        n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")
+    }  # old files store this constant
 
 
 # -------------------------------------------------------------------------------------------------------- log-probs
@@ -628,7 +786,9 @@ def read_tensors(path):
 def log_softmax(logits, temperature):
     """The policy's distribution over the next token, log-probs in nats: what is sampled from and what is learned."""
     logits = at_least_float32(logits)
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)  # x / 1 is x, and takes a pass over memory
+    return torch.log_softmax(
+        logits if temperature == 1 else logits / temperature, -1
+    )  # x / 1 is x, and takes a pass over memory
 
 
 class Chosen(torch.autograd.Function):
@@ -654,21 +814,27 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
-        wide = torch.promote_types(weight.dtype, torch.float32)  # in bfloat16 a sum of a thousand chunks would stand still
+        wide = torch.promote_types(
+            weight.dtype, torch.float32
+        )  # in bfloat16 a sum of a thousand chunks would stand still
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         addend = None if weight.dtype == wide else torch.empty_like(weight)
         starts = range(0, len(hidden), ctx.size)
         for i, start in enumerate(starts):
             part = slice(start, start + ctx.size)
             h, g = hidden[part], grad[part] / ctx.temperature
-            logits_grad = log_softmax(linear(h, weight), ctx.temperature).exp_().mul_(-g[:, None])  # (1[v = chosen] - p_v) g
+            logits_grad = (
+                log_softmax(linear(h, weight), ctx.temperature).exp_().mul_(-g[:, None])
+            )  # (1[v = chosen] - p_v) g
             logits_grad[torch.arange(len(h), device=h.device), targets[part]] += g
             logits_grad = logits_grad.to(weight.dtype)
             hidden_grad[part] = linear(logits_grad, weight.t())
             if addend is None:
                 weight_grad.addmm_(logits_grad.t(), h)
             else:  # eight chunks lose nothing yet, and spare seven passes over a large tensor
-                addend.addmm_(logits_grad.t(), h, beta=min(i % 8, 1))  # 0: what it held is forgotten
+                addend.addmm_(
+                    logits_grad.t(), h, beta=min(i % 8, 1)
+                )  # 0: what it held is forgotten
                 if i % 8 == 7 or i == len(starts) - 1:
                     weight_grad += addend
         return hidden_grad, weight_grad, None, None, None
@@ -683,7 +849,12 @@ def micro_batches(prompts, completions, max_tokens):
     batches, known = [], {}  # the different prompts of the last batch, and their lengths
     for i in sorted(range(len(completions)), key=lambda i: -len(completions[i])):
         known[tuple(prompts[i])] = len(prompts[i])
-        if not batches or (len(batches[-1]) + 1) * len(completions[batches[-1][0]]) + len(known) * max(known.values()) > max_tokens:
+        if (
+            not batches
+            or (len(batches[-1]) + 1) * len(completions[batches[-1][0]])
+            + len(known) * max(known.values())
+            > max_tokens
+        ):
             batches.append([])
             known = {tuple(prompts[i]): len(prompts[i])}
         batches[-1].append(i)

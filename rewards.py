@@ -22,7 +22,7 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
-import answers
+from infra import answers
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict; ours: ordinary cases take milliseconds
 WALL = 25  # wall time may be so many times that, before a worker that does not answer is given up
@@ -43,12 +43,16 @@ def extract_answer(text, allow_last_number=False):
         return None
     boxes = list(re.finditer(r"\\boxed\s*\{", text))
     if not boxes:
-        numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
+        numbers = (
+            re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text) if allow_last_number else []
+        )
         return numbers[-1].rstrip(",") if numbers else None
     if re.search(r"\\boxed\s*\{[^{}\n]*\}%[ \t]*$", text[: boxes[-1].start()]):
         return None  # the last box is a comment to LaTeX, and the last box to anybody else: neither of the two pays
     depth, start = 1, boxes[-1].end()
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped \{ is no brace
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(
+        text, start
+    ):  # an escaped \{ is no brace
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
             answer = text[start : match.start()].strip(" \t\r\n")
@@ -105,7 +109,9 @@ def serve(seconds):
     The cases are judged by a child. When one kills it, the verdict is the parent's, which has everything imported and
     forks the next child in milliseconds.
     """
-    verdicts = os.fdopen(os.dup(1), "w")  # for verdicts alone: whatever a library prints goes nowhere
+    verdicts = os.fdopen(
+        os.dup(1), "w"
+    )  # for verdicts alone: whatever a library prints goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def say(verdict):
@@ -136,7 +142,9 @@ def judge(equal, say, seconds):
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             verdict = RIGHT if equal(gold, answer) else WRONG
-        except Exception:  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
+        except (
+            Exception
+        ):  # whatever hostile text provokes in the parser or in sympy is counted, and worth 0
             verdict = ERROR
         signal.setitimer(signal.ITIMER_PROF, 0)
         say(verdict)
@@ -148,7 +156,11 @@ class Worker:
     def __init__(self, seconds):
         command = [sys.executable, os.path.abspath(__file__), "--worker", str(seconds)]
         self.process = subprocess.Popen(  # a session of its own: Ctrl-C reaches the run, which then ends its workers
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self.job = "start"  # what its next line answers; None: idle
         self.deadline = time.monotonic() + 120  # importing sympy on a busy machine takes seconds
@@ -226,7 +238,9 @@ class Grader:
                 for i, worker in enumerate(self.workers):
                     if worker.job is not None:
                         selector.register(worker.process.stdout, selectors.EVENT_READ, i)
-                patience = min(w.deadline for w in self.workers if w.job is not None) - time.monotonic()
+                patience = (
+                    min(w.deadline for w in self.workers if w.job is not None) - time.monotonic()
+                )
                 ready = {key.data for key, _ in selector.select(max(patience, 0))}
             for i, worker in enumerate(self.workers):
                 if i in ready:
@@ -240,7 +254,9 @@ class Grader:
                 else:
                     self.failed_starts = 0 if verdict == "ready" else self.failed_starts + 1
                     if self.failed_starts == 5:
-                        raise RuntimeError("grading workers do not start: does `python -c 'import math_verify'` work?")
+                        raise RuntimeError(
+                            "grading workers do not start: does `python -c 'import math_verify'` work?"
+                        )
                 worker.job = None
                 if not verdict:
                     worker.kill()
@@ -276,8 +292,13 @@ def load_reward(name):
     try:
         spec.loader.exec_module(module)
         reward = getattr(module, function, None)
-    except (Exception, SystemExit) as error:  # the user's own code: any error in it is theirs to see, in one line
-        raise ValueError(f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's own code: any error in it is theirs to see, in one line
+        raise ValueError(
+            f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})"
+        ) from error
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return reward
@@ -290,14 +311,23 @@ def main():
     from data import read_records
 
     parser = argparse.ArgumentParser(description="Grade a file of cases.")
-    parser.add_argument("cases", help='JSONL of {"gold", "prediction", "equivalent": bool, "kind": "answer" | "response"}')
-    parser.add_argument("--allow-last-number", action="store_true", help="without a box, take the last number")
+    parser.add_argument(
+        "cases",
+        help='JSONL of {"gold", "prediction", "equivalent": bool, "kind": "answer" | "response"}',
+    )
+    parser.add_argument(
+        "--allow-last-number", action="store_true", help="without a box, take the last number"
+    )
     args = parser.parse_args()
 
     def parse_case(record, _):
-        if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("gold", "prediction")):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(k), str) for k in ("gold", "prediction")
+        ):
             raise ValueError('a case needs the texts "gold" and "prediction"')
-        if not isinstance(record.get("equivalent", True), bool) or record.get("kind", "response") not in ("answer", "response"):
+        if not isinstance(record.get("equivalent", True), bool) or record.get(
+            "kind", "response"
+        ) not in ("answer", "response"):
             raise ValueError('"equivalent" must be true or false, "kind" answer or response')
         return record
 
@@ -309,7 +339,12 @@ def main():
     start = time.perf_counter()
 
     answer_of = {"answer": lambda text: text.strip() or None, "response": grader.extract}
-    verdicts = grader.compare([(case["gold"], answer_of[case.get("kind", "response")](case["prediction"])) for case in cases])
+    verdicts = grader.compare(
+        [
+            (case["gold"], answer_of[case.get("kind", "response")](case["prediction"]))
+            for case in cases
+        ]
+    )
     seconds = time.perf_counter() - start
     counts = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
     for case, verdict in zip(cases, verdicts):
@@ -318,8 +353,14 @@ def main():
             counts["agree" if agree else "false_right" if verdict == RIGHT else "false_wrong"] += 1
             if not agree:
                 gold, prediction = (repr(case[k][:200]) for k in ("gold", "prediction"))
-                print(f"{verdict}, labelled {case['equivalent']}: gold {gold}, prediction {prediction}")
-    failures = {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR], "seconds": round(seconds, 3)}
+                print(
+                    f"{verdict}, labelled {case['equivalent']}: gold {gold}, prediction {prediction}"
+                )
+    failures = {
+        "timeouts": grader.counts[TIMEOUT],
+        "errors": grader.counts[ERROR],
+        "seconds": round(seconds, 3),
+    }
     print(json.dumps(counts | failures))
 
 

@@ -14,7 +14,9 @@ import torch
 
 from model import KVCache, log_softmax
 
-PREFILL_TOKENS = 8192  # at most so many padded prompt tokens go through the model at once (memory only)
+PREFILL_TOKENS = (
+    8192  # at most so many padded prompt tokens go through the model at once (memory only)
+)
 CAPTURED = "cuda"  # where the decoding step is captured; elsewhere it is a call like any
 MIN_ROWS = 8  # matrix products of fewer rows may round differently
 
@@ -72,9 +74,15 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)
     cdf = logprobs.exp().cumsum(-1)
-    total = cdf[:, -1:]  # 1 up to rounding; below it even for u = 1 - 2^-53, so that no impossible token is reached
-    target = torch.minimum(u[:, None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)  # nan: any, its log-prob says so
+    total = cdf[
+        :, -1:
+    ]  # 1 up to rounding; below it even for u = 1 - 2^-53, so that no impossible token is reached
+    target = torch.minimum(
+        u[:, None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    tokens = torch.searchsorted(cdf, target, right=True).clamp(
+        max=logits.shape[-1] - 1
+    )  # nan: any, its log-prob says so
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
@@ -99,7 +107,9 @@ class Slots:
 
     def __init__(self, model, requests, slots):
         self.model, self.requests = model, requests
-        self.waiting = deque((r, i) for r, request in enumerate(requests) for i in range(len(request.keys)))
+        self.waiting = deque(
+            (r, i) for r, request in enumerate(requests) for i in range(len(request.keys))
+        )
         self.slots = min(slots, len(self.waiting))
         rows = max(MIN_ROWS, self.slots)  # beyond the slots: padding, never given a sample
         longest = max((np.max(r.max_new_tokens) for r in requests), default=0)
@@ -107,10 +117,17 @@ class Slots:
         self.keys = np.zeros(rows, np.uint64)
         self.prompt_length, self.count, self.limit = (np.zeros(rows, np.int64) for _ in range(3))
         self.tokens, self.logprobs = np.zeros((rows, longest), np.int64), np.zeros((rows, longest))
-        self.cache = KVCache(model, rows, max((len(r.prompt) + np.max(r.max_new_tokens) for r in requests), default=0))
+        self.cache = KVCache(
+            model,
+            rows,
+            max((len(r.prompt) + np.max(r.max_new_tokens) for r in requests), default=0),
+        )
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.captured = None  # the layout of the cache for which `replay` stands
-        self.held, self.first = {}, {}  # request -> a slot holding its prompt; its first next-token logits (V,)
+        self.held, self.first = (
+            {},
+            {},
+        )  # request -> a slot holding its prompt; its first next-token logits (V,)
 
     @property
     def live(self):
@@ -120,7 +137,9 @@ class Slots:
         """Give every idle slot the next waiting sample."""
         idle = [slot for slot, owner in enumerate(self.owner[: self.slots]) if not owner]
         self.clear(idle)
-        idle.sort(key=lambda slot: slot not in self.held.values())  # a held prompt is overwritten only by its own group
+        idle.sort(
+            key=lambda slot: slot not in self.held.values()
+        )  # a held prompt is overwritten only by its own group
         placed, new = [], []
         for slot in idle[: len(self.waiting)]:
             r, i = self.owner[slot] = self.waiting.popleft()
@@ -128,7 +147,10 @@ class Slots:
                 self.held[r] = slot
                 new.append(r)
             request = self.requests[r]
-            self.keys[slot], self.limit[slot] = request.keys[i], np.broadcast_to(request.max_new_tokens, len(request.keys))[i]
+            self.keys[slot], self.limit[slot] = (
+                request.keys[i],
+                np.broadcast_to(request.max_new_tokens, len(request.keys))[i],
+            )
             self.prompt_length[slot], self.count[slot] = len(request.prompt), 0
             placed.append((slot, r))
         if not placed:
@@ -148,12 +170,17 @@ class Slots:
     def clear(self, idle):
         """Give back the pages of idle slots, save for a prompt that may still be copied."""
         held = set(self.held.values())
-        self.cache.cut(idle, np.array([self.prompt_length[slot] if slot in held else 0 for slot in idle], np.int64))
+        self.cache.cut(
+            idle,
+            np.array([self.prompt_length[slot] if slot in held else 0 for slot in idle], np.int64),
+        )
 
     def prefill(self, batch):
         """Run the prompts of these requests into their cache rows; a beginning that all share (worked examples), once."""
         prompts, rows = [self.requests[r].prompt for r in batch], [self.held[r] for r in batch]
-        shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS if len(batch) > 1 else 0
+        shared = (
+            max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS if len(batch) > 1 else 0
+        )
         if shared:  # a token at least is left to each
             self.extend(rows[:1], [prompts[0][:shared]], 0)
             self.cache.copy(rows[:1] * (len(rows) - 1), rows[1:], np.full(len(rows) - 1, shared))
@@ -171,12 +198,18 @@ class Slots:
         self.cache.reserve(np.array(rows), start + np.array([len(some) for some in tokens]))
         self.cache.arrange()
         positions = self.to_device(np.arange(start, start + width)).expand(len(rows), -1)
-        return self.model.model(self.to_device(ids), positions, self.cache, self.to_device(np.array(rows)))
+        return self.model.model(
+            self.to_device(ids), positions, self.cache, self.to_device(np.array(rows))
+        )
 
     def advance(self, temperature, top_k, top_p):
         """Sample and record the next token of every slot."""
         u = self.to_device(uniforms(self.keys, self.count))
-        chosen = torch.stack([x.double() for x in choose(self.logits, u, temperature, top_k, top_p)]).cpu().numpy()  # sync
+        chosen = (
+            torch.stack([x.double() for x in choose(self.logits, u, temperature, top_k, top_p)])
+            .cpu()
+            .numpy()
+        )  # sync
         live = self.live
         self.tokens[live, self.count[live]], self.logprobs[live, self.count[live]] = chosen[:, live]
         self.count[live] += 1
@@ -188,7 +221,11 @@ class Slots:
         for slot in np.flatnonzero(stopped | (self.count == self.limit)):
             if self.owner[slot]:
                 n = self.count[slot]
-                completion = Completion(self.tokens[slot, :n].tolist(), self.logprobs[slot, :n].tolist(), bool(stopped[slot]))
+                completion = Completion(
+                    self.tokens[slot, :n].tolist(),
+                    self.logprobs[slot, :n].tolist(),
+                    bool(stopped[slot]),
+                )
                 yield *self.owner[slot], completion
                 self.owner[slot] = None
 
@@ -210,15 +247,22 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         live = np.array(self.live)
-        fed = np.stack([np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)])  # last token, its position; -1: idle
-        fed[:, live] = self.tokens[live, self.count[live] - 1], self.prompt_length[live] + self.count[live] - 1
+        fed = np.stack(
+            [np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)]
+        )  # last token, its position; -1: idle
+        fed[:, live] = (
+            self.tokens[live, self.count[live] - 1],
+            self.prompt_length[live] + self.count[live] - 1,
+        )
         self.cache.reserve(live, fed[1, live] + 1)
         self.cache.arrange()
         if self.logits.device.type != CAPTURED:
             self.fed = self.to_device(fed)
             self.logits = self.forward()
             return
-        if self.captured is not self.cache.layout:  # the first step, or one whose tensors have moved
+        if (
+            self.captured is not self.cache.layout
+        ):  # the first step, or one whose tensors have moved
             self.fed, self.logits, self.replay = self.to_device(fed), None, None
             self.logits, self.replay = capture(self.forward)
             self.captured = self.cache.layout
@@ -234,7 +278,17 @@ class Slots:
 
 
 @torch.inference_mode()
-def sample(model, requests, *, slots, stop_ids, temperature, top_k=0, top_p=1.0, progress=lambda tokens: None):
+def sample(
+    model,
+    requests,
+    *,
+    slots,
+    stop_ids,
+    temperature,
+    top_k=0,
+    top_p=1.0,
+    progress=lambda tokens: None,
+):
     """Complete every request; returns one list of Completion per request, in order.
 
     slots        rows decoded together (memory and speed only)

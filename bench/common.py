@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config
 
 from model import Transformer
-from warmstart import make_tokenizer
+from tools.warmstart import make_tokenizer
 
 SIZES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "2m": (128, 384, 4, 4, 2, 2048),
@@ -28,10 +28,20 @@ def make_model(size, out, seed=0):
     torch.manual_seed(seed)
     hidden, inner, layers, heads, kv_heads, vocabulary = SIZES[size]
     tokenizer = make_tokenizer()
-    model = Transformer(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id))
+    model = Transformer(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
@@ -43,9 +53,18 @@ def make_workload(prompts, group, max_new, uniform=False, seed=0):
     """Requests in the form {"prompt": ids, "new_tokens": [one length per completion]}. Lengths as reasoning models have
     them: log-normal, on average 40 % of the longest, a few per cent cut off there; or all of them the longest."""
     rng = random.Random(seed)
-    length = lambda: max_new if uniform else min(max_new, max(8, int(0.32 * max_new * rng.lognormvariate(0, 0.8))))  # noqa: E731
-    return [{"prompt": [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))], "new_tokens": [length() for _ in range(group)]}
-            for _ in range(prompts)]
+    length = lambda: (
+        max_new
+        if uniform
+        else min(max_new, max(8, int(0.32 * max_new * rng.lognormvariate(0, 0.8))))
+    )  # noqa: E731
+    return [
+        {
+            "prompt": [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))],
+            "new_tokens": [length() for _ in range(group)],
+        }
+        for _ in range(prompts)
+    ]
 
 
 def read_workload(path):
@@ -75,14 +94,19 @@ def ceilings(dtype, device="cpu"):
 
 
 def peak_rss_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def decode_cost(model, slots, positions):
     """FLOPs and bytes of one decoded token in a step of `slots` rows that hold `positions` tokens each on average: weights
     once a step, keys and values of the row."""
     config, layers = model.config, len(model.model.layers)
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name) + model.lm_head.weight.numel() * model.config.tie_word_embeddings
+    weights = (
+        sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+        + model.lm_head.weight.numel() * model.config.tie_word_embeddings
+    )
     size = model.lm_head.weight.element_size()
     attention = 4 * layers * config.num_attention_heads * model.head_dim * positions
     cached = 2 * layers * config.num_key_value_heads * model.head_dim * positions * size

@@ -38,27 +38,55 @@ def main():
     args = parser.parse_args()
     torch.set_float32_matmul_precision(args.precision)
     completions = args.prompts * args.group
-    texts = [f"{37 * i} plus {91 * i} is ".ljust(64, "?") for i in range(args.prompts)]  # about 64 tokens of a byte tokenizer
+    texts = [
+        f"{37 * i} plus {91 * i} is ".ljust(64, "?") for i in range(args.prompts)
+    ]  # about 64 tokens of a byte tokenizer
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=args.model,
             args=GRPOConfig(
-                output_dir=folder, max_steps=args.steps + 1, per_device_train_batch_size=args.micro_batch,
-                gradient_accumulation_steps=completions // args.micro_batch, num_generations=args.group, max_completion_length=args.new_tokens,
-                generation_kwargs={"min_new_tokens": args.new_tokens, "top_k": 0}, temperature=1.0, beta=0.0, epsilon=0.2, epsilon_high=0.28,
-                loss_type="dapo", learning_rate=1e-6, bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
-                model_init_kwargs={"dtype": args.dtype}, report_to=[], logging_steps=1000, save_strategy="no", disable_tqdm=True,
+                output_dir=folder,
+                max_steps=args.steps + 1,
+                per_device_train_batch_size=args.micro_batch,
+                gradient_accumulation_steps=completions // args.micro_batch,
+                num_generations=args.group,
+                max_completion_length=args.new_tokens,
+                generation_kwargs={"min_new_tokens": args.new_tokens, "top_k": 0},
+                temperature=1.0,
+                beta=0.0,
+                epsilon=0.2,
+                epsilon_high=0.28,
+                loss_type="dapo",
+                learning_rate=1e-6,
+                bf16=False,
+                fp16=False,
+                gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(),
+                model_init_kwargs={"dtype": args.dtype},
+                report_to=[],
+                logging_steps=1000,
+                save_strategy="no",
+                disable_tqdm=True,
                 shuffle_dataset=False,
             ),
             train_dataset=Dataset.from_dict({"prompt": texts * (args.steps + 1)}),
-            reward_funcs=lambda completions, **_: [float(sum(map(ord, text)) % 7 < 3) for text in completions],
+            reward_funcs=lambda completions, **_: [
+                float(sum(map(ord, text)) % 7 < 3) for text in completions
+            ],
             callbacks=[clock],
         )
         trainer.train()
     steps = [after - before for before, after in zip(clock.times[1:], clock.times[2:])]
-    print(json.dumps({"seconds_per_step": round(statistics.median(steps), 3), "tokens_per_step": completions * args.new_tokens,
-                      "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+    print(
+        json.dumps(
+            {
+                "seconds_per_step": round(statistics.median(steps), 3),
+                "tokens_per_step": completions * args.new_tokens,
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,15 +12,27 @@ sys.path.insert(0, str(ROOT))
 
 from eval import Policy  # noqa: E402
 from model import Transformer  # noqa: E402
-from warmstart import make_tokenizer  # noqa: E402
+from tools.warmstart import make_tokenizer  # noqa: E402
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "faults: the promises of the README about crashes, processes, bad numbers and bad input; minutes")
+    config.addinivalue_line(
+        "markers",
+        "faults: the promises of the README about crashes, processes, bad numbers and bad input; minutes",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +50,9 @@ def random_model(family="llama", dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
     model = Transformer(small_config(family, **changes))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.25) if p.dim() == 2 else torch.nn.init.normal_(p, mean=1.0 if p.min() == 1 else 0.0, std=0.1)
+        torch.nn.init.normal_(p, std=0.25) if p.dim() == 2 else torch.nn.init.normal_(
+            p, mean=1.0 if p.min() == 1 else 0.0, std=0.1
+        )
     return model.to(dtype)
 
 
@@ -57,9 +71,18 @@ def toy_folder(tmp_path_factory, tokenizer):
     """A checkpoint folder: one layer, the byte tokenizer, random weights."""
     folder = tmp_path_factory.mktemp("toy")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model = Transformer(config)
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # tied: near-uniform at first
     model.save_pretrained(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import SHARDS_ON_CPU
+from infra.ranks import SHARDS_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_FSDP = "--fsdp on CPUs needs a newer torch"
@@ -23,11 +23,18 @@ NO_FSDP = "--fsdp on CPUs needs a newer torch"
 @functools.cache
 def server():
     """Not a fork of the test's own process: autograd refuses to work in a fork of a process that has used it."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    )
     context = multiprocessing.get_context("forkserver")
-    lazy = ["transformers.models.llama.configuration_llama", "transformers.models.qwen3.configuration_qwen3",
-            "transformers.tokenization_utils_tokenizers", "torch.distributed.tensor", "torch.distributed.fsdp"]
-    context.set_forkserver_preload(["train", "report", "launch", *lazy])
+    lazy = [
+        "transformers.models.llama.configuration_llama",
+        "transformers.models.qwen3.configuration_qwen3",
+        "transformers.tokenization_utils_tokenizers",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+    ]
+    context.set_forkserver_preload(["train", "tools.report", "launch", *lazy])
     return context
 
 
@@ -40,8 +47,8 @@ def child(folder, arguments, environment, sabotage, log):
     sys.stdout = sys.stderr = open(descriptor, "w", buffering=1)
     from tqdm import tqdm
 
-    import report
     import train
+    from tools import report
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     torch.set_num_threads(1)
@@ -75,9 +82,28 @@ def start(folder, arguments, world=1, sabotage=None):
             port = free.getsockname()[1]
     processes = []
     for rank in range(world):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if port else {}
-        process = server().Process(target=child, daemon=True, args=(
-            str(folder), list(map(str, arguments)), {k: str(v) for k, v in environment.items()}, sabotage, str(Path(folder) / f"log{rank}")))
+        environment = (
+            {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if port
+            else {}
+        )
+        process = server().Process(
+            target=child,
+            daemon=True,
+            args=(
+                str(folder),
+                list(map(str, arguments)),
+                {k: str(v) for k, v in environment.items()},
+                sabotage,
+                str(Path(folder) / f"log{rank}"),
+            ),
+        )
         process.start()
         processes.append(process)
     return processes
@@ -103,7 +129,9 @@ def words(**flags):
     result = []
     for name, value in flags.items():
         result.append(f"--{name.replace('_', '-')}")
-        result += [] if value is True else list(map(str, value if isinstance(value, tuple) else [value]))
+        result += (
+            [] if value is True else list(map(str, value if isinstance(value, tuple) else [value]))
+        )
     return result
 
 

@@ -25,23 +25,29 @@ from data import (
     render,
     without_repeats,
 )
-from warmstart import make_tokenizer
+from tools.warmstart import make_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "nothing in it"),
-    (GOOD + "\n{oops", "line 2"),
-    (GOOD + "\n[1]", "line 2: expected a JSON object"),
-    ('{"problem": "1+1"}', 'line 1: no "answer"'),
-    ('{"problem": " ", "answer": "2"}', "line 1.*blank"),
-    ('{"problem": "1+1", "answer": null}', "line 1.*answer"),
-    ('{"problem": "1+1", "answer": "2", "pass_rate": 1.5}', r"line 1.*pass_rate.*\[0, 1\]"),
-    ('{"problem": "1+1", "answer": "2", "pass_rate": NaN}', "line 1.*pass_rate"),
-    ('{"problem": "1+1", "answer": "2", "level": "two"}', "line 1.*level"),
-    ('{"id": "a", "problem": "1+1", "answer": "2"}\n{"id": "a", "problem": "1+2", "answer": "3"}', "'a' stands twice"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "nothing in it"),
+        (GOOD + "\n{oops", "line 2"),
+        (GOOD + "\n[1]", "line 2: expected a JSON object"),
+        ('{"problem": "1+1"}', 'line 1: no "answer"'),
+        ('{"problem": " ", "answer": "2"}', "line 1.*blank"),
+        ('{"problem": "1+1", "answer": null}', "line 1.*answer"),
+        ('{"problem": "1+1", "answer": "2", "pass_rate": 1.5}', r"line 1.*pass_rate.*\[0, 1\]"),
+        ('{"problem": "1+1", "answer": "2", "pass_rate": NaN}', "line 1.*pass_rate"),
+        ('{"problem": "1+1", "answer": "2", "level": "two"}', "line 1.*level"),
+        (
+            '{"id": "a", "problem": "1+1", "answer": "2"}\n{"id": "a", "problem": "1+2", "answer": "3"}',
+            "'a' stands twice",
+        ),
+    ],
+)
 def test_errors_name_file_and_line(text, message, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ValueError, match=f"p.jsonl.*{message}"):
@@ -57,15 +63,29 @@ def test_missing_files_and_encodings(tmp_path):
 
 
 def test_other_fields_survive_a_round_trip(tmp_path):
-    record = {"id": "x", "problem": "p", "answer": "2", "pass_rate": 0.25, "level": 3, "source": "me", "tags": [1, {"a": None}]}
+    record = {
+        "id": "x",
+        "problem": "p",
+        "answer": "2",
+        "pass_rate": 0.25,
+        "level": 3,
+        "source": "me",
+        "tags": [1, {"a": None}],
+    }
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n\n")
     (problem,) = read_problems(tmp_path / "p.jsonl")
-    assert problem.record() == record and problem.other == {"source": "me", "tags": [1, {"a": None}]}
+    assert problem.record() == record and problem.other == {
+        "source": "me",
+        "tags": [1, {"a": None}],
+    }
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
     """U+2028 and its kin are legal within a JSON string, and str.splitlines would cut there."""
-    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "a\u2028b\u0085c", "answer": "2"}, ensure_ascii=False) + "\r\n", newline="")
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"problem": "a\u2028b\u0085c", "answer": "2"}, ensure_ascii=False) + "\r\n",
+        newline="",
+    )
     assert read_problems(tmp_path / "p.jsonl")[0].problem == "a\u2028b\u0085c"
 
 
@@ -87,17 +107,36 @@ def test_a_text_may_say_infinity_and_a_number_may_not():
 
 
 def test_repeats_and_overlap_are_found():
-    train = [Problem("1", "What is  2N+n?", "4"), Problem("2", "What is 2N+n?", "4"), Problem("3", "Other", "1"), Problem("4", "What is 2n+N?", "5")]
+    train = [
+        Problem("1", "What is  2N+n?", "4"),
+        Problem("2", "What is 2N+n?", "4"),
+        Problem("3", "Other", "1"),
+        Problem("4", "What is 2n+N?", "5"),
+    ]
     assert [p.id for p in without_repeats(train)] == ["1", "3", "4"]
-    assert overlap(train, [Problem("e", "OTHER!", "1"), Problem("f", "new", "2"), Problem("g", "What is 2N-n?", "2")]) == ([("e", "3")], [])
+    assert overlap(
+        train,
+        [Problem("e", "OTHER!", "1"), Problem("f", "new", "2"), Problem("g", "What is 2N-n?", "2")],
+    ) == ([("e", "3")], [])
 
 
 def test_near_overlap_is_found_by_its_words(tmp_path, capsys):
     """The template with other figures, a sentence more, and neither; one problem is counted once, exact before near."""
     story = "A baker packs {} rolls into bags of {}. How many bags does he need, if every bag has to be full?"
-    train = [Problem("t1", story.format(36, 4), "9"), Problem("t2", "Long ago, in a town by the sea: " + story.format(1, 2), "0")]
-    held_out = [Problem("same", story.format(36, 4).upper(), "9"), Problem("figures", story.format(1, 2), "9"), Problem("more", story.format(36, 4) + " Tell me.", "9"),
-                Problem("other", "A baker needs flour for bread and sells the rest of it to a friend, so how much?", "1")]
+    train = [
+        Problem("t1", story.format(36, 4), "9"),
+        Problem("t2", "Long ago, in a town by the sea: " + story.format(1, 2), "0"),
+    ]
+    held_out = [
+        Problem("same", story.format(36, 4).upper(), "9"),
+        Problem("figures", story.format(1, 2), "9"),
+        Problem("more", story.format(36, 4) + " Tell me.", "9"),
+        Problem(
+            "other",
+            "A baker needs flour for bread and sells the rest of it to a friend, so how much?",
+            "1",
+        ),
+    ]
     exact, near = overlap(train, held_out)
     assert exact == [("same", "t1")] and near == [("more", "t1"), ("figures", "t2")]
     for name, problems in (("t", train), ("h", held_out)):
@@ -107,19 +146,24 @@ def test_near_overlap_is_found_by_its_words(tmp_path, capsys):
     assert "1 of 4 problems stand in" in printed and "near: figures = t2" in printed
 
 
-@pytest.mark.parametrize("kept, evaluated, trained, is_near", [
-    (7, 7, 60, False),  # a run of seven words may be chance
-    (8, 8, 60, True),
-    (24, 27, 27, True),  # 17 of 23 grams
-    (17, 20, 20, False),  # 10 of 16
-    (26, 27, 60, True),  # 19 of the evaluation problem's 20
-    (23, 27, 60, False),  # 16 of them
-])
+@pytest.mark.parametrize(
+    "kept, evaluated, trained, is_near",
+    [
+        (7, 7, 60, False),  # a run of seven words may be chance
+        (8, 8, 60, True),
+        (24, 27, 27, True),  # 17 of 23 grams
+        (17, 20, 20, False),  # 10 of 16
+        (26, 27, 60, True),  # 19 of the evaluation problem's 20
+        (23, 27, 60, False),  # 16 of them
+    ],
+)
 def test_what_counts_as_near(kept, evaluated, trained, is_near):
     """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
     words = [f"w{i}" for i in range(evaluated)]
     training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
-    assert overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")]) == ([], [("e", "t")] if is_near else [])
+    assert overlap(
+        [Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")]
+    ) == ([], [("e", "t")] if is_near else [])
 
 
 def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
@@ -128,14 +172,26 @@ def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         read_problems("minerva")
-    rows = {"AI-MO/aimo-validation-amc": [{"problem": "1+1", "answer": 2.0, "url": "u"}],
-            "Hothan/OlympiadBench": [{"question": "roots?", "final_answer": ["$1$", "$-1$"]}], "math-ai/amc23": [{"q": "1"}]}
+    rows = {
+        "AI-MO/aimo-validation-amc": [{"problem": "1+1", "answer": 2.0, "url": "u"}],
+        "Hothan/OlympiadBench": [{"question": "roots?", "final_answer": ["$1$", "$-1$"]}],
+        "math-ai/amc23": [{"q": "1"}],
+    }
     asked = []
-    fake = SimpleNamespace(load_dataset=lambda name, configuration, split: asked.append((name, configuration, split)) or rows[name])
+    fake = SimpleNamespace(
+        load_dataset=lambda name, configuration, split: (
+            asked.append((name, configuration, split)) or rows[name]
+        )
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert [(p.id, p.problem, p.answer) for p in read_problems("amc22_23")] == [("amc22_23-0", "1+1", "2")]
+    assert [(p.id, p.problem, p.answer) for p in read_problems("amc22_23")] == [
+        ("amc22_23-0", "1+1", "2")
+    ]
     assert read_problems("olympiadbench")[0].answer == "1, -1"
-    assert asked == [("AI-MO/aimo-validation-amc", None, "train"), ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")]
+    assert asked == [
+        ("AI-MO/aimo-validation-amc", None, "train"),
+        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+    ]
     with pytest.raises(ValueError, match="no column 'question'"):
         read_problems("amc23")
     with pytest.raises(ValueError, match="cannot read math-ai/minervamath"):
@@ -170,7 +226,9 @@ def test_equal_thresholds_share_a_bin_and_unmeasured_problems_are_counted():
 
 
 def test_declared_levels():
-    problems = [Problem(str(n), str(n), "0", level=n) for n in (0, 1, 2, 3)] + [Problem("u", "u", "0")]
+    problems = [Problem(str(n), str(n), "0", level=n) for n in (0, 1, 2, 3)] + [
+        Problem("u", "u", "0")
+    ]
     levels, left = cut_levels(problems, [1, 3], "level")
     assert ids(levels) == [["0", "1"], ["2", "3"]] and left["unmeasured"] == 1
 
@@ -178,8 +236,14 @@ def test_declared_levels():
 def test_endless_order_is_seeded_covers_every_epoch_and_resumes():
     items = list(range(10))
     first = list(itertools.islice(endless(items, 0, 1), 35))
-    assert first == list(itertools.islice(endless(items, 0, 1), 35)) != list(itertools.islice(endless(items, 0, 2), 35))
-    assert all(sorted(first[i : i + 10]) == items for i in (0, 10, 20)) and first[:10] != first[10:20]
+    assert (
+        first
+        == list(itertools.islice(endless(items, 0, 1), 35))
+        != list(itertools.islice(endless(items, 0, 2), 35))
+    )
+    assert (
+        all(sorted(first[i : i + 10]) == items for i in (0, 10, 20)) and first[:10] != first[10:20]
+    )
     assert list(itertools.islice(endless(items, 0, 1), 17, 35)) == first[17:]
 
 
@@ -196,9 +260,15 @@ PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{
 
 
 def test_one_template_with_worked_examples_in_front():
-    prompt = render(chat(PLAIN), Problem("i", "1+1", "2"), [{"problem": "2+2", "solution": "\\boxed{4}"}])
+    prompt = render(
+        chat(PLAIN), Problem("i", "1+1", "2"), [{"problem": "2+2", "solution": "\\boxed{4}"}]
+    )
     text = chat(PLAIN).decode(prompt.tokens)
-    assert text == f"<user>2+2\n{INSTRUCTION}<assistant>\\boxed{{4}}<user>1+1\n{INSTRUCTION}<assistant>" and prompt.opening == ""
+    assert (
+        text
+        == f"<user>2+2\n{INSTRUCTION}<assistant>\\boxed{{4}}<user>1+1\n{INSTRUCTION}<assistant>"
+        and prompt.opening == ""
+    )
 
 
 def test_a_think_that_the_template_opens_must_be_closed():
@@ -208,7 +278,12 @@ def test_a_think_that_the_template_opens_must_be_closed():
 
 
 def test_shipped_tokenizer_round_trips_any_text(tokenizer):
-    for text in ("1+1=2;\\boxed{2}", "é ü 漢字 🙂 \x00\x7f", " leading\n\nlines\t", "\\boxed{\\boxed{1}}"):
+    for text in (
+        "1+1=2;\\boxed{2}",
+        "é ü 漢字 🙂 \x00\x7f",
+        " leading\n\nlines\t",
+        "\\boxed{\\boxed{1}}",
+    ):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == text
     assert len(tokenizer("\\boxed{")["input_ids"]) == 1
 
@@ -250,4 +325,7 @@ def test_splits_are_disjoint_whatever_the_seed_and_reproducible():
     held = {p.problem for seed in (0, 2) for p in itertools.islice(generate("heldout", seed), 1000)}
     assert not train & held
     first = [p.problem for p in itertools.islice(generate("train", 0), 4000)]
-    assert first == [p.problem for p in itertools.islice(generate("train", 0), 4000)] and len(set(first)) == 4000
+    assert (
+        first == [p.problem for p in itertools.islice(generate("train", 0), 4000)]
+        and len(set(first)) == 4000
+    )

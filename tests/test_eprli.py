@@ -28,10 +28,17 @@ double = torch.float64
 # ------------------------------------------------------------------------------------------------------------- clip
 
 
-@pytest.mark.parametrize("A, rho, slope", [
-    (+1, 0.5, +1), (+1, 1.0, +1), (+1, 1.5,  0),  # good token: stop pushing once it is likely enough
-    (-1, 0.5,  0), (-1, 1.0, -1), (-1, 1.5, -1),  # bad token: stop pushing once it is rare enough
-])
+@pytest.mark.parametrize(
+    "A, rho, slope",
+    [
+        (+1, 0.5, +1),
+        (+1, 1.0, +1),
+        (+1, 1.5, 0),  # good token: stop pushing once it is likely enough
+        (-1, 0.5, 0),
+        (-1, 1.0, -1),
+        (-1, 1.5, -1),  # bad token: stop pushing once it is rare enough
+    ],
+)
 def test_clip_gates_the_right_side(A, rho, slope):
     """A clip with `maximum` for bad tokens, or with bounds swapped, fails a row."""
     logprob = torch.tensor([[math.log(rho)]], requires_grad=True)
@@ -40,7 +47,9 @@ def test_clip_gates_the_right_side(A, rho, slope):
     assert logprob.grad.item() == pytest.approx(slope * rho)  # d rho / d logprob = rho
 
 
-@pytest.mark.parametrize("rho, A, gated", [(1.27, 1, False), (1.29, 1, True), (0.81, -1, False), (0.79, -1, True)])
+@pytest.mark.parametrize(
+    "rho, A, gated", [(1.27, 1, False), (1.29, 1, True), (0.81, -1, False), (0.79, -1, True)]
+)
 def test_bounds_are_asymmetric(rho, A, gated):
     """0.2 below and 0.28 above: using one bound for both sides fails."""
     logprob = torch.tensor([[math.log(rho)]], requires_grad=True)
@@ -74,9 +83,15 @@ def test_objective_equals_a_numpy_oracle(norm, seed):
         for t in range(lengths[b]):
             rho = math.exp(new[b, t] - old[b, t])
             row += min(rho * A[b], min(max(rho, 1 - low), 1 + high) * A[b])
-        total += {"sequence": row / lengths[b] / len(A), "token": row / lengths.sum(), "constant": row / cap / len(A)}[norm]
+        total += {
+            "sequence": row / lengths[b] / len(A),
+            "token": row / lengths.sum(),
+            "constant": row / cap / len(A),
+        }[norm]
     weight = loss_weight(norm, torch.tensor(lengths, dtype=double), len(A), lengths.sum(), cap)
-    ours = clipped_objective(*map(torch.tensor, (new, old, A)), weight, torch.tensor(mask), low, high)
+    ours = clipped_objective(
+        *map(torch.tensor, (new, old, A)), weight, torch.tensor(mask), low, high
+    )
     assert ours.item() == pytest.approx(total, rel=1e-12)
 
 
@@ -88,7 +103,9 @@ def test_diagnostics_equal_a_numpy_oracle():
     wide = np.broadcast_to(A[:, None], mask.shape)
     assert sums["tokens"] == lengths.sum()
     assert sums["entropy"] == pytest.approx(entropy[mask].sum())
-    assert sums["kl_old"] == pytest.approx((rho - 1 - (new - old))[mask].sum()) and sums["kl_old"] > 0
+    assert (
+        sums["kl_old"] == pytest.approx((rho - 1 - (new - old))[mask].sum()) and sums["kl_old"] > 0
+    )
     assert sums["clip_low"] == (mask & (wide < 0) & (rho < 0.8)).sum() > 0
     assert sums["clip_high"] == (mask & (wide > 0) & (rho > 1.28)).sum() > 0
     assert sums["ratio_max"] == pytest.approx(rho[mask].max())
@@ -98,7 +115,9 @@ def test_what_lies_under_the_mask_cannot_reach_the_gradient():
     """exp before the mask: inf * 0 = nan in the gradient of padding."""
     logprob = torch.tensor([[-1.0, 500.0]], requires_grad=True)
     mask = torch.tensor([[True, False]])
-    J = clipped_objective(logprob, torch.tensor([[-1.0, -500.0]]), torch.ones(1), torch.ones(1), mask, 0.2, 0.28)
+    J = clipped_objective(
+        logprob, torch.tensor([[-1.0, -500.0]]), torch.ones(1), torch.ones(1), mask, 0.2, 0.28
+    )
     J.backward()
     assert J.item() == 1.0 and logprob.grad.tolist() == [[1.0, 0.0]]
 
@@ -145,7 +164,11 @@ def test_advantages_and_length_rewards_equal_a_numpy_oracle(seed):
     """On random groups, completion by completion in plain loops."""
     rng = np.random.default_rng(seed)
     P, G, L, C = 6, 5, 40, 9
-    T, right, stopped = rng.integers(1, L + 1, (P, G)), rng.random((P, G)) < 0.5, rng.random((P, G)) < 0.7
+    T, right, stopped = (
+        rng.integers(1, L + 1, (P, G)),
+        rng.random((P, G)) < 0.5,
+        rng.random((P, G)) < 0.7,
+    )
     reward = rng.normal(size=(P, G))
     overlong, kimi, cosine, A = np.zeros((4, P, G))
     for p in range(P):
@@ -165,7 +188,9 @@ def test_advantages_and_length_rewards_equal_a_numpy_oracle(seed):
 def test_groups_are_normalised_one_by_one():
     """Batch statistics instead of group statistics."""
     reward = torch.tensor([[1.0, 0.0], [10.0, 30.0]])
-    assert torch.allclose(group_advantage(reward), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), atol=1e-4)
+    assert torch.allclose(
+        group_advantage(reward), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), atol=1e-4
+    )
 
 
 # --------------------------------------------------------------------------------------------------- length rewards
@@ -175,14 +200,19 @@ def test_overlong_equals_the_three_cases_of_dapo():
     L, C = 100, 20
     for T in range(1, 130):
         expected = 0 if T <= L - C else (L - C - T) / C if T <= L else -1
-        assert overlong_penalty(torch.tensor(float(T)), L, C).item() == pytest.approx(expected, abs=1e-6), T
+        assert overlong_penalty(torch.tensor(float(T)), L, C).item() == pytest.approx(
+            expected, abs=1e-6
+        ), T
 
 
 def test_kimi_is_per_group_and_never_rewards_the_wrong():
     """Minimum and maximum over the whole batch instead of the group; counting characters is not possible here."""
     length = torch.tensor([[10.0, 20.0, 30.0], [100.0, 100.0, 100.0], [5.0, 6.0, 5.0]])
     correct = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])
-    assert torch.equal(kimi_length_reward(length, correct), torch.tensor([[0.5, 0.0, -0.5], [0, 0, 0], [0.0, -0.5, 0.5]]))
+    assert torch.equal(
+        kimi_length_reward(length, correct),
+        torch.tensor([[0.5, 0.0, -0.5], [0, 0, 0], [0.0, -0.5, 0.5]]),
+    )
 
 
 def test_cosine_by_hand_monotone_and_bounded():
@@ -242,8 +272,12 @@ def test_gradient_is_the_exact_policy_gradient():
     old, mask, p = probabilities()
     A = REWARD - (p * REWARD).sum()
     length = mask.sum(1).to(double)
-    weight = loss_weight("constant", length, 1, length.sum(), LEN) * p  # in expectation, one completion at a time
-    ours = gradient(lambda th: clipped_objective(tabular(th)[0], old, A, weight, mask, 0.2, 0.28), THETA)
+    weight = (
+        loss_weight("constant", length, 1, length.sum(), LEN) * p
+    )  # in expectation, one completion at a time
+    ours = gradient(
+        lambda th: clipped_objective(tabular(th)[0], old, A, weight, mask, 0.2, 0.28), THETA
+    )
     exact = gradient(lambda th: expected_reward(th, REWARD), THETA)
     assert torch.allclose(ours, exact / LEN, atol=1e-14) and exact.abs().max() > 0.05
 
@@ -258,7 +292,10 @@ def group_gradient(reward, G, std):
     flat = groups.flatten()
     w = (chance[:, None] * weight).expand_as(groups).reshape(-1)
     return gradient(
-        lambda th: clipped_objective(tabular(th)[0][flat], old[flat], advantage.flatten(), w, mask[flat], 0.2, 0.28), THETA
+        lambda th: clipped_objective(
+            tabular(th)[0][flat], old[flat], advantage.flatten(), w, mask[flat], 0.2, 0.28
+        ),
+        THETA,
     )
 
 
@@ -274,7 +311,9 @@ def test_std_biases_the_gradient_as_known(G):
     """For 0/1 rewards dividing by std scales grad p by E_c sqrt(c (G - c)) / (G p (1 - p)): prompts are reweighted."""
     _, _, probs = probabilities()
     p = (probs * BINARY).sum().item()
-    bias = sum(math.comb(G, c) * p**c * (1 - p) ** (G - c) * math.sqrt(c * (G - c)) for c in range(G + 1)) / (G * p * (1 - p))
+    bias = sum(
+        math.comb(G, c) * p**c * (1 - p) ** (G - c) * math.sqrt(c * (G - c)) for c in range(G + 1)
+    ) / (G * p * (1 - p))
     exact = gradient(lambda th: expected_reward(th, BINARY), THETA) / LEN
     assert torch.allclose(group_gradient(BINARY, G, "group"), exact * bias, rtol=1e-5)
     assert abs(bias - (G - 1) / G) > 0.2  # not the unbiased factor
@@ -292,7 +331,9 @@ def test_k3_value_and_gradient_by_enumeration():
     assert value.item() == pytest.approx(forward.item(), rel=1e-12)
     ours = gradient(lambda th: kl_penalty(tabular(th)[0], reference, weight, mask), THETA)
     # by position: prefixes are reached with pi's probability, and there the gradient is that of KL(ref || pi)
-    reach = torch.stack([p[[i for i, y in enumerate(LANGUAGE) if len(y) > t]].sum() for t in range(LEN)])
+    reach = torch.stack(
+        [p[[i for i, y in enumerate(LANGUAGE) if len(y) > t]].sum() for t in range(LEN)]
+    )
     ref = (THETA.flip(1) * 0.5).softmax(-1)
     exact = gradient(lambda th: -(reach[:, None] * ref * th.log_softmax(-1)).sum(), THETA)
     assert torch.allclose(ours, exact, atol=1e-14) and pr.sum().item() == pytest.approx(1)
@@ -309,8 +350,13 @@ class Scripted:
 
 def group(outcome, update=1, length=None):
     outcome = torch.tensor(outcome, dtype=double)
-    return Group(prompt=[1], completions=[Scripted([1], [0.0])] * len(outcome), outcome=outcome,
-                 length_reward=torch.tensor(length or [0.0] * len(outcome), dtype=double), update=update)
+    return Group(
+        prompt=[1],
+        completions=[Scripted([1], [0.0])] * len(outcome),
+        outcome=outcome,
+        length_reward=torch.tensor(length or [0.0] * len(outcome), dtype=double),
+        update=update,
+    )
 
 
 def conserved(buffer):
@@ -329,7 +375,11 @@ def test_buffer_conserves_groups_under_a_random_script():
             assert len(buffer.take(4)) == 4
         assert conserved(buffer) and all(g.update >= update - 1 for g in buffer.groups)
     buffer.close()
-    assert conserved(buffer) and buffer.pending == 0 and all(buffer.counts[k] for k in ("kept", "all_right", "all_wrong", "stale"))
+    assert (
+        conserved(buffer)
+        and buffer.pending == 0
+        and all(buffer.counts[k] for k in ("kept", "all_right", "all_wrong", "stale"))
+    )
 
 
 @pytest.mark.parametrize("right, wrong", [(1.0, 0.0), (1.0, -1.0)])
@@ -369,4 +419,6 @@ def test_never_train_on_less():
 def test_filter_all_keeps_flat_groups():
     buffer = Buffer(keep_flat=True)
     buffer.add([group([1, 1]), group([0, 0])])
-    assert buffer.pending == 2 and torch.equal(group_advantage(buffer.groups[0].reward), torch.zeros(2, dtype=double))
+    assert buffer.pending == 2 and torch.equal(
+        group_advantage(buffer.groups[0].reward), torch.zeros(2, dtype=double)
+    )

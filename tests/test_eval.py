@@ -11,7 +11,16 @@ import pytest
 
 import eval as evaluation
 from data import Problem, read_problems
-from eval import attempt, evaluation_keys, interval, majority, mean_of, paired_test, pass_at_k, wilson
+from eval import (
+    attempt,
+    evaluation_keys,
+    interval,
+    majority,
+    mean_of,
+    paired_test,
+    pass_at_k,
+    wilson,
+)
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 from rollout import sample
 
@@ -28,8 +37,12 @@ def test_pass_at_k_equals_brute_force(n):
 
 
 def test_intervals():
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
-    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 400))  # or error bars turn negative
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(5, 10) == pytest.approx(
+        (0.2366, 0.7634), abs=1e-3
+    )
+    assert all(
+        wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 400)
+    )  # or error bars turn negative
     mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
     half = 1.96 * math.sqrt(1 / 12 / 400)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
@@ -39,13 +52,15 @@ def test_an_interval_knows_of_what_it_did_not_see():
     """One half among zeros tells less than zeros alone, and five means of zeros are not certain: a bare bootstrap says so of both."""
     assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
     assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
-    assert mean_of([interval([0] * 30)] * 5) == pytest.approx((0, 0, 0.1135 / math.sqrt(5)), abs=1e-3)
+    assert mean_of([interval([0] * 30)] * 5) == pytest.approx(
+        (0, 0, 0.1135 / math.sqrt(5)), abs=1e-3
+    )
     rng = np.random.default_rng(2)  # it covers the truth about as often as it says
     truths, covered = np.array([0.02, 0.1, 0.3, 0.5, 0.8]), []
     for _ in range(100):
         mean, low, high = mean_of([interval(rng.random(60) < truth) for truth in truths])
         covered.append(low <= truths.mean() <= high)
-    assert 0.88 <= np.mean(covered)
+    assert np.mean(covered) >= 0.88
 
 
 def answers(*boxes):
@@ -54,7 +69,11 @@ def answers(*boxes):
 
 def test_majority_rules():
     """Ties go to the answer sampled first; no answer casts no vote; spellings of one answer vote together."""
-    assert majority(*answers("3", "2", "2")) and not majority(*answers("3", "2")) and majority(*answers("2", "3"))
+    assert (
+        majority(*answers("3", "2", "2"))
+        and not majority(*answers("3", "2"))
+        and majority(*answers("2", "3"))
+    )
     assert majority(*answers(None, None, None, "2")) and not majority(*answers(None, None))
     assert not majority(*answers("\\frac{1}{2}", "2", "\\dfrac{1}{2}"))
 
@@ -62,35 +81,81 @@ def test_majority_rules():
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
     prompts = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
     assert [toy_policy.room(p) for p in prompts] == [0, 128 - len(prompts[1].tokens)]
-    done = attempt(toy_policy, Grader(), prompts, evaluation_keys(0, prompts, 2), max_new_tokens=500, temperature=1.0, slots=8)
+    done = attempt(
+        toy_policy,
+        Grader(),
+        prompts,
+        evaluation_keys(0, prompts, 2),
+        max_new_tokens=500,
+        temperature=1.0,
+        slots=8,
+    )
     assert [(a.length, a.verdict) for a in done[0]] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= 128 - len(prompts[1].tokens) for a in done[1])
-    (alone,) = attempt(toy_policy, Grader(), prompts[:1], [[1]], max_new_tokens=9, temperature=1.0, slots=8)
+    (alone,) = attempt(
+        toy_policy, Grader(), prompts[:1], [[1]], max_new_tokens=9, temperature=1.0, slots=8
+    )
     assert alone[0].verdict == NO_ANSWER
 
 
 def test_command_line_writes_what_it_prints(tmp_path, toy_folder, capsys):
-    rows = [{"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"} for i in range(5)]
+    rows = [
+        {"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"}
+        for i in range(5)
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--samples", "3", "--k", "2", "--max-new-tokens", "8",
-                     "--out", str(tmp_path / "out"), "--add-pass-rate", str(tmp_path / "g.jsonl")])
+    evaluation.main(
+        [
+            "--model",
+            str(toy_folder),
+            "--data",
+            str(tmp_path / "p.jsonl"),
+            "--samples",
+            "3",
+            "--k",
+            "2",
+            "--max-new-tokens",
+            "8",
+            "--out",
+            str(tmp_path / "out"),
+            "--add-pass-rate",
+            str(tmp_path / "g.jsonl"),
+        ]
+    )
     printed = capsys.readouterr().out.splitlines()
     summary = json.loads(printed[-1])
     measures = summary["files"][str(tmp_path / "p.jsonl")]
     assert set(measures) == {"level 1", "level 2", "all"}
     assert set(measures["all"]) == {"avg@3", "pass@2", "maj@3", "length", "cut_off", "writes_steps"}
-    rows = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 15 and {row["verdict"] for row in rows} <= {RIGHT, WRONG, NO_ANSWER}
-    assert sum(row["verdict"] == RIGHT for row in rows) / 15 == pytest.approx(measures["all"]["avg@3"][0])
+    assert sum(row["verdict"] == RIGHT for row in rows) / 15 == pytest.approx(
+        measures["all"]["avg@3"][0]
+    )
     measured = read_problems(tmp_path / "g.jsonl")
-    assert all(p.other == {"source": "s", "pass_rate_samples": 3} and p.pass_rate is not None for p in measured)
+    assert all(
+        p.other == {"source": "s", "pass_rate_samples": 3} and p.pass_rate is not None
+        for p in measured
+    )
 
 
 def write_results(folder, right, answers=None, level=None):
     """completions.jsonl of one file: right[i][k], whether sample k of problem i is."""
     folder.mkdir()
-    rows = [{"file": f"{folder}/p.jsonl", "problem_id": str(i), "level": level, "sample": k, "verdict": RIGHT if r else WRONG,
-             "answer": answers[i][k] if answers else str(int(r))} for i, many in enumerate(right) for k, r in enumerate(many)]
+    rows = [
+        {
+            "file": f"{folder}/p.jsonl",
+            "problem_id": str(i),
+            "level": level,
+            "sample": k,
+            "verdict": RIGHT if r else WRONG,
+            "answer": answers[i][k] if answers else str(int(r)),
+        }
+        for i, many in enumerate(right)
+        for k, r in enumerate(many)
+    ]
     (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder)
 
@@ -103,7 +168,11 @@ def test_compare_pairs_problems(tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])["p"]
     assert report["problems"] == 2 and "only in A: 1 problems" in printed
-    assert report["accuracy"]["A"] == 0.5 and report["accuracy"]["B"] == 0.75 and report["accuracy"]["difference"] == 0.25
+    assert (
+        report["accuracy"]["A"] == 0.5
+        and report["accuracy"]["B"] == 0.75
+        and report["accuracy"]["difference"] == 0.25
+    )
     assert report["disagreement"] == 0.5 and report["pass@2"]["A"] == 1.0
     assert report["majority"]["A"] == 1.0 and report["majority"]["B"] == 0.5  # ties go to the first
 
@@ -115,19 +184,30 @@ def test_compare_says_which_settings_differ(tmp_path, capsys):
     (tmp_path / "a/summary.json").write_text(json.dumps(settings))
     evaluation.main(["--compare", a, b])
     assert "no summary.json beside both" in capsys.readouterr().out
-    (tmp_path / "b/summary.json").write_text(json.dumps(settings | {"temperature": 0.6, "protocol": "deepscaler"}))
+    (tmp_path / "b/summary.json").write_text(
+        json.dumps(settings | {"temperature": 0.6, "protocol": "deepscaler"})
+    )
     evaluation.main(["--compare", a, b])
     printed = capsys.readouterr().out
-    assert "temperature differs: A 1.0, B 0.6" in printed and "protocol differs: A None, B 'deepscaler'" in printed
+    assert (
+        "temperature differs: A 1.0, B 0.6" in printed
+        and "protocol differs: A None, B 'deepscaler'" in printed
+    )
     assert printed.count("differs") == 2 and "pass@2" in printed
 
 
 def test_compare_needs_two_results_of_the_same_problems(tmp_path, capsys):
     a, b = write_results(tmp_path / "a", [[1]]), write_results(tmp_path / "b", [[1]])
-    (tmp_path / "b/completions.jsonl").write_text((tmp_path / "b/completions.jsonl").read_text().replace("p.jsonl", "q.jsonl"))
+    (tmp_path / "b/completions.jsonl").write_text(
+        (tmp_path / "b/completions.jsonl").read_text().replace("p.jsonl", "q.jsonl")
+    )
     (tmp_path / "c").mkdir()
     (tmp_path / "c/completions.jsonl").write_text('{"text": "1"}')
-    for folders, message in (((a, b), "no problem in common"), ((a, "none"), "cannot be read"), ((a, str(tmp_path / "c")), "not a row that eval.py")):
+    for folders, message in (
+        ((a, b), "no problem in common"),
+        ((a, "none"), "cannot be read"),
+        ((a, str(tmp_path / "c")), "not a row that eval.py"),
+    ):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(["--compare", *folders])
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -158,22 +238,61 @@ def test_samples_of_one_problem_are_one_cluster():
 def test_a_protocol_sets_the_flags_that_are_not_given(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _, args = evaluation.parse_args(["--protocol", "deepscaler", "--samples", "2"])
-    assert (args.samples, args.temperature, args.top_p, args.max_new_tokens) == (2, 0.6, 0.95, 32768)
+    assert (args.samples, args.temperature, args.top_p, args.max_new_tokens) == (
+        2,
+        0.6,
+        0.95,
+        32768,
+    )
     assert args.suffix == " Let's think step by step and output the final answer within \\boxed{}."
-    assert evaluation.parse_args(["--protocol", "fastcurl"])[1].top_p == 1.0 and evaluation.parse_args([])[1].temperature == 1.0
+    assert (
+        evaluation.parse_args(["--protocol", "fastcurl"])[1].top_p == 1.0
+        and evaluation.parse_args([])[1].temperature == 1.0
+    )
 
 
 def test_benchmarks_end_in_the_papers_table(tmp_path, toy_folder, capsys):
     for name in ("aime24", "math500", "amc22_23", "minerva", "olympiadbench"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) for i in range(3)))
-    files = [str(tmp_path / f"{name}.jsonl") for name in ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")]
-    evaluation.main(["--model", str(toy_folder), "--data", *files, "--samples", "2", "--max-new-tokens", "4", "--protocol", "fastcurl",
-                     "--out", str(tmp_path / "out")])
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) for i in range(3))
+        )
+    files = [
+        str(tmp_path / f"{name}.jsonl")
+        for name in ("aime24", "math500", "amc22_23", "minerva", "olympiadbench")
+    ]
+    evaluation.main(
+        [
+            "--model",
+            str(toy_folder),
+            "--data",
+            *files,
+            "--samples",
+            "2",
+            "--max-new-tokens",
+            "4",
+            "--protocol",
+            "fastcurl",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     printed = capsys.readouterr().out
     (ours,) = [line for line in printed.splitlines() if "(fastcurl)" in line and "toy" in line]
-    assert ours.count("0.0 % [0.0, ") == 6 and "0.0]" not in ours  # five benchmarks and their mean; no interval is empty
+    assert (
+        ours.count("0.0 % [0.0, ") == 6 and "0.0]" not in ours
+    )  # five benchmarks and their mean; no interval is empty
     (header,) = [line for line in printed.splitlines() if "mean of the five" in line]
-    assert header.split() == ["AIME24", "MATH500", "AMC", "Minerva", "Olympiad", "mean", "of", "the", "five"]
+    assert header.split() == [
+        "AIME24",
+        "MATH500",
+        "AMC",
+        "Minerva",
+        "Olympiad",
+        "mean",
+        "of",
+        "the",
+        "five",
+    ]
     assert "DeepScaleR-1.5B (deepscaler)" in printed and "57.0" in printed
 
 
@@ -186,30 +305,41 @@ def test_published_means_are_those_of_their_rows():
 def test_samples_that_measure_difficulty_are_not_those_that_evaluate(toy_policy):
     """Else a problem that is hard by bad luck is hard by the same luck before training, and easier by better luck after."""
     prompts = toy_policy.render([Problem("a", "1+1", "2")])
-    streams = [evaluation_keys(0, prompts, 4, purpose)[0] for purpose in (evaluation.TRAINING, evaluation.DIFFICULTY, evaluation.EVALUATION)]
+    streams = [
+        evaluation_keys(0, prompts, 4, purpose)[0]
+        for purpose in (evaluation.TRAINING, evaluation.DIFFICULTY, evaluation.EVALUATION)
+    ]
     assert len({key for keys in streams for key in keys}) == 12
 
 
 def test_evaluation_is_reproducible_and_samples_differ(toy_policy):
     prompts = toy_policy.render([Problem("a", "1+1", "2")])
     settings = {"max_new_tokens": 20, "temperature": 1.0, "slots": 8}
-    runs = [attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), **settings) for seed in (0, 0, 1)]
+    runs = [
+        attempt(toy_policy, Grader(), prompts, evaluation_keys(seed, prompts, 2), **settings)
+        for seed in (0, 0, 1)
+    ]
     texts = [[a.text for a in run[0]] for run in runs]
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "no/such/folder/anywhere"], "neither a folder nor"),
-    (["--data", "none.jsonl"], "cannot be read"),
-    (["--data", "p.jsonl", "sub/p.jsonl"], "stands twice"),
-    (["--samples", "0"], "--samples must be at least 1"),
-    (["--samples", "2", "--k", "3"], "--k must be in"),
-    (["--top-p", "0"], "--top-p"),
-    (["--colour", "red"], "unrecognized"),
-    (["--add-pass-rate", "no/such/folder/g.jsonl"], "g.jsonl"),
-    (["--data", "long.jsonl"], "every prompt is longer"),
-])
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, monkeypatch, toy_folder, tmp_path):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "no/such/folder/anywhere"], "neither a folder nor"),
+        (["--data", "none.jsonl"], "cannot be read"),
+        (["--data", "p.jsonl", "sub/p.jsonl"], "stands twice"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "2", "--k", "3"], "--k must be in"),
+        (["--top-p", "0"], "--top-p"),
+        (["--colour", "red"], "unrecognized"),
+        (["--add-pass-rate", "no/such/folder/g.jsonl"], "g.jsonl"),
+        (["--data", "long.jsonl"], "every prompt is longer"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments, message, capsys, monkeypatch, toy_folder, tmp_path
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
@@ -234,9 +364,31 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, toy_folde
     """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can compare."""
     (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
     seen = {}
-    monkeypatch.setattr(evaluation, "sample", lambda model, requests, **settings: seen.update(settings, requests=requests) or sample(model, requests, **settings))
-    evaluation.main(["--model", str(toy_folder), "--data", str(tmp_path / "p.jsonl"), "--protocol", "deepscaler", "--samples", "2", "--max-new-tokens", "4",
-                     "--top-k", "9", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda model, requests, **settings: (
+            seen.update(settings, requests=requests) or sample(model, requests, **settings)
+        ),
+    )
+    evaluation.main(
+        [
+            "--model",
+            str(toy_folder),
+            "--data",
+            str(tmp_path / "p.jsonl"),
+            "--protocol",
+            "deepscaler",
+            "--samples",
+            "2",
+            "--max-new-tokens",
+            "4",
+            "--top-k",
+            "9",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     (request,) = seen["requests"]
     text = evaluation.Policy.load(str(toy_folder)).tokenizer.decode(request.prompt)
@@ -246,7 +398,19 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, toy_folde
 def test_thoughts_that_the_template_opened_are_no_answer(monkeypatch, toy_policy):
     """Without the opening put back, a box within thoughts that never close would pay."""
     (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
-    for text, opening, verdict in (("\\boxed{2}", "<think>", NO_ANSWER), ("hm</think>\\boxed{2}", "<think>", RIGHT), ("\\boxed{2}", "", RIGHT)):
+    for text, opening, verdict in (
+        ("\\boxed{2}", "<think>", NO_ANSWER),
+        ("hm</think>\\boxed{2}", "<think>", RIGHT),
+        ("\\boxed{2}", "", RIGHT),
+    ):
         monkeypatch.setattr(evaluation.Policy, "text", lambda *_, text=text: text)
-        ((done,),) = attempt(toy_policy, Grader(), [replace(prompt, opening=opening)], [[1]], max_new_tokens=2, temperature=1.0, slots=1)
+        ((done,),) = attempt(
+            toy_policy,
+            Grader(),
+            [replace(prompt, opening=opening)],
+            [[1]],
+            max_new_tokens=2,
+            temperature=1.0,
+            slots=1,
+        )
         assert done.verdict == verdict

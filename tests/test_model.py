@@ -14,18 +14,40 @@ from model import ONEDNN, Chosen, KVCache, Linear, Transformer, log_softmax, mic
 
 SHAPES = {
     "llama": ("llama", {}),
-    "llama tied, biases everywhere": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama tied, biases everywhere": (
+        "llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama, head_dim not hidden / heads": ("llama", {"head_dim": 20}),
-    "llama, odd GQA ratio": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}),
+    "llama, odd GQA ratio": (
+        "llama",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
+    ),
     "llama, multi-head": ("llama", {"num_key_value_heads": 6}),
-    "llama, linear scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
-    "llama, llama3 scaling": ("llama", {"rope_parameters": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64, "rope_theta": 500.0}}),
+    "llama, linear scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "llama, llama3 scaling": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 500.0,
+            }
+        },
+    ),
     "qwen2": ("qwen2", {}),
     "qwen2 tied, one kv head": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3 tied, biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 12}),
+    "qwen3 tied, biases": (
+        "qwen3",
+        {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 12},
+    ),
 }
 
 
@@ -36,21 +58,29 @@ def test_logits_equal_transformers_both_ways(name, tmp_path):
     ours = random_model(family, **changes)
     ours.save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (3, 50))
-    for dtype, close in ((torch.float32, 1e-5), (torch.float64, 2e-6)):  # of the largest logit; transformers' norms are float32
+    for dtype, close in (
+        (torch.float32, 1e-5),
+        (torch.float64, 2e-6),
+    ):  # of the largest logit; transformers' norms are float32
         reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
         with torch.no_grad():
             expected = reference(ids).logits
             assert expected.std() > 0.3  # not a comparison of zeros
             reference.save_pretrained(tmp_path / "theirs")
             for folder in (tmp_path, tmp_path / "theirs"):
-                assert (Transformer.from_pretrained(folder, dtype)(ids) - expected).abs().max() < close * expected.abs().max()
+                assert (
+                    Transformer.from_pretrained(folder, dtype)(ids) - expected
+                ).abs().max() < close * expected.abs().max()
 
 
-@pytest.mark.parametrize("spelling", [
-    {"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_theta": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
-])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
+    ],
+)
 def test_old_and_new_spelling_of_rotary_settings(spelling, tmp_path):
     """Checkpoints before and after transformers 5 write theta and scaling in different places."""
     random_model().save_pretrained(tmp_path)
@@ -65,17 +95,25 @@ def test_old_and_new_spelling_of_rotary_settings(spelling, tmp_path):
 def test_shards_are_read_as_one(tmp_path):
     model = random_model()
     model.save_pretrained(tmp_path / "whole")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "parts", max_shard_size="30KB")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(
+        tmp_path / "parts", max_shard_size="30KB"
+    )
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     ids = torch.arange(20)[None]
     assert torch.equal(Transformer.from_pretrained(tmp_path / "parts")(ids), model(ids))
 
 
-@pytest.mark.parametrize("break_it, message", [
-    (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
-    (lambda t: t.update(extra=torch.zeros(2)), r"surplus 1 tensor.*extra \(2,\)"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"misshapes 1 tensor.*model.norm.weight \(3,\), wanted \(48,\)"),
-])
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
+        (lambda t: t.update(extra=torch.zeros(2)), r"surplus 1 tensor.*extra \(2,\)"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(3)}),
+            r"misshapes 1 tensor.*model.norm.weight \(3,\), wanted \(48,\)",
+        ),
+    ],
+)
 def test_loading_is_strict_and_names_the_tensor(break_it, message, tmp_path):
     random_model().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -85,12 +123,15 @@ def test_loading_is_strict_and_names_the_tensor(break_it, message, tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "gpt2"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
+    ],
+)
 def test_what_is_not_supported_is_named(change, message, tmp_path):
     """A silently ignored setting would train on wrong logits."""
     random_model().save_pretrained(tmp_path)
@@ -164,15 +205,21 @@ def test_rows_idle_return_copy_and_leave(monkeypatch):
             got = step(model, cache, rows, positions)
             for b, at in enumerate(positions):
                 if at >= 0:
-                    assert torch.allclose(got[b], model(rows[b : b + 1, : at + 1])[0, -1], atol=1e-10)
+                    assert torch.allclose(
+                        got[b], model(rows[b : b + 1, : at + 1])[0, -1], atol=1e-10
+                    )
             held = cache.table[cache.table > 0]
-            assert sorted([*held, *cache.free]) == list(range(1, len(cache.k[0])))  # each page is held once, or free
+            assert sorted([*held, *cache.free]) == list(
+                range(1, len(cache.k[0]))
+            )  # each page is held once, or free
             assert len(held) == cache.held.sum()
 
         store(model, cache, ids, [0, 1, 2, 3], [16, 20, 5, 16])
         assert torch.allclose(full, model(ids))
         for i in range(12):
-            check(ids, [16 + i, 20 + i, 5 + i, -1])  # row 3 idles behind its prompt of two whole pages
+            check(
+                ids, [16 + i, 20 + i, 5 + i, -1]
+            )  # row 3 idles behind its prompt of two whole pages
         ids[1, :16] = ids[3, :16]
         cache.cut([1], np.array([0]))
         cache.copy([3], [1], np.array([16]))
@@ -211,7 +258,9 @@ def test_a_linear_layer_in_float32_and_its_gradient(shape, bias, slow_blas, monk
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_weights_laid_out_for_decoding_give_the_same_logits(family, dtype):
     """Products that are made together must be cut apart where they belong, biases included."""
-    model = random_model(family, dtype, **({"attention_bias": True, "mlp_bias": True} if family == "llama" else {}))
+    model = random_model(
+        family, dtype, **({"attention_bias": True, "mlp_bias": True} if family == "llama" else {})
+    )
     ids = torch.randint(0, 97, (8, 5))
     with torch.inference_mode():
         expected = model(ids)
@@ -220,7 +269,11 @@ def test_weights_laid_out_for_decoding_give_the_same_logits(family, dtype):
             assert (model.lm_head.packed is None) == (dtype == torch.float64 or not ONEDNN)
         assert model.lm_head.packed is None
     scale = expected.abs().max()
-    assert (found - expected).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype] * scale
+    assert (found - expected).abs().max() < {
+        torch.float32: 1e-5,
+        torch.bfloat16: 0.05,
+        torch.float64: 1e-12,
+    }[dtype] * scale
 
 
 def test_weights_are_laid_out_anew_for_every_rollout():
@@ -249,8 +302,14 @@ def dense(model, ids, mask, temperature):
 
 SEQUENCES = {  # prompts, completions
     # shared prompts, one that is another's beginning, one that differs by a token 0, as padding has it
-    "prompts of all lengths": ([[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]], [[7, 8], [9, 10, 11, 12], [13], [5, 6], [7, 7], [0]]),
-    "of one length": ([[1, 2, 3], [4, 5, 0], [1, 2, 3]], [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]]),  # attention without a mask
+    "prompts of all lengths": (
+        [[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]],
+        [[7, 8], [9, 10, 11, 12], [13], [5, 6], [7, 7], [0]],
+    ),
+    "of one length": (
+        [[1, 2, 3], [4, 5, 0], [1, 2, 3]],
+        [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]],
+    ),  # attention without a mask
     "longer than the completions": ([[1, 2, 3, 4]] * 2, [[7, 8], [9, 10, 11]]),
 }
 
@@ -265,7 +324,10 @@ def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk):
     ids, mask = pad(*SEQUENCES[name])
     weight = torch.randn(*ids.shape, dtype=torch.double)
     results = []
-    for function in (lambda: model.token_logprobs(ids, mask, temperature, chunk), lambda: dense(model, ids, mask, temperature)):
+    for function in (
+        lambda: model.token_logprobs(ids, mask, temperature, chunk),
+        lambda: dense(model, ids, mask, temperature),
+    ):
         model.zero_grad()
         logprob, entropy = function()
         (weight * logprob).sum().backward()
@@ -277,7 +339,10 @@ def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk):
 def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks():
     """A sum in bfloat16 stands still once an addend is below 1/512 of it: 512 chunks would lose half of the gradient."""
     torch.manual_seed(0)
-    hidden, weight = torch.rand(2048, 8).bfloat16(), (torch.randn(16, 8) / 8).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.rand(2048, 8).bfloat16(),
+        (torch.randn(16, 8) / 8).bfloat16().requires_grad_(),
+    )
     targets = torch.zeros(2048, dtype=torch.long)
     grads = []
     for size in (2, 2048):
@@ -340,20 +405,37 @@ def test_all_layers_share_one_mask():
     """Given a mask of booleans, attention would make one of numbers in every layer and keep them all for the backward pass."""
     model, kept = random_model("qwen2"), {}
     ids, mask = pad([[5] * 4, [6] * 7], [[8] * 9, [9] * 9])  # prompts of two lengths
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+    ):
         model.token_logprobs(ids, mask, 1.0)
-    assert len(model.model.layers) > 1 and [t.shape for t in kept.values()].count((2, 1, 8, 7 + 8)) == 1
+    assert (
+        len(model.model.layers) > 1
+        and [t.shape for t in kept.values()].count((2, 1, 8, 7 + 8)) == 1
+    )
 
 
 def test_memory_of_log_probs_stays_far_below_the_logits():
     """(B, T, V) logits at 4,096 tokens and a vocabulary of 49,152 are 805 MB; ours stay under a quarter, backward included."""
     torch.manual_seed(0)
-    model = Transformer(small_config(vocab_size=49152, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                     num_key_value_heads=1, intermediate_size=16, max_position_embeddings=4096, tie_word_embeddings=True))
+    model = Transformer(
+        small_config(
+            vocab_size=49152,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+    )
     ids = torch.randint(0, 49152, (1, 4096))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         logprob, entropy = model.token_logprobs(ids, mask, 1.0)
         logprob.sum().backward()
     balance = peak = 0

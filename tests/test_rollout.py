@@ -17,7 +17,10 @@ MORE = PROMPTS + [[30 + i] * (1 + i % 4) for i in range(15)]
 
 
 def requests(samples=3, max_new_tokens=25, prompts=PROMPTS):
-    return [Request(p, [stream(0, i, k) for k in range(samples)], max_new_tokens) for i, p in enumerate(prompts)]
+    return [
+        Request(p, [stream(0, i, k) for k in range(samples)], max_new_tokens)
+        for i, p in enumerate(prompts)
+    ]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
@@ -31,8 +34,15 @@ def test_greedy_equals_transformers(family, slots, tmp_path):
     done = sample(ours, requests(1, 40, MORE), slots=slots, stop_ids={stop}, temperature=0)
     for prompt, (completion,) in zip(MORE, done):
         ids = torch.tensor([prompt])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
-        assert completion.tokens == out[0, len(prompt):].tolist()
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=40,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )
+        assert completion.tokens == out[0, len(prompt) :].tolist()
         assert completion.stopped == (completion.tokens[-1] == stop)
     assert len({len(c.tokens) for (c,) in done}) > 1  # some stopped, some ran out
 
@@ -44,7 +54,10 @@ def test_slots_and_order_do_not_change_completions(slots):
 
     def run(work):
         done = sample(model, work, slots=slots, stop_ids={3, 50}, temperature=1.0)
-        return [[(c.tokens, np.round(c.logprobs, 9).tolist()) for c in completions] for completions in done]
+        return [
+            [(c.tokens, np.round(c.logprobs, 9).tolist()) for c in completions]
+            for completions in done
+        ]
 
     alone = [run([request])[0] for request in requests(7)]
     assert run(requests(7)) == alone
@@ -72,7 +85,9 @@ def test_a_captured_step_is_the_step(monkeypatch, wider, slack):
     monkeypatch.setattr(rollout, "CAPTURED", "cpu")
     assert sample(model, requests(7), slots=24, stop_ids={3}, temperature=1.0) == expected
     steps = sum(len(c.tokens) for cs in expected for c in cs) / 24
-    assert len(set(captured)) > 1 and len(captured) < steps  # again for fewer rows, but not at every step
+    assert (
+        len(set(captured)) > 1 and len(captured) < steps
+    )  # again for fewer rows, but not at every step
 
 
 def test_a_slot_holds_the_pages_that_its_tokens_need(monkeypatch):
@@ -87,7 +102,9 @@ def test_a_slot_holds_the_pages_that_its_tokens_need(monkeypatch):
         steps.append(self.cache.held.sum())
 
     monkeypatch.setattr(rollout.Slots, "decode", watch)
-    work = [Request([10 + r], [stream(r, k) for k in range(5)], [40, 3, 3, 40, 9]) for r in range(12)]
+    work = [
+        Request([10 + r], [stream(r, k) for k in range(5)], [40, 3, 3, 40, 9]) for r in range(12)
+    ]
     sample(random_model(), work, slots=8, stop_ids=set(), temperature=1.0)
     assert max(steps) > 20 and len(steps) > 100
 
@@ -96,8 +113,13 @@ def test_a_prompt_is_not_overwritten_while_it_is_still_copied():
     """All 8 slots fall idle at once. The last sample of the second request copies its prompt from slot 5, which is where
     the fourth request would be prefilled: the order in which idle slots are given away must see to that."""
     model = random_model(dtype=torch.float64)
-    work = [Request([10 + r] * (3 + r), [stream(r, k) for k in range(n)], 12) for r, n in enumerate((5, 4, 4, 1))]
-    alone = [sample(model, [request], slots=8, stop_ids=set(), temperature=1.0)[0] for request in work]
+    work = [
+        Request([10 + r] * (3 + r), [stream(r, k) for k in range(n)], 12)
+        for r, n in enumerate((5, 4, 4, 1))
+    ]
+    alone = [
+        sample(model, [request], slots=8, stop_ids=set(), temperature=1.0)[0] for request in work
+    ]
     together = sample(model, work, slots=8, stop_ids=set(), temperature=1.0)
     assert [[c.tokens for c in cs] for cs in together] == [[c.tokens for c in cs] for cs in alone]
 
@@ -120,7 +142,11 @@ def test_recorded_log_probs_equal_the_learners(temperature):
 def test_stop_token_is_kept_and_trained_exactly_once(stop):
     """Also when the stop id is the padding id 0: masks come from lengths, never from token values."""
     model = random_model()
-    done = [c for cs in sample(model, requests(8, 60), slots=16, stop_ids={stop}, temperature=1.0) for c in cs]
+    done = [
+        c
+        for cs in sample(model, requests(8, 60), slots=16, stop_ids={stop}, temperature=1.0)
+        for c in cs
+    ]
     stopped = [c for c in done if c.stopped]
     assert stopped and any(not c.stopped for c in done)
     assert all(c.tokens[-1] == stop and c.tokens.count(stop) == 1 for c in stopped)
@@ -135,7 +161,13 @@ def test_sampled_frequencies_follow_the_softmax():
     """Chi-square of 20,000 first tokens against the model's softmax; p is about 1e-4 at the bound."""
     model = random_model(vocab_size=12)
     prompt, n = [5, 6, 7], 20_000
-    done = sample(model, [Request(prompt, [stream(1, k) for k in range(n)], 1)], slots=4096, stop_ids=set(), temperature=0.7)[0]
+    done = sample(
+        model,
+        [Request(prompt, [stream(1, k) for k in range(n)], 1)],
+        slots=4096,
+        stop_ids=set(),
+        temperature=0.7,
+    )[0]
     with torch.no_grad():
         p = (model(torch.tensor([prompt]))[0, -1] / 0.7).softmax(-1).numpy()
     assert (n * p > 5).all()
@@ -147,7 +179,7 @@ def test_uniforms_are_uniform_and_independent():
     """The streams of neighbouring samples must not be shifted copies of each other."""
     keys = np.array([stream(0, 1, 0, d, i) for d in range(30) for i in range(20)])
     u = np.array([uniforms(keys, np.full(len(keys), t)) for t in range(100)])  # (100, 600)
-    assert 0 <= u.min() and u.max() < 1 and len(np.unique(u)) == u.size
+    assert u.min() >= 0 and u.max() < 1 and len(np.unique(u)) == u.size
     assert np.bincount((u.ravel() * 10).astype(int)).std() < 4 * np.sqrt(u.size * 0.09)
     assert np.abs(np.corrcoef(u.T) - np.eye(600)).max() < 0.5
 
@@ -163,7 +195,9 @@ def test_top_k_and_top_p_by_hand():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(1000, 1)
     u = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
     tokens, logprobs = choose(logits, u, 1.0, top_k=2)
-    assert set(tokens.tolist()) == {0, 1} and logprobs[tokens == 0][0].exp().item() == pytest.approx(0.625)
+    assert set(tokens.tolist()) == {0, 1} and logprobs[tokens == 0][
+        0
+    ].exp().item() == pytest.approx(0.625)
     tokens, _ = choose(logits, u, 1.0, top_p=0.7)  # 0.5 < 0.7 <= 0.5 + 0.3: two tokens
     assert set(tokens.tolist()) == {0, 1}
     assert set(choose(logits, u, 1.0, top_p=0.4)[0].tolist()) == {0}  # the likeliest always stays
@@ -172,9 +206,13 @@ def test_top_k_and_top_p_by_hand():
 def test_limits_are_per_request():
     model = random_model()
     work = [Request([5, 6], [stream(i)], n) for i, n in enumerate((1, 7, 30))]
-    assert [len(c.tokens) for (c,) in sample(model, work, slots=8, stop_ids=set(), temperature=1.0)] == [1, 7, 30]
+    assert [
+        len(c.tokens) for (c,) in sample(model, work, slots=8, stop_ids=set(), temperature=1.0)
+    ] == [1, 7, 30]
     several = [Request([5, 6], [stream(i) for i in range(4)], [3, 1, 9, 2])]
-    assert [len(c.tokens) for c in sample(model, several, slots=2, stop_ids=set(), temperature=1.0)[0]] == [3, 1, 9, 2]
+    assert [
+        len(c.tokens) for c in sample(model, several, slots=2, stop_ids=set(), temperature=1.0)[0]
+    ] == [3, 1, 9, 2]
 
 
 @pytest.mark.parametrize("slots", [8, 24])
@@ -197,7 +235,9 @@ def test_one_prefill_per_prompt(slots, monkeypatch):
 def test_a_prompt_drawn_twice_is_sampled_twice():
     """Two draws differ in their draw index alone; equal completions would count one sample double."""
     model = random_model()
-    twice = [Request([5, 6, 7], [stream(0, 1, 1, draw, i) for i in range(4)], 20) for draw in (0, 1)]
+    twice = [
+        Request([5, 6, 7], [stream(0, 1, 1, draw, i) for i in range(4)], 20) for draw in (0, 1)
+    ]
     first, second = sample(model, twice, slots=8, stop_ids={3}, temperature=1.0)
     assert all(a.tokens != b.tokens for a, b in zip(first, second))
     assert len({tuple(c.tokens) for c in first + second}) == 8
@@ -208,11 +248,21 @@ def test_a_beginning_that_prompts_share_is_prefilled_once(monkeypatch):
     monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})  # it has several pages
     model, seen = random_model(dtype=torch.float64), []
     few_shot = list(range(3, 43))
-    alike = [Request(few_shot + [50 + i] * (i + 1), [stream(7, i, k) for k in range(2)], 12) for i in range(4)]
+    alike = [
+        Request(few_shot + [50 + i] * (i + 1), [stream(7, i, k) for k in range(2)], 12)
+        for i in range(4)
+    ]
     settings = dict(slots=8, stop_ids=set(), temperature=1.0)
     alone = [sample(model, [r], **settings)[0] for r in alike]
-    hook = model.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    hook = model.model.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
     together = sample(model, alike, **settings)
     hook.remove()
-    assert [[c.tokens for c in many] for many in together] == [[c.tokens for c in many] for many in alone]
-    assert seen[:2] == [(1, 32), (4, 16)]  # 40 shared tokens, rounded down to whole eights and one left to each: 39
+    assert [[c.tokens for c in many] for many in together] == [
+        [c.tokens for c in many] for many in alone
+    ]
+    assert seen[:2] == [
+        (1, 32),
+        (4, 16),
+    ]  # 40 shared tokens, rounded down to whole eights and one left to each: 39

@@ -15,8 +15,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=1)  # a rank whose completions are short waits for the others: torchrun ends it if one dies
-SHARDS_ON_CPU = torch.__version__ >= (2, 10)  # before 2.9 gloo adds up where FSDP2 asks for a mean; 2.9 rounds the factor that clips
+PATIENCE = timedelta(
+    days=1
+)  # a rank whose completions are short waits for the others: torchrun ends it if one dies
+SHARDS_ON_CPU = torch.__version__ >= (
+    2,
+    10,
+)  # before 2.9 gloo adds up where FSDP2 asks for a mean; 2.9 rounds the factor that clips
 
 
 class Stop(Exception):
@@ -33,20 +38,36 @@ class Ranks:
     """
 
     def __init__(self, device="cpu", sharded=False):
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        self.device, self.sharded, self.signal, self.listening = torch.device(device), sharded, None, False
+        self.size, self.rank = (
+            int(os.environ.get("WORLD_SIZE", "1")),
+            int(os.environ.get("RANK", "0")),
+        )
+        self.device, self.sharded, self.signal, self.listening = (
+            torch.device(device),
+            sharded,
+            None,
+            False,
+        )
         if sharded and "RANK" not in os.environ:
-            raise ValueError("--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)")
+            raise ValueError(
+                "--fsdp needs the processes that torchrun starts: torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)"
+            )
         if sharded and device == "cpu" and not SHARDS_ON_CPU:
-            raise ValueError(f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): older ones compute other gradients")
+            raise ValueError(
+                f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): older ones compute other gradients"
+            )
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():
-                raise ValueError(f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)")
+                raise ValueError(
+                    f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)"
+                )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if (self.size > 1 or sharded) and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE
+            )
 
     @property
     def first(self):
@@ -57,11 +78,17 @@ class Ranks:
 
     def share(self, items):
         """This process's part of a list: contiguous, of equal number."""
-        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+        return items[
+            len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size
+        ]
 
     def spread(self, items, work):
         """work(share) -> one result an item, each process for its share; the results of all, in order, on all."""
-        return [result for part in self.together(lambda: work(self.share(items)), gather=True) for result in part]
+        return [
+            result
+            for part in self.together(lambda: work(self.share(items)), gather=True)
+            for result in part
+        ]
 
     def from_first(self, work):
         """work() of the first process, on every process."""
@@ -83,7 +110,10 @@ class Ranks:
         everyone = [(mine, None)]
         if self.size > 1:  # an exception travels as its kind and its words
             kinds = (KeyboardInterrupt, Stop, ValueError, OSError, Exception)
-            words = failure and (next(k for k in kinds if isinstance(failure, k)), f"process {self.rank}: {failure}")
+            words = failure and (
+                next(k for k in kinds if isinstance(failure, k)),
+                f"process {self.rank}: {failure}",
+            )
             everyone = [None] * self.size
             dist.all_gather_object(everyone, (mine if gather else None, words))
         elif failure:
@@ -129,7 +159,9 @@ class Ranks:
                 self.listening = False  # once: what follows is saving
                 raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -150,7 +182,9 @@ class Ranks:
         gone well, since FSDP2 keeps hold of the process group."""
         if not dist.is_initialized():
             return
-        code = error.code or 0 if kind is SystemExit else 0 if kind is None else 1  # ours exit with numbers
+        code = (
+            error.code or 0 if kind is SystemExit else 0 if kind is None else 1
+        )  # ours exit with numbers
         if kind not in (None, SystemExit):
             sys.excepthook(kind, error, trace)
         try:
@@ -165,7 +199,11 @@ class Ranks:
         """A copy of the model that FSDP2 cuts over the processes: float32 (or wider) weights, which are the masters,
         computing in the model's own dtype."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         dtype = model.lm_head.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)

@@ -23,31 +23,142 @@ from fractions import Fraction
 # ---------------------------------------------------------------------------------------------------------- spelling
 
 SYMBOLS = {
-    "−": "-", "–": "-", "﹣": "-", "＋": "+", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
-    "⁄": "/", "＝": "=", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ", "∞": r"\infty ",
-    "π": r"\pi ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∨": r"\lor ", "∧": r"\land ", "°": r"^\circ ", "º": r"^\circ ",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ",
-    "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "…": r"\ldots ",
-    "，": ",", "：": ":", "％": r"\%", "∶": ":", "“": '"', "”": '"', "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
-    "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "ε": r"\epsilon ",
-    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\n\r\t", " "),
+    "−": "-",
+    "–": "-",
+    "﹣": "-",
+    "＋": "+",
+    "×": r"\times ",
+    "⋅": r"\cdot ",
+    "·": r"\cdot ",
+    "∙": r"\cdot ",
+    "÷": "/",
+    "∕": "/",
+    "⁄": "/",
+    "＝": "=",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": r"\le ",
+    "⩽": r"\le ",
+    "≥": r"\ge ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∈": r"\in ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∅": r"\emptyset ",
+    "∞": r"\infty ",
+    "π": r"\pi ",
+    "∑": r"\sum ",
+    "∏": r"\prod ",
+    "∫": r"\int ",
+    "∨": r"\lor ",
+    "∧": r"\land ",
+    "°": r"^\circ ",
+    "º": r"^\circ ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "′": "'",
+    "’": "'",
+    "…": r"\ldots ",
+    "，": ",",
+    "：": ":",
+    "％": r"\%",
+    "∶": ":",
+    "“": '"',
+    "”": '"',
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "γ": r"\gamma ",
+    "δ": r"\delta ",
+    "θ": r"\theta ",
+    "λ": r"\lambda ",
+    "μ": r"\mu ",
+    "σ": r"\sigma ",
+    "φ": r"\phi ",
+    "ω": r"\omega ",
+    "ε": r"\epsilon ",
+    **dict.fromkeys(
+        "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\n\r\t",
+        " ",
+    ),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
 }
 VULGAR = {
-    "½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35", "⅘": "45", "⅙": "16", "⅚": "56",
-    "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19",
+    "½": "12",
+    "⅓": "13",
+    "⅔": "23",
+    "¼": "14",
+    "¾": "34",
+    "⅕": "15",
+    "⅖": "25",
+    "⅗": "35",
+    "⅘": "45",
+    "⅙": "16",
+    "⅚": "56",
+    "⅐": "17",
+    "⅛": "18",
+    "⅜": "38",
+    "⅝": "58",
+    "⅞": "78",
+    "⅑": "19",
 }
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 MACROS = {  # other names of the same thing
-    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "leqq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqq": r"\ge ",
-    "geqslant": r"\ge ", "neq": r"\ne ", "lt": "<", "gt": ">", "vee": r"\lor ", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
-    "varnothing": r"\emptyset ", "backslash": r"\setminus ", "degree": r"^\circ ", "degrees": r"^\circ ", "thinspace": " ", "medspace": " ",
-    "quad": " ; ", "qquad": " ; ", "newline": " ; ", "textnormal": r"\text", "textbf": r"\text", "textit": r"\text", "textrm": r"\text", "mathrm": r"\text",
-    "textsf": r"\text", "texttt": r"\text", "mbox": r"\text", "hbox": r"\text", "emph": r"\text",
-    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits".split(), " "),
-    **dict.fromkeys("mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm".split(), " "),  # blanks: they glue no digits
+    "dfrac": r"\frac",
+    "tfrac": r"\frac",
+    "cfrac": r"\frac",
+    "leq": r"\le ",
+    "leqq": r"\le ",
+    "leqslant": r"\le ",
+    "geq": r"\ge ",
+    "geqq": r"\ge ",
+    "geqslant": r"\ge ",
+    "neq": r"\ne ",
+    "lt": "<",
+    "gt": ">",
+    "vee": r"\lor ",
+    "lbrace": r"\{",
+    "rbrace": r"\}",
+    "lbrack": "[",
+    "rbrack": "]",
+    "varnothing": r"\emptyset ",
+    "backslash": r"\setminus ",
+    "degree": r"^\circ ",
+    "degrees": r"^\circ ",
+    "thinspace": " ",
+    "medspace": " ",
+    "quad": " ; ",
+    "qquad": " ; ",
+    "newline": " ; ",
+    "textnormal": r"\text",
+    "textbf": r"\text",
+    "textit": r"\text",
+    "textrm": r"\text",
+    "mathrm": r"\text",
+    "textsf": r"\text",
+    "texttt": r"\text",
+    "mbox": r"\text",
+    "hbox": r"\text",
+    "emph": r"\text",
+    **dict.fromkeys(
+        ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "displaystyle", "textstyle", "limits", "nolimits"],
+        " ",
+    ),
+    **dict.fromkeys(
+        ["mathbf", "mathit", "mathsf", "boldsymbol", "bm", "pmb", "mathnormal", "bf", "it", "rm"], " "
+    ),  # blanks: they glue no digits
 }
 RESPELLED = {  # pattern -> spelling, in this order
     r"\\\$": " dollars_ ",
@@ -75,7 +186,9 @@ RESPELLED = {  # pattern -> spelling, in this order
     r"([_^])\{ ?(\w) ?\}(?!\w)": r"\1\2",
 }
 RESPELLED = {re.compile(pattern): spelling for pattern, spelling in RESPELLED.items()}
-JOINED = re.compile(r"\\text *\{ *,? *(?P<text>and|or) *,? *\}|(?P<inner>\\text *\{[^{}]*\})|(?<=[ \d}),])(?P<bare>and|or)(?=[ \d\\(])")
+JOINED = re.compile(
+    r"\\text *\{ *,? *(?P<text>and|or) *,? *\}|(?P<inner>\\text *\{[^{}]*\})|(?<=[ \d}),])(?P<bare>and|or)(?=[ \d\\(])"
+)
 
 
 class TooDeep(ValueError):
@@ -88,7 +201,10 @@ def tidy(text):
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+", lambda m: f"_{{{m[0].translate(LOWERED)}}}", text)
     text = re.sub("√ *([0-9.]+|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"√ *\(([^()]*)\)", r"\\sqrt{\1}", text).replace("√", r"\sqrt")
-    text = "".join(rf"\frac{{{VULGAR[c][0]}}}{{{VULGAR[c][1]}}}" if c in VULGAR else SYMBOLS.get(c, c) for c in text)
+    text = "".join(
+        rf"\frac{{{VULGAR[c][0]}}}{{{VULGAR[c][1]}}}" if c in VULGAR else SYMBOLS.get(c, c)
+        for c in text
+    )
     rows = r"\cr " if r"\begin" in text else " ; "
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", lambda _: rows, text)
     for pattern, spelling in RESPELLED.items():
@@ -119,10 +235,33 @@ class Answer:
     label: str = ""
 
 
-OPEN, CLOSE = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"), (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil")
-TOKEN = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\.|[<>]=|.", re.DOTALL)
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", "<=": "<=", ">=": ">=", r"\ne": "!=", r"\in": "in", r"\notin": "out", r"\approx": "~",
-             r"\equiv": "mod", r"\to": "->", r"\mapsto": "->", r"\subset": "sub", r"\subseteq": "sube", r"\Rightarrow": "=>", r"\iff": "<=>"}
+OPEN, CLOSE = (
+    ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"),
+    (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil"),
+)
+TOKEN = re.compile(
+    r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\.|[<>]=|.", re.DOTALL
+)
+RELATIONS = {
+    "=": "=",
+    "<": "<",
+    ">": ">",
+    r"\le": "<=",
+    r"\ge": ">=",
+    "<=": "<=",
+    ">=": ">=",
+    r"\ne": "!=",
+    r"\in": "in",
+    r"\notin": "out",
+    r"\approx": "~",
+    r"\equiv": "mod",
+    r"\to": "->",
+    r"\mapsto": "->",
+    r"\subset": "sub",
+    r"\subseteq": "sube",
+    r"\Rightarrow": "=>",
+    r"\iff": "<=>",
+}
 SEPARATORS = (",", ";", r"\lor", r"\and", r"\or")
 DEEPEST = 40  # brackets within brackets; a real answer has three or four
 
@@ -155,31 +294,45 @@ LABEL = re.compile(  # what may stand before "=" and be left out: x, f(x), P(A),
 QUANTITY = re.compile(  # words that only name a value: the answer, total cost, number of apples
     r"(?:(?:the|final|total|average|required|minimum|maximum) )*(?:answer|ans|result|solution|value|total|sum|difference|product|quotient|remainder|area|volume"
     r"|perimeter|circumference|length|width|height|depth|radius|diameter|side|angle|distance|speed|velocity|time|age|cost|price|profit|probability|number|amount"
-    r"|count|mean|median|mode|average|minimum|maximum|range|slope|ratio|rate|degree|mass|weight)(?: of (?:the )?(?P<counted>[a-z]+))?", re.IGNORECASE)
+    r"|count|mean|median|mode|average|minimum|maximum|range|slope|ratio|rate|degree|mass|weight)(?: of (?:the )?(?P<counted>[a-z]+))?",
+    re.IGNORECASE,
+)
 
 
 def names_only(label, value):
     """Whether a label that the gold answer lacks says nothing but a name. A word may mean more (NOT=4, twice x=4), or be an
     answer itself, as a point may where the value is one (A=B)."""
-    if re.search(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{3,}|no", label, re.IGNORECASE) and not re.match(r"(?:m *)?\\(?:angle|triangle)", label):
+    if re.search(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{3,}|no", label, re.IGNORECASE) and not re.match(
+        r"(?:m *)?\\(?:angle|triangle)", label
+    ):
         found = QUANTITY.fullmatch(re.sub(r"\\text|[{}]", " ", label).strip(" "))
-        return bool(found) and (not found["counted"] or unit_name(found["counted"], False)[0] is not None)
-    return not re.fullmatch(rf"(?:{SYMBOL})'+", label) and not (re.fullmatch(POINTS, label) and re.fullmatch(rf"{POINTS}|\\text.*|[a-zA-Z]{{3,}}", value))
+        return bool(found) and (
+            not found["counted"] or unit_name(found["counted"], False)[0] is not None
+        )
+    return not re.fullmatch(rf"(?:{SYMBOL})'+", label) and not (
+        re.fullmatch(POINTS, label) and re.fullmatch(rf"{POINTS}|\\text.*|[a-zA-Z]{{3,}}", value)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def read(text, thousands):
     """The shape of a tidied text. thousands: a plain comma before three digits is no separator: 1,234 is one number."""
     if thousands:
-        text = re.sub(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+        text = re.sub(
+            r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text
+        )
     parts, found = split(text, SEPARATORS)
     parts = [p for p in parts if p]  # "a, and b" has an empty one
     if len(parts) > 1:
         items = [read(p, False) for p in parts]
         ranges = [as_interval(item) for item in items if item.kind == "relation"]
-        if len(ranges) == len(items) and all(ranges) and set(found) <= {r"\or", r"\lor"}:  # x < 2 or x > 3
+        if (
+            len(ranges) == len(items) and all(ranges) and set(found) <= {r"\or", r"\lor"}
+        ):  # x < 2 or x > 3
             if len({variable(item) for item in items}) == 1:
-                return Answer("union", text, tuple(ranges), (r"\cup",) * len(found), variable(items[0]))
+                return Answer(
+                    "union", text, tuple(ranges), (r"\cup",) * len(found), variable(items[0])
+                )
         return read_list(items, text)
     return read_item(parts[0] if parts else text)
 
@@ -206,17 +359,37 @@ def read_item(text):
         if set(signs) <= {"=", "in"} and LABEL.fullmatch(label) and value:
             if len(sides) == 2:
                 return replace(read(value, False), label=squeeze(label))
-            return Answer("relation", " = ".join(sides[1:]), tuple(read(s, False) for s in sides[1:]), signs[1:], squeeze(label))
-        return Answer("relation", text, tuple(read(s, False) if s else Answer("value", s) for s in sides), signs)
+            return Answer(
+                "relation",
+                " = ".join(sides[1:]),
+                tuple(read(s, False) for s in sides[1:]),
+                signs[1:],
+                squeeze(label),
+            )
+        return Answer(
+            "relation",
+            text,
+            tuple(read(s, False) if s else Answer("value", s) for s in sides),
+            signs,
+        )
     sides, signs = split(text, (r"\cup", r"\setminus"))
     if signs:
         return Answer("union", text, tuple(read(s, False) for s in sides), tuple(signs))
-    matrix = re.fullmatch(r"([^&]*?)\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\}", text)
+    matrix = re.fullmatch(
+        r"([^&]*?)\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\}", text
+    )
     if matrix:
         factor, kind, inside = matrix.groups()
         rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", inside) if row.strip(" ")]
-        cells = [f"({factor})({cell})" if factor else cell.strip(" ") for row in rows for cell in row]
-        return Answer("matrix", text, tuple(read(c, False) for c in cells), kind if kind[0] in "vV" else tuple(map(len, rows)))
+        cells = [
+            f"({factor})({cell})" if factor else cell.strip(" ") for row in rows for cell in row
+        ]
+        return Answer(
+            "matrix",
+            text,
+            tuple(read(c, False) for c in cells),
+            kind if kind[0] in "vV" else tuple(map(len, rows)),
+        )
     for left in ("(", "[", r"\{", r"\langle"):
         inner = enclosed(text, left)
         if inner is not None:
@@ -224,8 +397,14 @@ def read_item(text):
     if enclosed(text, "{"):
         return read(text[1:-1].strip(" "), False)
     if re.search(r"\\(pm|mp)(?![a-zA-Z])", text):
-        plus, minus = (text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+"))
-        return Answer("list", text, (Answer("value", plus.removeprefix("+").strip(" ")), Answer("value", minus)))
+        plus, minus = (
+            text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+")
+        )
+        return Answer(
+            "list",
+            text,
+            (Answer("value", plus.removeprefix("+").strip(" ")), Answer("value", minus)),
+        )
     return Answer("value", text)
 
 
@@ -237,7 +416,11 @@ def enclosed(text, left):
     for match in TOKEN.finditer(text):
         depth += (match.group() in OPEN) - (match.group() in CLOSE)
         if depth == 0:
-            return (text[len(left) : match.start()].strip(" "), match.group()) if match.end() == len(text) else None
+            return (
+                (text[len(left) : match.start()].strip(" "), match.group())
+                if match.end() == len(text)
+                else None
+            )
 
 
 def read_enclosed(text, left, inside, right):
@@ -245,14 +428,20 @@ def read_enclosed(text, left, inside, right):
         found = re.fullmatch(r"(.*?) ?(?:\\mid|\||:) ?(.*)", inside)
         if found:  # a set by its condition
             item = read(found[2], False)
-            return item if item.kind == "relation" and as_interval(item) and variable(item) == found[1] else Answer("value", text)
+            return (
+                item
+                if item.kind == "relation" and as_interval(item) and variable(item) == found[1]
+                else Answer("value", text)
+            )
         items = read(inside, False) if inside else Answer("list", "")
         parts = items.parts if items.kind == "list" else (items,)
         return Answer("set", text, parts, label=items.label)
     parts, _ = split(inside, (",", ";"))
     if len(parts) == 1 and (left, right) in (("(", ")"), ("[", "]")):
         item = read(inside, False)
-        return item if left == "(" or item.kind == "matrix" else Answer("tuple", text, (item,), "[]")
+        return (
+            item if left == "(" or item.kind == "matrix" else Answer("tuple", text, (item,), "[]")
+        )
     items = tuple(read(p, False) for p in parts)
     if left == r"\langle":
         return Answer("tuple", text, items, "()")
@@ -261,20 +450,82 @@ def read_enclosed(text, left, inside, right):
 
 # ------------------------------------------------------------------------------------------------------------ values
 
-PREFIXES = {"n": "nano", "µ": "micro", "μ": "micro", "m": "milli", "c": "centi", "k": "kilo", "M": "mega", "G": "giga", "": ""}
-SI = {"m": "meter metre", "g": "gram", "s": "second sec", "L": "liter litre", "l": "liter", "N": "newton", "Pa": "pascal", "J": "joule", "W": "watt",
-      "V": "volt", "A": "ampere amp", "Hz": "hertz", "eV": "electronvolt", "mol": "mole", "K": "kelvin", "T": "tesla", "C": "coulomb", "cal": "calorie"}
-OTHERS = ("in=inch inches", "ft=foot feet", "yd=yard", "mi=mile", "min=minute", "h=hour hr", "day", "week", "month", "yr=year", "lb=pound", "oz=ounce",
-          "gal=gallon", "ton tonne", "deg=degree", "rad=radian", "dollar usd USD", "cent", "euro eur EUR €", "sterling £", "yen ¥", "percent", "acre",
-          "hectare", "erg", "atm", "gauss", "angstrom", "ohm")
+PREFIXES = {
+    "n": "nano",
+    "µ": "micro",
+    "μ": "micro",
+    "m": "milli",
+    "c": "centi",
+    "k": "kilo",
+    "M": "mega",
+    "G": "giga",
+    "": "",
+}
+SI = {
+    "m": "meter metre",
+    "g": "gram",
+    "s": "second sec",
+    "L": "liter litre",
+    "l": "liter",
+    "N": "newton",
+    "Pa": "pascal",
+    "J": "joule",
+    "W": "watt",
+    "V": "volt",
+    "A": "ampere amp",
+    "Hz": "hertz",
+    "eV": "electronvolt",
+    "mol": "mole",
+    "K": "kelvin",
+    "T": "tesla",
+    "C": "coulomb",
+    "cal": "calorie",
+}
+OTHERS = (
+    "in=inch inches",
+    "ft=foot feet",
+    "yd=yard",
+    "mi=mile",
+    "min=minute",
+    "h=hour hr",
+    "day",
+    "week",
+    "month",
+    "yr=year",
+    "lb=pound",
+    "oz=ounce",
+    "gal=gallon",
+    "ton tonne",
+    "deg=degree",
+    "rad=radian",
+    "dollar usd USD",
+    "cent",
+    "euro eur EUR €",
+    "sterling £",
+    "yen ¥",
+    "percent",
+    "acre",
+    "hectare",
+    "erg",
+    "atm",
+    "gauss",
+    "angstrom",
+    "ohm",
+)
 UNITS = {}  # spelling -> name
 for symbol, names in SI.items():
     for prefix, word in PREFIXES.items():
         name = word + names.split()[0]
-        UNITS |= {prefix + symbol: name} | {word + n + plural: name for n in names.split() for plural in ("", "s")}
+        UNITS |= {prefix + symbol: name} | {
+            word + n + plural: name for n in names.split() for plural in ("", "s")
+        }
 for names in OTHERS:
     symbol, _, names = names.rpartition("=")
-    UNITS |= {n + plural: names.split()[0] for n in (*symbol.split(), *names.split()) for plural in ("", "s")}
+    UNITS |= {
+        n + plural: names.split()[0]
+        for n in (*symbol.split(), *names.split())
+        for plural in ("", "s")
+    }
 UNITS |= {"mph": "mile / hour", "kph": "kilometer / hour", "kmh": "kilometer / hour"}
 CURRENCY = {"dollars_": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 NO_UNITS = re.compile(  # words that make another number of the one before them, or take it back
@@ -283,16 +534,26 @@ NO_UNITS = re.compile(  # words that make another number of the one before them,
     r"|reciprocal|negat[a-z]*|opposit|invers)(?:e?s|e?ths?|e?d|e)?|squared|cubed|(?:un|in|dis|non)?(?:equal|correct|true|valid)s?|wrong|right"
     r"|false|not?|nor|xor|never|none|neither|nope|yes|less|fewer|more|least|most|under|over|above|below|plus|minus|times|twice|thrice|versus"
     r"|and|or|but|if|is|are|maybe|perhaps|else|otherwise|instead|where|for|when|about|nearly|almost|mod|base|to|through",
-    re.IGNORECASE)
-COUNTED = re.compile(r".*[^sui]s|people|persons?|(?:wo)?men|children|mice|geese|teeth|fish|sheep|deer|dice", re.IGNORECASE)  # plurals
-UNIT_WORD = r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
-UNIT = re.compile(rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?:(?: *(?:/|\\cdot))? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$")
+    re.IGNORECASE,
+)
+COUNTED = re.compile(
+    r".*[^sui]s|people|persons?|(?:wo)?men|children|mice|geese|teeth|fish|sheep|deer|dice",
+    re.IGNORECASE,
+)  # plurals
+UNIT_WORD = (
+    r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
+)
+UNIT = re.compile(
+    rf"(.*?[\w}})!]) *((?: *{UNIT_WORD})(?:(?: *(?:/|\\cdot))? *{UNIT_WORD})*|\^\\circ *(?:[CFK]|\\text *\{{ *[CFK] *\}})?)$"
+)
 
 
 def quantity(text, trusted=False):
     r"""(text without its unit, unit or None, whether it was followed by a percent sign). trusted: as in `unit_name`."""
     core, unit = text, None
-    money = re.fullmatch(r"(-?) *(dollars_|[€£¥]) *(.+)", text) or re.fullmatch(r"()(.+?) *(dollars_|[€£¥])", text)
+    money = re.fullmatch(r"(-?) *(dollars_|[€£¥]) *(.+)", text) or re.fullmatch(
+        r"()(.+?) *(dollars_|[€£¥])", text
+    )
     if money:
         symbol, amount = sorted(money.groups()[1:], key=lambda part: part not in CURRENCY)
         core, unit = money[1] + amount, CURRENCY[symbol]
@@ -315,18 +576,33 @@ def unit_name(text, trusted):
     answer's are; None: something else.
     """
     text = re.sub(r"\\text|[{}]", " ", text.replace(r"^\circ", " degree ").replace(r"\cdot", " "))
-    for pattern, spelling in ((r"\bper\b|/", " / "), (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"), (r"\bcubic (\w+)", r"\1 3"),
-                              (r"(\w+) ?\^ ?-1\b", r"/ \1"), (r"(\w+) ?\^ ?-([2-9])\b", r"/ \1 \2")):
+    for pattern, spelling in (
+        (r"\bper\b|/", " / "),
+        (r"\bsq(?:uared?)?\b\.? *(\w+)", r"\1 2"),
+        (r"\bcubic (\w+)", r"\1 3"),
+        (r"(\w+) ?\^ ?-1\b", r"/ \1"),
+        (r"(\w+) ?\^ ?-([2-9])\b", r"/ \1 \2"),
+    ):
         text = re.sub(pattern, spelling, text)
     if re.search(r"[^a-zA-ZµμÅ€£¥0-9/^. -]|(?<![\^a-zA-Z-] )(?<![\^a-zA-Z-])[0-9]", text):
         return None, False
     parts = re.findall(r"[^\W\d]+|[€£¥]|-?[0-9]|/", text)
     names = [UNITS.get(p) or (UNITS.get(p.lower()) if len(p) > 3 else None) or p for p in parts]
-    unknown = [p.lower() for p, n in zip(parts, names) if p == n and p not in UNITS and p[0] not in "-/0123456789"]
-    if not parts or len(unknown) > 2 or any(len(p) < 3 or NO_UNITS.fullmatch(p) for p in unknown) or (
-            unknown and not trusted and not COUNTED.fullmatch(unknown[-1])):
+    unknown = [
+        p.lower()
+        for p, n in zip(parts, names)
+        if p == n and p not in UNITS and p[0] not in "-/0123456789"
+    ]
+    if (
+        not parts
+        or len(unknown) > 2
+        or any(len(p) < 3 or NO_UNITS.fullmatch(p) for p in unknown)
+        or (unknown and not trusted and not COUNTED.fullmatch(unknown[-1]))
+    ):
         return None, False
-    return " ".join(n.lower().removesuffix("s") if n.lower() in unknown else n for n in names), not unknown
+    return " ".join(
+        n.lower().removesuffix("s") if n.lower() in unknown else n for n in names
+    ), not unknown
 
 
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -347,8 +623,9 @@ def number(text):
             text = text[1:-1].strip(" ")
     if re.fullmatch(DECIMAL, text):
         return sign * Fraction(text)
-    m = re.fullmatch(rf"(\d+)? ?\\frac *\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}", text) or re.fullmatch(
-        rf"(?:(\d+) )?({DECIMAL}) ?/ ?(-?{DECIMAL})", text)
+    m = re.fullmatch(
+        rf"(\d+)? ?\\frac *\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}", text
+    ) or re.fullmatch(rf"(?:(\d+) )?({DECIMAL}) ?/ ?(-?{DECIMAL})", text)
     if m:
         top, bottom = Fraction(m[2]), Fraction(m[3])
         if bottom == 0 or (m[1] and (top < 0 or bottom < 0)):
@@ -357,31 +634,47 @@ def number(text):
     m = re.fullmatch(r"(\d*)\.(\d*)\\overline *\{ ?(\d+) ?\}", text)
     if m:
         whole, start, cycle = m[1] or "0", m[2], m[3]
-        return sign * (Fraction(int(whole + start), 10 ** len(start)) + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(start)))
+        return sign * (
+            Fraction(int(whole + start), 10 ** len(start))
+            + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(start))
+        )
     m = re.fullmatch(rf"({DECIMAL})[eE](\d+|[+-]\d\d+)", text) or re.fullmatch(
-        rf"(?:({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{{ ?([+-]?\d+) ?\}}|(\d)$)", text)
+        rf"(?:({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{{ ?([+-]?\d+) ?\}}|(\d)$)", text
+    )
     if m:
         power = int(next(g for g in m.groups()[1:] if g))
-        return sign * Fraction(m[1] or 1) * Fraction(10) ** power if abs(power) <= MAX_EXPONENT else None
+        return (
+            sign * Fraction(m[1] or 1) * Fraction(10) ** power
+            if abs(power) <= MAX_EXPONENT
+            else None
+        )
 
 
 BASE = re.compile(r"\(?([0-9A-F]+)\)? ?_ ?\{? ?(\d+|\\text *\{[^{}]*\}) ?\}?")  # 1011_2
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg sqrt frac".split()
+FUNCTIONS = (
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp", "lg", "sqrt", "frac"]
+)
 
 
 def words(text, certainly=False):
     """The text as plain words if that is what it is, else None: text macros and case do not matter, nor do articles."""
     plain = re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)
-    marked = plain != text or re.search(r"[a-zA-Z]{4,}", re.sub(r"\\[a-zA-Z]+", "", plain)) and not any(f in plain for f in FUNCTIONS)
+    marked = (
+        plain != text
+        or re.search(r"[a-zA-Z]{4,}", re.sub(r"\\[a-zA-Z]+", "", plain))
+        and not any(f in plain for f in FUNCTIONS)
+    )
     plain = " ".join(re.sub(r"""["'.()]""", " ", plain).split())
     if not certainly and (not marked or "\\" in plain):
         return None
     return plain if len(plain) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", plain.casefold())
 
 
-RESTATING = re.compile(r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset|[bp]?mod"
-                       r"|[hv]?phantom)(?![a-zA-Z])"
-                       r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b")
+RESTATING = re.compile(
+    r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots|underset|overset|[bp]?mod"
+    r"|[hv]?phantom)(?![a-zA-Z])"
+    r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b"
+)
 
 
 def same_value(gold, answer):
@@ -396,7 +689,9 @@ def same_value(gold, answer):
     if g_percent != a_percent:  # p% is p and p/100
         share, other = (g, a) if g_percent else (a, g)
         part = number(share)
-        return same_value(share, other) or same_value(rf"\frac{{{share}}}{{100}}" if part is None else str(part / 100), other)
+        return same_value(share, other) or same_value(
+            rf"\frac{{{share}}}{{100}}" if part is None else str(part / 100), other
+        )
     if squeeze(g) == squeeze(a):
         return True
     x, y = number(g), number(a)
@@ -415,12 +710,18 @@ def squeeze(text):
 
 
 def same_ratio(gold, answer):
-    g, a = ([number(part) for part in re.split(r":|(?<=\d)/(?=\d)", text)] for text in (gold, answer))
+    g, a = (
+        [number(part) for part in re.split(r":|(?<=\d)/(?=\d)", text)] for text in (gold, answer)
+    )
     if None in g or None in a or len(g) != len(a):
         return False
-    if re.fullmatch("[0-9]{1,2}:[0-5][0-9]", gold) and math.gcd(*map(int, g)) > 1:  # a time of day: no ratio is written so
+    if (
+        re.fullmatch("[0-9]{1,2}:[0-5][0-9]", gold) and math.gcd(*map(int, g)) > 1
+    ):  # a time of day: no ratio is written so
         return False
-    return all(x * a[0] == y * g[0] for x, y in zip(g, a)) and all(x != 0 or y == 0 for x, y in zip(g, a))
+    return all(x * a[0] == y * g[0] for x, y in zip(g, a)) and all(
+        x != 0 or y == 0 for x, y in zip(g, a)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- expressions
@@ -433,15 +734,22 @@ def expression(text):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]'|[@#%&\"]|[+\-]{3}|[^ -~]", text) or not re.search(r"\w", text):
+    if re.search(
+        r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]'|[@#%&\"]|[+\-]{3}|[^ -~]", text
+    ) or not re.search(r"\w", text):
         return None  # neighbours that the parser would add up, words, tricks, look-alikes
-    text = re.sub(r"\\Gamma(?![a-zA-Z_])", "G_{amma}", text)  # the parser would take it for \gamma, I for i, and 2E+1 for 20
+    text = re.sub(
+        r"\\Gamma(?![a-zA-Z_])", "G_{amma}", text
+    )  # the parser would take it for \gamma, I for i, and 2E+1 for 20
     text = re.sub(r"(?<![a-zA-Z_\\])(?<!_\{)I(?![a-zA-Z_])", "N_{I}", text)
     text = re.sub(r"(?<=\d)E(?=[+-]\d)", " E ", text)
-    text = re.sub(r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text)  # the parser drops primes
+    text = re.sub(
+        r"(?<=[\w})])'+", lambda m: "_{" + "p" * len(m[0]) + "}", text
+    )  # the parser drops primes
     try:
         parsed = latex2sympy(
-            text, conversion_config=ConversionConfig(lowercase_symbols=False),
+            text,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
             normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
         )
     except (MemoryError, RecursionError):
@@ -449,7 +757,9 @@ def expression(text):
     except Exception:  # the parser's many ways to say that this is no mathematics
         return None
     parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
-    parsed = parsed.xreplace({x: sympy.Symbol(x.name + "_") for x in parsed.free_symbols if x.name != x.name.lower()})  # math-verify ignores case
+    parsed = parsed.xreplace(
+        {x: sympy.Symbol(x.name + "_") for x in parsed.free_symbols if x.name != x.name.lower()}
+    )  # math-verify ignores case
     return evaluated(parsed) if isinstance(parsed, sympy.Expr) else parsed
 
 
@@ -466,7 +776,10 @@ def same_expression(gold, answer):
     g, a = expression(gold), expression(answer)
     if g is None or a is None or any(x.has(sympy.nan, sympy.zoo) for x in (g, a)):
         return False
-    if any(x.free_symbols == {sympy.Symbol("i")} for x in (g, a)) or sympy.Symbol("i") in g.free_symbols & a.free_symbols:  # the imaginary unit
+    if (
+        any(x.free_symbols == {sympy.Symbol("i")} for x in (g, a))
+        or sympy.Symbol("i") in g.free_symbols & a.free_symbols
+    ):  # the imaginary unit
         g, a = (x.subs(sympy.Symbol("i"), sympy.I) for x in (g, a))
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
         return same_constant(g, a)
@@ -477,8 +790,12 @@ def same_constant(g, a):
     """Two constants: no digit of their difference is found among the first DIGITS. (Terms that both have cancel exactly.)"""
     if g.is_infinite or a.is_infinite:
         return bool(g == a)
-    difference = (g - a).evalf(2, maxn=DIGITS)  # works with as many digits as two good ones of the result need, up to that
-    return all(part == 0 or part.is_Float and part._prec == 1 for part in difference.as_real_imag())  # a precision of 1: none is good
+    difference = (g - a).evalf(
+        2, maxn=DIGITS
+    )  # works with as many digits as two good ones of the result need, up to that
+    return all(
+        part == 0 or part.is_Float and part._prec == 1 for part in difference.as_real_imag()
+    )  # a precision of 1: none is good
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -494,7 +811,9 @@ def equal(gold, answer):
             return False
         if not gold or not answer or set(RESTATING.findall(answer)) - set(RESTATING.findall(gold)):
             return False
-        return any(same(read(gold, t), read(answer, u)) for t in (True, False) for u in (True, False))
+        return any(
+            same(read(gold, t), read(answer, u)) for t in (True, False) for u in (True, False)
+        )
     except TooDeep:
         return False
 
@@ -532,14 +851,19 @@ def as_set(answer):
 
     if answer.kind == "tuple" and len(answer.parts) == 2:
         ends = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
-        if any(end is None or not end.is_extended_real for end in ends) or (ends[0] < ends[1]) != True:
+        if (
+            any(end is None or not end.is_extended_real for end in ends)
+            or (ends[0] < ends[1]) != True
+        ):
             return None  # (2,1) is a point, and no empty interval
         return sympy.Interval(*ends, answer.mark[0] == "(", answer.mark[1] == ")")
     if answer.kind == "set":
         items = [expression(part.text) if part.kind == "value" else None for part in answer.parts]
         return None if None in items else sympy.FiniteSet(*items)
     if answer.kind == "value":
-        return {r"\mathbb{R}": sympy.S.Reals, r"\emptyset": sympy.S.EmptySet}.get(squeeze(answer.text))
+        return {r"\mathbb{R}": sympy.S.Reals, r"\emptyset": sympy.S.EmptySet}.get(
+            squeeze(answer.text)
+        )
     if answer.kind == "union":
         first, *others = map(as_set, answer.parts)
         for sign, other in zip(answer.mark, others):
@@ -551,14 +875,28 @@ def as_set(answer):
 
 def same_items(gold, answer):
     """Lists and sets: the same items in any order. A repeated item counts only where the gold repeats one."""
-    if gold.kind == "tuple" and answer.kind == "list" and len({item.label for item in answer.parts} - {""}) == len(gold.parts) == len(answer.parts):
-        return all(map(same, gold.parts, sorted(answer.parts, key=lambda item: item.label)))  # x=1, y=2 is (1,2)
+    if (
+        gold.kind == "tuple"
+        and answer.kind == "list"
+        and len({item.label for item in answer.parts} - {""})
+        == len(gold.parts)
+        == len(answer.parts)
+    ):
+        return all(
+            map(same, gold.parts, sorted(answer.parts, key=lambda item: item.label))
+        )  # x=1, y=2 is (1,2)
     if any(x.kind in ("tuple", "union", "matrix") for x in (gold, answer)):
         return False
     g, a = (x.parts if x.kind in ("list", "set") else (x,) for x in (gold, answer))
     labels = [[item.label for item in items] for items in (g, a)]
-    if len(g) == len(a) and any(labels[0]) != any(labels[1]) and len({re.sub(INDEX + "$", "", label) for label in labels[0] + labels[1] if label}) > 1:
-        return all(map(same, g, a))  # a=1, b=2 without its labels: the order tells; x_1=1, x_2=2 are the solutions x
+    if (
+        len(g) == len(a)
+        and any(labels[0]) != any(labels[1])
+        and len({re.sub(INDEX + "$", "", label) for label in labels[0] + labels[1] if label}) > 1
+    ):
+        return all(
+            map(same, g, a)
+        )  # a=1, b=2 without its labels: the order tells; x_1=1, x_2=2 are the solutions x
     if len(a) != len(g):
         a = [item for i, item in enumerate(a) if not any(same(item, other) for other in a[:i])]
     return match_all(g, a)
@@ -568,7 +906,14 @@ def match_all(gold, answer):
     """Whether the items pair off."""
     left = list(answer)
     for item in gold:
-        found = next((i for i, other in enumerate(left) if (item.kind == "set") == (other.kind == "set") and same(item, other)), None)
+        found = next(
+            (
+                i
+                for i, other in enumerate(left)
+                if (item.kind == "set") == (other.kind == "set") and same(item, other)
+            ),
+            None,
+        )
         if found is None:
             return False
         del left[found]
@@ -592,12 +937,24 @@ def same_relation(gold, answer):
     for one, other in ((gold, answer), (answer, gold)):
         if one.kind == "relation" and other.kind != "relation":
             if one.label and set(one.mark) == {"="} and not other.label:  # x = 2 + 3 = 5
-                return all(same(part, other) for part in one.parts) if one is answer else all(same(other, part) for part in one.parts)
+                return (
+                    all(same(part, other) for part in one.parts)
+                    if one is answer
+                    else all(same(other, part) for part in one.parts)
+                )
             interval = as_interval(one)
             if interval and other.label in ("", variable(one)) and other.kind == "tuple":
                 return other.mark == interval.mark and all(map(same, interval.parts, other.parts))
-    if gold.kind == answer.kind == "relation" and len(gold.parts) == len(answer.parts) and not gold.label and not answer.label:
-        for parts, signs in ((answer.parts, answer.mark), (answer.parts[::-1], tuple(FLIP.get(s, s) for s in answer.mark[::-1]))):
+    if (
+        gold.kind == answer.kind == "relation"
+        and len(gold.parts) == len(answer.parts)
+        and not gold.label
+        and not answer.label
+    ):
+        for parts, signs in (
+            (answer.parts, answer.mark),
+            (answer.parts[::-1], tuple(FLIP.get(s, s) for s in answer.mark[::-1])),
+        ):
             if signs == gold.mark and all(map(same, gold.parts, parts)):
                 return True
     g, a = (f"{x.label} = {x.text}" if x.label else x.text for x in (gold, answer))
@@ -618,7 +975,10 @@ def as_interval(relation):
         parts, signs = parts[::-1], tuple(FLIP.get(s, s) for s in signs[::-1])
     if not signs or not set(signs) <= {"<", "<="} or len(parts) not in (2, 3):
         return None
-    named = [bool(LABEL.fullmatch(part.text)) and not re.fullmatch(r"\\(pi|infty)|e", part.text) for part in parts]
+    named = [
+        bool(LABEL.fullmatch(part.text)) and not re.fullmatch(r"\\(pi|infty)|e", part.text)
+        for part in parts
+    ]
     inf = Answer("value", r"\infty")
     if named == [True, False]:
         parts, signs = (replace(inf, text=r"-\infty"), *parts), ("<", *signs)

@@ -17,12 +17,22 @@ def up_to(n, unit):
 def layer_bytes(config, head_dim, size, wide):
     """-> bytes that the backward pass of one layer wants to find, per token that goes through the model; and per key that
     its attention sees. size, wide: bytes of a number in the model's dtype, and in its norms."""
-    C, I, H, K = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads  # noqa: E741
-    norms = 2 * C * wide + 4 * C * size  # of two: the input, what was divided by its root mean square, the output
+    C, I, H, K = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )  # noqa: E741
+    norms = (
+        2 * C * wide + 4 * C * size
+    )  # of two: the input, what was divided by its root mean square, the output
     if config.model_type == "qwen3":
         norms += (H + K) * head_dim * (wide + size)
     attention = 2 * H * head_dim * size + H * wide  # queries, output, log-sum-exp
-    return norms + attention + 4 * I * size, 2 * K * head_dim * size  # gate, its SiLU, up, their product; keys and values
+    return (
+        norms + attention + 4 * I * size,
+        2 * K * head_dim * size,
+    )  # gate, its SiLU, up, their product; keys and values
 
 
 def total(part):
@@ -31,16 +41,27 @@ def total(part):
 
 def micro_batch(cfg, model, prompts, together, prompt, length):
     """-> {what: bytes} of the learner for `together` completions of `length` tokens, of so many prompts of `prompt` tokens."""
-    config, size, layers, V = model.config, model.lm_head.weight.element_size(), len(model.model.layers), model.config.vocab_size
+    config, size, layers, V = (
+        model.config,
+        model.lm_head.weight.element_size(),
+        len(model.model.layers),
+        model.config.vocab_size,
+    )
     wide = max(size, 4)
     per_token, per_key = layer_bytes(config, model.head_dim, size, wide)
     tokens, keys = together * length + prompts * prompt, together * (prompt + length)
     masked = prompts > 1 or prompt > length  # see PromptCache
-    expanded = config.num_attention_heads // config.num_key_value_heads if keys_for_every_head(cfg.device, masked) else 1
+    expanded = (
+        config.num_attention_heads // config.num_key_value_heads
+        if keys_for_every_head(cfg.device, masked)
+        else 1
+    )
     one_layer = tokens * per_token + keys * per_key * expanded
     chunk = min(cfg.logits_per_chunk, together * length * V)
     ends = {
-        "logits": chunk * 3 * wide,  # log-probs, and two of what leads to them, to the entropy or back
+        "logits": chunk
+        * 3
+        * wide,  # log-probs, and two of what leads to them, to the entropy or back
         "gradient of the head": V * config.hidden_size * (wide + size * (size < 4)),
     }
     states = 4 * tokens * config.hidden_size * wide  # between the last layer and the head
@@ -55,8 +76,12 @@ def micro_batch(cfg, model, prompts, together, prompt, length):
     learn = {"activations": kept + states, "attention mask": masked * length * keys * size} | ends
     if cfg.fsdp:
         block = sum(p.numel() for p in model.model.layers[0].parameters())
-        root = sum(p.numel() for p in model.parameters()) - layers * block  # embedding and head, which stay
-        learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (size + wide)  # the latter: a gradient on its way
+        root = (
+            sum(p.numel() for p in model.parameters()) - layers * block
+        )  # embedding and head, which stay
+        learn["gathered layers"] = (root + 2 * block) * size + max(root, block) * (
+            size + wide
+        )  # the latter: a gradient on its way
     return learn
 
 
@@ -79,7 +104,9 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     gradients = {"gradients": parameters * wide // shards}
     if copied and not cfg.fsdp:
         always |= gradients  # they stay
-    linears = sum(p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters())
+    linears = sum(
+        p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters()
+    )
     sampling, learning = {}, {} if copied and not cfg.fsdp else gradients
     if lays_out(cfg.device, model.lm_head.weight.dtype):
         sampling["weights laid out"] = linears * size
@@ -89,25 +116,49 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     for level in levels:
         length = min(level.max_new_tokens, model.context - prompt)
         draw = up_to(level.prompts, processes) // processes  # prompts of a draw
-        rows = max(MIN_ROWS, min(cfg.slots, max(draw * level.group_size, up_to(held_out, processes) // processes)))
+        rows = max(
+            MIN_ROWS,
+            min(cfg.slots, max(draw * level.group_size, up_to(held_out, processes) // processes)),
+        )
         page = KVCache.PAGE[cfg.device]
         pages = rows * (up_to(prompt + length, page) // page)
         prefilled = min(max(PREFILL_TOKENS, prompt), (min(rows, held_out) or draw) * prompt)
         step = {"logits": rows * V * (size + 4 * wide)}
-        prefill = {"activations of prompts": prefilled * (2 * config.hidden_size + 3 * config.intermediate_size) * size}
-        sample = sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=total)
+        prefill = {
+            "activations of prompts": prefilled
+            * (2 * config.hidden_size + 3 * config.intermediate_size)
+            * size
+        }
+        sample = (
+            sampling | {"KV cache": pages * page * layers * per_key} | max(step, prefill, key=total)
+        )
         groups = -(-level.buffer_groups // cfg.minibatches)  # of a step
-        batch = -(-groups * level.group_size // processes)  # completions of a step, for one process: one part of them, as they lie
+        batch = -(
+            -groups * level.group_size // processes
+        )  # completions of a step, for one process: one part of them, as they lie
         if processes > 1:
             groups = min(groups, (batch - 1) // level.group_size + 2)
         candidates = []
-        for prompts in range(1, groups + 1):  # that meet in a micro-batch, since it holds completions of one length, not of one group
-            together = min(batch, prompts * level.group_size, max(1, (cfg.micro_batch_tokens - prompts * prompt) // length))
+        for prompts in range(
+            1, groups + 1
+        ):  # that meet in a micro-batch, since it holds completions of one length, not of one group
+            together = min(
+                batch,
+                prompts * level.group_size,
+                max(1, (cfg.micro_batch_tokens - prompts * prompt) // length),
+            )
             if together >= prompts:
-                candidates.append(learning | micro_batch(cfg, model, prompts, together, prompt, length))
+                candidates.append(
+                    learning | micro_batch(cfg, model, prompts, together, prompt, length)
+                )
         phases.append((sample, max(candidates, key=total)))
     before = {"whole copy, before it is cut": parameters * wide} if cfg.fsdp else {}
-    return {"always": always, "setting up": before, "sampling": max((s for s, _ in phases), key=total), "learning": max((x for _, x in phases), key=total)}
+    return {
+        "always": always,
+        "setting up": before,
+        "sampling": max((s for s, _ in phases), key=total),
+        "learning": max((x for _, x in phases), key=total),
+    }
 
 
 def table(parts):
@@ -120,4 +171,9 @@ def table(parts):
         lines.append(f"{phase:38}{sums[phase] / 1e9:10.3f} GB")
         lines += [f"    {what:34}{n / 1e9:10.3f}" for what, n in part.items() if n]
     peak = sums.pop("always") + max(sums.values())
-    return "\n".join([*lines, f"{'at its peak, one process':38}{peak / 1e9:10.3f} GB, and what Python and its libraries take"])
+    return "\n".join(
+        [
+            *lines,
+            f"{'at its peak, one process':38}{peak / 1e9:10.3f} GB, and what Python and its libraries take",
+        ]
+    )
