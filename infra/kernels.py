@@ -1,5 +1,9 @@
 """stub"""
+
+
 def probe():
     return {"linear": "onednn", "packed": ["float32"]}
+
+
 def use(choice):
     return choice
