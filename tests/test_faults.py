@@ -223,7 +223,7 @@ def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, m
 
 
 def sharp(tmp_path, stop_ids=None):
-    """A checkpoint with distributions far from uniform, so that what it reads makes a difference."""
+    """A checkpoint with distributions far from uniform: what it reads makes a difference."""
     tokenizer, folder = make_tokenizer(), tmp_path / "sharp"
     shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 1}
     random_model(**shape, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
