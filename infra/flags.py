@@ -220,7 +220,8 @@ def make_parser():
 
 def given_flags(parser, arguments):
     """{name: value} of the flags that stand on the command line."""
-    parser.set_defaults(**dict.fromkeys(vars(Config()), argparse.SUPPRESS))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
     return vars(parser.parse_args(arguments))
 
 
