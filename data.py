@@ -4,13 +4,11 @@ python data.py --split train --count 4096 --seed 0 --out pool.jsonl   generates 
 python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]      finds what both have
 """
 
-import gzip
 import itertools
 import json
 import math
 import random
 import re
-import zlib
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -75,16 +73,12 @@ def read_records(path, parse):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
         # str.splitlines would also cut at U+2028, which is legal within a string.
-        lines = content.decode("utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read ({reason})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -194,10 +188,10 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX):
     suffix    what is put behind every problem
     """
     turns = []
-    for example in examples:
+    for example in [*examples, vars(problem)]:
         turns.append({"role": "user", "content": example["problem"] + suffix})
-        turns.append({"role": "assistant", "content": example["solution"]})
-    turns.append({"role": "user", "content": problem.problem + suffix})
+        turns.append({"role": "assistant", "content": example.get("solution")})
+    turns.pop()  # the last answer is the policy's
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""

@@ -399,7 +399,8 @@ def prepare(args):
     files = {path: policy.render(some) for path, some in problems.items()}
     for path, prompts in files.items():
         too_long = sum(not policy.room(p) for p in prompts)
-        print(f"{path}: {too_long} of {len(prompts)} prompts fill the context and count as wrong")
+        if too_long:
+            print(f"{path}: {too_long} prompts fill the context and count as wrong")
     args.out.mkdir(parents=True)
     return policy, files
 

@@ -1,6 +1,5 @@
 """Problems, prompts and levels: what goes in is checked, what comes out is the same every time."""
 
-import gzip
 import itertools
 import re
 import sys
@@ -46,14 +45,6 @@ def test_errors_name_file_and_line(text, message, tmp_path):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"p.jsonl.*{message}"):
         read_problems(path)
-
-
-def test_gzip_is_read(tmp_path):
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(GOOD.encode()))
-    assert read_problems(tmp_path / "p.jsonl.gz")[0].answer == "2"
-    (tmp_path / "q.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="q.jsonl.gz: cannot be read"):
-        read_problems(tmp_path / "q.jsonl.gz")
 
 
 def test_a_problem_survives_a_round_trip(tmp_path):
