@@ -253,10 +253,8 @@ def bootstrap(values):
 
     if len(values) == 1:
         return values[0], values[0]
-    drawn = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", random_state=0
-    )
-    return drawn.confidence_interval
+    settings = {"n_resamples": 2000, "batch": 100, "method": "percentile", "random_state": 0}
+    return stats.bootstrap((values,), np.mean, **settings).confidence_interval
 
 
 def interval(values):
