@@ -69,14 +69,11 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------- work
 
-    def share(self, items):
-        """This process's part of a list: contiguous, of about equal number."""
-        n = len(items)
-        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
-
     def spread(self, items, work):
-        """work(share) -> one result an item, each process for its share; all results, on all."""
-        parts = self.together(lambda: work(self.share(items)), gather=True)
+        """work(share) -> one result an item, each process for a contiguous share of about equal
+        number; the results of all, in order, on all."""
+        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        parts = self.together(lambda: work(items[start:end]), gather=True)
         return [result for part in parts for result in part]
 
     def from_first(self, work, interruptible=True):
