@@ -31,11 +31,8 @@ def parse_rows(table):
 
 def parse_rules(table):
     """[(compiled pattern, replacement), ...] of the lines `pattern -> replacement`. An underlined blank ␣ is a blank."""
-    rules = []
-    for row in table.strip().split("\n"):
-        pattern, _, replacement = row.partition(" ->")
-        rules.append((re.compile(pattern), replacement.strip().replace("␣", " ")))
-    return rules
+    rows = [row.partition(" ->") for row in table.strip().split("\n")]
+    return [(re.compile(pattern), new.strip().replace("␣", " ")) for pattern, _, new in rows]
 
 
 def respell(rules, text):
@@ -143,11 +140,12 @@ for spelling, *names in parse_rows(r"""
 ^\circ degree degrees
 ; quad qquad newline
 \text textnormal textbf textit textrm mathrm textsf texttt mbox hbox emph
-␣ left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle
-␣ limits nolimits thinspace medspace mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm
+~ left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle
+~ limits nolimits thinspace medspace mathbf mathit mathsf boldsymbol bm pmb mathnormal bf it rm
 """):
-    MACROS |= dict.fromkeys(names, f" {spelling} ".replace("␣", ""))
+    MACROS |= dict.fromkeys(names, f" {spelling} ")
 BEFORE_MACROS = parse_rules(r"""
+\\\\(?:\[[^\]]*\])? -> ␣;␣
 \\\$ -> \\text{dollar}
 \\[()\[\]]|\$ -> ␣
 \\not *= -> \\ne␣
@@ -161,6 +159,7 @@ BEFORE_MACROS = parse_rules(r"""
 \\(?:mathrm|textrm) *\{ *([deixyz]) *\} -> ␣\1␣
 """)
 AFTER_MACROS = parse_rules(r"""
+~ -> ␣
 \\text +(?=\{) -> \\text
 \\text *\{ *,? *(and|or) *,? *\} -> ␣\\\1␣
 (?<=[ \d}),])(and|or)(?=[ \d\\(])(?![^{}\\]*\}) -> ␣\\\1␣
@@ -180,6 +179,11 @@ AFTER_MACROS = parse_rules(r"""
 \\(?:emptyset|varnothing)(?![a-zA-Z]) -> \\{\\}
 \\mathbb *(?:R|\{ ?R ?\}) -> (-\\infty,\\infty)
 """)
+ENDS = parse_rules(r"""
+[ ]+ -> ␣
+^ ?= ->
+[,;: ]*(?:(?<!\.)\.)?[,;: ]*$ ->
+""")
 ROOTS = parse_rules(rf"""
 √ *([0-9.]+|[a-zA-Z]) -> \\sqrt{{\1}}
 √ *\(([^()]*)\) -> \\sqrt{{\1}}
@@ -194,7 +198,6 @@ ROOTS = parse_rules(rf"""
 def tidy(text):
     """One spelling for what means the same. Control characters stay, and make the text equal to nothing."""
     text = respell(ROOTS, text).translate(CHARACTERS)
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?", r" \\cr " if r"\begin" in text else " ; ", text)
     text = respell(BEFORE_MACROS, text)
     text = re.sub(r"\\([a-zA-Z]+)", lambda macro: MACROS.get(macro[1], macro[0]), text)
     text = respell(AFTER_MACROS, text)
@@ -203,8 +206,7 @@ def tidy(text):
         repeating_decimal,
         text,
     )
-    text = re.sub(" +", " ", text).strip(" ").rstrip(",;: ")
-    return re.sub(r"(?<!\.)\.$", "", text).rstrip(",;: ")  # an ellipsis stays
+    return respell(ENDS, text).strip(" ")
 
 
 def repeating_decimal(match):
@@ -256,7 +258,7 @@ BRACKETED = re.compile(r"([(\[]|\\?\{|\\langle) *(.*?) *([)\]]|\\?\}|\\rangle)",
 MATRIX = re.compile(
     r"([^&]*?)\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\}", re.S
 )
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+FLIPPED = dict(parse_rows("< >\n> <\n\\le \\ge\n\\ge \\le"))
 
 # What may stand before "=" and be left out: x, x_1, f(x), f'(2), (p,q), a:b, AB, AB/CD, |AB|, angle ABC, total area.
 GREEK = "alpha|beta|gamma|delta|epsilon|eta|theta|kappa|lambda|mu|nu|rho|sigma|tau|phi|psi|omega"
@@ -277,7 +279,7 @@ LABEL = re.compile(
     rf"|\| *{POINTS} *\||(?:m *)?\\(?:angle|triangle) *{POINTS}"
     rf"|(?i:{QUANTITY}|\\text *\{{ *{QUANTITY} *\}})"
 )
-CHOICE = re.compile(r"[A-Z]{1,4}|\\text *\{[^{}]*\}|[a-zA-Z]{3,}")
+CHOICE = re.compile(r"[A-Z]+ *(?:=|\\in) *(?:[A-Z]{1,4}|\\text *\{[^{}]*\}|[a-zA-Z]{3,})")  # A = B
 
 
 def scan(text):
@@ -315,7 +317,7 @@ def read(text):
     parts, found = split(scan(text), SEPARATORS)
     parts = [part for part in parts if part]  # "a, and b" has an empty one
     if len(parts) < 2:
-        return read_item(parts[0] if parts else text)
+        return read_item("".join(parts))
     items = [read_item(part) for part in parts]
     labels = {item.label for item in items} - {""}
     if len(labels) > 1:
@@ -361,10 +363,7 @@ def read_item(text):
 
 def read_relation(text, sides, signs):
     label, value = sides[0], sides[-1]
-    if signs == ["="] and not label:  # "= 5"
-        return read(value)
-    choice = re.fullmatch("[A-Z]+", label) and CHOICE.fullmatch(value)  # A = B is none of the two
-    if signs in (["="], [r"\in"]) and LABEL.fullmatch(label) and value and not choice:
+    if signs in (["="], [r"\in"]) and LABEL.fullmatch(label) and not CHOICE.fullmatch(text):
         return replace(read(value), label=squeeze(label))
     if signs[0] in (">", r"\ge"):
         sides = sides[::-1]
@@ -378,12 +377,11 @@ def read_inequality(sides, signs):
     r"""The interval of x, as a union with that label, if a < x \le b or x < a is what was written; else None."""
     if not set(signs) <= {"<", r"\le"}:
         return None
-    named = [bool(LABEL.fullmatch(side)) for side in sides]
-    if named == [True, False]:
+    if LABEL.fullmatch(sides[0]):
         sides, signs = [r"-\infty", *sides], ["<", *signs]
-    elif named == [False, True]:
+    if LABEL.fullmatch(sides[-1]):
         sides, signs = [*sides, r"\infty"], [*signs, "<"]
-    elif named != [False, True, False]:
+    if [bool(LABEL.fullmatch(side)) for side in sides] != [False, True, False]:
         return None
     low, name, high = sides
     left = "(" if signs[0] == "<" else "["
@@ -394,10 +392,10 @@ def read_inequality(sides, signs):
 
 def read_matrix(text, factor, inside):
     """All cells in one tuple, marked by the lengths of the rows."""
-    rows = [row.split("&") for row in inside.split(r"\cr") if row.strip(" ")]
+    rows = [row.split("&") for row in inside.split(";") if row.strip(" ")]
     cells = []
     for row in rows:
-        cells += [read(f"({factor})({cell})" if factor else cell.strip(" ")) for cell in row]
+        cells += [read(f"({factor})({cell})" if factor else cell) for cell in row]
     return Answer("tuple", text, tuple(cells), tuple(map(len, rows)))
 
 
@@ -408,8 +406,8 @@ def read_bracketed(text, left, inside, right):
         condition = re.fullmatch(r"(.*?) ?(?:\\mid|\||:) ?(.*)", inside)
         if condition:  # {x : x > 2}
             item = read(condition[2])
-            known = item.kind == "union" and item.label == condition[1]
-            return item if known else Answer("value", text)
+            if item.kind == "union" and item.label == condition[1]:
+                return item
         items = read(inside) if inside else Answer("list", "")
         return Answer("set", text, items.parts if items.kind == "list" else (items,))
     parts, _ = split(scan(inside), ",;")
@@ -479,6 +477,9 @@ atmosphere atm
 ohm
 kilo
 unit
+/
+^2
+^3
 person people
 child children
 man men
@@ -542,11 +543,9 @@ UNIT_RULES = parse_rules(r"""
 (\w+) ?\^ ?-([2-9])\b -> / \1^\2
 \^ ?(\d) -> ␣^\1␣
 """)
-UNIT_WORD = (
-    r"(?:\\text *\{(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
-)
+UNIT_WORD = r"(?:\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
 UNIT = re.compile(
-    rf"(.*?[\w}})!]) *((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
+    rf"((?:[^0-9\\]|\\text)*[0-9\\].*?(?<=[\w}})!])) *((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
 )
 MONEY = re.compile(r"^([+-]?) *(\\text\{(?:dollar|euro|sterling|yen)\}) *(.+)")
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -564,24 +563,16 @@ NUMBER = re.compile(  # sign, integer of a mixed number, numerator, power of ten
 
 def quantity(text):
     """(the text without its unit, the unit's name or "")."""
-    text = MONEY.sub(r"\1\3\2", text)
-    found = UNIT.fullmatch(text)
-    if found and re.search(r"[0-9]|\\(?!text)", found[1]):
-        name = unit_name(found[2])
-        if name:
-            return found[1], name
-    return text, ""
+    found = UNIT.fullmatch(MONEY.sub(r"\1\3\2", text))
+    name = found and unit_name(found[2])
+    return (found[1], name) if name else (text, "")
 
 
 def unit_name(text):
     """One name for a unit however it is spelled, such as km/h and kilometers per hour; "" if a word is not known."""
-    names = []
-    for word in respell(UNIT_RULES, text).split():
-        name = UNITS.get(word) or (UNITS.get(word.lower()) if len(word) > 2 else None)
-        if not name and not re.fullmatch(r"/|\^\d", word):
-            return ""
-        names.append(name or word)
-    return " ".join(names)
+    words = respell(UNIT_RULES, text).split()
+    names = [UNITS.get(word) or UNITS.get(word.lower(), "") for word in words]
+    return " ".join(names) if all(names) else ""
 
 
 def number(text):
@@ -663,8 +654,6 @@ def expression(text):
             conversion_config=ConversionConfig(lowercase_symbols=False),
             normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
         )
-    except (MemoryError, RecursionError):
-        raise
     except Exception:  # the parser's many ways to say that this is no mathematics
         return None
     exact = {number: sympy.Rational(str(number)) for number in parsed.atoms(sympy.Float)}
@@ -673,7 +662,9 @@ def expression(text):
             exact[symbol] = sympy.Symbol(symbol.name + "_")  # math-verify ignores case
     exact[sympy.Symbol("i")] = sympy.I
     parsed = parsed.xreplace(exact)
-    return evaluated(parsed) if isinstance(parsed, sympy.Expr) else parsed
+    if isinstance(parsed, sympy.Expr):
+        parsed = evaluated(parsed)
+    return None if parsed.has(sympy.nan, sympy.zoo) else parsed
 
 
 def evaluated(expression):
@@ -687,7 +678,7 @@ def same_expression(gold, answer):
     from math_verify import verify
 
     g, a = expression(gold), expression(answer)
-    if g is None or a is None or g.has(sympy.nan, sympy.zoo) or a.has(sympy.nan, sympy.zoo):
+    if g is None or a is None:
         return False
     if all(isinstance(x, sympy.Expr) and x.is_number for x in (g, a)):
         return same_constant(g, a)
@@ -696,13 +687,11 @@ def same_expression(gold, answer):
 
 def same_constant(g, a):
     """Whether the difference of two constants is 0 in its first DIGITS digits. (Terms that both have cancel exactly.)"""
-    if g.is_infinite or a.is_infinite:
-        return bool(g == a)
+    if g == a:
+        return True
     difference = (g - a).evalf(2, maxn=DIGITS)  # uses more digits, up to DIGITS, until two are sure
-    for part in difference.as_real_imag():
-        if part != 0 and not (part.is_Float and part._prec == 1):  # a precision of 1: none is sure
-            return False
-    return True
+    parts = difference.as_real_imag()
+    return all(part == 0 or part.is_Float and part._prec == 1 for part in parts)  # 1: none is sure
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -833,9 +822,9 @@ def same_function(gold, answer):
 
 def same_relation(gold, answer):
     """Equations and inequalities. One that the gold lacks must equal it on all sides: x = 2 + 3 = 5."""
-    if gold.kind == answer.kind and gold.mark == answer.mark:
-        if all(map(same, gold.parts, answer.parts)):
-            return True
+    same_signs = gold.kind == answer.kind and gold.mark == answer.mark
+    if same_signs and all(map(same, gold.parts, answer.parts)):
+        return True
     if gold.kind != "relation" and not gold.label:
         sides = answer.parts
         if len(sides) > 2 and LABEL.fullmatch(sides[0].text):
