@@ -531,6 +531,7 @@ for name, *others in [*OTHER_UNITS, *zip(COUNTED.split())]:
         UNITS |= dict.fromkeys((spelling, spelling + "s", spelling + "es"), name)
 UNIT_RULES = parse_rules(r"""
 \\text|[{}.] -> ␣
+\b(?:different|distinct|possible|whole|red|blue|green|yellow|black|white|small|large|new|old)\b -> ␣
 \\cdot(?![a-zA-Z]) -> ␣
 \^\\circ -> ␣degree␣
 (?<=met|lit)re(?=s?\b) -> er
