@@ -1,19 +1,20 @@
 r"""Are two answers the same? `equal(gold, answer)`, the rules around math-verify.
 
-math-verify judges single expressions and equations. What a policy could abuse is decided here, in three steps:
+math-verify judges single expressions and equations. What a policy could abuse is decided here, in
+three steps:
 
 1. `tidy` gives both texts one spelling (Unicode, fonts, spaces, fractions).
-2. `read` finds the shape: value, list, set, tuple, union or relation. Shapes must agree. A list of candidates, or an
-   interval around the answer, is therefore never the answer.
-3. Values are compared exactly: numbers as fractions, words as words, units by name. Only expressions with variables,
-   irrational constants and equations are left to the algebra of sympy and math-verify.
+2. `read` finds the shape: value, list, set, tuple, union or relation. Shapes must agree. A list of
+   candidates, or an interval around the answer, is therefore never the answer.
+3. Values are compared exactly: numbers as fractions, words as words, units by name. Only
+   expressions with variables, irrational constants and equations are left to sympy and math-verify.
 
-Conventions: a label (x=, f(x)=), a unit or a currency may be left out; p\% is p or p/100; order does not matter in a
-list or set; an unevaluated integral, sum, limit or maximum equals only itself. A label or unit that is not in the
-tables below is not recognised, and makes the answer wrong.
+Conventions: a label (x=, f(x)=), a unit or a currency may be left out; p\% is p or p/100; order
+does not matter in a list or set; an unevaluated integral, sum, limit or maximum equals only itself.
+A label or unit that is not in the tables below is not recognised, and makes the answer wrong.
 
-Hostile text may keep `equal` busy for ever, so rewards.py calls it in a process that can be killed. `canonical` takes
-time linear in the text and is safe anywhere.
+Hostile text may keep `equal` busy for ever, so rewards.py calls it in a process that can be killed.
+`canonical` takes little time for any text.
 """
 
 import functools
@@ -21,7 +22,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-# ---------------------------------------------------------------------------------------------------------- spelling
+# ----------------------------------------------------------------------------------------- spelling
 
 
 def parse_rows(table):
@@ -30,7 +31,7 @@ def parse_rows(table):
 
 
 def parse_rules(table):
-    """[(compiled pattern, replacement), ...] of the lines `pattern -> replacement`. An underlined blank ␣ is a blank."""
+    """[(compiled pattern, new text), ...] of the lines `pattern -> new text`; ␣ is a blank."""
     rows = [row.partition(" ->") for row in table.strip().split("\n")]
     return [(re.compile(pattern), new.strip().replace("␣", " ")) for pattern, _, new in rows]
 
@@ -181,7 +182,7 @@ AFTER_MACROS = parse_rules(r"""
 """)
 ENDS = parse_rules(r"""
 [ ]+ -> ␣
-^ ?= ->
+^[ ]?=?[ ]? ->
 [,;: ]*(?:(?<!\.)\.)?[,;: ]*$ ->
 """)
 ROOTS = parse_rules(rf"""
@@ -196,7 +197,10 @@ ROOTS = parse_rules(rf"""
 
 
 def tidy(text):
-    """One spelling for what means the same. Control characters stay, and make the text equal to nothing."""
+    """One spelling for what means the same.
+
+    Control characters stay, and make the text equal to nothing.
+    """
     text = respell(ROOTS, text).translate(CHARACTERS)
     text = respell(BEFORE_MACROS, text)
     text = re.sub(r"\\([a-zA-Z]+)", lambda macro: MACROS.get(macro[1], macro[0]), text)
@@ -206,7 +210,7 @@ def tidy(text):
         repeating_decimal,
         text,
     )
-    return respell(ENDS, text).strip(" ")
+    return respell(ENDS, text)
 
 
 def repeating_decimal(match):
@@ -221,7 +225,7 @@ def squeeze(text):
     return re.sub(r"(?<!\w) | (?!\w)", "", text)
 
 
-# ------------------------------------------------------------------------------------------------------------ shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 class Unreadable(ValueError):
@@ -232,10 +236,12 @@ class Unreadable(ValueError):
 class Answer:
     """The shape of a text.
 
-    kind   value, list, set, tuple (also an interval, a ratio, a matrix), union (also an inequality), relation
+    kind   value, list, set, tuple, union or relation. An interval, a ratio and a matrix are tuples.
+           A solved inequality such as x > 2 is a union of one interval.
     text   the tidied text, without its label
     parts  items of a collection, sides of a relation
-    mark   of a tuple: its two brackets, ":" for a ratio, or the lengths of a matrix's rows; else the signs between parts
+    mark   of a tuple: its two brackets, ":" for a ratio, or the lengths of a matrix's rows;
+           of others: the signs between the parts
     label  what stood before "=" or "in", or ""
     """
 
@@ -260,16 +266,19 @@ MATRIX = re.compile(
 )
 FLIPPED = dict(parse_rows("< >\n> <\n\\le \\ge\n\\ge \\le"))
 
-# What may stand before "=" and be left out: x, x_1, f(x), f'(2), (p,q), a:b, AB, AB/CD, |AB|, angle ABC, total area.
+# What may stand before "=" and be left out: x, x_1, f(x), f'(2), (p,q), a:b, AB, AB/CD, |AB|,
+# angle ABC, total area.
 GREEK = "alpha|beta|gamma|delta|epsilon|eta|theta|kappa|lambda|mu|nu|rho|sigma|tau|phi|psi|omega"
 GREEK += "|hbar|ell|Delta|Gamma|Omega|Phi"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w))?"
-SYMBOL = rf"(?:(?:\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\(?:{GREEK})(?![a-zA-Z])|[a-df-zA-Z]){INDEX})"
+LETTER = rf"\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\(?:{GREEK})(?![a-zA-Z])|[a-df-zA-Z]"
+SYMBOL = rf"(?:(?:{LETTER}){INDEX})"
 SYMBOLS = rf"{SYMBOL}(?: *, *{SYMBOL})*"
 POINTS = rf"[A-Z]{{1,4}}{INDEX}"
-QUANTITIES = """answer ans result solution value total sum difference product quotient remainder area volume perimeter
-circumference length width height depth radius diameter side angle distance speed velocity time age cost price profit
-probability number amount count mean median mode average minimum maximum range slope ratio rate degree mass weight"""
+QUANTITIES = """answer ans result solution value total sum difference product quotient remainder
+area volume perimeter circumference length width height depth radius diameter side angle distance
+speed velocity time age cost price profit probability number amount count mean median mode average
+minimum maximum range slope ratio rate degree mass weight"""
 QUANTITY = (
     rf"(?:(?:the|final|total|average|required|minimum|maximum) )*(?:{'|'.join(QUANTITIES.split())})"
 )
@@ -374,7 +383,7 @@ def read_relation(text, sides, signs):
 
 
 def read_inequality(sides, signs):
-    r"""The interval of x, as a union with that label, if a < x \le b or x < a is what was written; else None."""
+    r"""The interval of a < x \le b or x < a, as a union with the label x, else None."""
     if not set(signs) <= {"<", r"\le"}:
         return None
     if LABEL.fullmatch(sides[0]):
@@ -417,10 +426,9 @@ def read_bracketed(text, left, inside, right):
     return Answer("tuple", text, tuple(map(read, parts)), mark)
 
 
-# ------------------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 
 UNITS = {}  # spelling -> name
-PREFIXES = [("", ""), *parse_rows("nano n\nmicro µ\nmilli m\ncenti c\nkilo k\nmega M\ngiga G")]
 for name, symbol in parse_rows("""
 meter m
 gram g
@@ -441,11 +449,15 @@ tesla T
 calorie cal
 byte B
 """):
-    for word, letter in PREFIXES:
+    for word, letter in [
+        ("", ""),
+        *parse_rows("nano n\nmicro µ\nmilli m\ncenti c\nkilo k\nmega M\ngiga G"),
+    ]:
         spellings = (letter + symbol, word + name, word + name + "s")
         UNITS |= dict.fromkeys(spellings, word + name)
 
-# Units and what word problems count. A noun that is missing here is no unit: the answer must then be the bare number.
+# Units, and what word problems count. A noun that is missing here is no unit: the answer must then
+# be the bare number.
 OTHER_UNITS = parse_rows("""
 inch in
 foot ft feet
@@ -531,7 +543,8 @@ for name, *others in [*OTHER_UNITS, *zip(COUNTED.split())]:
         UNITS |= dict.fromkeys((spelling, spelling + "s", spelling + "es"), name)
 UNIT_RULES = parse_rules(r"""
 \\text|[{}.] -> ␣
-\b(?:different|distinct|possible|whole|red|blue|green|yellow|black|white|small|large|new|old)\b -> ␣
+\b(?:different|distinct|possible|whole)\b -> ␣
+\b(?:red|blue|green|yellow|black|white|small|large|new|old)\b -> ␣
 \\cdot(?![a-zA-Z]) -> ␣
 \^\\circ -> ␣degree␣
 (?<=met|lit)re(?=s?\b) -> er
@@ -544,9 +557,11 @@ UNIT_RULES = parse_rules(r"""
 (\w+) ?\^ ?-([2-9])\b -> / \1^\2
 \^ ?(\d) -> ␣^\1␣
 """)
-UNIT_WORD = r"(?:\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}|(?<=[ /])[a-zA-Z]{2,}\.?)(?: *\^ *\{?-?[0-9]\}?)?"
-UNIT = re.compile(
-    rf"((?:[^0-9\\]|\\text)*[0-9\\].*?(?<=[\w}})!])) *((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
+UNIT_TEXT = r"\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}"
+UNIT_WORD = rf"(?:{UNIT_TEXT}|(?<=[ /])[a-zA-Z]{{2,}}\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
+UNIT = re.compile(  # a text with a digit or macro, then the unit
+    r"((?:[^0-9\\]|\\text)*[0-9\\].*?(?<=[\w})!])) *"
+    rf"((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
 )
 MONEY = re.compile(r"^([+-]?) *(\\text\{(?:dollar|euro|sterling|yen)\}) *(.+)")
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -556,7 +571,8 @@ NUMBER_RULES = parse_rules(rf"""
 ({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?{SCIENTIFIC} -> \1×\2\3
 ^([+-]?) ?{SCIENTIFIC} -> \g<1>1×\2\3
 """)
-NUMBER = re.compile(  # sign, integer of a mixed number, numerator, power of ten, denominator; 2e+1 is no power of ten
+# Sign, integer of a mixed number, numerator, power of ten, denominator. 2e+1 is no power of ten.
+NUMBER = re.compile(
     rf"([+-]?) *(?:([0-9]+) +(?=[0-9.]+/ ?[0-9.]+$))?(-?{DECIMAL})"
     rf"(?:(?:×|[eE](?=[0-9]|[+-][0-9]{{2}}))([+-]?[0-3]?[0-9]{{1,3}}))?(?: ?/ ?(-?{DECIMAL}))?"
 )
@@ -570,7 +586,7 @@ def quantity(text):
 
 
 def unit_name(text):
-    """One name for a unit however it is spelled, such as km/h and kilometers per hour; "" if a word is not known."""
+    """One name for km/h and for kilometers per hour. It is "" if a word is not known."""
     words = respell(UNIT_RULES, text).split()
     names = [UNITS.get(word) or UNITS.get(word.lower(), "") for word in words]
     return " ".join(names) if all(names) else ""
@@ -590,7 +606,7 @@ def number(text):
 
 
 def plain_words(text):
-    """The text as words: text macros, punctuation, articles and the case of whole words do not matter."""
+    """The text as words, without text macros, punctuation, articles and the case of words."""
     text = re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)
     text = " ".join(re.sub(r"""["'()]|(?<=[a-zA-Z])\.""", " ", text).split())
     return text if len(text) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold())
@@ -618,15 +634,17 @@ def same_value(gold, answer):
     return same_expression(g, a)
 
 
-# ------------------------------------------------------------------------------------------------------- expressions
+# -------------------------------------------------------------------------------------- expressions
 
 DIGITS = 2500  # to which irrational numbers are compared: more than an answer can hold
 RESTATING = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots"
     r"|underset|overset|[bp]?mod|[hv]?phantom)(?![a-zA-Z])"
-    r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname|\b(?:max|min|det|lim|gcd|lcm)\b"
+    r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname"
+    r"|\b(?:max|min|det|lim|gcd|lcm)\b"
 )
-# Neighbours that the parser would multiply or add up, words, tricks, look-alikes, numbers in another base.
+# Neighbours that the parser would multiply or add up, words, tricks, look-alikes, numbers in
+# another base.
 NO_EXPRESSION = re.compile(
     r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]['_]|[@#%&\"]|[+\-]{3}|[^ -~]|^\W*$"
 )
@@ -642,7 +660,7 @@ PARSER_TRAPS = parse_rules(r"""
 
 @functools.lru_cache(maxsize=4096)
 def expression(text):
-    """sympy's reading of a LaTeX text, decimals as fractions; None if it is not mathematics as a whole."""
+    """sympy's reading of a LaTeX text, decimals as fractions. None if it is not all mathematics."""
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
@@ -669,7 +687,7 @@ def expression(text):
 
 
 def evaluated(expression):
-    """The parser leaves 1/3/3 as it was written, and evalf takes time exponential in such a depth."""
+    """The parser leaves 1/3/3 as written, and evalf takes time exponential in such a depth."""
     return expression.func(*map(evaluated, expression.args)) if expression.args else expression
 
 
@@ -687,7 +705,10 @@ def same_expression(gold, answer):
 
 
 def same_constant(g, a):
-    """Whether the difference of two constants is 0 in its first DIGITS digits. (Terms that both have cancel exactly.)"""
+    """Whether the difference of two constants is 0 in its first DIGITS digits.
+
+    Terms that both have cancel exactly.
+    """
     if g == a:
         return True
     difference = (g - a).evalf(2, maxn=DIGITS)  # uses more digits, up to DIGITS, until two are sure
@@ -695,13 +716,11 @@ def same_constant(g, a):
     return all(part == 0 or part.is_Float and part._prec == 1 for part in parts)  # 1: none is sure
 
 
-# -------------------------------------------------------------------------------------------------------- comparison
-
-THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])")
+# --------------------------------------------------------------------------------------- comparison
 
 
 def equal(gold, answer):
-    """Whether `answer` (what stands in the box) is the same as `gold`. See the conventions at the top."""
+    """Whether `answer` (what stands in the box) is the same as `gold`; conventions: at the top."""
     gold, answer = tidy(gold), tidy(answer)
     if squeeze(gold) == squeeze(answer):
         return bool(answer)
@@ -719,7 +738,8 @@ def readings(text):
 
 
 def join_thousands(text):
-    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    pattern = r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])"
+    return re.sub(pattern, lambda match: match[0].replace(",", ""), text)
 
 
 def same(gold, answer):
@@ -762,7 +782,10 @@ def same_items(gold, answer):
 
 
 def same_tuple(gold, answer):
-    """Tuples, intervals, matrices and ratios. The list 1, 2 is the tuple x=1, y=2 if its labels give the order."""
+    """Tuples, intervals, matrices and ratios.
+
+    The labels of x=1, y=2 tell an order: it is the list 1, 2, whose order then counts.
+    """
     if gold.kind != answer.kind:
         labelled, other = (gold, answer) if gold.kind == "tuple" else (answer, gold)
         if other.kind != "list" or not all(part.label for part in labelled.parts):
@@ -822,7 +845,10 @@ def same_function(gold, answer):
 
 
 def same_relation(gold, answer):
-    """Equations and inequalities. One that the gold lacks must equal it on all sides: x = 2 + 3 = 5."""
+    """Equations and inequalities.
+
+    If only the answer is one, all its sides must equal the gold: x = 2 + 3 = 5 is 5.
+    """
     same_signs = gold.kind == answer.kind and gold.mark == answer.mark
     if same_signs and all(map(same, gold.parts, answer.parts)):
         return True
@@ -844,14 +870,14 @@ def same_equation(gold, answer):
     return same_expression(*texts)
 
 
-# ------------------------------------------------------------------------------------------------------------- votes
+# -------------------------------------------------------------------------------------------- votes
 
 
 def canonical(answer):
     r"""A spelling under which equal answers usually meet, for counting votes (not for grading).
 
-    It is one for 0.5, 1/2 and \dfrac12; for 1,2 and \{2,1\}; for x=5 and 5; for B and \text{B}. Units count. Takes time
-    linear in the text, unlike the algebra of `equal`.
+    It is one for 0.5, 1/2 and \dfrac12; for 1,2 and \{2,1\}; for x=5 and 5; for B and \text{B}.
+    Units count. It takes little time for any text, unlike the algebra of `equal`.
     """
     text = tidy(answer[:1000])
     try:

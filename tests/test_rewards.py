@@ -149,14 +149,14 @@ rewards.serve(rewards.Connection(int(sys.argv[1])), 60)
 
 
 def test_fuzz():
-    """2,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
+    """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
     bench = Path(__file__).parents[1] / "bench/grader.py"
-    command = [sys.executable, str(bench), "--fuzz", "2000", "--seed", "1"]
+    command = [sys.executable, str(bench), "--fuzz", "1000", "--seed", "1"]
     # A process of its own: it measures the memory of its children.
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["verdicts"][RIGHT] > 100 and result["verdicts"][WRONG] > 500
+    assert result["verdicts"][RIGHT] > 70 and result["verdicts"][WRONG] > 300
     assert result["largest_worker_mb"] < 1000
 
 
