@@ -560,7 +560,7 @@ UNIT_RULES = parse_rules(r"""
 UNIT_TEXT = r"\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}"
 UNIT_WORD = rf"(?:{UNIT_TEXT}|(?<=[ /])[a-zA-Z]{{2,}}\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
 UNIT = re.compile(  # a text with a digit or macro, then the unit
-    r"((?:[^0-9\\]|\\text)*[0-9\\].*?(?<=[\w})!])) *"
+    r"((?:[^0-9\\]|\\text)*(?:[0-9]|\\(?!text)).*?(?<=[\w})!])) *"
     rf"((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
 )
 MONEY = re.compile(r"^([+-]?) *(\\text\{(?:dollar|euro|sterling|yen)\}) *(.+)")

@@ -478,6 +478,7 @@ a=1,b=2 <- 2,1
 5\text{ €} <- \$5
 4\text{ cm}^2 <- 4\text{ cm}^3
 4 <- 4\text{^2}
+\text{even} <- \text{even}\text{ cm}
 5 <- 5\text{ 3}
 4 <- 4\text{/}
 # words
