@@ -144,11 +144,6 @@ def gather_rows(x, rows):
     return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
-def causal_attention(layer, q, k, v):
-    """Without a cache: each row attends to itself."""
-    return scaled_dot_product(q, k, v)
-
-
 class PromptCache:
     """The learner's cache: keys and values of prompts, with gradients, for all their completions.
 
@@ -156,7 +151,7 @@ class PromptCache:
     follows prompt rows[b].
     """
 
-    def __init__(self, lengths):
+    def __init__(self, lengths=None):
         self.lengths = lengths  # (prompts,) tokens
         self.layers = {}  # layer -> k, v (prompts, K, P, D) of prompts padded to P tokens
 
@@ -302,7 +297,7 @@ class Body(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attend = causal_attention if cache is None else cache.attention(positions, rows)
+        attend = (cache or PromptCache()).attention(positions, rows)
         x = self.embed_tokens(ids)
         cos, sin = self.rotations(positions, x.dtype)
         for layer in self.layers:
@@ -332,9 +327,9 @@ class Transformer(nn.Module):
         super().__init__()
         check_supported(config)
         self.config = config
-        self.head_dim = getattr(config, "head_dim", None)
-        if not self.head_dim:
-            self.head_dim = config.hidden_size // config.num_attention_heads
+        # A config may lack it, or have None.
+        head_dim = getattr(config, "head_dim", None)
+        self.head_dim = head_dim or config.hidden_size // config.num_attention_heads
         self.model = Body(config, self.head_dim)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
