@@ -136,11 +136,17 @@ class KVCache:
             self.table = np.pad(self.table, ((0, 0), (0, -(-missing // self.wider) * self.wider)))
         pages = self.table[rows]
         new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
-        if new.any():
-            self.grow(new.sum() - len(self.free))
-            pages[new] = [self.free.pop() for _ in range(new.sum())]
-            self.table[rows] = pages
-            self.changed = True
+        if not new.any():
+            return
+        in_pool, wanted = len(self.k[0]), new.sum() - len(self.free)
+        if wanted > 0:
+            more = max(wanted, min(in_pool // self.slack, self.max_pages - in_pool))
+            self.free.extend(range(in_pool, in_pool + more))
+            # Zeros, since hidden keys must be finite: 0 * nan is nan.
+            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
+        pages[new] = [self.free.pop() for _ in range(new.sum())]
+        self.table[rows] = pages
+        self.changed = True
 
     def cut(self, row, length):
         """Take back the pages of this row beyond length."""
@@ -148,14 +154,6 @@ class KVCache:
         self.free.extend(pages[pages > 0])
         self.changed |= pages.any()
         pages[:] = 0
-
-    def grow(self, wanted):
-        """Add at least `wanted` free pages, of zeros: hidden keys must be finite, 0 * nan is nan."""
-        if wanted > 0:
-            pages = len(self.k[0])
-            more = max(wanted, min(pages // self.slack, self.max_pages - pages))
-            self.free.extend(range(pages, pages + more))
-            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
 
     def copy(self, source, targets, length):
         """Copy the first `length` positions of row source to the rows targets."""
@@ -209,22 +207,12 @@ class KVCache:
 
     def attention(self, positions, rows):
         """See Body.forward. rows=None is decoding: T = 1, row b is cache row b, or idle at -1."""
-        table = self.layout[0]
-        if rows is not None:
-            table = table[rows, : int(positions.max()) // self.page + 1]
-        page = table.gather(1, positions.clamp(min=0) // self.page) * (positions >= 0)
-        place = page, positions % self.page
-        if rows is not None:
-            return self.prefilling(place, table, positions)
-        return self.decoding(place, positions)
-
-    def store(self, layer, place, k, v):
-        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
-        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
-
-    def prefilling(self, place, table, positions):
-        seen = torch.arange(table.shape[1] * self.page, device=self.device) <= positions[..., None]
-        mask = additive_mask(seen[:, None], self.k[0].dtype)
+        if rows is None:
+            return self.decoding(positions)
+        table = self.layout[0][rows, : int(positions.max()) // self.page + 1]
+        place = table.gather(1, positions // self.page), positions % self.page
+        key_position = torch.arange(table.shape[1] * self.page, device=self.device)
+        mask = additive_mask(key_position <= positions[:, None, :, None], self.k[0].dtype)
 
         def attend(layer, q, k, v):
             self.store(layer, place, k, v)
@@ -234,7 +222,11 @@ class KVCache:
 
         return attend
 
-    def decoding(self, place, positions):
+    def store(self, layer, place, k, v):
+        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
+        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
+
+    def decoding(self, positions):
         """Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
 
         What is read is what is filled. For long completions that is nearly all that a step costs
@@ -242,6 +234,8 @@ class KVCache:
         """
         table, owner, start, to_rows, to_pages = self.layout
         pages, kv_heads, head_dim, page = self.k[0].shape
+        own_page = table.gather(1, positions.clamp(min=0) // page)
+        place = own_page * (positions >= 0), positions % page  # idle rows write to the dummy
         seen = start[:, None] + torch.arange(page, device=self.device) <= positions[owner]
         seen[0] = False  # the dummy
         hidden = additive_mask(seen, self.k[0].dtype, self.HIDDEN)
@@ -416,8 +410,7 @@ class Slots:
         rows = max(len(live), MIN_ROWS)
         if self.waiting or not live or len(self.running) < 2 * rows:
             return
-        idle = [slot for slot, sample in enumerate(self.running) if not sample]
-        kept = (live + idle)[:rows]
+        kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
         self.running = [self.running[slot] for slot in kept]
         self.logits = self.logits[kept]
         self.cache.keep(kept)
@@ -425,11 +418,11 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         live = self.live
-        filled = np.array([self.running[slot].filled for slot in live])
         fed = np.zeros((2, len(self.running)), int)  # last token, its position (-1: idle)
         fed[1] = -1
-        fed[:, live] = [self.running[slot].tokens[-1] for slot in live], filled - 1
-        self.cache.reserve(live, filled)
+        for slot in live:
+            fed[:, slot] = self.running[slot].tokens[-1], self.running[slot].filled - 1
+        self.cache.reserve(live, fed[1, live] + 1)
         self.cache.arrange()
         if self.captured is not self.cache.layout:  # the first step, or tensors have moved
             self.logits = self.replay = None  # frees their memory first
