@@ -125,14 +125,12 @@ def scaled_dot_product(q, k, v, mask=None):
 
     mask  (B, 1, T, S), see `additive_mask`, or None for causal attention over T = S tokens
     """
-    heads_per_key = q.shape[1] // k.shape[1]
     causal = mask is None
     if keys_for_every_head(q.device.type, masked=not causal):
-        k, v = k.repeat_interleave(heads_per_key, 1), v.repeat_interleave(heads_per_key, 1)
-        heads_per_key = 1
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, enable_gqa=heads_per_key > 1
-    )
+        copies = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    shared = k.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -144,11 +142,6 @@ def gather_rows(x, rows):
     return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
-def causal_attention(layer, q, k, v):
-    """Without a cache: each row attends to itself."""
-    return scaled_dot_product(q, k, v)
-
-
 class PromptCache:
     """The learner's cache: keys and values of prompts, with gradients, for all their completions.
 
@@ -156,7 +149,7 @@ class PromptCache:
     follows prompt rows[b].
     """
 
-    def __init__(self, lengths):
+    def __init__(self, lengths=None):
         self.lengths = lengths  # (prompts,) tokens
         self.layers = {}  # layer -> k, v (prompts, K, P, D) of prompts padded to P tokens
 
@@ -237,7 +230,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden, query_size, bias or is_qwen2)
         self.k_proj = Linear(hidden, key_size, bias or is_qwen2)
         self.v_proj = Linear(hidden, key_size, bias or is_qwen2)
-        self.o_proj = Linear(query_size, hidden, bias and not is_qwen2)
+        self.o_proj = Linear(query_size, hidden, bias)
         norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(head_dim, config.rms_norm_eps)
         self.k_norm = norm(head_dim, config.rms_norm_eps)
@@ -302,9 +295,12 @@ class Body(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attend = causal_attention if cache is None else cache.attention(positions, rows)
+        attend = (cache or PromptCache()).attention(positions, rows)
         x = self.embed_tokens(ids)
-        cos, sin = self.rotations(positions, x.dtype)
+        frequencies = inverse_frequencies(self.rope, self.head_dim, ids.device)
+        angle = positions[:, None, :, None] * frequencies  # (B, 1, T, D/2)
+        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(
@@ -313,13 +309,6 @@ class Body(nn.Module):
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)
-
-    def rotations(self, positions, dtype):
-        """positions (B, T) -> cos, sin (B, 1, T, D), see `rotate`."""
-        frequencies = inverse_frequencies(self.rope, self.head_dim, positions.device)
-        angle = positions[:, None, :, None] * frequencies  # (B, 1, T, D/2)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -332,9 +321,9 @@ class Transformer(nn.Module):
         super().__init__()
         check_supported(config)
         self.config = config
-        self.head_dim = getattr(config, "head_dim", None)
-        if not self.head_dim:
-            self.head_dim = config.hidden_size // config.num_attention_heads
+        # A config may lack it, or have None.
+        head_dim = getattr(config, "head_dim", None)
+        self.head_dim = head_dim or config.hidden_size // config.num_attention_heads
         self.model = Body(config, self.head_dim)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -343,8 +332,9 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids, positions=None, cache=None, rows=None):
-        return self.lm_head(self.model(ids, positions, cache, rows))
+    def forward(self, ids, *cached):
+        """cached: positions, cache and rows, see Body.forward"""
+        return self.lm_head(self.model(ids, *cached))
 
     def token_logprobs(self, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
         """Log-prob of each completion token given those before it in its row, and its entropy.
@@ -467,8 +457,7 @@ def read_tensors(path):
         raise ValueError(
             f"{path}: model.safetensors is missing (weights are read from safetensors only)"
         )
-    # Old files store the rotary frequencies, which are constants.
-    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return tensors
 
 
 def check_tensors(path, found, wanted):

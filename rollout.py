@@ -9,8 +9,8 @@ Shapes: R rows, T tokens, V vocabulary, H heads, K key/value heads, D head size,
 P positions of a page.
 """
 
-from dataclasses import dataclass
-from itertools import islice
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from os.path import commonprefix  # takes any sequences
 
 import numpy as np
@@ -136,11 +136,17 @@ class KVCache:
             self.table = np.pad(self.table, ((0, 0), (0, -(-missing // self.wider) * self.wider)))
         pages = self.table[rows]
         new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
-        if new.any():
-            self.grow(new.sum() - len(self.free))
-            pages[new] = [self.free.pop() for _ in range(new.sum())]
-            self.table[rows] = pages
-            self.changed = True
+        if not new.any():
+            return
+        in_pool, wanted = len(self.k[0]), new.sum() - len(self.free)
+        if wanted > 0:
+            more = max(wanted, min(in_pool // self.slack, self.max_pages - in_pool))
+            self.free.extend(range(in_pool, in_pool + more))
+            # Zeros, since hidden keys must be finite: 0 * nan is nan.
+            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
+        pages[new] = [self.free.pop() for _ in range(new.sum())]
+        self.table[rows] = pages
+        self.changed = True
 
     def cut(self, row, length):
         """Take back the pages of this row beyond length."""
@@ -149,21 +155,13 @@ class KVCache:
         self.changed |= pages.any()
         pages[:] = 0
 
-    def grow(self, wanted):
-        """Add at least `wanted` free pages, of zeros: what is hidden must be finite, 0 * nan is nan."""
-        if wanted > 0:
-            pages = len(self.k[0])
-            more = max(wanted, min(pages // self.slack, self.max_pages - pages))
-            self.free.extend(range(pages, pages + more))
-            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
-
-    def copy(self, sources, targets, lengths):
-        """Copy the first lengths[i] positions of row sources[i] to row targets[i]."""
-        self.reserve(targets, lengths)
-        used = np.arange(self.table.shape[1]) < self.num_pages(lengths)[:, None]
-        old = self.to_device(self.table[sources][used])
-        new = self.to_device(self.table[targets][used])
-        self.each_pool(lambda pool: pool.index_copy_(0, new, pool[old]))
+    def copy(self, source, targets, length):
+        """Copy the first `length` positions of row source to the rows targets."""
+        self.reserve(targets, np.full(len(targets), length))
+        pages = self.num_pages(length)
+        old, new = self.table[source, :pages], self.table[targets, :pages]
+        old, new = self.to_device(old), self.to_device(new)
+        self.each_pool(lambda pool: pool.index_put_((new,), pool[old]))
 
     def keep(self, rows):
         """Keep only these rows, renumbered in this order, and the pages that they hold."""
@@ -208,23 +206,13 @@ class KVCache:
         self.changed = False
 
     def attention(self, positions, rows):
-        """See Body.forward. rows=None is decoding: T = 1, row b is cache row b, -1 where it is idle."""
-        table = self.layout[0]
-        if rows is not None:
-            table = table[rows, : int(positions.max()) // self.page + 1]
-        page = table.gather(1, positions.clamp(min=0) // self.page) * (positions >= 0)
-        place = page, positions % self.page
-        if rows is not None:
-            return self.prefilling(place, table, positions)
-        return self.decoding(place, positions)
-
-    def store(self, layer, place, k, v):
-        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
-        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
-
-    def prefilling(self, place, table, positions):
-        seen = torch.arange(table.shape[1] * self.page, device=self.device) <= positions[..., None]
-        mask = additive_mask(seen[:, None], self.k[0].dtype)
+        """See Body.forward. rows=None is decoding: T = 1, row b is cache row b, or idle at -1."""
+        if rows is None:
+            return self.decoding(positions)
+        table = self.layout[0][rows, : int(positions.max()) // self.page + 1]
+        place = table.gather(1, positions // self.page), positions % self.page
+        key_position = torch.arange(table.shape[1] * self.page, device=self.device)
+        mask = additive_mask(key_position <= positions[:, None, :, None], self.k[0].dtype)
 
         def attend(layer, q, k, v):
             self.store(layer, place, k, v)
@@ -234,7 +222,11 @@ class KVCache:
 
         return attend
 
-    def decoding(self, place, positions):
+    def store(self, layer, place, k, v):
+        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
+        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
+
+    def decoding(self, positions):
         """Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
 
         What is read is what is filled. For long completions that is nearly all that a step costs
@@ -242,6 +234,8 @@ class KVCache:
         """
         table, owner, start, to_rows, to_pages = self.layout
         pages, kv_heads, head_dim, page = self.k[0].shape
+        own_page = table.gather(1, positions.clamp(min=0) // page)
+        place = own_page * (positions >= 0), positions % page  # idle rows write to the dummy
         seen = start[:, None] + torch.arange(page, device=self.device) <= positions[owner]
         seen[0] = False  # the dummy
         hidden = additive_mask(seen, self.k[0].dtype, self.HIDDEN)
@@ -284,102 +278,99 @@ def capture(step, device):
     return replay
 
 
-class Slots:
-    """The decoding rows. A slot that is not idle completes one sample.
+@dataclass(eq=False)
+class Sample:
+    """A completion in the making."""
 
-    Of each sample   prompt_of, key, limit (tokens)
-    Of each slot     sample (-1: idle), count, tokens, logprobs (of its completion so far), and a
-                     row of the KV cache
-    Samples wait in order; the first `started` have been given a slot. The bookkeeping is on the
-    host. The cache and the next-token logits (rows, V) stay on the device; each token costs one
-    small copy to the host.
+    group: int  # index of its prompt
+    prompt: list  # token ids
+    key: int  # its stream of random numbers
+    limit: int  # tokens
+    tokens: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def filled(self):
+        """Tokens of prompt and completion so far."""
+        return len(self.prompt) + len(self.tokens)
+
+
+class Slots:
+    """The decoding rows: slot i decodes one sample and uses row i of the KV cache.
+
+    running  a Sample per slot, or None where it is idle
+    waiting  samples without a slot, in order
+
+    The cache and the next-token logits (rows, V) stay on the device; each token costs one small
+    copy to the host.
     """
 
     def __init__(self, model, prompts, keys, max_new_tokens, slots):
         """See `sample`."""
-        self.model, self.prompts, self.started = model, prompts, 0
-        prompt_of, limits = [], []
-        for prompt, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
-            prompt_of += [prompt] * len(streams)
-            limits += np.broadcast_to(limit, len(streams)).tolist()
-        self.prompt_of, self.limit = np.array(prompt_of, int), np.array(limits, int)
-        self.key = np.array([key for streams in keys for key in streams], np.uint64)
-        self.length = np.array([len(prompt) for prompt in prompts], int)[self.prompt_of]
-        self.slots = min(slots, len(limits))
+        self.model, self.prompts, self.waiting = model, prompts, deque()
+        for group, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
+            for key, tokens in zip(streams, np.broadcast_to(limit, len(streams)).tolist()):
+                self.waiting.append(Sample(group, prompts[group], key, tokens))
+        self.slots = min(slots, len(self.waiting))
         rows = max(MIN_ROWS, self.slots)  # rows beyond the slots are padding, always idle
-        self.sample, self.count = np.full(rows, -1), np.zeros(rows, int)
-        self.tokens = np.zeros((rows, max(limits, default=0)), int)
-        self.logprobs = np.zeros(self.tokens.shape)
-        self.cache = KVCache(model, rows, max(self.length + self.limit, default=0))
+        self.running = [None] * rows
+        longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
+        self.cache = KVCache(model, rows, longest)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.captured = None  # the layout of the cache for which `replay` stands
         # Of prompts whose samples still wait: a slot that holds its keys and values, first logits.
         self.source, self.first_logits = {}, {}
 
     @property
-    def waiting(self):
-        return len(self.limit) - self.started
-
-    @property
     def live(self):
-        return np.flatnonzero(self.sample >= 0)
-
-    @property
-    def filled(self):
-        """Tokens of prompt and completion so far, of each live slot."""
-        return self.length[self.sample[self.live]] + self.count[self.live]
+        return [slot for slot, sample in enumerate(self.running) if sample]
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
-        idle = np.flatnonzero(self.sample[: self.slots] < 0)
+        idle = [slot for slot, sample in enumerate(self.running[: self.slots]) if not sample]
         # A prompt that is still copied is overwritten only by its own group: its slot comes first.
-        idle = sorted(idle, key=lambda slot: slot not in self.source.values())[: self.waiting]
-        if not idle:
-            return
-        self.sample[idle] = range(self.started, self.started + len(idle))
-        self.count[idle] = 0
-        self.started += len(idle)
-        prompts = self.prompt_of[self.sample[idle]]
-        for prompt, slot in zip(prompts, idle):
-            self.source.setdefault(prompt, slot)
+        idle.sort(key=lambda slot: slot not in self.source.values())
+        filled = idle[: len(self.waiting)]
+        placed = defaultdict(list)  # group -> its new slots
+        for slot in filled:
+            sample = self.running[slot] = self.waiting.popleft()
+            placed[sample.group].append(slot)
+            self.source.setdefault(sample.group, slot)
         self.prefill_new()
-        sources = np.array([self.source[prompt] for prompt in prompts])
-        copied = sources != idle
-        if copied.any():
-            targets = np.array(idle)[copied]
-            self.cache.copy(sources[copied], targets, self.length[self.sample[targets]])
-        self.logits[idle] = torch.stack([self.first_logits[prompt] for prompt in prompts])
-        for prompt in set(prompts) - set(self.prompt_of[self.started :][:1]):
-            del self.source[prompt], self.first_logits[prompt]
+        for group, slots in placed.items():
+            self.cache.copy(self.source[group], slots, len(self.prompts[group]))
+            self.logits[slots] = self.first_logits[group]
+            if not self.waiting or self.waiting[0].group != group:
+                del self.source[group], self.first_logits[group]
 
     def prefill_new(self):
         """Prefill the prompts that have a slot but no logits, the longest ones first."""
-        new = [prompt for prompt in self.source if prompt not in self.first_logits]
-        new.sort(key=lambda prompt: len(self.prompts[prompt]))
+        new = [group for group in self.source if group not in self.first_logits]
+        new.sort(key=lambda group: len(self.prompts[group]))
         while new:
             size = max(1, PREFILL_TOKENS // len(self.prompts[new[-1]]))
             self.prefill(new[-size:])
             del new[-size:]
 
-    def prefill(self, batch):
+    def prefill(self, groups):
         """Run these prompts into their cache rows; a beginning that all share goes through once."""
-        prompts = [self.prompts[prompt] for prompt in batch]
-        rows = [self.source[prompt] for prompt in batch]
+        prompts = [self.prompts[group] for group in groups]
+        rows = [self.source[group] for group in groups]
         shared = 0
-        if len(batch) > 1:  # at least one token is left to each
+        if len(groups) > 1:  # at least one token is left to each
             shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS
         if shared:
             self.extend(rows[:1], [prompts[0][:shared]], 0)
-            copies = len(rows) - 1
-            self.cache.copy(rows[:1] * copies, rows[1:], np.full(copies, shared))
+            self.cache.copy(rows[0], rows[1:], shared)
         rest = [prompt[shared:] for prompt in prompts]
         hidden = self.extend(rows, rest, shared)
         last = [len(tokens) - 1 for tokens in rest]
-        logits = self.model.lm_head(hidden[range(len(batch)), last])
-        self.first_logits.update(zip(batch, logits))
+        logits = self.model.lm_head(hidden[range(len(rows)), last])
+        self.first_logits.update(zip(groups, logits))
 
     def extend(self, rows, tokens, start):
-        """Run token lists into these cache rows from position `start`; -> hidden states (B, T, C)."""
+        """Run token lists into these cache rows from `start`; -> hidden states (B, T, C)."""
         lengths = np.array([len(row) for row in tokens])
         width = -(-lengths.max() // MIN_ROWS) * MIN_ROWS
         self.cache.reserve(rows, start + lengths)
@@ -391,46 +382,47 @@ class Slots:
         return self.model.model(ids, positions, self.cache, rows)
 
     def advance(self, temperature, top_k, top_p):
-        """Sample and record the next token of every slot."""
-        u = self.cache.to_device(uniforms(self.key[self.sample], self.count))
+        """Sample the next token of every slot."""
+        samples = [sample or Sample(0, [], 0, 0) for sample in self.running]
+        keys = np.array([sample.key for sample in samples], np.uint64)
+        positions = np.array([len(sample.tokens) for sample in samples])
+        u = self.cache.to_device(uniforms(keys, positions))
         tokens, logprobs = choose(self.logits, u, temperature, top_k, top_p)
-        chosen = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()  # sync
-        live = self.live
-        self.tokens[live, self.count[live]] = chosen[0, live]
-        self.logprobs[live, self.count[live]] = chosen[1, live]
-        self.count[live] += 1
+        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist()):  # GPU sync
+            sample.tokens.append(token)
+            sample.logprobs.append(logprob)
 
     def retire(self, stop_ids):
-        """Free the slots whose completion stopped or ran out; yields sample, completion."""
+        """Free the slots whose completion stopped or ran out; yields their samples."""
         for slot in self.live:
-            sample, count = self.sample[slot], self.count[slot]
-            stopped = self.tokens[slot, count - 1] in stop_ids
-            if stopped or count == self.limit[sample]:
-                tokens, logprobs = self.tokens[slot, :count], self.logprobs[slot, :count]
-                yield sample, Completion(tokens.tolist(), logprobs.tolist(), stopped)
-                self.sample[slot] = -1
+            sample = self.running[slot]
+            sample.stopped = sample.tokens[-1] in stop_ids
+            if sample.stopped or len(sample.tokens) == sample.limit:
+                yield sample
+                self.running[slot] = None
                 # A prompt that will still be copied stays.
-                still_copied = slot in self.source.values()
-                self.cache.cut(slot, self.length[sample] * still_copied)
+                kept = sample.prompt if slot in self.source.values() else []
+                self.cache.cut(slot, len(kept))
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
         live = self.live
         rows = max(len(live), MIN_ROWS)
-        if self.waiting or not len(live) or len(self.sample) < 2 * rows:
+        if self.waiting or not live or len(self.running) < 2 * rows:
             return
-        kept = np.append(live, np.flatnonzero(self.sample < 0))[:rows]
-        for name in ("sample", "count", "tokens", "logprobs", "logits"):
-            setattr(self, name, getattr(self, name)[kept])
+        kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
+        self.running = [self.running[slot] for slot in kept]
+        self.logits = self.logits[kept]
         self.cache.keep(kept)
 
     def decode(self):
         """Feed every slot its last token."""
         live = self.live
-        fed = np.zeros((2, len(self.sample)), int)  # last token, its position (-1: idle)
+        fed = np.zeros((2, len(self.running)), int)  # last token, its position (-1: idle)
         fed[1] = -1
-        fed[:, live] = self.tokens[live, self.count[live] - 1], self.filled - 1
-        self.cache.reserve(live, self.filled)
+        for slot in live:
+            fed[:, slot] = self.running[slot].tokens[-1], self.running[slot].filled - 1
+        self.cache.reserve(live, fed[1, live] + 1)
         self.cache.arrange()
         if self.captured is not self.cache.layout:  # the first step, or tensors have moved
             self.logits = self.replay = None  # frees their memory first
@@ -471,16 +463,17 @@ def sample(
     on_finished     called with the number of tokens of every finished completion
     """
     work = Slots(model, prompts, keys, max_new_tokens, slots)
-    done, stop_ids = [None] * work.waiting, set(stop_ids)
-    with model.laid_out(len(work.sample)):
-        while work.waiting or len(work.live):
+    samples = list(work.waiting)
+    with model.laid_out(len(work.running)):
+        while work.waiting or work.live:
             work.refill()
             work.advance(temperature, top_k, top_p)
-            for i, completion in work.retire(stop_ids):
-                done[i] = completion
-                on_finished(len(completion.tokens))
+            for sample in work.retire(stop_ids):
+                on_finished(len(sample.tokens))
             work.compact()
-            if len(work.live):
+            if work.live:
                 work.decode()
-    done = iter(done)
-    return [list(islice(done, len(streams))) for streams in keys]
+    done = [[] for _ in prompts]
+    for sample in samples:
+        done[sample.group].append(Completion(sample.tokens, sample.logprobs, sample.stopped))
+    return done

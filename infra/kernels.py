@@ -1,9 +1,9 @@
 """Matrix products on a CPU: which kernels run on this machine, and which are faster.
 
-torch multiplies with the BLAS that it was built with. On some CPUs oneDNN is faster, and faster still for few rows if
-the weights are packed: copied once into the order in which the kernel reads them. Some CPUs and builds of torch lack
-these kernels, or have them in float32 only, and no name of a vendor tells. So `probe` tries them. Everything works
-without them.
+torch multiplies with the BLAS that it was built with. On some CPUs oneDNN is faster. For few rows
+it is faster still with packed weights: copied once into the order in which the kernel reads them.
+Some CPUs and builds of torch lack these kernels, or have them in float32 only. The name of a vendor
+does not tell, so `probe` tries them. Everything works without them.
 """
 
 import math
@@ -29,7 +29,7 @@ def pack(weight, rows):
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-# ------------------------------------------------------------------------------------------------------- the choice
+# ------------------------------------------------------------------------------------ the choice
 
 
 def probe():
@@ -53,7 +53,10 @@ def probe():
 
 
 def use(choice):
-    """Set the choice for this process. What this machine cannot run is left to torch's kernel; returns what is used."""
+    """Set the choice for this process; returns what is used.
+
+    What this machine cannot run is left to torch's kernel.
+    """
     global _in_use
     _in_use = {"linear": "torch", "packed": []}
     x = torch.ones(8, 16, device="cpu")
@@ -74,17 +77,17 @@ def chosen():
 
 
 def seconds(product, x, weight, packed=False):
-    """The fastest of a few calls of product(x, weight); infinity where this machine has no such kernel."""
+    """The fastest of a few calls of product(x, weight); infinity where there is no such kernel."""
     try:
         if packed:
             weight = pack(weight, len(x))
-        return min(timeit.repeat(lambda: product(x, weight), number=1, repeat=7))
+        return min(timeit.repeat(lambda: product(x, weight), number=1, repeat=5))
     except MISSING:
         return math.inf
 
 
 def training_products(product, x, weight):
-    """The shapes of a forward and a backward pass: outputs, and the gradients of input and weight."""
+    """Of a forward and a backward pass: the output, and the gradients of input and weight."""
     product(x, weight)
     product(x, weight.t())
     product(x.t(), x.t())
@@ -94,7 +97,7 @@ def name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-# ------------------------------------------------------------------------------------------------------- its use
+# --------------------------------------------------------------------------------------- its use
 
 
 class OneDNNLinear(torch.autograd.Function):
