@@ -1,30 +1,38 @@
-"""EPRLI (arXiv 2508.01604), the equations: pure functions on tensors, and two small records.
+"""EPRLI (arXiv 2508.01604), the equations: pure functions on tensors, and three small records.
 
-    A_i = (r_i - mean_G r) / std_G r                                     group_advantage
-    r_i = R_l(q, o_i) + K_l length_l(o_i)                                Group.reward, length_reward
-    J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)
-                                                      (Eq. 1)            clipped_objective, loss_weight
-    fill a buffer with N_l groups whose R_l differ (DAPO)                Buffer
+    A_i = (r_i - mean_G r) / std_G r                               group_advantage
+    r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_reward
+    J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)  (Eq. 1)
+                                                                   clipped_objective, loss_weight
+    fill a buffer with N_l groups whose R_l differ (DAPO)          Buffer
 
-In one sentence: DAPO's loop in which every hyper-parameter is indexed by a level of difficulty, run level after level
-on one shared policy. Where the paper's description is silent or contradicts itself, this is how it is read here:
+In one sentence: DAPO's loop in which the hyper-parameters are indexed by a level of difficulty, run
+level after level on one shared policy. Where the paper's description is silent or contradicts
+itself, this is how we read it. Every departure from the text is in this list:
 
- 1. "Q1 < Q2" and "Q_{l-1} > Q_l" both stand there. Q_l is an upper bound of difficulty, so Q1 < Q2: easy levels first.
-    A decreasing order is allowed and trains the harder level first.
- 2. "Len2 < Len1" is called an increasing order. Len_l are free values, and no order is enforced.
+ 1. The text says "Q1 < Q2" and "Q_{l-1} > Q_l". Q_l is an upper bound of difficulty here, so
+    Q1 < Q2 and easy levels come first. A decreasing order is allowed: it trains the harder level
+    first.
+ 2. The text calls "Len2 < Len1" an increasing order. Len_l are free values here, in any order.
  3. Levels are trained one after the other (--schedule interleaved takes turns).
- 4. K_l weighs a length term of the reward, added before the group is normalised. A constant in J would have no gradient.
- 5. Eq. 1 elides its inner sum: mean over a completion's tokens, then over completions (--loss-norm sequence).
- 6. The buffer keeps a group iff its R_l differ. R_l alone decides: length never revives an all-right group.
- 7. "Skip the update if the buffer is short": groups stay from draw to draw. A surplus serves the next update with the
-    log-probs it was sampled under; once sampled more than one update ago it is stale, and dropped (so when levels take
-    turns there is no carrying over). A skipped update does not count: it does not change the policy.
- 8. The advantage of a completion is shared by its tokens. A group of equal rewards gets exactly 0, and a completion that
-    ran out of tokens is graded like any other.
- 9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps: with one, rho is 1 and never clips.
-10. Not given and taken from elsewhere (see `python train.py --help`): clip bounds from DAPO; learning rate, batch,
-    temperature from DeepScaleR and FastCuRL, or measured for the shipped problem set.
-11. No KL term, as in the paper; --kl-coef adds the k3 penalty that the recipes it builds on used.
+ 4. K_l weighs a length term of the reward, added before the group is normalised. A constant in J
+    would have no gradient.
+ 5. Eq. 1 leaves out its inner sum. We take the mean over a completion's tokens, then over
+    completions (--loss-norm sequence).
+ 6. The buffer keeps a group if its R_l differ. R_l alone decides: the length reward never brings a
+    group back whose completions are all right.
+ 7. "Skip the update if the buffer is short": groups stay in the buffer from draw to draw. Surplus
+    groups serve the next update, with the log-probs under which they were sampled. A group that was
+    sampled more than one update ago is stale: it is dropped and counted. (So when levels take
+    turns, no surplus is used.) A skipped update does not change the policy.
+ 8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
+    completion that ran out of tokens is graded like any other.
+ 9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a
+    single step per update rho would be 1, and the clip would never act.
+10. What the text does not give is taken from elsewhere (see `python train.py --help`): clip bounds
+    from DAPO; learning rate, batch and temperature from DeepScaleR and FastCuRL, or measured for
+    the shipped problems.
+11. There is no KL term, as in the paper. --kl-coef adds the k3 penalty of the recipes it builds on.
 
 Shapes: P groups, G completions per group, B completions, T tokens.
 """
@@ -46,6 +54,7 @@ class Level:
     max_new_tokens: int  # Len_l  longest completion, tokens
     reward: str  # R_l    "math", or a user's function
     length_weight: float  # K_l    0 switches the length reward off
+    overlong_cache: int  # last tokens, over which the overlong penalty falls to -1
     eps_low: float  # clip bounds, asymmetric: rho in [1 - eps_low, 1 + eps_high]
     eps_high: float
     inner_epochs: int  # mu_l   passes over the buffer per update
@@ -53,21 +62,22 @@ class Level:
     updates: int  # M_l
 
 
-# ---------------------------------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------------------- rewards
 
 
 def overlong_penalty(length, max_new_tokens, cache):
-    """DAPO's soft overlong punishment: 0 up to max - cache, then linearly down to -1 at max. In [-1, 0].
+    """DAPO's soft overlong punishment: 0 up to max - cache, then linearly down to -1 at max.
 
     length  any shape, tokens with the stop token; max_new_tokens and cache (> 0) in tokens
+    -> the shape of length, in [-1, 0]
     """
     return -((length - (max_new_tokens - cache)) / cache).clamp(0, 1)
 
 
 def kimi_length_reward(length, correct):
-    """Kimi k1.5, per group: lambda = 1/2 - (T - Tmin) / (Tmax - Tmin); wrong completions get min(0, lambda). In [-1/2, 1/2].
+    """Kimi k1.5, per group: lambda = 1/2 - (T - Tmin) / (Tmax - Tmin); wrong: min(0, lambda).
 
-    length, correct (bool)  (..., G) -> (..., G); a group of equal lengths gets 0
+    length, correct (bool)  (..., G) -> (..., G), in [-1/2, 1/2]; a group of equal lengths gets 0
     """
     shortest, longest = length.amin(-1, keepdim=True), length.amax(-1, keepdim=True)
     lam = 0.5 - (length - shortest) / (longest - shortest).clamp(min=1)
@@ -76,17 +86,20 @@ def kimi_length_reward(length, correct):
 
 
 def cosine_length_reward(length, correct, stopped, max_new_tokens):
-    """After arXiv 2502.03373, as a term added to the outcome: right, 1/2 falling to 0 with length; wrong, -1/2 rising
-    to 0; ran out, -1/2. In [-1/2, 1/2].  length, correct, stopped: one shape, tokens / bool / bool
+    """After arXiv 2502.03373, as a term added to the outcome.
+
+    A right completion gets 1/2, falling to 0 with its length; a wrong one -1/2, rising to 0; one
+    that ran out of tokens -1/2.
+
+    length, correct, stopped  one shape, tokens / bool / bool -> that shape, in [-1/2, 1/2]
     """
-    shape = (
-        1 + torch.cos(math.pi * length.clamp(max=max_new_tokens) / max_new_tokens)
-    ) / 4  # 1/2 -> 0
+    angle = math.pi * length.clamp(max=max_new_tokens) / max_new_tokens
+    shape = (1 + torch.cos(angle)) / 4  # 1/2 -> 0
     return torch.where(stopped, torch.where(correct, shape, -shape), torch.full_like(shape, -0.5))
 
 
 def length_reward(kind, length, correct, stopped, max_new_tokens, cache):
-    """The unweighted length term of one group or of many: all arguments (..., G) -> (..., G) float."""
+    """The unweighted length term of one group or of many: (..., G) each -> (..., G) float."""
     if kind == "overlong":
         return overlong_penalty(length, max_new_tokens, cache)
     if kind == "kimi":
@@ -97,27 +110,30 @@ def length_reward(kind, length, correct, stopped, max_new_tokens, cache):
 
 
 def group_advantage(reward, std="group"):
-    """The A of Eq. 1: A = (r - mean_G r) / (std_G r + 1e-6), population std; std="none" leaves the division out (Dr. GRPO).
+    """The A of Eq. 1: A = (r - mean_G r) / (std_G r + 1e-6), population std.  (..., G) -> (..., G)
 
-    (..., G) -> (..., G). A group of equal rewards gets exactly 0, by name: the float mean of equal fractions can be off
-    by one ulp, and the small epsilon below it would blow that up into signal.
+    std="none" leaves the division out (Dr. GRPO). A group of equal rewards gets exactly 0, by name:
+    the float mean of equal fractions can be off by one ulp, and the small epsilon below it would
+    blow that up into signal.
     """
     centred = reward - reward.mean(-1, keepdim=True)
     if std == "group":
         centred = centred / (centred.square().mean(-1, keepdim=True).sqrt() + 1e-6)
     elif std != "none":
         raise ValueError(f"adv std {std!r}: expected group or none")
-    return centred.masked_fill(reward.amax(-1, keepdim=True) == reward.amin(-1, keepdim=True), 0.0)
+    equal = reward.amax(-1, keepdim=True) == reward.amin(-1, keepdim=True)
+    return centred.masked_fill(equal, 0.0)
 
 
-# -------------------------------------------------------------------------------------------------------- objective
+# -------------------------------------------------------------------------------------- objective
 
 
 def loss_weight(norm, length, num_completions, num_tokens, max_new_tokens):
     """The weight of each token of a completion in the objective.  length (B,) tokens -> (B,)
 
-    num_completions and num_tokens are counted over the whole optimizer step, all its micro-batches and ranks: the step's
-    loss is a sum divided once.  sequence: Eq. 1 (GRPO); token: DAPO; constant: Dr. GRPO, max_new_tokens being Len_l.
+    num_completions and num_tokens are counted over the whole optimizer step, all its micro-batches
+    and processes: the step's loss is a sum divided once.
+    sequence: Eq. 1 (GRPO); token: DAPO; constant: Dr. GRPO, max_new_tokens being Len_l.
     """
     if norm == "sequence":
         return 1 / (num_completions * length)
@@ -135,7 +151,8 @@ def clipped_objective(logprob, logprob_old, advantage, weight, mask, eps_low, ep
     advantage, weight     (B,)    one per completion; see loss_weight
     mask                  (B, T)  bool, True on completion tokens, the stop token included
 
-    Returns a sum, (): micro-batches and ranks add up, so the gradient does not depend on how a step is cut.
+    Returns a sum, (): micro-batches and processes add up, so the gradient does not depend on how a
+    step is cut.
     """
     log_rho = (logprob - logprob_old).masked_fill(~mask, 0.0)  # before exp: inf * 0 would be nan
     rho, A = log_rho.exp(), advantage[:, None]
@@ -144,7 +161,7 @@ def clipped_objective(logprob, logprob_old, advantage, weight, mask, eps_low, ep
 
 
 def kl_penalty(logprob, logprob_ref, weight, mask):
-    """k3, weighted like the objective: sum_b w_b sum_t (e^x - 1 - x), x = log pi_ref - log pi.  Shapes as there -> ()
+    """k3: sum_b w_b sum_t (e^x - 1 - x), x = log pi_ref - log pi.  Weights and shapes as above -> ()
 
     Its mean is KL(pi || pi_ref); its gradient on samples of pi is that of KL(pi_ref || pi).
     """
@@ -154,10 +171,11 @@ def kl_penalty(logprob, logprob_ref, weight, mask):
 
 @torch.no_grad()
 def diagnostics(logprob, logprob_old, entropy, advantage, mask, eps_low, eps_high):
-    """Sums over the tokens of a micro-batch, to be added up and divided by `tokens` once; arguments as above.
+    """Sums over the tokens of a micro-batch, to be added up and divided by `tokens` once.
 
-    tokens; entropy (nats); kl_old: rho - 1 - log rho >= 0; clip_low, clip_high: tokens whose gradient the clip removed
-    (A < 0 and rho < 1 - eps_low; A > 0 and rho > 1 + eps_high); and the maximum ratio_max
+    The arguments are as above. The sums: tokens; entropy (nats); kl_old: rho - 1 - log rho >= 0;
+    clip_low, clip_high: tokens whose gradient the clip removed (A < 0 and rho < 1 - eps_low; A > 0
+    and rho > 1 + eps_high). And one maximum: ratio_max.
     """
     log_rho, A = (logprob - logprob_old)[mask], advantage[:, None].expand_as(mask)[mask]
     rho = log_rho.exp()
@@ -171,10 +189,10 @@ def diagnostics(logprob, logprob_old, entropy, advantage, mask, eps_low, eps_hig
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- buffer
+# ----------------------------------------------------------------------------------------- buffer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a group equals itself alone
 class Group:
     """One prompt and its G completions, scored."""
 
@@ -182,7 +200,7 @@ class Group:
     completions: list  # each with .tokens (ids) and .logprobs (nats, under the policy that sampled)
     outcome: torch.Tensor  # (G,)  R_l of each completion
     length_reward: torch.Tensor  # (G,)  K_l x length term
-    update: int  # how many updates the policy that sampled it had been trained on
+    sampled_after: int  # updates that its policy had been trained on when it sampled the group
 
     @property
     def reward(self):
@@ -195,15 +213,15 @@ class Group:
 
     @property
     def finite(self):
-        return bool(self.reward.isfinite().all()) and all(
-            map(math.isfinite, (x for c in self.completions for x in c.logprobs))
-        )
+        logprobs = (x for c in self.completions for x in c.logprobs)
+        return bool(self.reward.isfinite().all()) and all(map(math.isfinite, logprobs))
 
 
 class Buffer:
-    """The dynamic buffer of one level: groups that wait for their update, and what became of all others.
+    """The dynamic buffer of one level: groups that wait for their update.
 
-    Nothing is lost: drawn = kept + all_right + all_wrong + broken + stale + pending, at any time.
+    counts says what became of all others, and nothing is lost: at any time
+    drawn = kept + all_right + all_wrong + broken + stale + pending.
     """
 
     def __init__(self, keep_flat=False):
@@ -211,11 +229,15 @@ class Buffer:
 
     @property
     def pending(self):
+        """How many groups wait."""
         return len(self.groups)
 
     def add(self, groups):
-        """Take in groups in the order of their drawing. Flat ones are dropped (all right: a common outcome above 0), and
-        so are broken ones, which hold a number that is not finite."""
+        """Take in groups in the order of their drawing.
+
+        Flat groups are dropped (all right: their common outcome is above 0), and so are broken
+        ones, which hold a number that is not finite.
+        """
         for group in groups:
             self.counts["drawn"] += 1
             if not group.finite:
@@ -225,26 +247,22 @@ class Buffer:
             else:
                 self.groups.append(group)
 
-    def expire(self, update):
-        """Drop what was sampled more than one update ago, `update` being how many the policy has been trained on by now."""
-        fresh = [g for g in self.groups if g.update >= update - 1]
-        self.counts["stale"] += len(self.groups) - len(fresh)
-        self.groups = fresh
+    def expire(self, trained):
+        """Drop what was sampled more than one update ago.
+
+        trained  updates that the policy has been trained on by now
+        """
+        self.remove([g for g in self.groups if g.sampled_after < trained - 1], "stale")
 
     def oldest(self, num_groups):
-        """The groups to be trained on now. They leave when that is done: see `take`."""
+        """The groups to train on now. They stay until they are removed."""
         assert num_groups <= self.pending, (
             f"{self.pending} groups wait, {num_groups} asked for: never train on less"
         )
         return self.groups[:num_groups]
 
-    def take(self, num_groups, fate="kept"):
-        """The oldest num_groups groups leave: kept (trained on), or broken (training met a number that is not finite)."""
-        taken, self.groups = self.oldest(num_groups), self.groups[num_groups:]
-        self.counts[fate] += num_groups
-        return taken
-
-    def close(self):
-        """The level is over: what still waits will never be trained on."""
-        self.counts["stale"] += self.pending
-        self.groups = []
+    def remove(self, groups, fate):
+        """Waiting groups leave: kept (they were trained on), stale or broken."""
+        leaving = set(groups)
+        self.counts[fate] += len(leaving)
+        self.groups = [g for g in self.groups if g not in leaving]

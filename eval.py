@@ -193,25 +193,25 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(
-    policy,
-    grader,
-    prompts,
-    keys,
-    *,
-    max_new_tokens,
-    temperature,
-    slots,
-    top_k=0,
-    top_p=1.0,
-    progress=False,
-    clock=None,
-):
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    max_new_tokens: int
+    temperature: float
+    slots: int
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clock=None):
     """Complete prompts[i] once per key in keys[i], and grade: one list of Attempt per prompt.
 
     A completion has at most max_new_tokens, less if the context ends before; a prompt that fills the context gets
     empty ones. clock: a Counter to which `sample` and `grade` seconds are added.
     """
+    max_new_tokens, temperature, slots = sampling.max_new_tokens, sampling.temperature, sampling.slots
+    top_k, top_p, progress = sampling.top_k, sampling.top_p, show_progress
     clock, start = Counter() if clock is None else clock, time.perf_counter()
     limits = [min(max_new_tokens, policy.room(p)) for p in prompts]
     requests = [
@@ -607,18 +607,8 @@ def evaluate_file(args, policy, grader, path, prompts, levels, completions_file)
         unit="batch",
         disable=len(prompts) <= size,
     ):
-        part = attempt(
-            policy,
-            grader,
-            prompts[i : i + size],
-            keys[i : i + size],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            slots=args.slots,
-            progress=True,
-        )
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
+        part = attempt(policy, grader, prompts[i : i + size], keys[i : i + size], sampling, show_progress=True)
         for number, group in enumerate(part, i):
             for k, a in enumerate(group):
                 row = {

@@ -153,11 +153,29 @@ MACROS = {  # other names of the same thing
     "hbox": r"\text",
     "emph": r"\text",
     **dict.fromkeys(
-        ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "displaystyle", "textstyle", "limits", "nolimits"],
+        [
+            "left",
+            "right",
+            "big",
+            "Big",
+            "bigg",
+            "Bigg",
+            "bigl",
+            "bigr",
+            "Bigl",
+            "Bigr",
+            "biggl",
+            "biggr",
+            "displaystyle",
+            "textstyle",
+            "limits",
+            "nolimits",
+        ],
         " ",
     ),
     **dict.fromkeys(
-        ["mathbf", "mathit", "mathsf", "boldsymbol", "bm", "pmb", "mathnormal", "bf", "it", "rm"], " "
+        ["mathbf", "mathit", "mathsf", "boldsymbol", "bm", "pmb", "mathnormal", "bf", "it", "rm"],
+        " ",
     ),  # blanks: they glue no digits
 }
 RESPELLED = {  # pattern -> spelling, in this order
@@ -651,9 +669,26 @@ def number(text):
 
 
 BASE = re.compile(r"\(?([0-9A-F]+)\)? ?_ ?\{? ?(\d+|\\text *\{[^{}]*\}) ?\}?")  # 1011_2
-FUNCTIONS = (
-    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp", "lg", "sqrt", "frac"]
-)
+FUNCTIONS = [
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "log",
+    "ln",
+    "exp",
+    "lg",
+    "sqrt",
+    "frac",
+]
 
 
 def words(text, certainly=False):

@@ -1,581 +1,338 @@
-"""The run directory: what a run leaves behind, and what it goes on from after any end.
+"""A run at work: what is due next, and all that may happen to one update.
 
-    config.json                         every flag, resolved; it comes into being with the directory
-    metrics.jsonl, eval.jsonl, completions.jsonl        appended to; README.md defines the keys
-    broken/000123.jsonl                 completions of an update that met a number that is not finite
-    checkpoints/000123/                 after 123 updates (000123+002.001: and 2 draws and 1 step of the next)
-        config.json, model.safetensors, tokenizer ...   a Hugging Face folder
-        optimizer.safetensors           AdamW's moments and float32 masters, by the names of the parameters
-        buffer.safetensors, state.json  the groups that wait; all other state, the sizes of the three logs among it
-        checksums.json                  SHA-256 of all of these; a folder without it is not whole
-
-A checkpoint is written elsewhere, forced to the disk and renamed, so a kill at any moment leaves the last one. Tensors are
-whole, whatever number of processes wrote them, and any number can go on from them.
+The loop of train.py sees two things of it. `Run.turns` yields the level of every update, after the
+evaluation and the checkpoint that are due. `Run.update` is the context of one update: it counts and
+logs; a number that is not finite ends the update and no more; after a signal or an error the state
+is as if the update had not begun.
 """
 
-import fcntl
-import hashlib
 import itertools
 import json
-import os
-import re
-import resource
-import shutil
-import sys
-import time
+import math
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from eprli import Group
+from eprli import Buffer, Group, Level
+from infra.optimizer import learning_rate
 from infra.ranks import Stop
-from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
+from infra.update import NotFinite, Update
 from rollout import Completion
 
-LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-MOST_FAILURES = 0.05  # share of an update's completions on which the grader may fail without a word
+MOST_SKIPS = 3  # updates in a row that may fail to fill a buffer, before the level ends (reading 7)
+MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
-CHECKPOINT = re.compile(r"\d{6,}(\+\d{3,}\.\d{3,})?")
-
-
-# ------------------------------------------------------------------------------------------------------- one update
 
 
 @dataclass
-class Stats:
-    """What happens in one update: the makings of its line of metrics.jsonl. Plain numbers and texts, so that an update
-    in progress is part of a checkpoint."""
+class Stage:
+    """A level at work: what it carries from update to update."""
 
-    update: int
-    level: int
-    counts_before: dict  # fates of the buffer's groups
-    lr: float
-    draws: int = 0
-    rows: list = field(default_factory=list)  # of completions.jsonl, one per completion drawn
-    seconds: Counter = field(default_factory=Counter)
-    sums: Counter = field(
-        default_factory=Counter
-    )  # over the tokens trained on, and the steps' objectives
-    grad_norms: list = field(default_factory=list)  # one per optimizer step done
-    ratio_max: float | None = None
-    gap_max: float | None = None
-    trouble: str | None = None  # which number was not finite
+    number: int  # from 1
+    level: Level
+    prompts: object  # endless iterator of data.Prompt
+    held_out: list  # data.Prompt
+    reward: object  # a user's function, or None: the grader's outcome
+    buffer: Buffer
+    prompts_drawn: int = 0
+    turns: int = 0  # updates of this level so far, skipped ones included
+    skips: int = 0  # in a row
 
-    def __post_init__(self):
-        self.seconds, self.sums, self.start = (
-            Counter(self.seconds),
-            Counter(self.sums),
-            time.perf_counter(),
-        )
+    @property
+    def over(self):
+        return self.turns == self.level.updates or self.skips == MOST_SKIPS
 
-    def state(self):
-        return {k: v for k, v in vars(self).items() if k != "start"}
+    def next_prompts(self):
+        """-> the next P_l prompts, and how many were drawn before them"""
+        first = self.prompts_drawn
+        self.prompts_drawn += self.level.prompts
+        return list(itertools.islice(self.prompts, self.level.prompts)), first
 
-    def learned(self, grad_norm, sums, peaks):
-        """One optimizer step was taken."""
-        self.grad_norms.append(grad_norm)
-        self.sums.update(sums)
-        self.ratio_max = max(self.ratio_max or 0.0, peaks["ratio_max"])
-        if sums["fresh"]:
-            self.gap_max = max(self.gap_max or 0.0, peaks["gap_max"])
-
-    def row(self, buffer):
-        """Its line of metrics.jsonl."""
-        seconds, n = time.perf_counter() - self.start, len(self.rows)
-        nan = lambda x: float("nan") if x is None else x  # noqa: E731  a reward that was not finite
-        reward = torch.tensor(
-            [nan(r["outcome"]) + nan(r["length_reward"]) for r in self.rows], dtype=torch.float64
-        )
-        sampled = sum(r["tokens"] for r in self.rows)
-        mean = lambda values: sum(values) / n if n else None  # noqa: E731  over completions drawn
-        per = lambda name, what: self.sums[name] / self.sums[what] if self.sums[what] else None  # noqa: E731
-        steps = len(self.grad_norms)
-        fates = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")
-        row = {
-            "update": self.update,
-            "level": self.level,
-            "accuracy": mean(r["verdict"] == RIGHT for r in self.rows),
-            "reward_mean": mean(reward.tolist()),
-            "reward_std": reward.std(correction=0).item() if n else None,
-            "outcome_mean": mean(nan(r["outcome"]) for r in self.rows),
-            "length_reward_mean": mean(nan(r["length_reward"]) for r in self.rows),
-            "length_mean": mean(r["tokens"] for r in self.rows),
-            "truncated_share": mean(not r["stopped"] for r in self.rows),
-            "writes_steps_share": mean(writes_steps(r["text"]) for r in self.rows),
-            **{
-                f"grader_{kind}s": sum(r["verdict"] == kind for r in self.rows)
-                for kind in (TIMEOUT, ERROR)
-            },
-            **{
-                f"groups_{fate}": buffer.counts[fate] - self.counts_before.get(fate, 0)
-                for fate in fates
-            },
-            "groups_pending": buffer.pending,
-            "objective": self.sums["objective"] / steps if steps else None,
-            "entropy": per("entropy", "tokens"),
-            "clip_low_share": per("clip_low", "tokens"),
-            "clip_high_share": per("clip_high", "tokens"),
-            "ratio_max": self.ratio_max,
-            "kl_old": per("kl_old", "tokens"),
-            "logprob_gap_max": self.gap_max,
-            "logprob_gap_mean": per("gap", "fresh"),
-            "grad_norm": sum(self.grad_norms) / steps if steps else None,
-            "lr": self.lr,
-            "tokens_sampled": sampled,
-            "tokens_trained": int(self.sums["tokens"]),
-            **{f"{phase}_seconds": self.seconds[phase] for phase in ("sample", "grade", "learn")},
-            "tokens_per_second": sampled / seconds,
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        return {
-            k: None if isinstance(v, float) and not -float("inf") < v < float("inf") else v
-            for k, v in row.items()
-        }
+    def skip_prompts(self, count):
+        """Go on behind the prompts that an earlier process drew."""
+        self.prompts = itertools.islice(self.prompts, count, None)
+        self.prompts_drawn = count
 
 
-def peak_memory_mb():
-    """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+def next_stage(stages, schedule):
+    """One level after the other, or each in turn; None when all are over."""
+    left = [stage for stage in stages if not stage.over]
+    if schedule == "interleaved":
+        return min(left, key=lambda stage: stage.turns, default=None)
+    return left[0] if left else None
 
 
-# ---------------------------------------------------------------------------------------------------------- the run
-
-
+@dataclass
 class Run:
-    """One run's directory, in the hands of one run at a time: its first process writes, the others only follow."""
+    """All that a run consists of, and where it stands."""
 
-    def __init__(self, out, ranks, keep):
-        self.out, self.ranks, self.keep, self.saved, self.bar = Path(out), ranks, keep, None, None
-        self.evaluations, self.first_entropy = [], None
-        self.torn = False  # a log lacks lines, so that no checkpoint may count on it
-        if ranks.first:
-            self.lock = open(
-                self.out / "config.json"
-            )  # held until this process ends, however it ends
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{out}: another process is writing to this run") from error
+    cfg: object  # flags.Config
+    directory: object
+    ranks: object
+    policy: object
+    reference: object  # the starting policy's model, for the KL term; or None
+    learner: object
+    grader: object
+    stages: list
+    turns_taken: int = 0  # updates so far, skipped ones included
+    trained: int = 0  # updates that changed the policy
+    broken: int = 0  # updates in a row that met a number that is not finite
+    evaluation_due: bool = True
+    saved: str | None = None  # name of the newest checkpoint
+    ahead: bool = False  # weights or logs are ahead of the counters: nothing may be saved
+    evaluations: list = field(default_factory=list)  # rows of eval.jsonl
+    first_entropy: float | None = None
+    bar: object = None
 
-    @staticmethod
-    def create(out, config):
-        """Make the directory with its config.json, both or neither."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.parent / f".{out.name}.{os.getpid()}"
+    @property
+    def num_updates(self):
+        return sum(stage.level.updates for stage in self.stages)
+
+    def turns(self, evaluate):
+        """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
+        while True:
+            if self.evaluation_due:
+                evaluate(self)
+                self.evaluation_due = False
+            every, taken = self.cfg.save_every, self.turns_taken
+            if every and taken and taken % every == 0 and not self.broken:
+                self.save()
+            stage = next_stage(self.stages, self.cfg.schedule)
+            if stage is None:
+                return
+            self.ranks.check()  # a signal that came while learning
+            yield stage
+
+    @contextmanager
+    def update(self, stage):
+        """One update of a level. Raises Stop after MOST_BROKEN updates that met bad numbers."""
+        lr = learning_rate(self.cfg, self.turns_taken + 1, self.num_updates)
+        update = Update(self.turns_taken + 1, stage, lr)
+        before = stage.prompts_drawn, list(stage.buffer.groups), Counter(stage.buffer.counts)
+        groups = []
         try:
-            (part / "checkpoints").mkdir(parents=True)
-            (part / "config.json").write_text(json.dumps(config, indent=1))
-            part.rename(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-    def begin(self, done, total):
-        self.bar = tqdm(
-            initial=done, total=total, unit="update", smoothing=0.1, disable=not self.ranks.first
-        )
-
-    def append(self, name, rows):
-        """Lines are written at once and whole."""
-        self._put(
-            self.out / name,
-            "a",
-            "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows),
-        )
-
-    def _put(self, path, mode, text):
-        """Let the first process write; what goes wrong ends the run on all."""
-
-        def write():
-            if self.ranks.first:
-                path.parent.mkdir(exist_ok=True)
-                with open(path, mode, encoding="utf-8") as file:
-                    file.write(text)
-
-        try:
-            self.ranks.together(write, interruptible=False)
-        except OSError as error:
+            yield update
+        except NotFinite as fault:
+            update.fault, groups = fault, fault.groups
+        except BaseException:
+            stage.prompts_drawn, stage.buffer.groups, stage.buffer.counts = before
+            self.ahead = bool(update.grad_norms)
+            raise
+        self.ahead = True
+        if groups:
+            waiting = set(stage.buffer.groups)
+            stage.buffer.remove([g for g in groups if g in waiting], "broken")
+            self.keep_broken(update, groups)
+        self.count(stage, update)
+        self.log(stage, update)
+        self.ahead = False
+        if self.broken == MOST_BROKEN:
             raise Stop(
-                f"{path} cannot be written ({error}); {self.last_good()}. Free space, then go on with --resume {self.out}"
-            ) from None
-
-    def keep_broken(self, stats, groups):
-        """broken/000123.jsonl: every completion of the groups, with what it takes to see which number was not finite."""
-        plain = lambda values: [v if abs(v) < float("inf") else str(v) for v in values]  # noqa: E731  JSON knows no nan
-        rows = [
-            {
-                "reason": stats.trouble,
-                "prompt": group.prompt,
-                "tokens": c.tokens,
-                "stopped": c.stopped,
-                "logprobs": plain(c.logprobs),
-                "outcome": outcome,
-                "length_reward": length,
-            }
-            for group in groups
-            for c, outcome, length in zip(
-                group.completions,
-                plain(group.outcome.tolist()),
-                plain(group.length_reward.tolist()),
+                f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
+                f"{update.fault}. Their completions are in {self.directory.out / 'broken'}, and "
+                f"{self.directory.last_good()}; lower --lr, or look at --reward"
             )
-        ]
-        self._put(
-            self.out / "broken" / f"{stats.update:06d}.jsonl",
-            "w",
-            "".join(json.dumps(row) + "\n" for row in rows),
-        )
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    def count(self, stage, update):
+        learned = bool(update.grad_norms)
+        self.trained += learned
+        if update.fault:
+            self.broken += 1
+        elif learned:
+            self.broken = 0
+        stage.skips = 0 if learned or update.fault else stage.skips + 1
+        stage.turns += 1
+        self.turns_taken += 1
+        if stage.over:
+            stage.buffer.remove(stage.buffer.groups, "stale")
+        every = self.cfg.eval_every
+        self.evaluation_due = stage.over or bool(every and self.turns_taken % every == 0)
 
-    def save(self, progress, stages, policy, learner):
-        """Write the state as it is, unless it is on the disk. Every process must call; raises Stop if it cannot be done."""
-        stats = progress.stats
-        begun = stats and (stats.draws or stats.grad_norms)
-        name = f"{progress.update:06d}" + (
-            f"+{stats.draws:03d}.{len(stats.grad_norms):03d}" if begun else ""
-        )
-        if name == self.saved or self.torn:
-            return
-        tensors = {
-            n: t.cpu() for n, t in learner.tensors() if self.ranks.first
-        }  # all processes gather, one keeps
+    # ------------------------------------------------------------------------------------- logs
 
-        def write():
-            if self.ranks.first:
-                self._write(name, tensors, progress, stages, policy)
-
-        self.ranks.together(write, interruptible=False)
-        self.saved = name
-        for old in checkpoints(self.out)[self.keep :] if self.ranks.first else ():
-            shutil.rmtree(old, ignore_errors=True)  # what is left of it is tried again next time
-
-    def _write(self, name, tensors, progress, stages, policy):
-        bad = [
-            n
-            for n, t in itertools.chain(policy.model.named_parameters(), tensors.items())
-            if not t.isfinite().all()
-        ]
-        if bad:
-            raise Stop(
-                f"the weights are no longer finite ({bad[0]} and {len(bad) - 1} more), so they are not saved; {self.last_good()}"
-            )
-        part = self.out / "checkpoint.part"
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
-        try:
-            policy.model.save_pretrained(part)
-            policy.tokenizer.save_pretrained(part)
-            GenerationConfig(
-                eos_token_id=list(policy.stop_ids), pad_token_id=policy.tokenizer.pad_token_id
-            ).save_pretrained(part)
-            save_file(tensors, part / "optimizer.safetensors")
-            state, waiting = pack(progress, stages)
-            save_file(waiting, part / "buffer.safetensors")
-            for log in LOGS:
-                if (self.out / log).exists():
-                    flush(self.out / log)
-                    state["sizes"][log] = (self.out / log).stat().st_size
-            (part / "state.json").write_text(json.dumps(state))
-            (part / "checksums.json").write_text(
-                json.dumps({p.name: sha256(p) for p in sorted(part.iterdir())}, indent=1)
-            )
-            for path in (*part.iterdir(), part):
-                flush(path)
-            part.rename(self.out / "checkpoints" / name)
-            flush(self.out / "checkpoints")
-        except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
-            shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
-            raise Stop(
-                f"checkpoint {name} cannot be written ({error}); {self.last_good()}. Free space, then go on "
-                f"with --resume {self.out}"
-            ) from None
-
-    def last_good(self):
-        last = checkpoints(self.out)[:1]
-        return (
-            f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written before"
-        )
-
-    def resume(self, path, progress, stages, learner):
-        """Take up the state of a checkpoint (None: the beginning), and cut the logs back to it."""
-        state = {"sizes": {}}
-        if path:
-            state = json.loads((path / "state.json").read_text())
-            unpack(state, load_file(path / "buffer.safetensors"), progress, stages)
-            learner.load(load_file(path / "optimizer.safetensors"))
-            self.saved = path.name
-        self.ranks.together(lambda: self._cut(state["sizes"]))  # before the others read
-        self.evaluations = self._read("eval.jsonl")
-        self.first_entropy = next(
-            (row["entropy"] for row in self._read("metrics.jsonl") if row["entropy"] is not None),
-            None,
-        )
-
-    def _cut(self, sizes):
-        """Cut the logs back to the bytes that they had when a checkpoint was written."""
-        logs = {self.out / log: sizes.get(log, 0) for log in LOGS} if self.ranks.first else {}
-        for path, size in logs.items():
-            held = path.stat().st_size if path.exists() else 0
-            if held < size:
-                raise ValueError(
-                    f"{path}: {held} bytes, but the checkpoint was written after {size}: lines were lost"
-                )
-        for path, size in logs.items():  # once all are known to be long enough
-            if size:
-                os.truncate(path, size)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _read(self, name):
-        path = self.out / name
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            if path.exists()
-            else []
-        )
-
-    # ------------------------------------------------------------------------------------------------ for people
-
-    def log(self, stats, stage):
-        """Write down one update, and print its line and whatever a person should hear of."""
-        self.torn = True  # until it is written down, whatever happens
-        row = stats.row(stage.buffer)
-        self.append("completions.jsonl", stats.rows)
-        self.append("metrics.jsonl", [row])
-        self.torn = False
+    def log(self, stage, update):
+        """Write one update down, and tell of it."""
+        row = update.row()
+        self.directory.append("completions.jsonl", update.rows)
+        self.directory.append("metrics.jsonl", [row])
         self.bar.update()
-        number = lambda name, spec: "-" if row[name] is None else format(row[name], spec)  # noqa: E731
-        tqdm.write(
-            f"level {stage.number} update {stage.updates}/{stage.level.updates} | reward {number('reward_mean', '.3f')} = "
-            f"right {number('outcome_mean', '.3f')} + length {number('length_reward_mean', '.3f')} | "
-            f"{number('length_mean', '.0f')} tok, {number('truncated_share', '.0%')} cut off | groups {row['groups_kept']} of "
-            f"{row['groups_drawn']} drawn, {row['groups_all_right']} all right, {row['groups_all_wrong']} all wrong | "
-            f"clipped {number('clip_low_share', '.1%')} + {number('clip_high_share', '.1%')} | kl {number('kl_old', '.0e')} | "
-            f"entropy {number('entropy', '.2f')} | grad {number('grad_norm', '.2f')} | {row['tokens_per_second']:,.0f} tok/s"
-        )
-        failures = row["grader_timeouts"] + row["grader_errors"]
-        if failures > MOST_FAILURES * len(stats.rows):
+        update.tell(row, self.directory.out)
+        if stage.skips == MOST_SKIPS:
+            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
+        entropy = row["entropy"]
+        if entropy is None:
+            return
+        if self.first_entropy is None:
+            self.first_entropy = entropy
+        if entropy < ENTROPY_COLLAPSE * self.first_entropy:
             tqdm.write(
-                f"  the grader gave up on {failures} of {len(stats.rows)} completions, which count as wrong: look for the verdicts "
-                f'"{TIMEOUT}" and "{ERROR}" in {self.out / "completions.jsonl"}'
+                f"  entropy has collapsed from {self.first_entropy:.3f} to {entropy:.3f} nats a "
+                "token: groups will become uniform and learning stop; lower --lr, or raise "
+                "--temperature or --eps-high"
             )
-        if stats.trouble:
-            tqdm.write(
-                f"  update {stats.update} given up: {stats.trouble}; its completions are in {self.out / 'broken'}"
-            )
-        elif not stats.grad_norms:
-            tqdm.write(
-                f"  update {stats.update} skipped: {unfilled(row, stage.level, stats.draws)}"
-            )
-        if row["entropy"] is not None:
-            if self.first_entropy is None:
-                self.first_entropy = row["entropy"]
-            elif row["entropy"] < ENTROPY_COLLAPSE * self.first_entropy:
-                tqdm.write(
-                    f"  entropy has collapsed from {self.first_entropy:.3f} to {row['entropy']:.3f} nats a token: groups will become "
-                    "uniform and learning stop; lower --lr, or raise --temperature or --eps-high"
-                )
+
+    def keep_broken(self, update, groups):
+        """broken/000123.jsonl: completions with what shows which number was not finite."""
+
+        def plain(values):
+            return [v if math.isfinite(v) else str(v) for v in values]
+
+        rows = []
+        for group in groups:
+            outcomes, lengths = plain(group.outcome.tolist()), plain(group.length_reward.tolist())
+            for c, outcome, length in zip(group.completions, outcomes, lengths):
+                row = {"reason": str(update.fault), "prompt": group.prompt, "tokens": c.tokens}
+                row |= {"stopped": c.stopped, "logprobs": plain(c.logprobs)}
+                rows.append(row | {"outcome": outcome, "length_reward": length})
+        self.directory.write(f"broken/{update.number:06d}.jsonl", "w", rows)
+
+    def unevaluated(self):
+        """Stages with held-out problems that were not evaluated since the last update."""
+        if self.cfg.eval_every == 0:
+            return []
+        done = {row["level"] for row in self.evaluations if row["update"] == self.turns_taken}
+        return [s for s in self.stages if s.held_out and s.number not in done]
 
     def evaluated(self, row):
         """Write down and print the held-out accuracy of one level."""
-        best = max(
-            (e for e in self.evaluations if e["level"] == row["level"]),
-            key=lambda e: e["accuracy"],
-            default=row,
-        )
+        earlier = [e for e in self.evaluations if e["level"] == row["level"]]
+        self.ahead = True
+        self.directory.append("eval.jsonl", [row])
+        self.ahead = False
         self.evaluations.append(row)
-        self.torn = True
-        self.append("eval.jsonl", [row])
-        self.torn = False
-        tqdm.write(
-            "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after {update} updates".format(
-                **row
-            )
-        )
+        text = "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
+        tqdm.write(text.format(**row) + f" after {row['update']} updates")
+        best = max(earlier, key=lambda e: e["accuracy"], default=row)
         if row["high"] < best["low"]:
             tqdm.write(
-                f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} after {best['update']} updates, and the "
-                "intervals do not meet; give this level fewer --updates, or take turns (--schedule interleaved)"
+                f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} after "
+                f"{best['update']} updates, and the intervals do not meet; give this level fewer "
+                "--updates, or take turns (--schedule interleaved)"
             )
 
-    def table(self, stages, schedule):
-        """Held-out accuracy of every level (rows) before and after every level (columns), with 95 % intervals."""
-        ends = list(itertools.accumulate((stage.updates for stage in stages), initial=0))
-        names = ["before", *(f"after level {stage.number}" for stage in stages)]
-        if schedule == "interleaved":
+    def table(self):
+        """Held-out accuracy of every level (rows) before and after every level (columns)."""
+        ends = list(itertools.accumulate((stage.turns for stage in self.stages), initial=0))
+        names = ["before", *(f"after level {stage.number}" for stage in self.stages)]
+        if self.cfg.schedule == "interleaved":
             ends, names = [0, ends[-1]], ["before", "after"]
-        show = "{accuracy:.1%} [{low:.1%}, {high:.1%}]"
-        cells = {(row["update"], row["level"]): show.format(**row) for row in self.evaluations}
+        cells = {}
+        for row in self.evaluations:
+            cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
+            cells[row["update"], row["level"]] = cell
         lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in names)]
-        for stage in stages:
-            lines.append(
-                f"level {stage.number:<13}"
-                + "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends)
-            )
+        for stage in self.stages:
+            row = "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends)
+            lines.append(f"level {stage.number:<13}{row}")
         return "\n".join(lines)
 
+    # ------------------------------------------------------------------------------ checkpoints
 
-def unfilled(row, level, draws):
-    """What was seen in draws that did not fill the buffer, and what to change."""
-    drawn, right, wrong, cut = (
-        row["groups_drawn"],
-        row["groups_all_right"],
-        row["groups_all_wrong"],
-        row["truncated_share"] or 0.0,
-    )
-    seen = (
-        f"{draws} draws of {level.prompts} prompts did not fill the buffer of {level.buffer_groups}: of {drawn} groups {right} were all "
-        f"right and {wrong} all wrong; {cut:.0%} of the completions were cut off. "
-    )
-    if right + wrong < drawn / 2:
-        return seen + "Most groups would serve: raise --max-draws or --prompts"
-    if right > wrong:
-        return (
-            seen
-            + "The level is too easy: raise --quality, or measure the problems' pass rates anew"
-        )
-    if cut > 0.5:
-        return (
-            seen
-            + f"Completions do not come to an end: raise --max-new-tokens (now {level.max_new_tokens})"
-        )
-    return seen + "The level is too hard: lower --quality, show --examples, or raise --group-size"
+    def save(self):
+        """Write the state, unless it is on the disk. Every process must call. Raises Stop."""
+        name = f"{self.turns_taken:06d}"
+        if name == self.saved or self.ahead:
+            return
+        first, gathered = self.ranks.first, {}
+        for key, tensor in self.learner.tensors():  # all processes gather, one keeps
+            if first:
+                gathered[key] = tensor.cpu()
 
+        def work():
+            if first:
+                self.check_weights(gathered)
+                self.directory.write_checkpoint(name, lambda folder: self.write(folder, gathered))
+                self.directory.delete_old(self.cfg.keep_checkpoints)
 
-def checkpoints(out):
-    """Folders of checkpoints, newest first; whether they are whole is another question."""
-    found = [p for p in (out / "checkpoints").iterdir() if CHECKPOINT.fullmatch(p.name)]
-    return sorted(
-        found, key=lambda p: [int(number) for number in re.findall(r"\d+", p.name)], reverse=True
-    )
+        self.ranks.together(work, interruptible=False)
+        self.saved = name
 
-
-def newest_whole(out):
-    """The newest checkpoint whose files are what was written; None if none was ever made. Newer ones are put aside, aloud."""
-    damaged = {}
-    for path in checkpoints(out):
-        damaged[path] = damage(path)
-        if damaged[path] is None:
-            break
-    else:
-        if damaged:
-            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-            raise ValueError(
-                f"{out}: no checkpoint is whole ({reasons}); to start over, start a new run"
+    def check_weights(self, gathered):
+        tensors = [*self.policy.model.named_parameters(), *gathered.items()]
+        bad = [name for name, tensor in tensors if not tensor.isfinite().all()]
+        if bad:
+            raise Stop(
+                f"the weights are no longer finite ({bad[0]} and {len(bad) - 1} more), so they are "
+                f"not saved; {self.directory.last_good()}"
             )
-        return None
-    for newer, reason in list(damaged.items())[:-1]:
-        aside = newer.with_name(newer.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        newer.rename(aside)
-        tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {aside.name}")
-    return path
+
+    def write(self, folder, optimizer_tensors):
+        """The files of a checkpoint, but for their checksums."""
+        policy = self.policy
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        stops = {"eos_token_id": list(policy.stop_ids)}
+        stops["pad_token_id"] = policy.tokenizer.pad_token_id
+        GenerationConfig(**stops).save_pretrained(folder)
+        save_file(optimizer_tensors, folder / "optimizer.safetensors")
+        state, waiting = pack(self)
+        save_file(waiting, folder / "buffer.safetensors")
+        state["sizes"] = self.directory.log_sizes()
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def resume(self, checkpoint):
+        """Take up the state of a checkpoint (None: the beginning), and cut the logs back to it."""
+        sizes = {}
+        if checkpoint:
+            state = json.loads((checkpoint / "state.json").read_text())
+            unpack(self, state, load_file(checkpoint / "buffer.safetensors"))
+            self.learner.load(load_file(checkpoint / "optimizer.safetensors"))
+            self.saved, sizes = checkpoint.name, state["sizes"]
+        self.ranks.together(lambda: self.directory.cut_logs(sizes))  # before the others read
+        self.evaluations = self.directory.read("eval.jsonl")
+        for row in reversed(self.directory.read("metrics.jsonl")):
+            self.first_entropy = row["entropy"] or self.first_entropy
 
 
-def damage(path):
-    """What is wrong with a checkpoint, or None: every file must have the checksum that was written with it."""
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name in (
-            "model.safetensors",
-            "optimizer.safetensors",
-            "buffer.safetensors",
-            "state.json",
-        ):
-            if name not in sums:
-                return f"checksums.json does not list {name}"
-        return next(
-            (
-                f"{name} is not what was written"
-                for name, digest in sums.items()
-                if sha256(path / name) != digest
-            ),
-            None,
-        )
-    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def flush(path):
-    """Force a file or a folder to the disk: a rename must not overtake what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ------------------------------------------------------------------------------------------------------------ state
-
-
-def pack(progress, stages):
-    """Everything but weights and optimizer -> (what JSON holds, tensors of the completions that wait)."""
-    groups = [g for stage in stages for g in stage.buffer.groups]
-    waiting = [c for g in groups for c in g.completions]
+def pack(run):
+    """Everything but weights and optimizer -> (what JSON holds, tensors of waiting completions)."""
+    levels, tokens, logprobs = [], [], []
+    for stage in run.stages:
+        groups = []
+        for g in stage.buffer.groups:
+            for c in g.completions:
+                tokens += c.tokens
+                logprobs += c.logprobs
+            row = {"prompt": g.prompt, "outcome": g.outcome.tolist()}
+            row |= {"length_reward": g.length_reward.tolist(), "update": g.sampled_after}
+            row["lengths"] = [len(c.tokens) for c in g.completions]
+            groups.append(row | {"stopped": [c.stopped for c in g.completions]})
+        level = {"drawn": stage.prompts_drawn, "updates": stage.turns, "skipped": stage.skips}
+        levels.append(level | {"counts": stage.buffer.counts, "groups": groups})
+    progress = {"update": run.turns_taken, "trained": run.trained, "broken": run.broken}
+    progress["evaluate"] = run.evaluation_due
     tensors = {
-        "tokens": torch.tensor([t for c in waiting for t in c.tokens], dtype=torch.int64),
-        "logprobs": torch.tensor([x for c in waiting for x in c.logprobs], dtype=torch.float64),
+        "tokens": torch.tensor(tokens, dtype=torch.int64),
+        "logprobs": torch.tensor(logprobs, dtype=torch.float64),
     }
-    levels = [
-        {
-            "drawn": stage.drawn,
-            "updates": stage.updates,
-            "skipped": stage.skipped,
-            "counts": stage.buffer.counts,
-            "groups": [
-                {
-                    "prompt": g.prompt,
-                    "outcome": g.outcome.tolist(),
-                    "length_reward": g.length_reward.tolist(),
-                    "update": g.update,
-                    "lengths": [len(c.tokens) for c in g.completions],
-                    "stopped": [c.stopped for c in g.completions],
-                }
-                for g in stage.buffer.groups
-            ],
-        }
-        for stage in stages
-    ]
-    stats = progress.stats and progress.stats.state()
-    return {"progress": {**vars(progress), "stats": stats}, "levels": levels, "sizes": {}}, tensors
+    return {"progress": progress, "levels": levels}, tensors
 
 
-def unpack(state, tensors, progress, stages):
-    """The inverse of `pack`, into fresh progress and stages; draws that were made are skipped."""
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)
-    progress.stats = progress.stats and Stats(**progress.stats)
+def unpack(run, state, tensors):
+    """The inverse of `pack`, into a run that has just begun; prompts that were drawn are skipped."""
+    progress = state["progress"]
+    run.turns_taken, run.trained = progress["update"], progress["trained"]
+    run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]
     tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
-    take = lambda values, n: [next(values) for _ in range(n)]  # noqa: E731
-    for stage, level in zip(stages, state["levels"], strict=True):
-        stage.skip(level["drawn"])
-        stage.updates, stage.skipped = level["updates"], level["skipped"]
+    for stage, level in zip(run.stages, state["levels"], strict=True):
+        stage.skip_prompts(level["drawn"])
+        stage.turns, stage.skips = level["updates"], level["skipped"]
         stage.buffer.counts = Counter(level["counts"])
-        stage.buffer.groups = [
-            Group(
+        for g in level["groups"]:
+            completions = []
+            for n, stopped in zip(g["lengths"], g["stopped"]):
+                own = list(itertools.islice(tokens, n)), list(itertools.islice(logprobs, n))
+                completions.append(Completion(*own, stopped))
+            group = Group(
                 prompt=g["prompt"],
+                completions=completions,
                 outcome=torch.tensor(g["outcome"], dtype=torch.float64),
                 length_reward=torch.tensor(g["length_reward"], dtype=torch.float64),
-                update=g["update"],
-                completions=[
-                    Completion(take(tokens, n), take(logprobs, n), s)
-                    for n, s in zip(g["lengths"], g["stopped"])
-                ],
+                sampled_after=g["update"],
             )
-            for g in level["groups"]
-        ]
+            stage.buffer.groups.append(group)

@@ -1,0 +1,200 @@
+"""The run directory: what a run leaves behind, and what it goes on from after any end.
+
+    config.json                         every flag, resolved; it comes into being with the directory
+    metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
+    broken/000123.jsonl                 completions of an update that met a number that is not finite
+    checkpoints/000123/                 after 123 updates
+        config.json, model.safetensors, tokenizer ...   a Hugging Face folder
+        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
+        buffer.safetensors, state.json  the groups that wait; all other state, and the sizes of logs
+        checksums.json                  SHA-256 of all of these; a folder without it is not whole
+
+A checkpoint is written beside its place, forced to the disk and renamed, so a kill at any moment
+leaves the last one. Tensors are whole, whatever number of processes wrote them.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from infra.ranks import Stop
+
+LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
+CHECKED = {"model.safetensors", "optimizer.safetensors", "buffer.safetensors", "state.json"}
+
+
+class RunDirectory:
+    """A run's directory, owned by one run at a time. The first process writes; others follow."""
+
+    def __init__(self, out, ranks):
+        self.out, self.ranks = Path(out), ranks
+        if ranks.first:
+            # The lock is held until this process ends, however it ends.
+            self.lock = open(self.out / "config.json")  # noqa: SIM115 stays open, see above
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{out}: another process is writing to this run") from error
+
+    @staticmethod
+    def create(out, config):
+        """Make the directory with its config.json, both or neither."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.parent / f".{out.name}.{os.getpid()}"
+        try:
+            (part / "checkpoints").mkdir(parents=True)
+            (part / "config.json").write_text(json.dumps(config, indent=1))
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------- logs
+
+    def append(self, name, rows):
+        """Append rows to a log, all at once."""
+        self.write(name, "a", rows)
+
+    def write(self, name, mode, rows):
+        """Let the first process write JSON lines; what goes wrong ends the run on all."""
+        path = self.out / name
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+
+        def work():
+            if self.ranks.first:
+                path.parent.mkdir(exist_ok=True)
+                with open(path, mode, encoding="utf-8") as file:
+                    file.write("".join(lines))
+
+        try:
+            self.ranks.together(work, interruptible=False)
+        except OSError as error:
+            raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
+
+    def read(self, name):
+        path = self.out / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+    def log_sizes(self):
+        """Bytes of every log, once they are on the disk."""
+        paths = [self.out / log for log in LOGS if (self.out / log).exists()]
+        for path in paths:
+            force_to_disk(path)
+        return {path.name: path.stat().st_size for path in paths}
+
+    def cut_logs(self, sizes):
+        """Cut the logs back to the bytes that they had when a checkpoint was written."""
+        paths = [self.out / log for log in LOGS] if self.ranks.first else []
+        for path in paths:
+            found, size = path.stat().st_size if path.exists() else 0, sizes.get(path.name, 0)
+            if found < size:
+                raise ValueError(
+                    f"{path}: {found} bytes, but the checkpoint was written after {size}: "
+                    "lines were lost"
+                )
+        for path in paths:  # once all are known to be long enough
+            if path.name in sizes:
+                os.truncate(path, sizes[path.name])
+            else:
+                path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------ checkpoints
+
+    def checkpoints(self):
+        """Folders of checkpoints, newest first; whether they are whole is another question."""
+        found = [p for p in (self.out / "checkpoints").iterdir() if re.fullmatch(r"\d{6,}", p.name)]
+        return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+    def write_checkpoint(self, name, write_files):
+        """write_files(folder) fills a folder, which becomes checkpoints/NAME. Raises Stop."""
+        part = self.out / "checkpoint.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
+        try:
+            part.mkdir()
+            write_files(part)
+            sums = {path.name: sha256(path) for path in sorted(part.iterdir())}
+            (part / "checksums.json").write_text(json.dumps(sums, indent=1))
+            for path in (*part.iterdir(), part):
+                force_to_disk(path)
+            part.rename(self.out / "checkpoints" / name)
+            force_to_disk(self.out / "checkpoints")
+        except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
+            shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
+            words = f"checkpoint {name} cannot be written ({error}); {self.advice()}"
+            raise Stop(words) from None
+
+    def delete_old(self, keep):
+        for old in self.checkpoints()[keep:]:
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it is tried again next time
+
+    def last_good(self):
+        last = self.checkpoints()[:1]
+        if not last:
+            return "no checkpoint was written before"
+        return f"the last good checkpoint is {last[0]}"
+
+    def advice(self):
+        return f"{self.last_good()}. Free space, then go on with --resume {self.out}"
+
+    def newest_whole(self):
+        """The newest checkpoint whose files are what was written; None if none was ever made.
+
+        Damaged newer ones are renamed, aloud. Raises ValueError if all are damaged.
+        """
+        damaged = {}
+        for path in self.checkpoints():
+            reason = damage(path)
+            if reason is None:
+                break
+            damaged[path] = reason
+        else:
+            if damaged:
+                reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+                raise ValueError(
+                    f"{self.out}: no checkpoint is whole ({reasons}); to start over, start a new run"
+                )
+            return None
+        for newer, reason in damaged.items():
+            renamed = newer.with_name(newer.name + ".damaged")
+            shutil.rmtree(renamed, ignore_errors=True)
+            newer.rename(renamed)
+            tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {renamed.name}")
+        return path
+
+
+def damage(path):
+    """What is wrong with a checkpoint, or None: every file must have its checksum."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        missing = CHECKED - set(sums)
+        if missing:
+            return f"checksums.json does not list {min(missing)}"
+        for name, digest in sums.items():
+            if sha256(path / name) != digest:
+                return f"{name} is not what was written"
+    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def force_to_disk(path):
+    """Of a file or a folder: a rename must not overtake what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,330 @@
+"""The flags of train.py: defaults, units, sources, checks, and the levels that they describe."""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from transformers.hf_argparser import string_to_bool
+
+from data import QUALITY
+from eprli import Level
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS
+from infra.optimizer import BETAS, WEIGHT_DECAY
+from model import LOGITS_PER_CHUNK
+
+MEMORY_ONLY = "memory only, never changes the result"
+
+
+def flag(default, help, source="ours"):
+    metadata = {"help": help, "source": source}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag: default, unit, source. Those of type list take one value, or one per level."""
+
+    model: str = flag(
+        str(SHIPPED / "tiny"), "checkpoint folder or hub name (Llama, Qwen2 or Qwen3)"
+    )
+    data: str = flag(
+        str(SHIPPED / "train.jsonl"), 'training problems, JSONL of {"problem", "answer"}'
+    )
+    eval_data: str | None = flag(
+        None, "held-out problems; default: the shipped ones for the shipped data, else none"
+    )
+    examples: str | None = flag(
+        None, "JSONL of worked examples {problem, solution} to put in front of every problem"
+    )
+    out: str | None = flag(None, "run directory to create; default runs/<date-time>")
+    resume: str | None = flag(
+        None, "run directory to go on with, whatever ended it, with the flags it was started with"
+    )
+    save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
+    plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
+
+    quality: list[float] | None = flag(
+        None,
+        f"Q_l, upper bound of difficulty; default {QUALITY}, or one level of everything "
+        "if no problem has a pass rate",
+        "paper: two levels; where they are cut: ours",
+    )
+    difficulty: Literal["pass_rate", "level"] = flag(
+        "pass_rate", "what cuts the levels: 1 - pass rate, or the declared number", "paper"
+    )
+    schedule: Literal["sequential", "interleaved"] = flag(
+        "sequential", "levels one after the other, or taking turns", "paper"
+    )
+    group_size: list[int] = flag([16], "G_l, completions per prompt", "paper")
+    prompts: list[int] | None = flag(None, "P_l, prompts per draw; default N_l")
+    buffer_groups: list[int] = flag(
+        [16], "N_l, groups that an update trains on", "ours; FastCuRL 64-128"
+    )
+    max_new_tokens: list[int] = flag(
+        [MAX_NEW_TOKENS], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576"
+    )
+    reward: list[str] = flag(
+        ["math"], "R_l: math, or path.py:function", "paper: verifiable outcome"
+    )
+    length_weight: list[float] = flag(
+        [0.0], "K_l, weight of the length reward", "paper: ablated at 0; DAPO: 0.5 on our scale"
+    )
+    eps_low: list[float] = flag([0.2], "ratio's lower clip bound is 1 - eps_low", "DAPO")
+    eps_high: list[float] = flag([0.28], "ratio's upper clip bound is 1 + eps_high", "DAPO")
+    inner_epochs: list[int] = flag(
+        [1], "mu_l, passes over an update's groups", "DeepScaleR, FastCuRL"
+    )
+    updates: list[int] = flag([60], "M_l, updates of the level")
+
+    loss_norm: Literal["sequence", "token", "constant"] = flag(
+        "sequence", "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO", "paper"
+    )
+    adv_std: Literal["group", "none"] = flag(
+        "group", "divide advantages by the group's std, or not (Dr. GRPO)", "paper"
+    )
+    filter: Literal["mixed", "all"] = flag(
+        "mixed", "groups to keep: those whose outcomes differ, or all", "paper, DAPO"
+    )
+    length_kind: Literal["overlong", "kimi", "cosine"] = flag(
+        "overlong", "length reward", "DAPO; used where K_l > 0"
+    )
+    overlong_cache: int | None = flag(
+        None,
+        "last tokens, over which `overlong` falls to -1; default Len_l / 5",
+        "DAPO: 4096 of 20480",
+    )
+    kl_coef: float = flag(
+        0.0,
+        "weight of the k3 penalty towards the starting policy",
+        "paper: none; DeepScaleR 0.001",
+    )
+    max_draws: int = flag(10, "draws per update before it is skipped", "DAPO")
+
+    lr: float = flag(
+        1.5e-4,
+        "peak learning rate of AdamW",
+        "ours, for 0.8 M parameters; DeepScaleR 1e-6 for 1.5 B",
+    )
+    warmup: int = flag(10, "updates of linear warm-up", "DAPO")
+    lr_decay: Literal["none", "linear", "cosine"] = flag(
+        "linear", "from the peak to 0 at the last update", "ours; DeepScaleR none"
+    )
+    minibatches: int = flag(
+        2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts"
+    )
+    max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
+
+    temperature: float = flag(
+        1.0, "of the softmax, in sampling and learning alike", "DAPO; DeepScaleR 0.6"
+    )
+    seed: int = flag(0, "seed of everything random")
+    eval_every: int | None = flag(
+        None, "updates between evaluations; default: at ends of levels alone; 0: none at all"
+    )
+    allow_last_number: bool = flag(False, "without a box, grade the last number")
+
+    device: Literal["cpu", "cuda"] = flag(
+        "cuda" if torch.cuda.is_available() else "cpu", "where the model lives"
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = flag(
+        "float32", "of the weights; bfloat16 has float32 masters"
+    )
+    slots: int = flag(SLOTS, "completions decoded together, on each process; memory and speed only")
+    micro_batch_tokens: int = flag(2048, f"padded tokens per backward pass; {MEMORY_ONLY}")
+    logits_per_chunk: int = flag(
+        LOGITS_PER_CHUNK, "logits that the learner holds at once, tokens x vocabulary; memory only"
+    )
+    recompute: bool = flag(
+        False, "activation checkpointing: compute a layer again in the backward pass; memory only"
+    )
+    fsdp: bool = flag(
+        False, "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only"
+    )
+
+
+SECTIONS = {  # of --help: the first flag of each
+    "model": "files",
+    "quality": "levels (one value for all levels, or one per level; difficulty, schedule: one)",
+    "loss_norm": "objective",
+    "lr": "optimizer",
+    "temperature": "sampling and evaluation",
+    "device": "memory and speed",
+}
+PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
+MAY_CHANGE = (  # with --resume: no result depends on them
+    "device",
+    "slots",
+    "micro_batch_tokens",
+    "logits_per_chunk",
+    "recompute",
+    "fsdp",
+    "save_every",
+    "keep_checkpoints",
+)
+ABOVE_0 = "lr temperature max_grad_norm"
+AT_LEAST = {
+    0: "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed",
+    1: "prompts max_new_tokens inner_epochs updates minibatches micro_batch_tokens slots "
+    "overlong_cache max_draws logits_per_chunk keep_checkpoints",
+    2: "group_size",  # a group of one has no advantage
+}
+
+
+def option(name):
+    """A flag as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def make_parser():
+    """Only the flags that are given appear in the result of parse_args: Config has the defaults."""
+    parser = argparse.ArgumentParser(
+        description="EPRLI: reinforcement learning level by level (arXiv 2508.01604).",
+        usage="%(prog)s [--flag value ...]   (--help lists the flags)",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    hints, default = get_type_hints(Config), Config()
+    for f in fields(Config):
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
+        words = "{help} [{source}]".format(**f.metadata) + f" (default: {getattr(default, f.name)})"
+        kind = argument_kind(hints[f.name])
+        section.add_argument(option(f.name), help=words.replace("%", "%%"), **kind)
+    return parser
+
+
+def argument_kind(hint):
+    """A type hint of Config -> the arguments of add_argument that read it."""
+    if type(None) in get_args(hint):
+        hint = get_args(hint)[0]
+    if get_origin(hint) is list:
+        return {"nargs": "+", "type": get_args(hint)[0]}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"nargs": "?", "const": True, "type": string_to_bool}
+    return {"type": hint}
+
+
+def parse(parser, arguments):
+    """-> {name: value} of the flags that are given. --group_size is read as --group-size."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        words.append(option(name[2:]) + equals + value if word.startswith("--") else word)
+    return vars(parser.parse_args(words))
+
+
+def as_words(flags):
+    """The inverse of `parse`."""
+    words = []
+    for name, value in flags.items():
+        words += [option(name), *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def check(cfg):
+    """Raise ValueError for what no data can make right."""
+    for name in ABOVE_0.split():
+        demand(cfg, name, lambda v: 0 < v < math.inf, "above 0")
+    for low, names in AT_LEAST.items():
+        for name in names.split():
+            demand(cfg, name, lambda v, low=low: low <= v < math.inf, f"at least {low}")
+    demand(cfg, "eps_low", lambda v: v < 1, "below 1")
+    if cfg.difficulty == "pass_rate":
+        demand(cfg, "quality", lambda v: 0 < v <= 1, "in (0, 1]: a difficulty is 1 - pass rate")
+    demand(cfg, "quality", math.isfinite, "a finite number")
+    words = f"at least --minibatches ({cfg.minibatches})"
+    demand(cfg, "buffer_groups", lambda v: v >= cfg.minibatches, words)
+
+
+def demand(cfg, name, good, words):
+    values = getattr(cfg, name)
+    if values is None:
+        return
+    for value in values if isinstance(values, list) else [values]:
+        if not good(value):
+            raise ValueError(f"{option(name)} must be {words}, found {value}")
+
+
+def resolve_levels(cfg, measured):
+    """The levels that the per-level flags describe: each flag has one value, or L; L is the longest.
+
+    measured  whether some training problem has a pass rate
+    """
+    values = {name: getattr(cfg, name) for name in PER_LEVEL}
+    values["prompts"] = cfg.prompts or cfg.buffer_groups
+    values["quality"] = cfg.quality or default_quality(cfg, measured)
+    if cfg.quality and cfg.difficulty == "pass_rate" and not measured:
+        raise ValueError(
+            f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
+            f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
+            "--add-pass-rate FILE`, or use --difficulty level"
+        )
+    longest = max(values, key=lambda name: len(values[name]))
+    num_levels = len(values[longest])
+    for name, some in values.items():
+        if len(some) not in (1, num_levels):
+            raise ValueError(
+                f"{option(longest)} has {num_levels} values, so there are {num_levels} levels, and "
+                f"{option(name)} needs 1 or {num_levels} values, not {len(some)}"
+                f"{'' if getattr(cfg, name) else ' as by default'}"
+            )
+    levels = []
+    for i in range(num_levels):
+        own = {name: some[min(i, len(some) - 1)] for name, some in values.items()}
+        cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
+        if cache > own["max_new_tokens"]:
+            raise ValueError(
+                f"--overlong-cache {cache} exceeds --max-new-tokens: all would be punished"
+            )
+        levels.append(Level(**own, overlong_cache=cache))
+    return levels
+
+
+def default_quality(cfg, measured):
+    if cfg.difficulty == "level":
+        raise ValueError(
+            "--difficulty level needs --quality: the highest declared number of each level, "
+            "e.g. --quality 1 2"
+        )
+    return QUALITY if measured else [1.0]
+
+
+def explain(cfg, levels):
+    """The resolved objective with its numbers, each with its source ("given": a flag set it)."""
+    default = Config()
+    source = {}
+    for f in fields(Config):
+        given = getattr(cfg, f.name) != getattr(default, f.name)
+        source[option(f.name)] = "given" if given else f.metadata["source"]
+
+    def shown(names, values):
+        return [f"  {option(n)} {values[n]} [{source[option(n)]}]" for n in names.split()]
+
+    mean = {
+        "sequence": "1/B sum_i 1/T_i sum_t",
+        "token": "1/(sum_i T_i) sum_i sum_t",
+        "constant": "1/B sum_i 1/Len sum_t",
+    }[cfg.loss_norm]
+    std = " / (std_G r + 1e-6)" if cfg.adv_std == "group" else ""
+    lines = [
+        f"maximise  J = {mean} min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)"
+        f" - {cfg.kl_coef:g} k3",
+        f"  A = (r - mean_G r){std}",
+        "  r = reward + length_weight x length_kind",
+        f"  rho = pi / pi_old, both at temperature {cfg.temperature:g}",
+        f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
+        *shown("loss_norm adv_std kl_coef temperature filter max_draws schedule", vars(cfg)),
+        *shown("length_kind minibatches lr warmup lr_decay max_grad_norm", vars(cfg)),
+    ]
+    for number, level in enumerate(levels, 1):
+        names = " ".join([*PER_LEVEL, "overlong_cache"])
+        lines += [f"level {number}", *shown(names, vars(level))]
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""AdamW on the weights of a policy: float32 masters, shards over processes, the learning rate."""
+
+import copy
+import math
+
+import torch
+
+BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
+
+
+def learning_rate(cfg, update, num_updates):
+    """Linear warm-up, then decay from the peak at the end of the warm-up to 0 behind the end.
+
+    update  from 1, counted over all levels; num_updates of all levels
+    """
+    rate = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
+    if cfg.lr_decay == "none" or update <= cfg.warmup:
+        return rate
+    done = (update - cfg.warmup) / (num_updates - cfg.warmup + 1)
+    if cfg.lr_decay == "linear":
+        return rate * (1 - done)
+    return rate * (1 + math.cos(math.pi * done)) / 2
+
+
+class Learner:
+    """The optimizer of one policy.
+
+    Weights of less than float32 have float32 masters, which own gradients and moments: an update
+    of 1e-6 of a weight would vanish in bfloat16.
+
+    model  what the gradient goes through: the policy's own model, or under FSDP a sharded copy
+           whose shards are the masters. The policy's own weights stay whole on every process:
+           sampling from shards would gather them for every token.
+    """
+
+    def __init__(self, policy_model, ranks, recompute=False):
+        self.ranks, self.weights = ranks, list(policy_model.parameters())
+        self.names = [name for name, _ in policy_model.named_parameters()]
+        self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
+        self.model.model.recompute = recompute
+        self.masters = list(self.model.parameters())
+        self.has_copies = not ranks.sharded and self.weights[0].dtype.itemsize < 4
+        if self.has_copies:
+            self.masters = [weight.detach().float() for weight in self.weights]
+            for weight, master in zip(self.weights, self.masters):
+                master.grad = torch.zeros_like(master)
+                weight.register_post_accumulate_grad_hook(self.move_gradient_to(master))
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    @staticmethod
+    def move_gradient_to(master):
+        def hook(weight):
+            master.grad += weight.grad
+            weight.grad = None
+
+        return hook
+
+    def set_lr(self, rate):
+        self.adamw.param_groups[0]["lr"] = rate
+
+    def step(self, max_norm):
+        """One step; returns the gradient's norm before it was clipped.
+
+        A gradient that is not finite, or exactly 0 (flat groups alone), moves nothing: neither by
+        Adam's momentum nor by weight decay.
+        """
+        self.ranks.sum_gradients(self.masters)
+        norm = gather(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
+        if norm and math.isfinite(norm):
+            self.adamw.step()
+            self.publish()
+        self.drop_gradient()
+        return norm
+
+    def drop_gradient(self):
+        self.adamw.zero_grad(set_to_none=not self.has_copies)
+
+    @torch.no_grad()
+    def publish(self):
+        """Give the policy the weights of the masters."""
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.copy_(gather(master))
+
+    def tensors(self):
+        """(name, whole tensor) of all that the optimizer holds. Every process must iterate: shards
+        are gathered from all."""
+        for name, weight, master in zip(self.names, self.weights, self.masters):
+            if weight.dtype != master.dtype:
+                yield f"master.{name}", gather(master.detach())
+            for kind, value in self.adamw.state.get(master, {}).items():
+                yield f"{kind}.{name}", gather(value)
+
+    @torch.no_grad()
+    def load(self, tensors):
+        """The inverse of `tensors`, whatever number of processes wrote them."""
+        for name, master in zip(self.names, self.masters):
+            if f"master.{name}" in tensors:
+                master.copy_(cut_like(master, tensors[f"master.{name}"]))
+            if f"exp_avg.{name}" in tensors:
+                self.adamw.state[master] = {
+                    "step": tensors[f"step.{name}"].to(master.device),
+                    "exp_avg": cut_like(master, tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": cut_like(master, tensors[f"exp_avg_sq.{name}"]),
+                }
+
+
+# ----------------------------------------------------------------------------------------- shards
+
+
+def shard(model, ranks):
+    """A copy of the model that FSDP2 cuts over the processes: float32 (or wider) weights, which are
+    the masters, computing in the model's own dtype."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    dtype = model.lm_head.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    sharded = copy.deepcopy(model).to(wide)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
+    for part in (*sharded.model.layers, sharded):
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(sharded, "token_logprobs")
+    return sharded
+
+
+def gather(tensor):
+    """The whole tensor of a shard, from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut_like(master, tensor):
+    """A whole tensor laid out as the master is: on its device, or cut into its shards."""
+    tensor = tensor.to(master.device)
+    if not hasattr(master, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, master.device_mesh, master.placements)
