@@ -52,7 +52,27 @@ def ordinary(rng):
 
 def completion(rng, answer):
     """About 500 tokens of working in front of a box."""
-    words = ["so", "the", "sum", "of", "both", "is", "then", "we", "have", "that", "which", "gives", "and", "therefore", "since", "by", "symmetry", "it", "follows"]
+    words = [
+        "so",
+        "the",
+        "sum",
+        "of",
+        "both",
+        "is",
+        "then",
+        "we",
+        "have",
+        "that",
+        "which",
+        "gives",
+        "and",
+        "therefore",
+        "since",
+        "by",
+        "symmetry",
+        "it",
+        "follows",
+    ]
     work = " ".join(
         rng.choice(words) if rng.random() < 0.7 else f"${rng.randint(1, 99)}x+{rng.randint(1, 9)}$"
         for _ in range(330)
