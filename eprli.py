@@ -161,7 +161,7 @@ def clipped_objective(logprob, logprob_old, advantage, weight, mask, eps_low, ep
 
 
 def kl_penalty(logprob, logprob_ref, weight, mask):
-    """k3: sum_b w_b sum_t (e^x - 1 - x), x = log pi_ref - log pi.  Weights and shapes as above -> ()
+    """k3: sum_b w_b sum_t (e^x - 1 - x), x = log pi_ref - log pi.  Arguments as above -> ()
 
     Its mean is KL(pi || pi_ref); its gradient on samples of pi is that of KL(pi_ref || pi).
     """

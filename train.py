@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from infra.setup import carry_out
 
 from eprli import (
     Group,
@@ -26,6 +25,7 @@ from eprli import (
 )
 from eval import TRAINING, Sampling, attempt, evaluation_keys, interval
 from infra.ranks import Stop
+from infra.setup import carry_out
 from infra.update import NotFinite
 from model import micro_batches, pad
 from rewards import writes_steps

@@ -2,7 +2,6 @@
 
     config.json                         every flag, resolved; it comes into being with the directory
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
-    broken/000123.jsonl                 completions of an update that met a number that is not finite
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
@@ -57,22 +56,16 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------- logs
 
     def append(self, name, rows):
-        """Append rows to a log, all at once."""
-        self.write(name, "a", rows)
-
-    def write(self, name, mode, rows):
-        """Let the first process write JSON lines; what goes wrong ends the run on all."""
+        """Append JSON lines, all at once; what goes wrong ends the run on all processes."""
         path = self.out / name
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
 
         def work():
-            if self.ranks.first:
-                path.parent.mkdir(exist_ok=True)
-                with open(path, mode, encoding="utf-8") as file:
-                    file.write("".join(lines))
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
 
         try:
-            self.ranks.together(work, interruptible=False)
+            self.ranks.from_first(work, interruptible=False)
         except OSError as error:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
 
@@ -91,19 +84,19 @@ class RunDirectory:
 
     def cut_logs(self, sizes):
         """Cut the logs back to the bytes that they had when a checkpoint was written."""
-        paths = [self.out / log for log in LOGS] if self.ranks.first else []
-        for path in paths:
-            found, size = path.stat().st_size if path.exists() else 0, sizes.get(path.name, 0)
+        for name, size in sizes.items():
+            path = self.out / name
+            found = path.stat().st_size if path.exists() else 0
             if found < size:
                 raise ValueError(
                     f"{path}: {found} bytes, but the checkpoint was written after {size}: "
                     "lines were lost"
                 )
-        for path in paths:  # once all are known to be long enough
-            if path.name in sizes:
-                os.truncate(path, sizes[path.name])
+        for name in LOGS:  # once all are known to be long enough
+            if name in sizes:
+                os.truncate(self.out / name, sizes[name])
             else:
-                path.unlink(missing_ok=True)
+                (self.out / name).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------ checkpoints
 
@@ -157,9 +150,7 @@ class RunDirectory:
         else:
             if damaged:
                 reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-                raise ValueError(
-                    f"{self.out}: no checkpoint is whole ({reasons}); to start over, start a new run"
-                )
+                raise ValueError(f"{self.out}: no checkpoint is whole ({reasons}): start a new run")
             return None
         for newer, reason in damaged.items():
             renamed = newer.with_name(newer.name + ".damaged")

@@ -254,7 +254,7 @@ def demand(cfg, name, good, words):
 
 
 def resolve_levels(cfg, measured):
-    """The levels that the per-level flags describe: each flag has one value, or L; L is the longest.
+    """The levels that the per-level flags describe. Each flag has one value, or one per level.
 
     measured  whether some training problem has a pass rate
     """
@@ -299,32 +299,28 @@ def default_quality(cfg, measured):
 
 def explain(cfg, levels):
     """The resolved objective with its numbers, each with its source ("given": a flag set it)."""
-    default = Config()
-    source = {}
-    for f in fields(Config):
-        given = getattr(cfg, f.name) != getattr(default, f.name)
-        source[option(f.name)] = "given" if given else f.metadata["source"]
-
-    def shown(names, values):
-        return [f"  {option(n)} {values[n]} [{source[option(n)]}]" for n in names.split()]
-
     mean = {
         "sequence": "1/B sum_i 1/T_i sum_t",
         "token": "1/(sum_i T_i) sum_i sum_t",
-        "constant": "1/B sum_i 1/Len sum_t",
+        "constant": "1/B sum_i 1/Len_l sum_t",
     }[cfg.loss_norm]
     std = " / (std_G r + 1e-6)" if cfg.adv_std == "group" else ""
     lines = [
-        f"maximise  J = {mean} min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)"
+        f"maximise  J_l = {mean} min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)"
         f" - {cfg.kl_coef:g} k3",
-        f"  A = (r - mean_G r){std}",
-        "  r = reward + length_weight x length_kind",
+        f"  A = (r - mean_G r){std}; r = R_l + K_l length_l({cfg.length_kind})",
         f"  rho = pi / pi_old, both at temperature {cfg.temperature:g}",
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
-        *shown("loss_norm adv_std kl_coef temperature filter max_draws schedule", vars(cfg)),
-        *shown("length_kind minibatches lr warmup lr_decay max_grad_norm", vars(cfg)),
+        f"with {len(levels)} level(s), values level by level:",
     ]
-    for number, level in enumerate(levels, 1):
-        names = " ".join([*PER_LEVEL, "overlong_cache"])
-        lines += [f"level {number}", *shown(names, vars(level))]
+    default, told = Config(), False
+    for f in fields(Config):
+        if f.name in SECTIONS:
+            told = SECTIONS[f.name] not in ("files", "memory and speed")
+        value = getattr(cfg, f.name)
+        source = f.metadata["source"] if value == getattr(default, f.name) else "given"
+        if hasattr(levels[0], f.name):
+            value = " ".join(str(getattr(level, f.name)) for level in levels)
+        if told:
+            lines.append(f"  {option(f.name)} {value} [{source}]")
     return "\n".join(lines)

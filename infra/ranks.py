@@ -79,9 +79,9 @@ class Ranks:
         parts = self.together(lambda: work(self.share(items)), gather=True)
         return [result for part in parts for result in part]
 
-    def from_first(self, work):
+    def from_first(self, work, interruptible=True):
         """work() of the first process, on every process."""
-        return self.together(lambda: work() if self.first else None, gather=True)[0]
+        return self.together(lambda: work() if self.first else None, interruptible, gather=True)[0]
 
     def together(self, work, interruptible=True, gather=False):
         """work(), on every process; what one raises, Ctrl-C included, is raised on all.

@@ -8,7 +8,6 @@ is as if the update had not begun.
 
 import itertools
 import json
-import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,28 +113,23 @@ class Run:
         lr = learning_rate(self.cfg, self.turns_taken + 1, self.num_updates)
         update = Update(self.turns_taken + 1, stage, lr)
         before = stage.prompts_drawn, list(stage.buffer.groups), Counter(stage.buffer.counts)
-        groups = []
         try:
             yield update
         except NotFinite as fault:
-            update.fault, groups = fault, fault.groups
+            update.fault = fault
+            stage.buffer.remove(fault.groups, "broken")
         except BaseException:
             stage.prompts_drawn, stage.buffer.groups, stage.buffer.counts = before
             self.ahead = bool(update.grad_norms)
             raise
         self.ahead = True
-        if groups:
-            waiting = set(stage.buffer.groups)
-            stage.buffer.remove([g for g in groups if g in waiting], "broken")
-            self.keep_broken(update, groups)
         self.count(stage, update)
         self.log(stage, update)
         self.ahead = False
         if self.broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
-                f"{update.fault}. Their completions are in {self.directory.out / 'broken'}, and "
-                f"{self.directory.last_good()}; lower --lr, or look at --reward"
+                f"{update.fault}. {self.directory.last_good()}; lower --lr, or look at --reward"
             )
 
     def count(self, stage, update):
@@ -176,21 +170,6 @@ class Run:
                 "--temperature or --eps-high"
             )
 
-    def keep_broken(self, update, groups):
-        """broken/000123.jsonl: completions with what shows which number was not finite."""
-
-        def plain(values):
-            return [v if math.isfinite(v) else str(v) for v in values]
-
-        rows = []
-        for group in groups:
-            outcomes, lengths = plain(group.outcome.tolist()), plain(group.length_reward.tolist())
-            for c, outcome, length in zip(group.completions, outcomes, lengths):
-                row = {"reason": str(update.fault), "prompt": group.prompt, "tokens": c.tokens}
-                row |= {"stopped": c.stopped, "logprobs": plain(c.logprobs)}
-                rows.append(row | {"outcome": outcome, "length_reward": length})
-        self.directory.write(f"broken/{update.number:06d}.jsonl", "w", rows)
-
     def unevaluated(self):
         """Stages with held-out problems that were not evaluated since the last update."""
         if self.cfg.eval_every == 0:
@@ -210,9 +189,9 @@ class Run:
         best = max(earlier, key=lambda e: e["accuracy"], default=row)
         if row["high"] < best["low"]:
             tqdm.write(
-                f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} after "
-                f"{best['update']} updates, and the intervals do not meet; give this level fewer "
-                "--updates, or take turns (--schedule interleaved)"
+                f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} "
+                f"after {best['update']} updates, and the intervals do not meet; give this level "
+                "fewer --updates, or take turns (--schedule interleaved)"
             )
 
     def table(self):
@@ -238,22 +217,21 @@ class Run:
         name = f"{self.turns_taken:06d}"
         if name == self.saved or self.ahead:
             return
-        first, gathered = self.ranks.first, {}
-        for key, tensor in self.learner.tensors():  # all processes gather, one keeps
-            if first:
-                gathered[key] = tensor.cpu()
+        optimizer_state = {}
+        for key, tensor in self.learner.tensors():  # shards are gathered by all, kept by one
+            if self.ranks.first:
+                optimizer_state[key] = tensor.cpu()
 
         def work():
-            if first:
-                self.check_weights(gathered)
-                self.directory.write_checkpoint(name, lambda folder: self.write(folder, gathered))
-                self.directory.delete_old(self.cfg.keep_checkpoints)
+            self.check_weights(optimizer_state)
+            self.directory.write_checkpoint(name, lambda f: self.write(f, optimizer_state))
+            self.directory.delete_old(self.cfg.keep_checkpoints)
 
-        self.ranks.together(work, interruptible=False)
+        self.ranks.from_first(work, interruptible=False)
         self.saved = name
 
-    def check_weights(self, gathered):
-        tensors = [*self.policy.model.named_parameters(), *gathered.items()]
+    def check_weights(self, optimizer_state):
+        tensors = [*self.policy.model.named_parameters(), *optimizer_state.items()]
         bad = [name for name, tensor in tensors if not tensor.isfinite().all()]
         if bad:
             raise Stop(
@@ -283,7 +261,7 @@ class Run:
             unpack(self, state, load_file(checkpoint / "buffer.safetensors"))
             self.learner.load(load_file(checkpoint / "optimizer.safetensors"))
             self.saved, sizes = checkpoint.name, state["sizes"]
-        self.ranks.together(lambda: self.directory.cut_logs(sizes))  # before the others read
+        self.ranks.from_first(lambda: self.directory.cut_logs(sizes))  # before the others read
         self.evaluations = self.directory.read("eval.jsonl")
         for row in reversed(self.directory.read("metrics.jsonl")):
             self.first_entropy = row["entropy"] or self.first_entropy
@@ -314,7 +292,7 @@ def pack(run):
 
 
 def unpack(run, state, tensors):
-    """The inverse of `pack`, into a run that has just begun; prompts that were drawn are skipped."""
+    """The inverse of `pack`, into a run that has just begun. Drawn prompts are skipped."""
     progress = state["progress"]
     run.turns_taken, run.trained = progress["update"], progress["trained"]
     run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]

@@ -32,7 +32,7 @@ from infra.flags import (
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop
 from infra.run import Run, Stage
-from rewards import ERROR, TIMEOUT, Grader, load_reward
+from rewards import Grader, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
 
@@ -103,7 +103,7 @@ class Problems:
 
 
 def make_stages(problems, policy):
-    """Cut the levels and render everything before minutes are spent. -> stages, facts for config.json"""
+    """Cut the levels and render everything before minutes are spent. -> stages, facts"""
     cfg, levels = problems.cfg, problems.levels
     train_sets, left_out = problems.cut(cfg.data, problems.train)
     held_out_sets, eval_left_out = problems.cut(cfg.eval_data, problems.held_out)
@@ -208,22 +208,9 @@ def prepare(cfg, config, ranks):
         checkpoint = ranks.from_first(directory.newest_whole)
     elif ranks.from_first(lambda: os.path.lexists(out)):
         raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
-    wanted = config["kernels"] if config else ranks.from_first(kernels.probe)
-    used = kernels.use(wanted)
-    if used != wanted:
-        tqdm.write(f"this machine lacks kernels {wanted}: it goes on, but not bit for bit")
-
-    def load():
-        if config and (cfg.kl_coef or not checkpoint):
-            must_be_unchanged(cfg.resume, config["model_files"])
-        policy = Policy.load(str(checkpoint or cfg.model), cfg.dtype, ranks.device, cfg.examples)
-        reference = None
-        if cfg.kl_coef:
-            reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
-        return policy, reference, *make_stages(problems, policy)
-
-    policy, reference, stages, facts = ranks.together(load)
-    facts["torch"] = torch.__version__
+    used = choose_kernels(config, ranks)
+    loaded = ranks.together(lambda: load(problems, config, checkpoint, ranks.device))
+    policy, reference, stages, facts = loaded
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     if not config:
         facts["levels"] = [asdict(level) for level in problems.levels]
@@ -237,14 +224,31 @@ def prepare(cfg, config, ranks):
     run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages)
     if config:
         run.resume(checkpoint)
-        before = (
-            f"goes on after {checkpoint}" if checkpoint else "has no checkpoint, it starts over"
-        )
-        tqdm.write(f"{out}: {before}")
+        tqdm.write(f"{out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
         if config["torch"] != torch.__version__:
             versions = f"torch {config['torch']}, this is {torch.__version__}"
             tqdm.write(f"the run began with {versions}: it goes on, but not bit for bit")
     return run
+
+
+def choose_kernels(config, ranks):
+    """The first process asks once what is fastest; all processes and every --resume keep it."""
+    wanted = config["kernels"] if config else ranks.from_first(kernels.probe)
+    used = kernels.use(wanted)
+    if used != wanted:
+        tqdm.write(f"of the kernels {wanted} this machine has {used}: not bit for bit the same")
+    return used
+
+
+def load(problems, config, checkpoint, device):
+    """-> Policy, the starting policy's model if the objective needs it, stages, facts"""
+    cfg = problems.cfg
+    if config and (cfg.kl_coef or not checkpoint):
+        must_be_unchanged(cfg.resume, config["model_files"])
+    policy = Policy.load(str(checkpoint or cfg.model), cfg.dtype, device, cfg.examples)
+    reference = Policy.load(cfg.model, cfg.dtype, device).model if cfg.kl_coef else None
+    stages, facts = make_stages(problems, policy)
+    return policy, reference, stages, {**facts, "torch": torch.__version__}
 
 
 def memory_table(cfg):
@@ -324,9 +328,6 @@ def conduct(train, run):
 def conclude(run, ended):
     """Say what there is to see."""
     out = run.directory.out
-    failures = {kind: run.grader.counts[kind] for kind in (TIMEOUT, ERROR)}
-    if any(failures.values()):
-        print(f"grader failures, counted as wrong: {failures}")
     if run.evaluations:
         print(run.table())
     if run.saved:

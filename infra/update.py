@@ -1,4 +1,4 @@
-"""One update: what happens in it, its line of metrics.jsonl, and what a person should hear of it."""
+"""One update: what happens in it, its line of metrics.jsonl, and what a person should hear."""
 
 import math
 import resource
@@ -19,10 +19,10 @@ FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of gro
 class NotFinite(Exception):
     """A reward, log-prob, loss or gradient is not finite: the update is given up.
 
-    groups  those whose completions are kept in broken/ for a look
+    groups  of the buffer that were being trained on
     """
 
-    def __init__(self, what, groups):
+    def __init__(self, what, groups=()):
         super().__init__(what)
         self.groups = groups
 
@@ -34,6 +34,7 @@ class Update:
         self.number, self.stage, self.lr = number, stage, lr
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
+        self.groups = []  # drawn
         self.rows = []  # of completions.jsonl, one per completion drawn
         self.seconds = Counter()
         self.sums = Counter()  # over the tokens trained on; and over steps: the objective
@@ -47,8 +48,9 @@ class Update:
         return len(self.grad_norms) + 1
 
     def drew(self, prompts, attempts, groups):
-        """A draw was made.  prompts, attempts (a list per prompt) and groups belong together"""
+        """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
+        self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
             outcomes, lengths = group.outcome.tolist(), group.length_reward.tolist()
             for i, a in enumerate(some):
@@ -62,21 +64,18 @@ class Update:
                 problem, a = prompts[i].problem, attempts[i][0]
                 verdict = f"({a.verdict}; answer {problem.answer})"
                 tqdm.write(f"  {problem.problem}  ->  {a.text}  {verdict}")
-        self.drawn = prompts, groups
 
     def check_drawn(self):
-        """Raise NotFinite if the last draw holds a number that is not finite."""
-        prompts, groups = self.drawn
-        broken = [(p, group) for p, group in zip(prompts, groups) if not group.finite]
-        if not broken:
-            return
-        name, group = broken[0][0].problem.id, broken[0][1]
-        wrong = [r for r in group.reward.tolist() if not math.isfinite(r)]
-        what = f"log-probs sampled from the policy for problem {name}"
-        if wrong:
-            what = f"--reward {self.stage.level.reward} returned, for problem {name}, {wrong[0]}"
-        how_many = f"({len(broken)} of {len(groups)} groups)"
-        raise NotFinite(f"{what} {how_many}", [group for _, group in broken])
+        """Raise NotFinite if a group holds a number that is not finite."""
+        for i, group in enumerate(self.groups):
+            if group.finite:
+                continue
+            problem = self.rows[i * self.stage.level.group_size]["problem_id"]
+            for reward in group.reward.tolist():
+                if not math.isfinite(reward):
+                    name = f"--reward {self.stage.level.reward}"
+                    raise NotFinite(f"{name} returned, for problem {problem}, {reward}")
+            raise NotFinite(f"log-probs sampled from the policy for problem {problem}")
 
     def stepped(self, grad_norm, sums, peaks):
         """One optimizer step was taken."""
@@ -96,19 +95,16 @@ class Update:
     def row(self):
         """Its line of metrics.jsonl."""
         rows, sums, steps = self.rows, self.sums, len(self.grad_norms)
-        counts = self.stage.buffer.counts
-        outcome = [r["outcome"] if r["outcome"] is not None else math.nan for r in rows]
-        length = [r["length_reward"] if r["length_reward"] is not None else math.nan for r in rows]
-        reward = torch.tensor(outcome, dtype=torch.float64) + torch.tensor(
-            length, dtype=torch.float64
-        )
+        outcome = [x for g in self.groups for x in g.outcome.tolist()]
+        length = [x for g in self.groups for x in g.length_reward.tolist()]
+        reward = [x for g in self.groups for x in g.reward.tolist()]
         sampled = sum(r["tokens"] for r in rows)
         row = {
             "update": self.number,
             "level": self.stage.number,
             "accuracy": self.mean([r["verdict"] == RIGHT for r in rows]),
-            "reward_mean": self.mean(reward.tolist()),
-            "reward_std": reward.std(correction=0).item() if rows else None,
+            "reward_mean": self.mean(reward),
+            "reward_std": population_std(reward),
             "outcome_mean": self.mean(outcome),
             "length_reward_mean": self.mean(length),
             "length_mean": self.mean([r["tokens"] for r in rows]),
@@ -118,7 +114,7 @@ class Update:
             "grader_errors": sum(r["verdict"] == ERROR for r in rows),
         }
         for fate in FATES:
-            row[f"groups_{fate}"] = counts[fate] - self.counts_before[fate]
+            row[f"groups_{fate}"] = self.stage.buffer.counts[fate] - self.counts_before[fate]
         row |= {
             "groups_pending": self.stage.buffer.pending,
             "objective": sums["objective"] / steps if steps else None,
@@ -152,13 +148,12 @@ class Update:
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
             tqdm.write(
-                f"  the grader gave up on {failures} of {len(self.rows)} completions, which count as "
-                f'wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
+                f"  the grader gave up on {failures} of {len(self.rows)} completions, which count "
+                f'as wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
                 f"{folder / 'completions.jsonl'}"
             )
         if self.fault:
-            where = f"its completions are in {folder / 'broken'}"
-            tqdm.write(f"  update {self.number} given up: {self.fault}; {where}")
+            tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.grad_norms:
             tqdm.write(f"  update {self.number} skipped: {unfilled(row, stage.level, self.draws)}")
 
@@ -170,6 +165,13 @@ LINE = (
     "{clip_low_share:.1%} + {clip_high_share:.1%} | kl {kl_old:.0e} | entropy {entropy:.2f} | grad "
     "{grad_norm:.2f} | {tokens_per_second:,.0f} tok/s"
 )
+
+
+def population_std(values):
+    """None if there are none."""
+    if not values:
+        return None
+    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
 
 
 def finite(value):
