@@ -10,7 +10,7 @@ and on a GPU, under a mask, to every head.)
 from math import ceil
 
 from infra import kernels
-from rollout import MIN_ROWS, PREFILL_TOKENS, KVCache
+from rollout import MIN_ROWS, KVCache
 
 
 def total(part):
@@ -45,12 +45,10 @@ def sampling(cfg, model, level, prompt, held_out, processes):
     rows = max(MIN_ROWS, min(cfg.slots, max(draw * level.group_size, held_out)))
     page = KVCache.PAGE[cfg.device]  # positions
     pages = rows * ceil(min(prompt + level.max_new_tokens, model.context) / page)
-    tokens = min(max(PREFILL_TOKENS, prompt), min(rows, max(draw, held_out)) * prompt)
-    inside = 2 * config.hidden_size + 3 * config.intermediate_size
     part = {
         "KV cache": pages * page * config.num_hidden_layers * layer_bytes(model)[1],
-        "activations of prompts": tokens * inside * size,
-        "logits": rows * config.vocab_size * (size + 4 * wide),  # and probabilities
+        # With what is made of them; running the prompts takes less.
+        "logits": rows * config.vocab_size * (size + 4 * wide),
     }
     if kernels.packs(cfg.device, model.lm_head.weight.dtype):
         part["weights laid out"] = nbytes(model.model.layers, model.lm_head)
