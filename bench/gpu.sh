@@ -9,8 +9,8 @@ python=${1:-python} size=${SIZE:-1.5b} new=${NEW:-4096} device=${DEVICE:-cuda} d
 out=${OUT:-$(mktemp -d)}
 [ -n "${OUT:-}" ] || trap 'rm -rf "$out"' EXIT
 "$python" -c "import torch; print('torch', torch.__version__, torch.cuda.get_device_name() if '$device' == 'cuda' else '$device')"
-"$python" bench/rollout.py --make-model "$size" "$out/model"
-"$python" bench/rollout.py --make-workload "$out/workload.jsonl" --prompts 32 --group 8 --max-new "$new"
+"$python" bench/rollout.py --make-model "$size" "$out/model" --make-workload "$out/workload.jsonl" \
+  --prompts 32 --group 8 --max-new "$new"
 status=0  # one that fails or takes too long must not cost the other
 timeout 300 "$python" bench/rollout.py --model "$out/model" --workload "$out/workload.jsonl" --slots 128 --dtype "$dtype" --repeats 1 \
   --device "$device" | tee "$out/rollout.json" || status=$?

@@ -102,10 +102,10 @@ def main():
     args = common.parse(__doc__, **common.MODEL, **workload, **flags)
     if args.make_model:
         common.make_model(*args.make_model)
-    elif args.make_workload:
+    if args.make_workload:
         shape = args.prompts, args.group, args.max_new, args.uniform
         common.make_workload(args.make_workload, *shape)
-    else:
+    if args.model:
         print(json.dumps(measure(args)))
 
 
