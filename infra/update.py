@@ -13,6 +13,13 @@ from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions on which the grader may fail without a word
+PER_TOKEN = {  # key of metrics.jsonl: (sum, tokens by which it is divided), see train.objective
+    "entropy": ("entropy", "tokens"),
+    "clip_low_share": ("clip_low", "tokens"),
+    "clip_high_share": ("clip_high", "tokens"),
+    "kl_old": ("kl_old", "tokens"),
+    "logprob_gap_mean": ("gap", "fresh"),
+}
 FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of groups, see Buffer
 
 
@@ -54,14 +61,22 @@ class Update:
         for prompt, some, group in zip(prompts, attempts, groups):
             outcomes, lengths = group.outcome.tolist(), group.length_reward.tolist()
             for i, a in enumerate(some):
-                row = {"update": self.number, "level": self.stage.number}
-                row |= {"problem_id": prompt.problem.id, "sample": i, "verdict": a.verdict}
-                row |= {"outcome": finite(outcomes[i]), "length_reward": finite(lengths[i])}
-                row |= {"tokens": a.length, "stopped": a.completion.stopped, "text": a.text}
+                row = {
+                    "update": self.number,
+                    "level": self.stage.number,
+                    "problem_id": prompt.problem.id,
+                    "sample": i,
+                    "verdict": a.verdict,
+                    "outcome": finite(outcomes[i]),
+                    "length_reward": finite(lengths[i]),
+                    "tokens": a.length,
+                    "stopped": a.completion.stopped,
+                    "text": a.text,
+                }
                 self.rows.append(row)
         if self.draws == 1 and self.number % SHOW_EVERY == 1:
-            for i in range(len(prompts))[:: max(1, len(prompts) // 2)][:2]:
-                problem, a = prompts[i].problem, attempts[i][0]
+            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
+                problem = prompt.problem
                 verdict = f"({a.verdict}; answer {problem.answer})"
                 tqdm.write(f"  {problem.problem}  ->  {a.text}  {verdict}")
 
@@ -85,31 +100,24 @@ class Update:
         if sums["fresh"]:
             self.gap_max = max(self.gap_max or 0.0, peaks["gap_max"])
 
-    def mean(self, values):
-        """Over the completions drawn; None if there are none."""
-        return sum(values) / len(self.rows) if self.rows else None
-
-    def per(self, name, unit):
-        return self.sums[name] / self.sums[unit] if self.sums[unit] else None
-
     def row(self):
         """Its line of metrics.jsonl."""
         rows, sums, steps = self.rows, self.sums, len(self.grad_norms)
+        sampled, seconds = sum(r["tokens"] for r in rows), time.perf_counter() - self.start
         outcome = [x for g in self.groups for x in g.outcome.tolist()]
         length = [x for g in self.groups for x in g.length_reward.tolist()]
         reward = [x for g in self.groups for x in g.reward.tolist()]
-        sampled = sum(r["tokens"] for r in rows)
         row = {
             "update": self.number,
             "level": self.stage.number,
-            "accuracy": self.mean([r["verdict"] == RIGHT for r in rows]),
-            "reward_mean": self.mean(reward),
+            "accuracy": mean([r["verdict"] == RIGHT for r in rows]),
+            "reward_mean": mean(reward),
             "reward_std": population_std(reward),
-            "outcome_mean": self.mean(outcome),
-            "length_reward_mean": self.mean(length),
-            "length_mean": self.mean([r["tokens"] for r in rows]),
-            "truncated_share": self.mean([not r["stopped"] for r in rows]),
-            "writes_steps_share": self.mean([writes_steps(r["text"]) for r in rows]),
+            "outcome_mean": mean(outcome),
+            "length_reward_mean": mean(length),
+            "length_mean": mean([r["tokens"] for r in rows]),
+            "truncated_share": mean([not r["stopped"] for r in rows]),
+            "writes_steps_share": mean([writes_steps(r["text"]) for r in rows]),
             "grader_timeouts": sum(r["verdict"] == TIMEOUT for r in rows),
             "grader_errors": sum(r["verdict"] == ERROR for r in rows),
         }
@@ -118,22 +126,19 @@ class Update:
         row |= {
             "groups_pending": self.stage.buffer.pending,
             "objective": sums["objective"] / steps if steps else None,
-            "entropy": self.per("entropy", "tokens"),
-            "clip_low_share": self.per("clip_low", "tokens"),
-            "clip_high_share": self.per("clip_high", "tokens"),
             "ratio_max": self.ratio_max,
-            "kl_old": self.per("kl_old", "tokens"),
             "logprob_gap_max": self.gap_max,
-            "logprob_gap_mean": self.per("gap", "fresh"),
-            "grad_norm": sum(self.grad_norms) / steps if steps else None,
+            "grad_norm": mean(self.grad_norms),
             "lr": self.lr,
             "tokens_sampled": sampled,
             "tokens_trained": int(sums["tokens"]),
+            "tokens_per_second": sampled / seconds,
+            "peak_memory_mb": peak_memory_mb(),
         }
+        for key, (name, unit) in PER_TOKEN.items():
+            row[key] = sums[name] / sums[unit] if sums[unit] else None
         for phase in ("sample", "grade", "learn"):
             row[f"{phase}_seconds"] = self.seconds[phase]
-        row["tokens_per_second"] = sampled / (time.perf_counter() - self.start)
-        row["peak_memory_mb"] = peak_memory_mb()
         return {name: finite(value) for name, value in row.items()}
 
     def tell(self, row, folder):
@@ -165,6 +170,11 @@ LINE = (
     "{clip_low_share:.1%} + {clip_high_share:.1%} | kl {kl_old:.0e} | entropy {entropy:.2f} | grad "
     "{grad_norm:.2f} | {tokens_per_second:,.0f} tok/s"
 )
+
+
+def mean(values):
+    """None if there is nothing to average."""
+    return sum(values) / len(values) if values else None
 
 
 def population_std(values):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_FSDP = "--fsdp on CPUs needs a newer torch"
 PRELOAD = """train tools.report launch torch.distributed.tensor torch.distributed.fsdp
 transformers.models.llama.configuration_llama transformers.models.qwen3.configuration_qwen3
-transformers.tokenization_utils_tokenizers"""
+transformers.tokenization_utils_tokenizers scipy.stats"""
 
 
 @functools.cache
