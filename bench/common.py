@@ -18,7 +18,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SIZES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SIZES = {
     "2m": (128, 384, 4, 4, 2, 2048),
     "11m": (320, 896, 8, 10, 2, 8192),
     "135m": (576, 1536, 30, 9, 3, 49152),
@@ -52,20 +60,9 @@ def make_model(size, out):
     from tools.warmstart import make_tokenizer
 
     torch.manual_seed(0)
-    hidden, inner, layers, heads, kv_heads, vocabulary = SIZES[size]
     tokenizer = make_tokenizer()
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = Transformer(config)
+    shape = dict(zip(SHAPE, SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True)
+    model = Transformer(Qwen2Config(**shape, eos_token_id=tokenizer.eos_token_id))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)

@@ -1,15 +1,12 @@
 """What the default run gains, over seeds: held-out accuracy before and after, with t-intervals.
 
-    python bench/seeds.py --seeds 5 --runs runs/seeds        writes bench/SEEDS.md
+    for i in 0 1 2 3 4; do python train.py --seed $i --out runs/seeds/$i; done
+    python bench/seeds.py --runs runs/seeds        writes bench/SEEDS.md
 
 Models are evaluated afresh: 16 samples a problem at temperature 1, and greedily, on the shipped
 held-out problems, with random streams that neither training nor the measurement of difficulty used.
-Runs that are in the folder already are used as they are.
 """
 
-import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,15 +52,12 @@ def measure(model, problems, seed):
     }
 
 
-def one_seed(seed, folder):
-    """Train and measure.  -> {name: (before, after)}"""
-    if not (folder / "report.png").exists():  # the last thing that a run writes
-        command = [sys.executable, common.ROOT / "train.py", "--seed", str(seed), "--out", folder]
-        subprocess.run(command, check=True)
+def one_run(folder):
+    """-> {name: (before, after)}"""
+    seed = int(folder.name)
     problems = data.read_problems(SHIPPED / "heldout.jsonl")
     levels = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
-    log = (folder / "eval.jsonl").read_text().splitlines()
-    log = [json.loads(line) for line in log]
+    log = data.read_records(folder / "eval.jsonl", lambda row, _: row)
     found = {}
     for number, problems in enumerate(levels, 1):
         before = measure(SHIPPED / "tiny", problems, seed)
@@ -81,13 +75,11 @@ def one_seed(seed, folder):
 
 
 def main():
-    args = common.parse(__doc__, seeds=5, runs="runs/seeds")
-    folder = Path(args.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = [one_seed(seed, folder / f"seed-{seed}") for seed in range(args.seeds)]
+    args = common.parse(__doc__, runs="runs/seeds")
+    runs = [one_run(folder) for folder in sorted(Path(args.runs).iterdir())]
     text = HEAD
-    for name in seeds[0]:
-        before, after = 100 * np.array([seed[name] for seed in seeds]).T
+    for name in runs[0]:
+        before, after = 100 * np.array([run[name] for run in runs]).T
         gain = after - before
         half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
         means = f"{before.mean():.1f} | {after.mean():.1f} | {gain.mean():+.1f} ± {half:.1f}"

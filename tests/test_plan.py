@@ -173,7 +173,7 @@ def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkey
     (tmp_path / "config/model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    train.main("--plan --model config --device cuda --fsdp --recompute".split())
+    train.main(["--plan", "--model", "config", "--device", "cuda", "--fsdp", "--recompute"])
     printed = capsys.readouterr().out
     assert "KV cache" in printed and "gathered layers" in printed and "at its peak" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["config"]
