@@ -1,47 +1,68 @@
-"""What the benchmarks share: random models of three sizes, workloads, the machine's two ceilings."""
+"""What the benchmarks share: flags, random models, workloads, a clock, the ceilings of the machine.
 
+The peers have a virtual environment of their own and import this file too. It imports the project's
+modules only where it makes a model.
+"""
+
+import argparse
 import json
 import random
 import resource
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from statistics import median
 
 import torch
-from transformers import Qwen2Config
 
-from model import Transformer
-from tools.warmstart import make_tokenizer
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-SIZES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SIZES = {
     "2m": (128, 384, 4, 4, 2, 2048),
     "11m": (320, 896, 8, 10, 2, 8192),
     "135m": (576, 1536, 30, 9, 3, 49152),
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
+MODEL = {
+    "model": "",
+    "dtype": "float32",
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+}
+UPDATE = {"prompts": 8, "group": 8, "new_tokens": 128, "steps": 3}
+KINDS = {bool: {"action": "store_true"}, int: {"type": int}, list: {"nargs": "+"}, str: {}}
 
 
-def make_model(size, out, seed=0):
-    """A random Qwen2 in a Hugging Face folder, with a tokenizer and a chat template."""
-    torch.manual_seed(seed)
-    hidden, inner, layers, heads, kv_heads, vocabulary = SIZES[size]
-    tokenizer = make_tokenizer()
-    model = Transformer(
-        Qwen2Config(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+def parse(docstring, **flags):
+    """The command line. A flag has the type of its default."""
+    parser = argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    for name, default in flags.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, default=default, **KINDS[type(default)])
+    return parser.parse_args()
+
+
+def make_model(size, out):
+    """A random Qwen2 in a Hugging Face folder, with a tokenizer and a chat template."""
+    from transformers import Qwen2Config
+
+    from model import Transformer
+    from tools.warmstart import make_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    shape = dict(zip(SHAPE, SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True)
+    model = Transformer(Qwen2Config(**shape, eos_token_id=tokenizer.eos_token_id))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
@@ -49,65 +70,54 @@ def make_model(size, out, seed=0):
     tokenizer.save_pretrained(out)
 
 
-def make_workload(prompts, group, max_new, uniform=False, seed=0):
-    """Requests in the form {"prompt": ids, "new_tokens": [one length per completion]}. Lengths as reasoning models have
-    them: log-normal, on average 40 % of the longest, a few per cent cut off there; or all of them the longest."""
-    rng = random.Random(seed)
-    length = lambda: (
-        max_new
-        if uniform
-        else min(max_new, max(8, int(0.32 * max_new * rng.lognormvariate(0, 0.8))))
-    )  # noqa: E731
-    return [
-        {
-            "prompt": [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))],
-            "new_tokens": [length() for _ in range(group)],
-        }
-        for _ in range(prompts)
-    ]
+def make_workload(path, prompts, group, max_new, uniform=False):
+    """Write JSON lines {"prompt": ids, "new_tokens": [one length per completion]}.
+
+    Lengths are as reasoning models have them: log-normal, 40 % of max_new on average, a few per
+    cent cut off there. Or, if uniform, all are max_new.
+    """
+    rng = random.Random(0)
+    with open(path, "w") as file:
+        for _ in range(prompts):
+            prompt = [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))]
+            lengths = [max_new] * group
+            if not uniform:
+                lengths = [int(0.32 * max_new * rng.lognormvariate(0, 0.8)) for _ in lengths]
+            lengths = [min(max_new, max(8, n)) for n in lengths]
+            print(json.dumps({"prompt": prompt, "new_tokens": lengths}), file=file)
 
 
 def read_workload(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """-> a list of (prompt, lengths of its completions)"""
+    with open(path) as file:
+        return [tuple(json.loads(line).values()) for line in file]
 
 
-def best_seconds(work, repeats=5):
-    work()
-    seconds = []
+def seconds(work, repeats=1):
+    """Median wall time of work()."""
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
-def ceilings(dtype, device="cpu"):
-    """Matrix products, FLOP/s, in this dtype; memory bandwidth, bytes/s, of a copy (read and write)."""
-    n = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in "ab")
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    flops = 2 * n**3 / best_seconds(lambda: (a @ b, wait()))
-    big = torch.randn((1 << 26) if device == "cpu" else (1 << 30), device=device)
-    copy = torch.empty_like(big)
-    bandwidth = 2 * big.numel() * 4 / best_seconds(lambda: (copy.copy_(big), wait()))
-    return flops, bandwidth
+def ceilings(args):
+    """FLOP/s of a matrix product in this dtype, and bytes/s of a copy (read and written)."""
+    n, floats = (2048, 1 << 26) if args.device == "cpu" else (8192, 1 << 30)
+    a, b = torch.randn(2, n, n, device=args.device).to(getattr(torch, args.dtype))
+    flops = 2 * n**3 / seconds(lambda: a @ b, 5)
+    source, target = torch.zeros(2, floats, device=args.device)
+    return flops, 2 * source.nbytes / seconds(lambda: target.copy_(source), 5)
 
 
-def peak_rss_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-
-
-def decode_cost(model, slots, positions):
-    """FLOPs and bytes of one decoded token in a step of `slots` rows that hold `positions` tokens each on average: weights
-    once a step, keys and values of the row."""
-    config, layers = model.config, len(model.model.layers)
-    weights = (
-        sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-        + model.lm_head.weight.numel() * model.config.tie_word_embeddings
-    )
-    size = model.lm_head.weight.element_size()
-    attention = 4 * layers * config.num_attention_heads * model.head_dim * positions
-    cached = 2 * layers * config.num_key_value_heads * model.head_dim * positions * size
-    return 2 * weights + attention, weights * size / slots + cached
+def peak_memory(args):
+    """Megabytes that this process, and the GPU, held at most so far."""
+    found = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    if args.device != "cpu":
+        found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() // 2**20
+        found["device"] = torch.cuda.get_device_name()
+    return found

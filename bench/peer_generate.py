@@ -1,70 +1,37 @@
-"""Time transformers on the workload of bench/rollout.py: `generate` in static batches, or `generate_batch`. Runs in a
-virtual environment of its own: pip install torch transformers."""
+"""Time transformers on the workload of bench/rollout.py: `generate` in static batches, or its
+continuous batching (--continuous: `generate_batch`).
 
-import argparse
+It runs in a virtual environment of its own: pip install torch transformers.
+"""
+
+import functools
 import json
-import statistics
-import time
 
+import common
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
-
-class Lengths(StoppingCriteria):
-    """Row i is done once it has its number of new tokens."""
-
-    def __init__(self, width, wanted):
-        self.width, self.wanted = width, wanted
-
-    def __call__(self, ids, scores, **_):
-        return ids.shape[1] - self.width >= self.wanted
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
 
 
 def static(model, samples, slots):
-    for low in range(0, len(samples), slots):
-        batch = samples[low : low + slots]
-        width = max(len(prompt) for prompt, _ in batch)
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch]
-        )
-        wanted = torch.tensor([n for _, n in batch])
-        settings = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=int(wanted.max()),
-            pad_token_id=0,
-        )
-        model.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([Lengths(width, wanted)]),
-        )
+    """Every batch runs until its longest completion is done; what is shorter is not counted."""
+    for start in range(0, len(samples), slots):
+        prompts, lengths = zip(*samples[start : start + slots])
+        width = max(map(len, prompts))
+        ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+        ids = torch.tensor(ids, device=model.device)
+        settings = GenerationConfig(max_new_tokens=max(lengths), **SAMPLING)
+        model.generate(ids, settings, attention_mask=(ids > 0).long())  # no prompt has token 0
 
 
 def continuous(model, samples, slots):
-    from transformers.generation import ContinuousBatchingConfig
-
     longest = max(len(prompt) + n for prompt, n in samples)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=-1,
-        pad_token_id=0,
-        max_new_tokens=longest,
-    )
+    settings = GenerationConfig(max_new_tokens=longest, eos_token_id=-1, **SAMPLING)
+    blocks = slots * (longest // 32 + 2)
     batching = ContinuousBatchingConfig(
-        block_size=32, num_blocks=slots * (longest // 32 + 2), max_batch_tokens=max(256, slots)
+        block_size=32, num_blocks=blocks, max_batch_tokens=max(256, slots)
     )
     with model.continuous_batching_context_manager(
         generation_config=settings, continuous_batching_config=batching
@@ -79,41 +46,24 @@ def continuous(model, samples, slots):
             left -= result.is_finished()
 
 
+@torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--workload", required=True)
-    parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")
-    parser.add_argument("--continuous", action="store_true", help="generate_batch")
-    parser.add_argument("--repeats", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_float32_matmul_precision(args.precision)
+    flags = {"workload": "", "continuous": False, "slots": 32, "repeats": 1}
+    args = common.parse(__doc__, **common.MODEL, **flags)
     attention = "paged|sdpa" if args.continuous else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention
-    ).eval()
-    model.generation_config.eos_token_id = None  # stop tokens are ignored
-    with open(args.workload) as file:
-        samples = [(row["prompt"], n) for row in map(json.loads, file) for n in row["new_tokens"]]
-    run, seconds = continuous if args.continuous else static, []
-    with torch.inference_mode():
-        run(model, [(prompt, 16) for prompt, _ in samples[: args.slots]], args.slots)  # warm-up
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            run(model, samples, args.slots)
-            seconds.append(time.perf_counter() - start)
-    tokens = sum(n for _, n in samples)
-    print(
-        json.dumps(
-            {
-                "tokens": tokens,
-                "seconds": round(statistics.median(seconds), 3),
-                "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-            }
-        )
+        args.model, dtype=args.dtype, attn_implementation=attention
     )
+    model.to(args.device).generation_config.eos_token_id = None  # stop tokens are ignored
+    samples = []
+    for prompt, lengths in common.read_workload(args.workload):
+        samples += [(prompt, n) for n in lengths]
+    run = functools.partial(continuous if args.continuous else static, model)
+    run([(prompt, 16) for prompt, _ in samples[: args.slots]], args.slots)  # a warm-up
+    seconds = common.seconds(lambda: run(samples, args.slots), args.repeats)
+    tokens = sum(n for _, n in samples)
+    result = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    print(json.dumps(result | common.peak_memory(args)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The plan of memory against what the allocator counts while a run samples and learns, and for the shapes people train."""
+"""The plan of memory against what the allocator counts, and for shapes that people train."""
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -9,36 +10,27 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
 import train
-from eprli import Group, Level
+from eprli import Buffer, Group
+from infra import kernels
+from infra.flags import Config, resolve_levels
+from infra.optimizer import Learner
 from infra.ranks import Ranks
-from infra.run import Stats
-from model import ONEDNN, Linear, Transformer
-from rollout import Request, sample, stream
-from tools.plan import plan
-from train import Config, Learner, Progress, learn
+from infra.run import Run, Stage
+from infra.update import Update
+from model import Transformer
+from rollout import sample, stream
+from tools.plan import plan, table, total
 
 
-def level(**changes):
-    return Level(
-        **dict(
-            quality=1.0,
-            prompts=2,
-            group_size=8,
-            max_new_tokens=192,
-            reward="math",
-            length_weight=0.0,
-            eps_low=0.2,
-            eps_high=0.28,
-            inner_epochs=1,
-            buffer_groups=2,
-            updates=1,
-        )
-        | changes
-    )
+@pytest.fixture
+def use_kernels():
+    before = kernels.chosen()
+    yield kernels.use
+    kernels.use(before)
 
 
 def peak(work):
-    """Bytes that torch held during work() beyond those that it held before: most at once, in the end; and what work() returns."""
+    """-> work(); bytes that torch held meanwhile, at most, and afterwards, beyond those before"""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = work()
@@ -48,202 +40,140 @@ def peak(work):
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    return most, held, result
+    return result, most, held
+
+
+def make_learner(cfg, family, tied):
+    config = small_config(
+        family,
+        vocab_size=2048,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    model = Transformer(config).to(getattr(torch, cfg.dtype))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # completions of a group differ
+    return Learner(model, Ranks(), cfg.recompute)
+
+
+def fill(cfg, level, model, prompt):
+    """Groups of a full step. Prompts have two lengths, so there is a mask; completions several, so
+    that groups mix in a micro-batch."""
+    prompts = torch.randint(0, 2048, (level.prompts, prompt)).tolist()
+    prompts = [tokens[i % 2 :] for i, tokens in enumerate(prompts)]
+    samples = range(level.group_size)
+    keys = [[stream(i, k) for k in samples] for i in range(len(prompts))]
+    limits = [[level.max_new_tokens - k % 2 for k in samples]] * len(prompts)
+    options = {"slots": cfg.slots, "stop_ids": (), "temperature": cfg.temperature}
+    done = sample(model, prompts, keys, limits, **options)
+    outcome = torch.arange(level.group_size).double() % 2
+    rest = {"outcome": outcome, "length_reward": 0 * outcome, "sampled_after": 0}
+    return [Group(prompt=p, completions=c, **rest) for p, c in zip(prompts, done)]
 
 
 @pytest.mark.parametrize(
-    "family,flags,groups,prompt,length",
+    "family, prompt, length, tied, flags",
     [
-        ("qwen2", {}, (2, 8), 64, 192),
-        ("llama", {"recompute": True}, (2, 8), 64, 192),
-        ("qwen2", {"dtype": "bfloat16"}, (2, 8), 64, 192),
-        (
-            "qwen2",
-            {"dtype": "bfloat16", "recompute": True, "micro_batch_tokens": 1100},
-            (2, 8),
-            64,
-            192,
-        ),
-        ("qwen3", {"temperature": 0.6, "logits_per_chunk": 1 << 18}, (2, 8), 64, 192),
-        ("qwen2", {"dtype": "float64"}, (2, 8), 64, 192),
-        ("llama", {"tie_word_embeddings": False, "dtype": "bfloat16"}, (2, 8), 200, 40),
-        (
-            "qwen2",
-            {"recompute": True, "micro_batch_tokens": 1300, "logits_per_chunk": 1 << 18},
-            (4, 4),
-            100,
-            500,
-        ),
+        ("qwen2", 32, 48, True, {"slots": 16}),
+        ("llama", 32, 48, True, {"recompute": True}),
+        ("llama", 70, 50, False, {"dtype": "bfloat16"}),
+        ("qwen3", 32, 48, True, {"temperature": 0.6}),
+        ("qwen2", 32, 48, True, {"dtype": "float64", "recompute": True}),
     ],
 )
-def test_the_plan_is_what_a_run_takes(family, flags, groups, prompt, length):
-    """Within 15 %, phase by phase: a tensor that is kept and was not counted, a cache that outlives sampling. Completions of
-    several lengths: a micro-batch is of one length, so that groups mix in it and attention needs a mask."""
+def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_kernels):
+    """Within 15 %, phase by phase: a tensor that is kept and was not counted, a cache that outlives
+    sampling, weights laid out where no kernel reads them."""
     torch.manual_seed(0)
-    flags = dict(flags)
-    tied = flags.pop("tie_word_embeddings", True)
-    cfg = Config(minibatches=1, filter="all", device="cpu", **flags)
-    some = level(
-        max_new_tokens=length, prompts=groups[0], buffer_groups=groups[0], group_size=groups[1]
-    )
+    use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
+    shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
+    flags = {"micro_batch_tokens": 500, "logits_per_chunk": 1 << 18, **flags}
+    cfg = Config(minibatches=1, device="cpu", **shape, **flags)
+    (level,) = resolve_levels(cfg, measured=False)
+    learner, _, always = peak(lambda: make_learner(cfg, family, tied))
+    model = learner.model
+    groups, sampling, _ = peak(lambda: fill(cfg, level, model, prompt))
+    stage = Stage(1, level, None, [], None, Buffer())
+    run = Run(cfg, None, Ranks(), None, None, learner, None, [stage])
 
-    def make():
-        config = small_config(
-            family,
-            vocab_size=4096,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=tied,
-        )
-        model = Transformer(config).to(getattr(torch, cfg.dtype))
-        torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # completions of a group differ
-        return model, Learner(model, Ranks(), cfg.recompute)
-
-    _, always, (model, learner) = peak(make)
-    prompts = [
-        p[i:] for i, p in enumerate(torch.randint(0, 4096, (some.prompts, prompt)).tolist())
-    ]  # of two lengths, so there is a mask
-    requests = [
-        Request(
-            p,
-            [stream(i, k) for k in range(some.group_size)],
-            [length - k % 4 for k in range(some.group_size)],
-        )
-        for i, p in enumerate(prompts)
-    ]
-    sampling, _, done = peak(
-        lambda: sample(model, requests, slots=cfg.slots, stop_ids=(), temperature=cfg.temperature)
-    )
-    groups = [
-        Group(
-            prompt=p,
-            completions=c,
-            outcome=torch.arange(groups[1]).double() % 2,
-            length_reward=torch.zeros(groups[1]).double(),
-            update=0,
-        )
-        for p, c in zip(prompts, done)
-    ]
-
-    def update():
-        learn(cfg, some, learner, None, groups, Ranks(), Progress(stats=Stats(1, 1, {}, 1e-6)))
-
-    update()  # Adam's moments come with the first step
-    learning, _, _ = peak(update)
-    parts = plan(cfg, [some], model, prompt)
-    moments = parts["always"].pop("moments")
-    assert moments == sum(
-        t.numel() * t.element_size()
-        for s in learner.adamw.state.values()
-        for t in (s["exp_avg"], s["exp_avg_sq"])
-    )
-    for phase, found in (("always", always), ("sampling", sampling), ("learning", learning)):
-        assert sum(parts[phase].values()) == pytest.approx(found, rel=0.15), (
-            phase,
-            parts[phase],
-            found,
-        )
-    assert parts["learning"]["attention mask"]  # prompts of two lengths meet
+    update = Update(1, stage, 0.0)
+    _, learning, _ = peak(lambda: train.learn(run, stage, groups, update))
+    parts = plan(cfg, [level], model, prompt)
+    moments = [s[name] for s in learner.adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert parts["always"].pop("moments") == sum(moment.nbytes for moment in moments)
+    for phase, found in {"always": always, "sampling": sampling, "learning": learning}.items():
+        assert total(parts[phase]) == pytest.approx(found, rel=0.15), (phase, parts[phase], found)
 
 
-def test_without_kernels_for_them_no_weights_are_laid_out(monkeypatch):
-    """As on ARM: the plan would count what no run takes."""
-    some = Transformer(small_config("qwen2"))
-    assert (
-        "weights laid out" in plan(Config(device="cpu"), [level()], some, 64)["sampling"]
-        or not ONEDNN
-    )
-    monkeypatch.setattr("model.ONEDNN", False)
-    assert "weights laid out" not in plan(Config(device="cpu"), [level()], some, 64)["sampling"]
-    with some.laid_out(8):
-        assert all(m.packed is None for m in some.modules() if isinstance(m, Linear))
+# ------------------------------------------------------------------------- shapes that people train
 
 
 def shape(hidden, inner, layers, heads, kv_heads, tied):
-    """A Qwen2 without data."""
+    """A Qwen2 in bfloat16, without data."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=tied,
+    )
     with torch.device("meta"):
-        return Transformer(
-            Qwen2Config(
-                vocab_size=151936,
-                hidden_size=hidden,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads,
-                max_position_embeddings=32768,
-                tie_word_embeddings=tied,
-            )
-        ).to(torch.bfloat16)
+        return Transformer(config).to(torch.bfloat16)
 
 
-def gigabytes(parts):
-    sums = {phase: sum(part.values()) / 1e9 for phase, part in parts.items()}
-    return sums.pop("always") + max(sums.values())
+def long_run(model, groups=1, held_out=0, processes=1, **flags):
+    """The plan for completions of 24,576 tokens, 16 a group, on GPUs."""
+    cfg = {"dtype": "bfloat16", "device": "cuda", "recompute": True, "slots": 16, **flags}
+    counts = {"group_size": [16], "buffer_groups": [groups], "max_new_tokens": [24576]}
+    cfg = Config(minibatches=1, **cfg, **counts)
+    return plan(cfg, resolve_levels(cfg, measured=False), model, 256, held_out, processes)
 
 
-LONG = dict(dtype="bfloat16", device="cuda", recompute=True, slots=16, minibatches=1)
+def peak_gigabytes(parts):
+    always, *phases = map(total, parts.values())
+    return (always + max(phases)) / 1e9
 
 
 def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
-    """Of a 1.5 B model: only with activation checkpointing, and with the cache gone before learning."""
-    model, some = (
-        shape(1536, 8960, 28, 12, 2, True),
-        level(prompts=1, group_size=16, max_new_tokens=24576, buffer_groups=1),
-    )
-    parts = plan(Config(**LONG), [some], model, 256)
+    """Of a 1.5 B model: only with activation checkpointing."""
+    model = shape(1536, 8960, 28, 12, 2, True)
+    parts = long_run(model)
     assert parts["always"]["weights"] == 2 * 1_543_714_304
-    assert (
-        parts["sampling"]["KV cache"] == 16 * 97 * 256 * 28 * 2 * 2 * 128 * 2
-    )  # 24,576 + 256 tokens are 97 pages of 256
-    assert gigabytes(parts) < 60
-    assert gigabytes(plan(Config(**{**LONG, "recompute": False}), [some], model, 256)) > 80
+    pages = 16 * 97  # of 256 tokens, for 24,576 + 256
+    assert parts["sampling"]["KV cache"] == pages * 256 * 28 * 2 * 2 * 128 * 2
+    assert peak_gigabytes(parts) < 60 and f"{peak_gigabytes(parts):.3f} GB" in table(parts)
+    assert peak_gigabytes(long_run(model, recompute=False)) > 80
 
 
 def test_an_evaluation_fills_the_slots():
-    model, cfg = shape(1536, 8960, 28, 12, 2, True), Config(**{**LONG, "slots": 64})
-    few, many, split = (
-        plan(cfg, [level()], model, 256, *rest)["sampling"]["KV cache"]
-        for rest in ((), (1000,), (320, 8))
-    )
-    assert 4 * few == many and split * 64 == many * 40  # 16, 64 and 40 rows
+    model, caches = shape(1536, 8960, 28, 12, 2, True), []
+    for held_out, processes in ((0, 1), (1000, 1), (320, 8)):
+        parts = long_run(model, 1, held_out, processes, slots=64)
+        caches.append(parts["sampling"]["KV cache"])
+    assert caches[1] == 4 * caches[0] and caches[2] * 16 == caches[0] * 40  # 16, 64 and 40 rows
 
 
 def test_7b_over_8_cards_is_sharded():
-    model, some = (
-        shape(3584, 18944, 28, 28, 4, False),
-        level(prompts=8, group_size=16, max_new_tokens=24576, buffer_groups=8),
-    )
-    one = plan(Config(**LONG, fsdp=True), [some], model, 256, processes=1)
-    eight = plan(Config(**LONG, fsdp=True), [some], model, 256, processes=8)
-    for phase, what in (
-        ("always", "master weights"),
-        ("always", "moments"),
-        ("learning", "gradients"),
-    ):
-        assert eight[phase][what] == one[phase][what] // 8
+    model = shape(3584, 18944, 28, 28, 4, False)
+    one, eight = (long_run(model, 8, processes=n, fsdp=True) for n in (1, 8))
+    assert eight["always"]["moments"] == one["always"]["moments"] // 8
+    assert eight["learning"]["gradients"] == one["learning"]["gradients"] // 8
     assert eight["always"]["weights"] == one["always"]["weights"]  # whole, to sample from
-    assert gigabytes(eight) < 80 < gigabytes(one)
+    assert peak_gigabytes(eight) < 80 < peak_gigabytes(one)
 
 
 def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkeypatch):
     """No weights are needed, no GPU, no processes; nothing is written."""
-    config = tmp_path / "config"
-    config.mkdir()
-    for file in toy_folder.iterdir():
-        if file.suffix != ".safetensors":
-            (config / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(toy_folder, tmp_path / "config")
+    (tmp_path / "config/model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    train.main(["--plan", "--model", str(config), "--device", "cuda", "--fsdp", "--recompute"])
+    train.main(["--plan", "--model", "config", "--device", "cuda", "--fsdp", "--recompute"])
     printed = capsys.readouterr().out
-    assert (
-        "KV cache" in printed
-        and "gathered layers" in printed
-        and "at its peak, one process" in printed
-    )
+    assert "KV cache" in printed and "gathered layers" in printed and "at its peak" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["config"]

@@ -1,217 +1,140 @@
 """Draw what training runs logged.
 
-python report.py RUN [RUN ...]        one picture; several runs are drawn over each other
+    python -m tools.report RUN [RUN ...]    report.png of the first; several runs share its panels
+
+Legends name the keys of metrics.jsonl.
 """
 
 import argparse
-import json
-from itertools import groupby
+from itertools import cycle, pairwise
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from data import read_records
 
-STYLES = ("-", "--", ":", "-.")
-LEVEL_COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # Okabe & Ito, safe for the colour-blind
+LINES = ("-", "--", ":", "-.")  # one per run
 FATES = {  # what becomes of a group
-    "groups_kept": ("kept", "#0072b2"),
-    "groups_all_right": ("all right", "#9ecae1"),
-    "groups_all_wrong": ("all wrong", "#bdbdbd"),
-    "groups_stale": ("stale", "#636363"),
-    "groups_broken": ("not finite", "#d55e00"),
+    "groups_kept": "#0072b2",
+    "groups_all_right": "#9ecae1",
+    "groups_all_wrong": "#bdbdbd",
+    "groups_stale": "#636363",
+    "groups_broken": "#d55e00",
+}
+PANELS = """\
+reward, and the length reward in it   | mean over completions   | reward_mean length_reward_mean
+shares of completions                 | share                   | writes_steps_share truncated_share
+completion length                     | tokens                  | length_mean
+entropy of the policy                 | nats per token          | entropy
+tokens whose gradient is clipped away | share                   | clip_high_share clip_low_share
+divergence from the sampling policy   | rho - 1 - log rho, nats | kl_old
+gradient norm before clipping         | norm                    | grad_norm
+largest gap of learner from sampler   | nats, log scale         | logprob_gap_max
+throughput of whole updates           | tokens sampled / s      | tokens_per_second
+learning rate                         |                         | lr"""
+STYLE = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "font.size": 9,
+    "legend.frameon": False,
 }
 
 
-def read_lines(path):
-    if not path.is_file():
+def read_log(path):
+    """The rows of a log. No file, or an empty one: no rows."""
+    if not path.is_file() or not path.stat().st_size:
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return rows
+    return read_records(path, lambda row, _: row)
+
+
+def column(rows, key):
+    """(rows,) float: null becomes nan, a missing key 0."""
+    return np.array([row.get(key, 0) for row in rows], float)
 
 
 def smooth(values, window):
-    """Mean of up to `window` neighbours, gaps (None) left out; nan where there is nothing."""
-    parts = (
-        [v for v in values[max(0, i - window // 2) : i + window // 2 + 1] if v is not None]
-        for i in range(len(values))
-    )
-    return [sum(part) / len(part) if part else float("nan") for part in parts]
+    """Mean of the neighbours up to window // 2 away. Missing values (nan) do not count."""
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - window // 2) : i + window // 2 + 1]
+        near = near[np.isfinite(near)]
+        means.append(near.mean() if len(near) else np.nan)
+    return means
 
 
-def draw_lines(ax, runs, title, unit, series):
-    """series: {label: (key of metrics.jsonl, colour)}; raw values faint, their running mean strong."""
-    for run, style in zip(runs, STYLES * len(runs)):
-        updates = [row["update"] for row in run["metrics"]]
-        window = 1 if title == "learning rate" else max(1, len(updates) // 20)
-        for label, (key, colour) in series.items():
-            values = [row[key] for row in run["metrics"]]
-            ax.plot(updates, smooth(values, 1), color=colour, alpha=0.2, linewidth=0.7)
-            ax.plot(
-                updates,
-                smooth(values, window),
-                style,
-                color=colour,
-                linewidth=1.5,
-                label=label if run is runs[0] else None,
-            )
-    ax.set_title(title, loc="left")
-    ax.set_ylabel(unit)
-    if "gap" in title:
-        ax.set_yscale("log")
-    if len(series) > 1:
-        ax.legend(frameon=False, fontsize=8)
-
-
-def draw_accuracy(ax, runs):
-    for run, style in zip(runs, STYLES * len(runs)):
-        for level in sorted({row["level"] for row in run["metrics"] + run["eval"]}):
-            colour = LEVEL_COLOURS[(level - 1) % len(LEVEL_COLOURS)]
-            training = [row for row in run["metrics"] if row["level"] == level]
-            share = smooth([row["accuracy"] for row in training], max(1, len(training) // 10))
-            ax.plot(
-                [row["update"] for row in training],
-                share,
-                style,
-                color=colour,
-                alpha=0.35,
-                linewidth=1,
-            )
-            rows = [row for row in run["eval"] if row["level"] == level]
-            middle = [row["accuracy"] for row in rows]
-            error = [
-                [row["accuracy"] - row["low"] for row in rows],
-                [row["high"] - row["accuracy"] for row in rows],
-            ]
-            label = f"level {level}, held out" if rows and run is runs[0] else None
-            ax.errorbar(
-                [row["update"] for row in rows],
-                middle,
-                error,
-                fmt="o" + style,
-                color=colour,
-                capsize=3,
-                markersize=5,
-                label=label,
-            )
-    ax.set_ylim(0, 1)
-    ax.set_title("accuracy (thin: training)", loc="left")
+def draw_accuracy(ax, metrics, held_out, line):
+    ax.set_title("accuracy: held out (dots), in training (faint)")
     ax.set_ylabel("share right, 95 % intervals")
-    if any(run["eval"] for run in runs):
-        ax.legend(frameon=False, fontsize=8)
+    ax.set_ylim(0, 1)
+    for level in sorted({row["level"] for row in metrics + held_out}):
+        colour = f"C{level - 1}"
+        rows = [row for row in metrics if row["level"] == level]
+        share = smooth(column(rows, "accuracy"), len(rows) // 10)
+        ax.plot(column(rows, "update"), share, line, color=colour, alpha=0.4)
+        rows = [row for row in held_out if row["level"] == level]
+        updates, share = column(rows, "update"), column(rows, "accuracy")
+        ax.plot(updates, share, "o" + line, color=colour, label=f"level {level}")
+        ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
-def draw_buffer(ax, run, many):
-    """What became of the groups, stacked, per update; the first run alone."""
-    updates, bottom = [row["update"] for row in run["metrics"]], [0.0] * len(run["metrics"])
-    for key, (label, colour) in FATES.items():
-        if key == "groups_broken" and not any(row.get(key) for row in run["metrics"]):
-            continue
-        top = [
-            b + v
-            for b, v in zip(
-                bottom, smooth([row[key] for row in run["metrics"]], max(1, len(updates) // 20))
-            )
-        ]
-        ax.fill_between(updates, bottom, top, color=colour, label=label, linewidth=0)
-        bottom = top
-    ax.set_title(
-        "fate of the groups drawn (first run)" if many else "fate of the groups drawn", loc="left"
-    )
-    ax.set_ylabel("groups per update")
-    ax.legend(frameon=False, fontsize=8, ncols=2)
+def draw_fates(ax, metrics):
+    ax.set_title("fate of the groups drawn (first run)")
+    ax.set_ylabel("groups per update, stacked")
+    counts = [smooth(column(metrics, key), len(metrics) // 20) for key in FATES]
+    ax.stackplot(column(metrics, "update"), counts, labels=FATES, colors=FATES.values())
+    ax.margins(y=0.35)  # room for the legend
 
 
+def draw_panel(ax, metrics, panel, line):
+    """Raw values are faint, their running means strong."""
+    title, unit, keys = map(str.strip, panel.split("|"))
+    ax.set_title(title)
+    ax.set_ylabel(unit)
+    if "log scale" in unit:
+        ax.set_yscale("log")
+    updates = column(metrics, "update")
+    for i, key in enumerate(keys.split()):
+        values = column(metrics, key)
+        ax.plot(updates, values, color=f"C{i}", alpha=0.2)
+        ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
+
+
+def finish(axes, metrics):
+    """The legends, of the first run alone, and a line wherever its level changes."""
+    starts = [b["update"] for a, b in pairwise(metrics) if a["level"] != b["level"]]
+    for ax in axes:
+        ax.set_xlabel("update")
+        ax.legend()
+        for update in starts if len(starts) < 8 else ():  # interleaved levels change all the time
+            ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
+
+
+@matplotlib.style.context(["tableau-colorblind10", STYLE])
 def draw(folders):
     """Draw these run directories into report.png of the first; returns the picture's path."""
-    runs = []
-    for folder in map(Path, folders):
-        metrics = read_lines(folder / "metrics.jsonl")
+    folders = [Path(folder) for folder in folders]
+    figure = Figure(figsize=(17, 10), layout="constrained")
+    axes = figure.subplots(3, 4).flatten()
+    names = []
+    for folder, line in zip(folders, cycle(LINES)):
+        metrics = read_log(folder / "metrics.jsonl")
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
-        runs.append(
-            {"name": folder.name, "metrics": metrics, "eval": read_lines(folder / "eval.jsonl")}
-        )
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 9.5,
-            "axes.titleweight": "bold",
-        }
-    )
-    figure, axes = plt.subplots(3, 4, figsize=(17, 10), layout="constrained")
-    blue, orange, green = LEVEL_COLOURS[:3]
-    draw_accuracy(axes.flat[0], runs)
-    draw_buffer(axes.flat[1], runs[0], len(runs) > 1)
-    parts = {
-        "reward": ("reward_mean", blue),
-        "outcome R": ("outcome_mean", orange),
-        "length K": ("length_reward_mean", green),
-    }
-    if not any(
-        row["length_reward_mean"] for run in runs for row in run["metrics"]
-    ):  # K = 0: reward and outcome are one
-        parts = {"": ("reward_mean", blue)}
-    sides = {
-        "low side (A < 0)": ("clip_low_share", orange),
-        "high side (A > 0)": ("clip_high_share", blue),
-    }
-    shares = {"write steps": ("writes_steps_share", blue), "cut off": ("truncated_share", orange)}
-    panels = [
-        ("reward and its parts", "mean over completions", parts),
-        ("shares of completions", "share", shares),
-        ("completion length", "tokens", {"": ("length_mean", blue)}),
-        ("entropy of the policy", "nats per token", {"": ("entropy", blue)}),
-        ("tokens whose gradient the clip removed", "share", sides),
-        ("divergence from the sampling policy", "rho - 1 - log rho, nats", {"": ("kl_old", blue)}),
-        ("gradient norm before clipping", "norm", {"": ("grad_norm", blue)}),
-        ("largest gap between sampler and learner", "nats", {"": ("logprob_gap_max", blue)}),
-        (
-            "throughput of whole updates",
-            "sampled tokens per second",
-            {"": ("tokens_per_second", blue)},
-        ),
-        ("learning rate", "", {"": ("lr", blue)}),
-    ]
-    for ax, (title, unit, series) in zip(axes.flat[2:], panels):
-        draw_lines(ax, runs, title, unit, series)
-    boundaries = [
-        next(rows)["update"]
-        for _, rows in groupby(runs[0]["metrics"], key=lambda row: row["level"])
-    ][1:]
-    for ax in axes.flat:
-        ax.set_xlabel("update")
-        for first in (
-            boundaries if len(boundaries) < 8 else []
-        ):  # interleaved levels have no boundaries to show
-            ax.axvline(first - 0.5, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-    figure.suptitle(
-        "   ".join(
-            f"{run['name']} ({style})" if len(runs) > 1 else run["name"]
-            for run, style in zip(runs, STYLES * len(runs))
-        ),
-        fontsize=10,
-    )
-    path = Path(folders[0]) / "report.png"
+        draw_accuracy(axes[0], metrics, read_log(folder / "eval.jsonl"), line)
+        for ax, panel in zip(axes[2:], PANELS.splitlines()):
+            draw_panel(ax, metrics, panel, line)
+        if not names:
+            draw_fates(axes[1], metrics)
+            finish(axes, metrics)
+        names.append(f"{line} {folder.name}")
+    figure.suptitle("   ".join(names))
+    path = folders[0] / "report.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
