@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import data
 from model import Transformer
 from rewards import RIGHT, Grader, canonical, writes_steps
-from rollout import Completion, Request, sample, stream
+from rollout import Completion, sample, stream
 
 SHIPPED = (
     Path(__file__).parent / "assets"
@@ -214,19 +214,19 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     top_k, top_p, progress = sampling.top_k, sampling.top_p, show_progress
     clock, start = Counter() if clock is None else clock, time.perf_counter()
     limits = [min(max_new_tokens, policy.room(p)) for p in prompts]
-    requests = [
-        Request(p.tokens, k if limit else [], limit) for p, k, limit in zip(prompts, keys, limits)
-    ]
+    streams = [k if limit else [] for k, limit in zip(keys, limits)]
     with tqdm(desc="sampling", unit=" tokens", leave=False, disable=not progress, delay=2) as bar:
         done = sample(
             policy.model,
-            requests,
+            [p.tokens for p in prompts],
+            streams,
+            limits,
             slots=slots,
             stop_ids=policy.stop_ids,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            progress=bar.update,
+            on_finished=bar.update,
         )
     done = [c or [Completion([], [], False)] * len(k) for c, k in zip(done, keys)]
     sampled = time.perf_counter()

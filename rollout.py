@@ -1,33 +1,26 @@
 """Sampling: token lists in, token lists out. No text, no reward, no task.
 
-A fixed number of slots decodes in step; a slot that finishes is refilled at once. The prompt of a group is prefilled
-once and its cache row copied. Every random number is a function of its sample's key and the position in the
-completion, so slots, batch mates and the order of requests change nothing (beyond rounding).
+A fixed number of slots decodes in step; a slot that finishes is refilled at once. The prompt of a
+group is prefilled once, and its part of the KV cache copied. Every random number is a function of
+its sample's key and the position in the completion. So the number of slots, the other rows of the
+batch and the order of the prompts change nothing (beyond rounding).
+
+Shapes: R rows, T tokens, V vocabulary, H heads, K key/value heads, D head size,
+P positions of a page.
 """
 
-from collections import deque
 from dataclasses import dataclass
-from os.path import commonprefix  # of any sequences, in spite of its home
+from itertools import islice
+from os.path import commonprefix  # takes any sequences
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model import KVCache, log_softmax
+from model import additive_mask, log_softmax, scaled_dot_product
 
-PREFILL_TOKENS = (
-    8192  # at most so many padded prompt tokens go through the model at once (memory only)
-)
-CAPTURED = "cuda"  # where the decoding step is captured; elsewhere it is a call like any
+PREFILL_TOKENS = 8192  # padded prompt tokens that go through the model at once (memory only)
 MIN_ROWS = 8  # matrix products of fewer rows may round differently
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to complete len(keys) times."""
-
-    prompt: list  # token ids
-    keys: list  # one stream of random numbers per completion, see `stream`
-    max_new_tokens: int  # of each completion; or a list, one number per key
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,11 @@ class Completion:
     stopped: bool  # False: ran out of tokens
 
 
+# --------------------------------------------------------------------------------------- choice
+
+
 def stream(*counters):
-    """A 64-bit key for non-negative integers such as (run seed, purpose, level, draw index, sample index).
+    """A 64-bit key for non-negative integers, such as (run seed, purpose, level, draw, sample).
 
     Each purpose has its own number of counters: trailing zeros do not count.
     """
@@ -46,7 +42,10 @@ def stream(*counters):
 
 
 def uniforms(keys, positions):
-    """Number `position` of each stream, in [0, 1): SplitMix64 (Steele, Lea & Flood 2014).  uint64 (R,), (R,) -> (R,)"""
+    """Number `position` of each stream, in [0, 1): SplitMix64 (Steele, Lea & Flood 2014).
+
+    uint64 (R,), (R,) -> float64 (R,)
+    """
     z = keys + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -54,19 +53,23 @@ def uniforms(keys, positions):
 
 
 def keep_likely(logprobs, top_k, top_p):
-    """Restrict to the top_k likeliest tokens, then to the fewest whose mass reaches top_p; renormalised.  (R, V)"""
+    """Keep the top_k likeliest tokens, of them the fewest whose mass reaches top_p; renormalise.
+
+    (R, V) -> (R, V)
+    """
     ordered, order = logprobs.sort(-1, descending=True)
     if top_k:
-        ordered[:, top_k:] = float("-inf")
+        ordered[:, top_k:] = -torch.inf
     mass = ordered.softmax(-1)
-    ordered[mass.cumsum(-1) - mass >= top_p] = float("-inf")  # the first token always stays
+    ordered[mass.cumsum(-1) - mass >= top_p] = -torch.inf  # the first token always stays
     return torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)
 
 
 def choose(logits, u, temperature, top_k=0, top_p=1.0):
-    """Pick one token a row by inverting its distribution function at u.
+    """Pick one token per row: the inverse of its distribution function at u.
 
-    logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: a sure choice, 0 nats.
+    logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: its
+    choices are certain, 0 nats.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
@@ -74,239 +77,410 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)
     cdf = logprobs.exp().cumsum(-1)
-    total = cdf[
-        :, -1:
-    ]  # 1 up to rounding; below it even for u = 1 - 2^-53, so that no impossible token is reached
-    target = torch.minimum(
-        u[:, None].to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total))
-    )
-    tokens = torch.searchsorted(cdf, target, right=True).clamp(
-        max=logits.shape[-1] - 1
-    )  # nan: any, its log-prob says so
+    # The total is 1 up to rounding. The target stays below it even for u = 1 - 2^-53, so that no
+    # token of probability 0 is reached.
+    total = cdf[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(u[:, None].to(cdf.dtype) * total, below_total)
+    tokens = torch.searchsorted(cdf, target, right=True)
+    tokens.clamp_(max=logits.shape[-1] - 1)  # with nan any token; its log-prob is nan too
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def capture(step):
-    """step(), a function of tensors that stay where they are, as a CUDA graph -> its result and what makes it anew.
+# ---------------------------------------------------------------------------------------- cache
 
-    A step of 28 layers is a thousand kernels, most of which take less time than their launch.
+
+class KVCache:
+    """Keys and values of every layer for independent rows, each with as many pages as it needs.
+
+    k, v   one tensor per layer, (pages, K, D, P) and (pages, K, P, D): the order in which products
+           with queries and weights read them
+    table  (rows, width) on the host: the pages of each row in order, then zeros. Page 0 is a dummy.
+           Idle rows and prompt padding write to it; attention never reads it.
+
+    A query at position q sees position p of its row iff p <= q. What a page holds beyond that (the
+    padding of a prefill, tokens of an earlier row) is overwritten before it can be seen.
     """
+
+    # Positions of a page. Small pages waste less, large ones make less work. MIN_ROWS divides them.
+    PAGE = {"cpu": 32, "cuda": 256}
+    # The pool of pages grows by at least 1 / SLACK of itself, and the table by a multiple of WIDER.
+    # Rarely on a GPU, since each time the decoding step must be captured again.
+    SLACK = {"cpu": 8, "cuda": 2}
+    WIDER = {"cpu": 1, "cuda": 4}
+    HIDDEN = -1e30  # added to scores of what is not seen; finite, since an idle row sees nothing
+
+    def __init__(self, model, rows, longest):
+        """longest: tokens that a row may hold"""
+        kind, layers = model.device.type, model.config.num_hidden_layers
+        self.page, self.slack, self.wider = self.PAGE[kind], self.SLACK[kind], self.WIDER[kind]
+        self.max_pages = 1 + rows * self.num_pages(longest)
+        self.heads, self.device = model.config.num_attention_heads, model.device
+        size = 1, model.config.num_key_value_heads, model.head_dim, self.page
+        empty = model.lm_head.weight.new_zeros(size)
+        self.k = [empty.clone() for _ in range(layers)]
+        self.v = [empty.mT.contiguous() for _ in range(layers)]
+        self.table = np.zeros((rows, 0), np.int64)
+        self.free, self.layout, self.changed = [], (), True
+
+    def num_pages(self, tokens):
+        return -(-tokens // self.page)
+
+    # Pages are given and taken on the host; `arrange` tells the device.
+
+    def reserve(self, rows, lengths):
+        """Make room for positions below lengths (one per row), keeping what is stored."""
+        needed = self.num_pages(lengths)
+        missing = needed.max() - self.table.shape[1]
+        if missing > 0:
+            self.table = np.pad(self.table, ((0, 0), (0, -(-missing // self.wider) * self.wider)))
+        pages = self.table[rows]
+        new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
+        if new.any():
+            self.grow(new.sum() - len(self.free))
+            pages[new] = [self.free.pop() for _ in range(new.sum())]
+            self.table[rows] = pages
+            self.changed = True
+
+    def cut(self, row, length):
+        """Take back the pages of this row beyond length."""
+        pages = self.table[row, self.num_pages(length) :]
+        self.free.extend(pages[pages > 0])
+        self.changed |= pages.any()
+        pages[:] = 0
+
+    def grow(self, wanted):
+        """Add at least `wanted` free pages, of zeros: what is hidden must be finite, 0 * nan is nan."""
+        if wanted > 0:
+            pages = len(self.k[0])
+            more = max(wanted, min(pages // self.slack, self.max_pages - pages))
+            self.free.extend(range(pages, pages + more))
+            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
+
+    def copy(self, sources, targets, lengths):
+        """Copy the first lengths[i] positions of row sources[i] to row targets[i]."""
+        self.reserve(targets, lengths)
+        used = np.arange(self.table.shape[1]) < self.num_pages(lengths)[:, None]
+        old = self.to_device(self.table[sources][used])
+        new = self.to_device(self.table[targets][used])
+        self.each_pool(lambda pool: pool.index_copy_(0, new, pool[old]))
+
+    def keep(self, rows):
+        """Keep only these rows, renumbered in this order, and the pages that they hold."""
+        table = self.table[rows]
+        table = table[:, table.any(0)]
+        pages = np.unique(np.append(0, table))
+        self.table, self.free, self.changed = np.searchsorted(pages, table), [], True
+        kept = self.to_device(pages)
+        self.each_pool(lambda pool: pool[kept])
+
+    def each_pool(self, change):
+        for pools in (self.k, self.v):
+            for layer, pool in enumerate(pools):
+                pools[layer] = change(pool)
+
+    def to_device(self, array):
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def arrange(self):
+        """Tell the device who holds what, once pages changed hands: the index tensors of attention.
+
+        While `layout` stays the same object, these and the pools lie where they lay (a pool that
+        moves has another number of pages, or of rows). A captured step may then be replayed.
+        """
+        if not self.changed:
+            return
+        owner, number = np.zeros((2, len(self.k[0])), np.int64)  # of each page: row, place in it
+        row, place = np.nonzero(self.table)
+        owner[self.table[row, place]] = row
+        number[self.table[row, place]] = place
+        table, owner, number = map(self.to_device, (self.table, owner, number))
+        head = torch.arange(self.heads, device=self.device)
+        # Scores are (pages * H, P). Which of them are those of (rows * H, width), and back:
+        to_rows = (table[:, None] * self.heads + head[:, None]).flatten(0, 1)
+        to_pages = (owner[:, None] * self.heads + head) * table.shape[1] + number[:, None]
+        layout = table, owner, number * self.page, to_rows, to_pages
+        if [x.shape for x in layout] == [x.shape for x in self.layout]:
+            for old, new in zip(self.layout, layout):
+                old.copy_(new)
+        else:
+            self.layout = layout
+        self.changed = False
+
+    def attention(self, positions, rows):
+        """See Body.forward. rows=None is decoding: T = 1, row b is cache row b, -1 where it is idle."""
+        table = self.layout[0]
+        if rows is not None:
+            table = table[rows, : int(positions.max()) // self.page + 1]
+        page = table.gather(1, positions.clamp(min=0) // self.page) * (positions >= 0)
+        place = page, positions % self.page
+        if rows is not None:
+            return self.prefilling(place, table, positions)
+        return self.decoding(place, positions)
+
+    def store(self, layer, place, k, v):
+        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
+        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
+
+    def prefilling(self, place, table, positions):
+        seen = torch.arange(table.shape[1] * self.page, device=self.device) <= positions[..., None]
+        mask = additive_mask(seen[:, None], self.k[0].dtype)
+
+        def attend(layer, q, k, v):
+            self.store(layer, place, k, v)
+            k = self.k[layer][table].permute(0, 2, 1, 4, 3).flatten(2, 3)
+            v = self.v[layer][table].transpose(1, 2).flatten(2, 3)
+            return scaled_dot_product(q, k, v, mask)
+
+        return attend
+
+    def decoding(self, place, positions):
+        """Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
+
+        What is read is what is filled. For long completions that is nearly all that a step costs
+        beyond the weights.
+        """
+        table, owner, start, to_rows, to_pages = self.layout
+        pages, kv_heads, head_dim, page = self.k[0].shape
+        seen = start[:, None] + torch.arange(page, device=self.device) <= positions[owner]
+        seen[0] = False  # the dummy
+        hidden = additive_mask(seen, self.k[0].dtype, self.HIDDEN)
+        hidden = hidden.repeat_interleave(kv_heads, 0)[:, None]
+
+        def attend(layer, q, k, v):  # F.embedding(index, x) gathers rows of x
+            self.store(layer, place, k, v)
+            q = F.embedding(owner, q.flatten(1)).view(pages * kv_heads, -1, head_dim)
+            score = torch.baddbmm(hidden, q, self.k[layer].flatten(0, 1), alpha=head_dim**-0.5)
+            weight = F.embedding(to_rows, score.view(-1, page)).flatten(1)
+            weight = weight.softmax(-1).view(-1, page)  # in float32 inside
+            weight = F.embedding(to_pages, weight).view_as(score)
+            out = torch.bmm(weight, self.v[layer].flatten(0, 1)).view(pages, -1)
+            out[0] = 0  # the dummy
+            return F.embedding(table, out).sum(1, keepdim=True)
+
+        return attend
+
+
+# ---------------------------------------------------------------------------------------- slots
+
+
+def capture(step, device):
+    """A faster equivalent of step(), a function of tensors that stay where they are.
+
+    On a GPU it is a CUDA graph: a step of 28 layers is a thousand kernels, most of which take less
+    time than their launch. Elsewhere it is step itself.
+    """
+    if device.type != "cuda":
+        return step
     step()  # what libraries set up at a first call is no part of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
-    return result, graph.replay
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 class Slots:
-    """The decoding rows: whose completion each holds, its position, its row of the KV cache.
+    """The decoding rows. A slot that is not idle completes one sample.
 
-    The bookkeeping is in host arrays: keys, prompt_length, count, limit (rows,) and tokens, logprobs (rows, longest).
-    The cache and the next-token logits (rows, V) stay on the device; each token costs one small copy to the host.
+    Of each sample   prompt_of, key, limit (tokens)
+    Of each slot     sample (-1: idle), count, tokens, logprobs (of its completion so far), and a
+                     row of the KV cache
+    Samples wait in order; the first `started` have been given a slot. The bookkeeping is on the
+    host. The cache and the next-token logits (rows, V) stay on the device; each token costs one
+    small copy to the host.
     """
 
-    def __init__(self, model, requests, slots):
-        self.model, self.requests = model, requests
-        self.waiting = deque(
-            (r, i) for r, request in enumerate(requests) for i in range(len(request.keys))
-        )
-        self.slots = min(slots, len(self.waiting))
-        rows = max(MIN_ROWS, self.slots)  # beyond the slots: padding, never given a sample
-        longest = max((np.max(r.max_new_tokens) for r in requests), default=0)
-        self.owner = [None] * rows  # (request, sample) or None: idle
-        self.keys = np.zeros(rows, np.uint64)
-        self.prompt_length, self.count, self.limit = (np.zeros(rows, np.int64) for _ in range(3))
-        self.tokens, self.logprobs = np.zeros((rows, longest), np.int64), np.zeros((rows, longest))
-        self.cache = KVCache(
-            model,
-            rows,
-            max((len(r.prompt) + np.max(r.max_new_tokens) for r in requests), default=0),
-        )
+    def __init__(self, model, prompts, keys, max_new_tokens, slots):
+        """See `sample`."""
+        self.model, self.prompts, self.started = model, prompts, 0
+        prompt_of, limits = [], []
+        for prompt, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
+            prompt_of += [prompt] * len(streams)
+            limits += np.broadcast_to(limit, len(streams)).tolist()
+        self.prompt_of, self.limit = np.array(prompt_of, int), np.array(limits, int)
+        self.key = np.array([key for streams in keys for key in streams], np.uint64)
+        self.length = np.array([len(prompt) for prompt in prompts], int)[self.prompt_of]
+        self.slots = min(slots, len(limits))
+        rows = max(MIN_ROWS, self.slots)  # rows beyond the slots are padding, always idle
+        self.sample, self.count = np.full(rows, -1), np.zeros(rows, int)
+        self.tokens = np.zeros((rows, max(limits, default=0)), int)
+        self.logprobs = np.zeros(self.tokens.shape)
+        self.cache = KVCache(model, rows, max(self.length + self.limit, default=0))
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.captured = None  # the layout of the cache for which `replay` stands
-        self.held, self.first = (
-            {},
-            {},
-        )  # request -> a slot holding its prompt; its first next-token logits (V,)
+        # Of prompts whose samples still wait: a slot that holds its keys and values, first logits.
+        self.source, self.first_logits = {}, {}
+
+    @property
+    def waiting(self):
+        return len(self.limit) - self.started
 
     @property
     def live(self):
-        return [slot for slot, owner in enumerate(self.owner) if owner]
+        return np.flatnonzero(self.sample >= 0)
+
+    @property
+    def filled(self):
+        """Tokens of prompt and completion so far, of each live slot."""
+        return self.length[self.sample[self.live]] + self.count[self.live]
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
-        idle = [slot for slot, owner in enumerate(self.owner[: self.slots]) if not owner]
-        self.clear(idle)
-        idle.sort(
-            key=lambda slot: slot not in self.held.values()
-        )  # a held prompt is overwritten only by its own group
-        placed, new = [], []
-        for slot in idle[: len(self.waiting)]:
-            r, i = self.owner[slot] = self.waiting.popleft()
-            if r not in self.held:
-                self.held[r] = slot
-                new.append(r)
-            request = self.requests[r]
-            self.keys[slot], self.limit[slot] = (
-                request.keys[i],
-                np.broadcast_to(request.max_new_tokens, len(request.keys))[i],
-            )
-            self.prompt_length[slot], self.count[slot] = len(request.prompt), 0
-            placed.append((slot, r))
-        if not placed:
+        idle = np.flatnonzero(self.sample[: self.slots] < 0)
+        # A prompt that is still copied is overwritten only by its own group: its slot comes first.
+        idle = sorted(idle, key=lambda slot: slot not in self.source.values())[: self.waiting]
+        if not idle:
             return
-        new.sort(key=lambda r: len(self.requests[r].prompt))
+        self.sample[idle] = range(self.started, self.started + len(idle))
+        self.count[idle] = 0
+        self.started += len(idle)
+        prompts = self.prompt_of[self.sample[idle]]
+        for prompt, slot in zip(prompts, idle):
+            self.source.setdefault(prompt, slot)
+        self.prefill_new()
+        sources = np.array([self.source[prompt] for prompt in prompts])
+        copied = sources != idle
+        if copied.any():
+            targets = np.array(idle)[copied]
+            self.cache.copy(sources[copied], targets, self.length[self.sample[targets]])
+        self.logits[idle] = torch.stack([self.first_logits[prompt] for prompt in prompts])
+        for prompt in set(prompts) - set(self.prompt_of[self.started :][:1]):
+            del self.source[prompt], self.first_logits[prompt]
+
+    def prefill_new(self):
+        """Prefill the prompts that have a slot but no logits, the longest ones first."""
+        new = [prompt for prompt in self.source if prompt not in self.first_logits]
+        new.sort(key=lambda prompt: len(self.prompts[prompt]))
         while new:
-            size = max(1, PREFILL_TOKENS // len(self.requests[new[-1]].prompt))
+            size = max(1, PREFILL_TOKENS // len(self.prompts[new[-1]]))
             self.prefill(new[-size:])
             del new[-size:]
-        copies = [(self.held[r], slot) for slot, r in placed if self.held[r] != slot]
-        if copies:
-            self.cache.copy(*zip(*copies), self.prompt_length[[slot for _, slot in copies]])
-        self.logits[[slot for slot, _ in placed]] = torch.stack([self.first[r] for _, r in placed])
-        for r in [r for r in self.held if not self.waiting or r != self.waiting[0][0]]:
-            del self.held[r], self.first[r]
-
-    def clear(self, idle):
-        """Give back the pages of idle slots, save for a prompt that may still be copied."""
-        held = set(self.held.values())
-        self.cache.cut(
-            idle,
-            np.array([self.prompt_length[slot] if slot in held else 0 for slot in idle], np.int64),
-        )
 
     def prefill(self, batch):
-        """Run the prompts of these requests into their cache rows; a beginning that all share (worked examples), once."""
-        prompts, rows = [self.requests[r].prompt for r in batch], [self.held[r] for r in batch]
-        shared = (
-            max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS if len(batch) > 1 else 0
-        )
-        if shared:  # a token at least is left to each
+        """Run these prompts into their cache rows; a beginning that all share goes through once."""
+        prompts = [self.prompts[prompt] for prompt in batch]
+        rows = [self.source[prompt] for prompt in batch]
+        shared = 0
+        if len(batch) > 1:  # at least one token is left to each
+            shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS
+        if shared:
             self.extend(rows[:1], [prompts[0][:shared]], 0)
-            self.cache.copy(rows[:1] * (len(rows) - 1), rows[1:], np.full(len(rows) - 1, shared))
-        hidden = self.extend(rows, [p[shared:] for p in prompts], shared)
-        lengths = self.to_device(np.array([len(p) for p in prompts])) - shared
-        last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
-        self.first.update(zip(batch, self.model.lm_head(last)))
+            copies = len(rows) - 1
+            self.cache.copy(rows[:1] * copies, rows[1:], np.full(copies, shared))
+        rest = [prompt[shared:] for prompt in prompts]
+        hidden = self.extend(rows, rest, shared)
+        last = [len(tokens) - 1 for tokens in rest]
+        logits = self.model.lm_head(hidden[range(len(batch)), last])
+        self.first_logits.update(zip(batch, logits))
 
     def extend(self, rows, tokens, start):
-        """Run token lists, right-padded, into these cache rows from position `start`; returns hidden states (B, T, C)."""
-        width = -(-max(map(len, tokens)) // MIN_ROWS) * MIN_ROWS
-        ids = np.zeros((len(rows), width), np.int64)
-        for row, some in zip(ids, tokens):
-            row[: len(some)] = some
-        self.cache.reserve(np.array(rows), start + np.array([len(some) for some in tokens]))
+        """Run token lists into these cache rows from position `start`; -> hidden states (B, T, C)."""
+        lengths = np.array([len(row) for row in tokens])
+        width = -(-lengths.max() // MIN_ROWS) * MIN_ROWS
+        self.cache.reserve(rows, start + lengths)
         self.cache.arrange()
-        positions = self.to_device(np.arange(start, start + width)).expand(len(rows), -1)
-        return self.model.model(
-            self.to_device(ids), positions, self.cache, self.to_device(np.array(rows))
-        )
+        device = self.cache.device
+        padded = [row + [0] * (width - len(row)) for row in tokens]
+        ids, rows = torch.tensor(padded, device=device), torch.tensor(rows, device=device)
+        positions = torch.arange(start, start + width, device=device).expand(ids.shape)
+        return self.model.model(ids, positions, self.cache, rows)
 
     def advance(self, temperature, top_k, top_p):
         """Sample and record the next token of every slot."""
-        u = self.to_device(uniforms(self.keys, self.count))
-        chosen = (
-            torch.stack([x.double() for x in choose(self.logits, u, temperature, top_k, top_p)])
-            .cpu()
-            .numpy()
-        )  # sync
+        u = self.cache.to_device(uniforms(self.key[self.sample], self.count))
+        tokens, logprobs = choose(self.logits, u, temperature, top_k, top_p)
+        chosen = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()  # sync
         live = self.live
-        self.tokens[live, self.count[live]], self.logprobs[live, self.count[live]] = chosen[:, live]
+        self.tokens[live, self.count[live]] = chosen[0, live]
+        self.logprobs[live, self.count[live]] = chosen[1, live]
         self.count[live] += 1
 
     def retire(self, stop_ids):
-        """Free the slots whose completion stopped or ran out; yields (request, sample, completion)."""
-        last = self.tokens[np.arange(len(self.owner)), self.count - 1]
-        stopped = np.isin(last, stop_ids)
-        for slot in np.flatnonzero(stopped | (self.count == self.limit)):
-            if self.owner[slot]:
-                n = self.count[slot]
-                completion = Completion(
-                    self.tokens[slot, :n].tolist(),
-                    self.logprobs[slot, :n].tolist(),
-                    bool(stopped[slot]),
-                )
-                yield *self.owner[slot], completion
-                self.owner[slot] = None
+        """Free the slots whose completion stopped or ran out; yields sample, completion."""
+        for slot in self.live:
+            sample, count = self.sample[slot], self.count[slot]
+            stopped = self.tokens[slot, count - 1] in stop_ids
+            if stopped or count == self.limit[sample]:
+                tokens, logprobs = self.tokens[slot, :count], self.logprobs[slot, :count]
+                yield sample, Completion(tokens.tolist(), logprobs.tolist(), stopped)
+                self.sample[slot] = -1
+                # A prompt that will still be copied stays.
+                still_copied = slot in self.source.values()
+                self.cache.cut(slot, self.length[sample] * still_copied)
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
         live = self.live
         rows = max(len(live), MIN_ROWS)
-        if self.waiting or not live or len(self.owner) < 2 * rows:
+        if self.waiting or not len(live) or len(self.sample) < 2 * rows:
             return
-        idle = [slot for slot, owner in enumerate(self.owner) if not owner]
-        self.clear(idle)
-        keep = (live + idle)[:rows]
-        self.owner = [self.owner[slot] for slot in keep]
-        for name in ("keys", "prompt_length", "count", "limit", "tokens", "logprobs"):
-            setattr(self, name, getattr(self, name)[keep])
-        self.cache.keep(keep)
-        self.logits = self.logits[keep]
+        kept = np.append(live, np.flatnonzero(self.sample < 0))[:rows]
+        for name in ("sample", "count", "tokens", "logprobs", "logits"):
+            setattr(self, name, getattr(self, name)[kept])
+        self.cache.keep(kept)
 
     def decode(self):
         """Feed every slot its last token."""
-        live = np.array(self.live)
-        fed = np.stack(
-            [np.zeros(len(self.owner), np.int64), np.full(len(self.owner), -1)]
-        )  # last token, its position; -1: idle
-        fed[:, live] = (
-            self.tokens[live, self.count[live] - 1],
-            self.prompt_length[live] + self.count[live] - 1,
-        )
-        self.cache.reserve(live, fed[1, live] + 1)
+        live = self.live
+        fed = np.zeros((2, len(self.sample)), int)  # last token, its position (-1: idle)
+        fed[1] = -1
+        fed[:, live] = self.tokens[live, self.count[live] - 1], self.filled - 1
+        self.cache.reserve(live, self.filled)
         self.cache.arrange()
-        if self.logits.device.type != CAPTURED:
-            self.fed = self.to_device(fed)
-            self.logits = self.forward()
-            return
-        if (
-            self.captured is not self.cache.layout
-        ):  # the first step, or one whose tensors have moved
-            self.fed, self.logits, self.replay = self.to_device(fed), None, None
-            self.logits, self.replay = capture(self.forward)
+        if self.captured is not self.cache.layout:  # the first step, or tensors have moved
+            self.logits = self.replay = None  # frees their memory first
+            self.fed = self.cache.to_device(fed)
+            self.replay = capture(self.forward, self.fed.device)
             self.captured = self.cache.layout
         self.fed.copy_(torch.from_numpy(fed), non_blocking=True)
-        self.replay()
+        self.logits = self.replay()
 
     def forward(self):
         last, positions = self.fed[..., None]
         return self.model(last, positions, self.cache)[:, 0]
 
-    def to_device(self, array):
-        return torch.from_numpy(array).to(self.logits.device, non_blocking=True)
-
 
 @torch.inference_mode()
 def sample(
     model,
-    requests,
+    prompts,
+    keys,
+    max_new_tokens,
     *,
     slots,
     stop_ids,
     temperature,
     top_k=0,
     top_p=1.0,
-    progress=lambda tokens: None,
+    on_finished=lambda num_tokens: None,
 ):
-    """Complete every request; returns one list of Completion per request, in order.
+    """Complete every prompt; returns one list of Completion per prompt, in order.
 
-    slots        rows decoded together (memory and speed only)
-    stop_ids     a completion ends with the first of these ids, which is kept
-    temperature  of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for evaluation: the learner's
-                 softmax knows neither
-    progress     called with the number of tokens of every finished completion
+    prompts         token lists
+    keys            for each prompt the streams of its completions, see `stream`
+    max_new_tokens  for each prompt the limit of its completions, or a list with one per completion
+    slots           rows decoded together (memory and speed only)
+    stop_ids        a completion ends with the first of these ids, which is kept
+    temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
+                    evaluation: the learner's softmax knows neither
+    on_finished     called with the number of tokens of every finished completion
     """
-    done = [[None] * len(r.keys) for r in requests]
-    work, stop_ids = Slots(model, requests, slots), sorted(stop_ids)
-    with model.laid_out(len(work.owner)):
-        while work.waiting or work.live:
+    work = Slots(model, prompts, keys, max_new_tokens, slots)
+    done, stop_ids = [None] * work.waiting, set(stop_ids)
+    with model.laid_out(len(work.sample)):
+        while work.waiting or len(work.live):
             work.refill()
             work.advance(temperature, top_k, top_p)
-            for r, i, completion in work.retire(stop_ids):
-                done[r][i] = completion
-                progress(len(completion.tokens))
+            for i, completion in work.retire(stop_ids):
+                done[i] = completion
+                on_finished(len(completion.tokens))
             work.compact()
-            if work.live:
+            if len(work.live):
                 work.decode()
-    return done
+    done = iter(done)
+    return [list(islice(done, len(streams))) for streams in keys]

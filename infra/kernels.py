@@ -1,9 +1,128 @@
-"""stub"""
+"""Matrix products on a CPU: which kernels run on this machine, and which are faster.
+
+torch multiplies with the BLAS that it was built with. On some CPUs oneDNN is faster, and faster still for few rows if
+the weights are packed: copied once into the order in which the kernel reads them. Some CPUs and builds of torch lack
+these kernels, or have them in float32 only, and no name of a vendor tells. So `probe` tries them. Everything works
+without them.
+"""
+
+import math
+import timeit
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+# What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.
+MISSING = (RuntimeError, NotImplementedError, AttributeError)
+GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
+_in_use = None  # the choice in force, see `chosen`
+
+
+def onednn_linear(x, weight, bias=None):
+    """x (..., I), weight (O, I) as it is or packed, bias (O,) -> (..., O), without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(weight, rows):
+    """A copy of the weight (O, I) for `onednn_linear` with about `rows` rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+# ------------------------------------------------------------------------------------------------------- the choice
 
 
 def probe():
-    return {"linear": "onednn", "packed": ["float32"]}
+    """Try the kernels of oneDNN and time them against torch's; takes some 50 ms.
+
+    Returns what JSON can hold: {"linear": "torch" or "onednn", the product of training in float32;
+    "packed": the dtypes in which sampling packs its weights}.
+    """
+    x, weight = torch.ones(512, 256, device="cpu"), torch.ones(256, 256, device="cpu")
+    by_torch = seconds(partial(training_products, F.linear), x, weight)
+    by_onednn = seconds(partial(training_products, onednn_linear), x, weight)
+    choice = {"linear": "onednn" if GAIN * by_onednn < by_torch else "torch", "packed": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = x[:32].to(dtype), weight.to(dtype)
+        unpacked = F.linear
+        if dtype == torch.float32 and choice["linear"] == "onednn":
+            unpacked = onednn_linear
+        if GAIN * seconds(onednn_linear, x, weight, packed=True) < seconds(unpacked, x, weight):
+            choice["packed"].append(name(dtype))
+    return choice
 
 
 def use(choice):
-    return choice
+    """Set the choice for this process. What this machine cannot run is left to torch's kernel; returns what is used."""
+    global _in_use
+    _in_use = {"linear": "torch", "packed": []}
+    x = torch.ones(8, 16, device="cpu")
+    if choice["linear"] == "onednn" and seconds(onednn_linear, x, x) < math.inf:
+        _in_use["linear"] = "onednn"
+    for dtype in choice["packed"]:
+        x = x.to(getattr(torch, dtype))
+        if seconds(onednn_linear, x, x, packed=True) < math.inf:
+            _in_use["packed"].append(dtype)
+    return _in_use
+
+
+def chosen():
+    """The choice in force. The first call probes, unless `use` came before."""
+    if _in_use is None:
+        use(probe())
+    return _in_use
+
+
+def seconds(product, x, weight, packed=False):
+    """The fastest of a few calls of product(x, weight); infinity where this machine has no such kernel."""
+    try:
+        if packed:
+            weight = pack(weight, len(x))
+        return min(timeit.repeat(lambda: product(x, weight), number=1, repeat=7))
+    except MISSING:
+        return math.inf
+
+
+def training_products(product, x, weight):
+    """The shapes of a forward and a backward pass: outputs, and the gradients of input and weight."""
+    product(x, weight)
+    product(x, weight.t())
+    product(x.t(), x.t())
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------- its use
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """A linear layer and its gradient by oneDNN, in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_rows = grad.flatten(0, -2)
+        x_grad = onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        weight_grad = onednn_linear(grad_rows.t(), x.flatten(0, -2).t())
+        return x_grad, weight_grad, grad_rows.sum(0) if ctx.has_bias else None
+
+
+def linear(x, weight, bias=None):
+    """x (..., I), weight (O, I), bias (O,) -> (..., O), with a gradient, by the chosen kernel."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()
+    if on_cpu and chosen()["linear"] == "onednn":
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def packs(device, dtype):
+    """Whether sampling packs its weights. device: "cpu" or "cuda"."""
+    return device == "cpu" and name(dtype) in chosen()["packed"]

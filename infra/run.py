@@ -190,8 +190,8 @@ class Run:
         if row["high"] < best["low"]:
             tqdm.write(
                 f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} "
-                f"after {best['update']} updates, and the intervals do not meet; give this level fewer "
-                "--updates, or take turns (--schedule interleaved)"
+                f"after {best['update']} updates, and the intervals do not meet; give this level "
+                "fewer --updates, or take turns (--schedule interleaved)"
             )
 
     def table(self):

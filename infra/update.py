@@ -98,14 +98,13 @@ class Update:
         outcome = [x for g in self.groups for x in g.outcome.tolist()]
         length = [x for g in self.groups for x in g.length_reward.tolist()]
         reward = [x for g in self.groups for x in g.reward.tolist()]
-        std = torch.tensor(reward, dtype=torch.float64).std(correction=0).item()
         sampled = sum(r["tokens"] for r in rows)
         row = {
             "update": self.number,
             "level": self.stage.number,
             "accuracy": self.mean([r["verdict"] == RIGHT for r in rows]),
             "reward_mean": self.mean(reward),
-            "reward_std": std,
+            "reward_std": population_std(reward),
             "outcome_mean": self.mean(outcome),
             "length_reward_mean": self.mean(length),
             "length_mean": self.mean([r["tokens"] for r in rows]),
@@ -166,6 +165,13 @@ LINE = (
     "{clip_low_share:.1%} + {clip_high_share:.1%} | kl {kl_old:.0e} | entropy {entropy:.2f} | grad "
     "{grad_norm:.2f} | {tokens_per_second:,.0f} tok/s"
 )
+
+
+def population_std(values):
+    """None if there are none."""
+    if not values:
+        return None
+    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
 
 
 def finite(value):

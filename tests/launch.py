@@ -1,6 +1,8 @@
-"""Training runs in processes of their own, started in milliseconds: a server that has imported everything forks them."""
+"""Training runs in processes of their own, which a server that has imported everything forks."""
 
+import contextlib
 import functools
+import importlib
 import multiprocessing
 import os
 import resource
@@ -14,27 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.ranks import SHARDS_ON_CPU
+from infra.ranks import FSDP_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_FSDP = "--fsdp on CPUs needs a newer torch"
+PRELOAD = """train tools.report launch torch.distributed.tensor torch.distributed.fsdp
+transformers.models.llama.configuration_llama transformers.models.qwen3.configuration_qwen3
+transformers.tokenization_utils_tokenizers"""
 
 
 @functools.cache
 def server():
-    """Not a fork of the test's own process: autograd refuses to work in a fork of a process that has used it."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    )
+    """Not a fork of the test's own process: autograd does not work in a fork of a process that has
+    used it."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     context = multiprocessing.get_context("forkserver")
-    lazy = [
-        "transformers.models.llama.configuration_llama",
-        "transformers.models.qwen3.configuration_qwen3",
-        "transformers.tokenization_utils_tokenizers",
-        "torch.distributed.tensor",
-        "torch.distributed.fsdp",
-    ]
-    context.set_forkserver_preload(["train", "tools.report", "launch", *lazy])
+    context.set_forkserver_preload(PRELOAD.split())
     return context
 
 
@@ -44,7 +42,7 @@ def child(folder, arguments, environment, sabotage, log):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = open(descriptor, "w", buffering=1)
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     from tqdm import tqdm
 
     import train
@@ -60,57 +58,38 @@ def child(folder, arguments, environment, sabotage, log):
         train.main(arguments)
         code = 0
     except SystemExit as stop:
-        code = stop.code
-        if isinstance(code, str):
-            print(code)
-            code = 1
+        code = stop.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        os._exit(code or 0)
+        os._exit(code)
 
 
 def start(folder, arguments, world=1, sabotage=None):
-    """Start train.main(arguments) in `world` processes; `sabotage`, a function of a module, runs first in each."""
-    if "--fsdp" in arguments and not SHARDS_ON_CPU:
+    """Start train.main(arguments) in `world` processes; `sabotage` runs first in each."""
+    if "--fsdp" in arguments and not FSDP_ON_CPU:
         pytest.skip(NO_FSDP)
-    port = 0
+    environment = {}
     if world > 1 or "--fsdp" in arguments:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            port = str(free.getsockname()[1])
+        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(world):
-        environment = (
-            {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            if port
-            else {}
-        )
-        process = server().Process(
-            target=child,
-            daemon=True,
-            args=(
-                str(folder),
-                list(map(str, arguments)),
-                {k: str(v) for k, v in environment.items()},
-                sabotage,
-                str(Path(folder) / f"log{rank}"),
-            ),
-        )
+        if environment:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        log = str(Path(folder) / f"log{rank}")
+        words = str(folder), list(map(str, arguments)), dict(environment), sabotage, log
+        process = server().Process(target=child, daemon=True, args=words)
         process.start()
         processes.append(process)
     return processes
 
 
 def wait(processes, seconds=120):
-    """Exit codes; a process that does not end is killed and fails the test: somewhere it waits in vain."""
+    """Exit codes. A process that does not end is killed and fails the test: it waits in vain."""
     for process in processes:
         process.join(seconds)
     stuck = [rank for rank, process in enumerate(processes) if process.exitcode is None]
@@ -129,73 +108,82 @@ def words(**flags):
     result = []
     for name, value in flags.items():
         result.append(f"--{name.replace('_', '-')}")
-        result += (
-            [] if value is True else list(map(str, value if isinstance(value, tuple) else [value]))
-        )
+        if value is not True:
+            result += map(str, value if isinstance(value, tuple) else [value])
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------- sabotage
+# --------------------------------------------------------------------------------------- sabotage
 # Made with functools.partial; they run in the child, before the run begins.
 
 
-def products_by_onednn():
-    import model
+def at_event(number, action):
+    """Call action() at the number-th Python or C call that is made once training has begun.
 
-    model.SLOW_BLAS = True
+    number None  prints how many there are, at the end
+    """
+    import train
+
+    begin, count = train.train.__code__, []
+
+    def profile(frame, event, argument):
+        if event in ("call", "c_call") and (count or frame.f_code is begin):
+            count.append(None)
+            if len(count) == number:
+                action()
+
+    sys.setprofile(profile)
+    if number is None:
+        leave = os._exit
+
+        def telling(code):
+            sys.setprofile(None)
+            print(f"\n{len(count)} events")
+            leave(code)
+
+        os._exit = telling
 
 
 def at_call(where, number, action):
-    """Call action(original, arguments) in place of the number-th call of where, "module.function" or "module.Class.function"."""
-    import importlib
-
-    module, *path, name = where.split(".")
-    owner = functools.reduce(getattr, path, importlib.import_module(module))
+    """action(original) in place of the number-th call of where, "module.function" or
+    "module.Class.function"; original() makes the call."""
+    owner, name = find(where)
     original, calls = getattr(owner, name), []
 
     @functools.wraps(original)
     def wrapper(*arguments, **keywords):
         calls.append(1)
         if len(calls) == number:
-            return action(functools.partial(original, *arguments, **keywords), arguments)
+            return action(functools.partial(original, *arguments, **keywords))
         return original(*arguments, **keywords)
 
     setattr(owner, name, wrapper)
 
 
-def die(original, arguments):
+def find(where):
+    path, _, name = where.rpartition(".")
+    module, _, owner = path.rpartition(".")
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module(path), name
+    return getattr(importlib.import_module(module), owner), name
+
+
+def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_after(original, arguments):
-    original()
-    die(None, None)
+def tell(number, original=None):
+    """A signal arrives; if a call is under way, while it is."""
+    os.kill(os.getpid(), number)
+    return original() if original else None
 
 
-def die_writing(original, arguments):
-    """Leave half of the file that would have been written. arguments: (what, path)"""
-    original()
-    os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
-    die(None, None)
-
-
-def die_appending(original, arguments):
-    """Leave half of the lines that would have been appended. arguments: (run, name, rows)"""
-    path = arguments[0].out / arguments[1]
-    before = path.stat().st_size if path.exists() else 0
-    original()
-    os.truncate(path, (before + path.stat().st_size) // 2)
-    die(None, None)
-
-
-def full_disk(path, original, arguments):
-    """No file may grow beyond the size of this one from now on: the kernel itself refuses the writes."""
+def full_disk(path, original):
+    """No file may grow beyond this one's size from now on: the kernel refuses the writes."""
     size = os.path.getsize(path) - 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return original()
 
 
-def told_to_stop(number, original, arguments):
-    """A signal arrives while this call is under way."""
-    os.kill(os.getpid(), number)
-    return original()
+def fail(error, original):
+    raise error

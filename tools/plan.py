@@ -6,8 +6,9 @@ prompt, whose keys each of them copies while learning, may take more.) Setting u
 other: what one needs is gone before the next begins.
 """
 
-from model import KVCache, Linear, keys_for_every_head, lays_out
-from rollout import MIN_ROWS, PREFILL_TOKENS
+from infra import kernels
+from model import Linear, keys_for_every_head
+from rollout import KVCache, MIN_ROWS, PREFILL_TOKENS
 
 
 def up_to(n, unit):
@@ -108,7 +109,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
         p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters()
     )
     sampling, learning = {}, {} if copied and not cfg.fsdp else gradients
-    if lays_out(cfg.device, model.lm_head.weight.dtype):
+    if kernels.packs(cfg.device, model.lm_head.weight.dtype):
         sampling["weights laid out"] = linears * size
 
     _, per_key = layer_bytes(config, model.head_dim, size, wide)
