@@ -3,10 +3,10 @@
 import argparse
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import torch
-from transformers.hf_argparser import string_to_bool
+from transformers import HfArgumentParser
 
 from data import QUALITY
 from eprli import Level
@@ -18,15 +18,15 @@ MEMORY_ONLY = "memory only, never changes the result"
 
 
 def flag(default, help, source="ours"):
-    metadata = {"help": help, "source": source}
+    metadata = {"help": f"{help} [{source}]"}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every flag: default, unit, source. Those of type list take one value, or one per level."""
+class Files:
+    _argument_group_name = "files"
 
     model: str = flag(
         str(SHIPPED / "tiny"), "checkpoint folder or hub name (Llama, Qwen2 or Qwen3)"
@@ -48,6 +48,11 @@ class Config:
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
     plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
+
+
+@dataclass(frozen=True)
+class Levels:
+    _argument_group_name = "levels: a list has one value for all, or one per level"
 
     quality: list[float] | None = flag(
         None,
@@ -82,6 +87,11 @@ class Config:
     )
     updates: list[int] = flag([60], "M_l, updates of the level")
 
+
+@dataclass(frozen=True)
+class Objective:
+    _argument_group_name = "objective"
+
     loss_norm: Literal["sequence", "token", "constant"] = flag(
         "sequence", "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO", "paper"
     )
@@ -106,6 +116,11 @@ class Config:
     )
     max_draws: int = flag(10, "draws per update before it is skipped", "DAPO")
 
+
+@dataclass(frozen=True)
+class Optimizer:
+    _argument_group_name = "optimizer"
+
     lr: float = flag(
         1.5e-4,
         "peak learning rate of AdamW",
@@ -120,6 +135,11 @@ class Config:
     )
     max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
 
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    _argument_group_name = "sampling and evaluation"
+
     temperature: float = flag(
         1.0, "of the softmax, in sampling and learning alike", "DAPO; DeepScaleR 0.6"
     )
@@ -128,6 +148,11 @@ class Config:
         None, "updates between evaluations; default: at ends of levels alone; 0: none at all"
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
+
+
+@dataclass(frozen=True)
+class Memory:
+    _argument_group_name = "memory and speed"
 
     device: Literal["cpu", "cuda"] = flag(
         "cuda" if torch.cuda.is_available() else "cpu", "where the model lives"
@@ -148,14 +173,12 @@ class Config:
     )
 
 
-SECTIONS = {  # of --help: the first flag of each
-    "model": "files",
-    "quality": "levels (one value for all levels, or one per level; difficulty, schedule: one)",
-    "loss_norm": "objective",
-    "lr": "optimizer",
-    "temperature": "sampling and evaluation",
-    "device": "memory and speed",
-}
+@dataclass(frozen=True)
+class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
+    """Every flag: default, unit, source. Those of type list take one value, or one per level."""
+
+
+SECTIONS = (Files, Levels, Objective, Optimizer, SamplingFlags, Memory)
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 MAY_CHANGE = (  # with --resume: no result depends on them
     "device",
@@ -182,51 +205,24 @@ def option(name):
 
 
 def make_parser():
-    """Only the flags that are given appear in the result of parse_args: Config has the defaults."""
-    parser = argparse.ArgumentParser(
+    """One option for every flag. HfArgumentParser also reads --group_size for --group-size; --help
+    shows the latter alone."""
+    parser = HfArgumentParser(
+        SECTIONS,
         description="EPRLI: reinforcement learning level by level (arXiv 2508.01604).",
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    hints, default = get_type_hints(Config), Config()
-    for f in fields(Config):
-        if f.name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[f.name])
-        words = "{help} [{source}]".format(**f.metadata) + f" (default: {getattr(default, f.name)})"
-        kind = argument_kind(hints[f.name])
-        section.add_argument(option(f.name), help=words.replace("%", "%%"), **kind)
+    for action in parser._actions:
+        action.option_strings = [name for name in action.option_strings if "_" not in name]
     return parser
 
 
-def argument_kind(hint):
-    """A type hint of Config -> the arguments of add_argument that read it."""
-    if type(None) in get_args(hint):
-        hint = get_args(hint)[0]
-    if get_origin(hint) is list:
-        return {"nargs": "+", "type": get_args(hint)[0]}
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    if hint is bool:
-        return {"nargs": "?", "const": True, "type": string_to_bool}
-    return {"type": hint}
-
-
-def parse(parser, arguments):
-    """-> {name: value} of the flags that are given. --group_size is read as --group-size."""
-    words = []
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        words.append(option(name[2:]) + equals + value if word.startswith("--") else word)
-    return vars(parser.parse_args(words))
-
-
-def as_words(flags):
-    """The inverse of `parse`."""
-    words = []
-    for name, value in flags.items():
-        words += [option(name), *map(str, value if isinstance(value, list) else [value])]
-    return words
+def given_flags(parser, arguments):
+    """{name: value} of the flags that stand on the command line."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(arguments))
 
 
 def check(cfg):
@@ -313,14 +309,14 @@ def explain(cfg, levels):
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
         f"with {len(levels)} level(s), values level by level:",
     ]
-    default, told = Config(), False
-    for f in fields(Config):
-        if f.name in SECTIONS:
-            told = SECTIONS[f.name] not in ("files", "memory and speed")
-        value = getattr(cfg, f.name)
-        source = f.metadata["source"] if value == getattr(default, f.name) else "given"
-        if hasattr(levels[0], f.name):
-            value = " ".join(str(getattr(level, f.name)) for level in levels)
-        if told:
-            lines.append(f"  {option(f.name)} {value} [{source}]")
+    for section in (Levels, Objective, Optimizer, SamplingFlags):
+        default = section()
+        for f in fields(section):
+            value = getattr(cfg, f.name)
+            source = f.metadata["help"].rpartition("[")[2]
+            if value != getattr(default, f.name):
+                source = "given]"
+            if hasattr(levels[0], f.name):
+                value = " ".join(str(getattr(level, f.name)) for level in levels)
+            lines.append(f"  {option(f.name)} {value} [{source}")
     return "\n".join(lines)

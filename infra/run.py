@@ -296,15 +296,16 @@ def unpack(run, state, tensors):
     progress = state["progress"]
     run.turns_taken, run.trained = progress["update"], progress["trained"]
     run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]
-    tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
+    lengths = [n for level in state["levels"] for g in level["groups"] for n in g["lengths"]]
+    tokens, logprobs = (iter(tensors[name].split(lengths)) for name in ("tokens", "logprobs"))
     for stage, level in zip(run.stages, state["levels"], strict=True):
         stage.skip_prompts(level["drawn"])
         stage.turns, stage.skips = level["updates"], level["skipped"]
         stage.buffer.counts = Counter(level["counts"])
         for g in level["groups"]:
             completions = []
-            for n, stopped in zip(g["lengths"], g["stopped"]):
-                own = list(itertools.islice(tokens, n)), list(itertools.islice(logprobs, n))
+            for stopped in g["stopped"]:
+                own = next(tokens).tolist(), next(logprobs).tolist()
                 completions.append(Completion(*own, stopped))
             group = Group(
                 prompt=g["prompt"],

@@ -21,12 +21,11 @@ from infra.directory import RunDirectory, sha256
 from infra.flags import (
     MAY_CHANGE,
     Config,
-    as_words,
     check,
     explain,
+    given_flags,
     make_parser,
     option,
-    parse,
     resolve_levels,
 )
 from infra.optimizer import Learner
@@ -39,27 +38,22 @@ from rewards import Grader, load_reward
 
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
-    given = parse(parser, arguments)
-    config = None
-    if "resume" in given:
-        given, config = as_started(parser, given)
-    cfg = Config(**given)
+    cfg, config = Config(**vars(parser.parse_args(arguments))), None
+    if cfg.resume is not None:
+        cfg, config = as_started(given_flags(parser, arguments))
     check(cfg)
     return cfg, config
 
 
-def as_started(parser, given):
-    """The flags of the run that is to be resumed, with those given now. -> flags, config.json"""
+def as_started(given):
+    """The flags of the run that is to be resumed, with those given now. -> Config, config.json"""
     run = given["resume"]
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text())
-        flags = {}
-        for name in vars(Config()):
-            if name not in ("resume", "explain", "plan") and config[name] is not None:
-                flags[name] = config[name]
-        if not all(isinstance(config[name], dict) for name in ("inputs", "model_files")):
-            raise TypeError("its inputs are not listed")
+        flags = {name: config[name] for name in vars(Config())}
+        if not all(config[name] for name in ("inputs", "model_files", "kernels", "torch")):
+            raise KeyError("inputs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"({type(error).__name__}: {error})"
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
@@ -70,8 +64,7 @@ def as_started(parser, given):
                 f"differ ({' '.join(map(option, MAY_CHANGE))}): leave it out, or start a new run "
                 f"from a checkpoint (--model {run}/checkpoints/...)"
             )
-    flags |= {**given, "out": run}
-    return parse(parser, as_words(flags)), config  # checked like those of a command line
+    return Config(**{**flags, **given, "out": run, "explain": False, "plan": False}), config
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -281,7 +274,7 @@ def carry_out(train, arguments):
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
-            cfg, config = read_flags(parser, sys.argv[1:] if arguments is None else arguments)
+            cfg, config = read_flags(parser, arguments)
             if cfg.plan:
                 return print(memory_table(cfg))
             ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))

@@ -1,19 +1,21 @@
-"""Numbers that go wrong: they are noticed, said, kept for study, and never reach the weights or the disk."""
+"""Numbers that go wrong: they are noticed, said, and never reach the weights or the disk."""
 
-import functools
 import json
-import math
 
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file
-from test_train import lines, workshop  # noqa: F401  the fixture
+from test_train import level, lines, workshop  # noqa: F401  the fixture
 
-import infra.run as rundir
 import train
-from eprli import Buffer
+from eval import interval
+from infra.directory import RunDirectory
+from infra.optimizer import Learner
 from infra.ranks import Ranks
+from infra.run import Run
 from rollout import choose
+from tools.warmstart import make_tokenizer
 
 pytestmark = pytest.mark.faults
 
@@ -34,24 +36,15 @@ once = value(float("nan"), lambda n: n == 21)
 
 
 @pytest.fixture
-def run(workshop, tmp_path):  # noqa: F811
-    """A run of five updates; -> its exit code. Each draws two groups of four, and trains on them in two steps."""
+def run(workshop, tmp_path):  # noqa: F811  pytest's way to use a fixture
+    """A run of five updates; -> its exit code. Each draws two groups of four, and trains on them in
+    two steps."""
     (tmp_path / "bad.py").write_text(REWARDS)
+    defaults = {"quality": 1.0, "updates": 5, "prompts": 2, "filter": "all", "save_every": 1}
 
     def run(**flags):
         try:
-            workshop(
-                **{
-                    "quality": 1.0,
-                    "updates": 5,
-                    "prompts": 2,
-                    "filter": "all",
-                    "reward": "bad.py:once",
-                    "save_every": 1,
-                    "warmup": 0,
-                    **flags,
-                }
-            )
+            workshop(**{**defaults, "keep_checkpoints": 9, **flags})
         except SystemExit as stop:
             return stop.code
         return 0
@@ -59,15 +52,26 @@ def run(workshop, tmp_path):  # noqa: F811
     return run
 
 
-def weights(tmp_path, name):
-    return load_file(tmp_path / "run/checkpoints" / name / "model.safetensors")
+@pytest.fixture
+def metrics(tmp_path):
+    """The values of one key of metrics.jsonl."""
+    return lambda name: [row[name] for row in lines(tmp_path / "run/metrics.jsonl")]
+
+
+def checkpoints(tmp_path):
+    """Their names; all of their weights and moments are finite."""
+    folders = sorted((tmp_path / "run/checkpoints").iterdir())
+    for path in folders:
+        for name in ("model", "optimizer"):
+            for tensor in load_file(path / f"{name}.safetensors").values():
+                assert tensor.isfinite().all()
+    return [path.name for path in folders]
 
 
 def spoil(monkeypatch, calls, change):
     """clipped_objective gives change(J, logprob) in these of its calls; an update makes two."""
     real, count = train.clipped_objective, []
 
-    @functools.wraps(real)
     def spoiled(logprob, *others):
         count.append(1)
         J = real(logprob, *others)
@@ -88,70 +92,29 @@ def nan_gradient(J, logprob):
     return J + (0 * logprob.sum()).sqrt()  # 0, with a slope of 0 / 0
 
 
-def conserved(row):
-    fates = ("kept", "all_right", "all_wrong", "broken", "stale")
-    return sum(row[f"groups_{fate}"] for fate in fates)
-
-
-@pytest.mark.parametrize("reward, said", [("nan", "returned, for problem p"), ("inf", "inf")])
-def test_a_reward_that_is_never_finite_stops_the_run_after_three_updates(
-    run, tmp_path, capsys, reward, said
-):
+@pytest.mark.parametrize("reward, value", [("nan", "nan"), ("inf", "inf")])
+def test_a_reward_that_is_never_finite_stops_the_run(run, tmp_path, capsys, metrics, reward, value):
     assert run(reward=f"bad.py:{reward}") == 1
-    printed = capsys.readouterr()
-    assert (
-        "3 updates in a row met numbers that are not finite" in printed.err
-        and f"--reward bad.py:{reward}" in printed.err
-        and said in printed.err
-    )
-    assert "no checkpoint was written before" in printed.err and not list(
-        (tmp_path / "run/checkpoints").iterdir()
-    )
-    metrics = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["update"] for row in metrics] == [1, 2, 3] and all(
-        row["groups_broken"] for row in metrics
-    )
-    assert all(row["grad_norm"] is None for row in metrics)  # nothing was learned from them
-    kept = lines(tmp_path / "run/broken/000001.jsonl")
-    assert (
-        kept
-        and kept[0]["outcome"] in ("nan", "inf", 0.0, 1.0)
-        and kept[0]["tokens"]
-        and kept[0]["logprobs"]
-        and kept[0]["prompt"]
-    )
+    error = capsys.readouterr().err
+    assert "3 updates in a row met numbers that are not finite" in error
+    assert f"--reward bad.py:{reward} returned, for problem p" in error and f", {value}" in error
+    assert "no checkpoint was written before" in error and not checkpoints(tmp_path)
+    assert metrics("update") == [1, 2, 3] and all(metrics("groups_broken"))
+    assert metrics("grad_norm") == [None] * 3  # nothing was learned from them
 
 
-def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, capsys):
-    assert run() == 0
-    metrics = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["groups_broken"] for row in metrics] == [
-        0,
-        0,
-        1,
-        0,
-        0,
-    ]  # the 21st completion is of the third update
-    assert [row["groups_kept"] for row in metrics] == [2, 2, 0, 2, 2] and metrics[2][
-        "grad_norm"
-    ] is None
-    assert [row["groups_pending"] for row in metrics] == [
-        0,
-        0,
-        1,
-        1,
-        0,
-    ]  # the sound group of that draw waits for the next
-    assert sum(map(conserved, metrics)) + metrics[-1]["groups_pending"] == sum(
-        row["groups_drawn"] for row in metrics
+def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, capsys, metrics):
+    assert run(reward="bad.py:once") == 0
+    assert metrics("groups_broken") == [0, 0, 1, 0, 0]  # the 21st completion is of update 3
+    assert metrics("groups_kept") == [2, 2, 0, 2, 2] and metrics("grad_norm")[2] is None
+    assert metrics("groups_pending") == [0, 0, 1, 1, 0]  # the sound group waits for the next update
+    gone = (
+        sum(metrics("groups_kept")) + sum(metrics("groups_broken")) + sum(metrics("groups_stale"))
     )
-    assert (
-        metrics[2]["reward_mean"] is None
-        and [c["outcome"] for c in lines(tmp_path / "run/completions.jsonl")].count(None) == 1
-    )
-    assert [p.name for p in (tmp_path / "run/broken").iterdir()] == [
-        "000003.jsonl"
-    ] and "update 3 given up" in capsys.readouterr().out
+    assert gone == sum(metrics("groups_drawn"))
+    assert metrics("reward_mean")[2] is None and "update 3 given up" in capsys.readouterr().out
+    outcomes = [row["outcome"] for row in lines(tmp_path / "run/completions.jsonl")]
+    assert outcomes.count(None) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,101 +126,61 @@ def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, capsys):
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_skips_its_update(
-    run, tmp_path, capsys, monkeypatch, change, said
+    run, tmp_path, capsys, monkeypatch, metrics, change, said
 ):
     """Adam would carry a single nan on for ever."""
     spoil(monkeypatch, {5}, change)  # the first step of the third update
-    assert run(reward="toy_reward.py:even", keep_checkpoints=9) == 0
+    assert run() == 0
     assert f"update 3 given up: {said}" in capsys.readouterr().out
-    metrics = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["groups_kept"] for row in metrics] == [2, 2, 0, 2, 2] and metrics[2][
-        "groups_broken"
-    ] == 2
-    assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == [
-        "000001",
-        "000002",
-        "000004",
-        "000005",
-    ]  # none of doubt
-    assert len(lines(tmp_path / "run/broken/000003.jsonl")) == 8  # two groups of four
-    assert all(
-        t.isfinite().all()
-        for n in ("model", "optimizer")
-        for t in load_file(tmp_path / f"run/checkpoints/000005/{n}.safetensors").values()
-    )
+    assert metrics("groups_kept") == [2, 2, 0, 2, 2] and metrics("groups_broken")[2] == 2
+    assert checkpoints(tmp_path) == ["000001", "000002", "000004", "000005"]  # none of doubt
 
 
-def test_the_steps_before_a_bad_one_stand_and_those_after_it_are_not_taken(
-    run, tmp_path, capsys, monkeypatch
-):
-    real, seen = train.Learner.publish, []
-    monkeypatch.setattr(
-        train.Learner,
-        "publish",
-        lambda self: (real(self), seen.append(self.weights[1].detach().clone())),
-    )
+def test_the_steps_before_a_bad_one_stand(run, capsys, monkeypatch, metrics):
+    """And those after it are not taken."""
+    real, steps = Learner.publish, []
+    monkeypatch.setattr(Learner, "publish", lambda self: steps.append(real(self)))
     spoil(monkeypatch, {6}, nan_loss)  # the second step of the second update, of four
-    assert run(reward="toy_reward.py:even", inner_epochs=2, keep_checkpoints=9, updates=2) == 0
-    spoiled = lines(tmp_path / "run/metrics.jsonl")[1]
+    assert run(inner_epochs=2, updates=2) == 0
     assert "update 2 given up: the loss of step 2 is nan" in capsys.readouterr().out
-    assert spoiled["groups_broken"] == 2 and spoiled["grad_norm"] is not None
-    assert len(seen) == 4 + 1 and not torch.equal(
-        seen[3], seen[4]
-    )  # four steps of update 1, one of update 2
+    assert metrics("groups_broken")[1] == 2 and metrics("grad_norm")[1] is not None
+    assert len(steps) == 4 + 1
 
 
 @pytest.mark.parametrize("change", [nan_loss, nan_gradient])
-def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
-    run, tmp_path, capsys, monkeypatch, change
-):
+def test_three_in_a_row_stop_the_run(run, tmp_path, capsys, monkeypatch, metrics, change):
     spoil(monkeypatch, range(3, 99), change)
-    assert run(reward="toy_reward.py:even", updates=20) == 1
-    printed = capsys.readouterr()
-    assert (
-        "3 updates in a row" in printed.err
-        and "the last good checkpoint is run/checkpoints/000001" in printed.err
-    )
-    assert len(lines(tmp_path / "run/metrics.jsonl")) == 4 and [
-        p.name for p in (tmp_path / "run/checkpoints").iterdir()
-    ] == ["000001"]
+    assert run(updates=20) == 1
+    error = capsys.readouterr().err
+    assert "3 updates in a row" in error
+    assert "the last good checkpoint is run/checkpoints/000001" in error
+    assert len(metrics("update")) == 4 and checkpoints(tmp_path) == ["000001"]
 
 
-def test_two_in_a_row_do_not(run, tmp_path, monkeypatch):
-    spoil(
-        monkeypatch, {3, 4, 7, 8}, nan_loss
-    )  # each bad update ends at its first step, so these are four updates
-    assert run(reward="toy_reward.py:even", updates=7) == 0
-    assert [row["groups_broken"] for row in lines(tmp_path / "run/metrics.jsonl")] == [
-        0,
-        2,
-        2,
-        0,
-        2,
-        2,
-        0,
-    ]
+def test_two_in_a_row_do_not(run, monkeypatch, metrics):
+    spoil(monkeypatch, {3, 4, 7, 8}, nan_loss)  # a bad update ends at its first step: four updates
+    assert run(updates=7) == 0
+    assert metrics("groups_broken") == [0, 2, 2, 0, 2, 2, 0]
 
 
 def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(run, tmp_path, capsys):
-    """Finite weights of 1e30 whose logits are nan: no checkpoint of them pushes out a good one."""
-    assert run(reward="toy_reward.py:even", lr=1e30, warmup=0, updates=20, minibatches=1) == 1
+    """Finite weights of 1e30 whose logits are nan: they push out no good checkpoint."""
+    assert run(lr=1e30, updates=20, minibatches=1) == 1
     assert "3 updates in a row" in capsys.readouterr().err
-    for path in (tmp_path / "run/checkpoints").iterdir():
-        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+    checkpoints(tmp_path)
 
 
 def test_a_sampler_without_finite_logits_says_so_in_its_log_probs():
-    """An index behind the vocabulary, or a token of a made-up probability, would hide what is wrong."""
-    tokens, logprobs = choose(
-        torch.full((3, 5), float("nan")), torch.tensor([0.0, 0.5, 0.999]), 1.0
-    )
+    """An index behind the vocabulary, or a made-up probability, would hide what is wrong."""
+    logits = torch.full((3, 5), float("nan"))
+    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.5, 0.999]), 1.0)
     assert ((tokens >= 0) & (tokens < 5)).all() and logprobs.isnan().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_written(run, tmp_path, capsys, monkeypatch, value):
     """By whatever means they became so."""
-    real, steps = train.Learner.publish, []
+    real, steps = Learner.publish, []
 
     def spoiled(self):
         real(self)
@@ -265,147 +188,103 @@ def test_weights_that_are_not_finite_are_not_written(run, tmp_path, capsys, monk
         if len(steps) == 4:
             self.weights[1].data[0] = value
 
-    monkeypatch.setattr(train.Learner, "publish", spoiled)
-    assert run(reward="toy_reward.py:even") == 1
+    monkeypatch.setattr(Learner, "publish", spoiled)
+    assert run() == 1
     error = capsys.readouterr().err
-    assert (
-        "the weights are no longer finite" in error
-        and "the last good checkpoint is run/checkpoints/000001" in error
-    )
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000001"]
-    assert all(t.isfinite().all() for t in weights(tmp_path, "000001").values())
+    assert "the weights are no longer finite" in error
+    assert "the last good checkpoint is run/checkpoints/000001" in error
+    assert checkpoints(tmp_path) == ["000001"]
 
 
-def test_the_buffer_loses_no_broken_group():
-    from test_eprli import group  # a Group with given outcomes
-
-    buffer = Buffer()
-    buffer.add([group([1, 0]), group([float("nan"), 0]), group([float("inf"), 1]), group([1, 1])])
-    assert dict(buffer.counts) == {"drawn": 4, "broken": 2, "all_right": 1} and buffer.pending == 1
-    buffer.take(1, "broken")
-    assert buffer.counts["broken"] == 3 and buffer.counts["kept"] == 0
-
-
-# ------------------------------------------------------------------------------------------------------- watchdog
+# ----------------------------------------------------------------------------------------- watchdog
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_the_watchdog_is_silent_while_learner_and_sampler_agree(run, tmp_path, dtype):
-    assert run(reward="toy_reward.py:even", dtype=dtype) == 0
-    for row in lines(tmp_path / "run/metrics.jsonl"):
-        if row["logprob_gap_mean"] is not None:
-            assert row["logprob_gap_mean"] < train.MOST_GAP[dtype] / 3
+def test_the_watchdog_is_silent_while_learner_and_sampler_agree(run, metrics, dtype):
+    assert run(dtype=dtype) == 0
+    gaps = [gap for gap in metrics("logprob_gap_mean") if gap is not None]
+    assert gaps and max(gaps) < train.MOST_GAP[dtype] / 3
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_the_watchdog_stops_a_learner_that_computes_another_policy(
-    run, tmp_path, capsys, monkeypatch, dtype
-):
-    """A temperature that one side forgets, a cache that is off by one: nothing crashes, and the ratio of Eq. 1 is wrong."""
+def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, monkeypatch, dtype):
+    """A temperature that one side forgets, a cache that is off by one: nothing crashes, and the
+    ratio of Eq. 1 is wrong."""
     real = train.pad
-    monkeypatch.setattr(
-        train,
-        "pad",
-        lambda prompts, *others: real([[*p[:-1], 77, 78, 79] for p in prompts], *others),
-    )  # other prompts
-    assert run(reward="toy_reward.py:even", dtype=dtype, lr=1e-3, model=sharp(tmp_path)) == 1
+
+    def other_prompts(prompts, *others):
+        return real([[*p[:-1], 77, 78, 79] for p in prompts], *others)
+
+    monkeypatch.setattr(train, "pad", other_prompts)
+    assert run(dtype=dtype, lr=1e-3, model=sharp(tmp_path)) == 1
     error = capsys.readouterr().err
     assert "differ from the sampler's by" in error and f"rounding in {dtype} explains" in error
-    (saved,) = (tmp_path / "run/checkpoints").iterdir()
-    assert saved.name == "000000+001.000"  # before the first step: no weight was touched
+    assert checkpoints(tmp_path) == ["000000"]  # no weight was touched
 
 
-def sharp(tmp_path):
-    """The toy's checkpoint with distributions far from uniform, so that what it reads makes a difference."""
-    from conftest import random_model
-
-    from tools.warmstart import make_tokenizer
-
-    tokenizer = make_tokenizer()
-    random_model(
-        vocab_size=len(tokenizer), num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id
-    ).save_pretrained(tmp_path / "sharp")
-    tokenizer.save_pretrained(tmp_path / "sharp")
-    return tmp_path / "sharp"
+def sharp(tmp_path, stop_ids=None):
+    """A checkpoint with distributions far from uniform: what it reads makes a difference."""
+    tokenizer, folder = make_tokenizer(), tmp_path / "sharp"
+    shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 1}
+    random_model(**shape, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if stop_ids:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return folder
 
 
-# ------------------------------------------------------------------------------------------------------- advice
+# ------------------------------------------------------------------------------------------- advice
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "reward, flags, said",
     [
-        ({"reward": "toy_reward.py:always"}, "of 4 groups 4 were all right and 0 all wrong; "),
-        ({"reward": "toy_reward.py:always"}, "The level is too easy: raise --quality"),
+        ("always", {}, "of 4 groups 4 were all right and 0 all wrong; "),
+        ("always", {}, "The level is too easy: raise --quality"),
+        ("never", {}, "Completions do not come to an end: raise --max-new-tokens (now 6)"),
         (
-            {"reward": "toy_reward.py:never"},
-            "Completions do not come to an end: raise --max-new-tokens (now 6)",
-        ),
-        (
-            {"reward": "toy_reward.py:never", "max_new_tokens": 90, "model": "stops"},
+            "never",
+            {"max_new_tokens": 90, "model": "stops"},
             "The level is too hard: lower --quality",
         ),
-        (
-            {"reward": "toy_reward.py:even", "buffer_groups": 50, "max_new_tokens": 90},
-            "Most groups would serve: raise --max-draws or --prompts",
-        ),
+        ("even", {"buffer_groups": 50, "max_new_tokens": 90}, "raise --max-draws or --prompts"),
     ],
 )
-def test_a_level_that_cannot_fill_its_buffer_says_what_it_saw_and_what_to_change(
-    run, tmp_path, capsys, flags, said
-):
-    if flags.get("model"):
-        flags = {**flags, "model": stops_at_once(tmp_path)}
-    assert run(filter="mixed", max_draws=2, **flags) == 0
+def test_a_level_that_cannot_fill_its_buffer_says_why(run, tmp_path, capsys, reward, flags, said):
+    if "model" in flags:  # most of its tokens are likely to be stop tokens
+        flags = {**flags, "model": sharp(tmp_path, list(range(0, len(make_tokenizer()), 2)))}
+    assert run(reward=f"toy_reward.py:{reward}", filter="mixed", max_draws=2, **flags) == 0
     printed = capsys.readouterr().out
-    assert (
-        "2 draws of 2 prompts did not fill the buffer" in printed
-        and said in printed
-        and "ends early after 3 skipped updates" in printed
-    )
+    assert "2 draws of 2 prompts did not fill the buffer" in printed and said in printed
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 3  # it does not draw for ever
 
 
-def stops_at_once(tmp_path):
-    """A policy whose every token is likely a stop token, so that hardly any completion is cut off."""
-    import shutil
-
-    from tools.warmstart import make_tokenizer
-
-    folder = sharp(tmp_path)
-    (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": list(range(0, len(make_tokenizer()), 2))})
-    )
-    return shutil.move(folder, tmp_path / "stops")
+@pytest.fixture
+def idle_run(tmp_path):
+    """A run of which only the logs are used."""
+    (tmp_path / "config.json").write_text("{}")
+    ranks = Ranks()
+    nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "grader"))
+    return Run(directory=RunDirectory(tmp_path, ranks), ranks=ranks, stages=[], **nothing)
 
 
-def a_run(tmp_path):
-    tmp_path.joinpath("config.json").write_text("{}")
-    return rundir.Run(tmp_path, Ranks(), 2)
+def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, capsys):
+    def evaluated(update, number, right, n=200):
+        accuracy, low, high = interval([1] * right + [0] * (n - right))
+        row = {"update": update, "level": number, "n": n}
+        idle_run.evaluated(row | {"accuracy": accuracy, "low": low, "high": high})
 
-
-def evaluated(run, update, level, right, n=200):
-    from eval import wilson
-
-    low, high = wilson(right, n)
-    run.evaluated(
-        {"update": update, "level": level, "accuracy": right / n, "low": low, "high": high, "n": n}
-    )
-
-
-def test_an_earlier_level_that_is_forgotten_is_warned_of(tmp_path, capsys):
-    run = a_run(tmp_path)
     for update, one, two in ((0, 50, 10), (10, 150, 20), (20, 145, 100)):
-        evaluated(run, update, 1, one)
-        evaluated(run, update, 2, two)
+        evaluated(update, 1, one)
+        evaluated(update, 2, two)
     assert "forgotten" not in capsys.readouterr().out  # 145 after 150 of 200 may be chance
-    evaluated(run, 30, 1, 100)
-    assert "level 1 is being forgotten: it was at 75.0% after 10 updates" in capsys.readouterr().out
+    evaluated(30, 1, 100)
+    said = "level 1 is being forgotten: it was at 75.0% after 10 updates"
+    assert said in capsys.readouterr().out
 
 
-def test_a_collapse_of_entropy_is_warned_of(run, tmp_path, capsys, monkeypatch):
-    real = train.diagnostics
-    calls = []
+def test_a_collapse_of_entropy_is_warned_of(run, capsys, monkeypatch):
+    real, calls = train.diagnostics, []
 
     def collapsing(*arguments):
         calls.append(1)
@@ -413,17 +292,15 @@ def test_a_collapse_of_entropy_is_warned_of(run, tmp_path, capsys, monkeypatch):
         return {**found, "entropy": found["entropy"] * (0.01 if len(calls) > 6 else 1)}
 
     monkeypatch.setattr(train, "diagnostics", collapsing)
-    assert run(reward="toy_reward.py:even") == 0
+    assert run() == 0
     printed = capsys.readouterr().out.splitlines()
     warned = [i for i, line in enumerate(printed) if "entropy has collapsed from" in line]
     assert len(warned) == 2 and "update 4/5" in printed[warned[0] - 1]
 
 
-def test_a_run_that_is_resumed_remembers_its_first_entropy(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"entropy": null}\n{"entropy": 1.5}\n{"entropy": 0.5}\n'
-    )
-    run = a_run(tmp_path)
-    run._cut = lambda sizes: None
-    run.resume(None, train.Progress(), [], None)
-    assert run.first_entropy == 1.5 and math.isfinite(run.first_entropy)
+def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run, monkeypatch):
+    entropies = [None, 1.5, 0.5]
+    idle_run.directory.append("metrics.jsonl", [{"entropy": e} for e in entropies])
+    monkeypatch.setattr(RunDirectory, "cut_logs", lambda self, sizes: None)
+    idle_run.resume(None)
+    assert idle_run.first_entropy == 1.5

@@ -146,6 +146,7 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
     """Each step divides by its own count: equal halves give equal gradients, not halves of one."""
     model, _, samples = work
     groups = [group(s.group.prompt, [s.completion] * 2) for s in samples[3:4] * 4]
+    model.zero_grad()
     seen = []
     for minibatches in (1, 2, 4):
 
