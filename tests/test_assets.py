@@ -1,5 +1,7 @@
-"""What ships: a checkpoint that anybody can load, problems whose difficulty was measured, and what makes them again."""
+"""What ships: a checkpoint that anybody can load, problems whose difficulty was measured, and what
+makes them again."""
 
+import itertools
 import json
 
 import pytest
@@ -8,111 +10,93 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
-from eval import Policy, attempt, evaluation_keys
+from eval import Policy, Sampling, attempt, evaluation_keys
 from model import Transformer
 from rewards import RIGHT, Grader
 from tools import report, warmstart
+from tools.problems import generate
 
-ASSETS = ROOT / "assets"
+TINY = ROOT / "assets/tiny"
+TRAINING, HELD_OUT = (read_problems(ROOT / f"assets/{name}.jsonl") for name in ("train", "heldout"))
 
 
 def test_the_checkpoint_is_small_and_loads_in_transformers():
-    assert sum(f.stat().st_size for f in (ASSETS / "tiny").iterdir()) <= 8 * 2**20
-    reference, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32),
-        AutoTokenizer.from_pretrained(ASSETS / "tiny"),
-    )
-    ours = Transformer.from_pretrained(ASSETS / "tiny")
+    assert sum(f.stat().st_size for f in TINY.iterdir()) <= 8 * 2**20
+    reference = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer, ours = AutoTokenizer.from_pretrained(TINY), Transformer.from_pretrained(TINY)
     ids = torch.tensor([tokenizer("<|user|>12+30-5<|assistant|>")["input_ids"]])
     with torch.no_grad():
         assert torch.allclose(ours(ids), reference(ids).logits, atol=1e-5)
     assert ours.context >= 4096
-    text = "any text: é 漢字 🙂 \\boxed{1}\n"
+    text = " any text: é 漢字 🙂 \x00\x7f \\boxed{\\boxed{1}}\n\n\t"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == text
+    assert len(tokenizer("\\boxed{")["input_ids"]) == 1
 
 
-def test_problems_are_measured_disjoint_and_fill_both_levels():
-    training, held_out = (
-        read_problems(ASSETS / "train.jsonl"),
-        read_problems(ASSETS / "heldout.jsonl"),
-    )
-    assert (
-        len(training) >= 4000
-        and len(without_repeats(training)) == len(training)
-        and overlap(training, held_out) == ([], [])
-    )
-    assert all(
-        p.pass_rate is not None and p.other["pass_rate_samples"] >= 16 for p in training + held_out
-    )
-    for problems, least in ((training, 800), (held_out, 300)):
+def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
+    for split, problems, least in (("train", TRAINING, 800), ("heldout", HELD_OUT, 300)):
+        generated = itertools.islice(generate(split, 0), len(problems))
+        assert [(p.id, p.problem) for p in generated] == [(p.id, p.problem) for p in problems]
+        assert all(p.pass_rate is not None for p in problems)
+        assert all(p.other["pass_rate_samples"] >= 16 for p in problems)
         assert all(len(level) >= least for level in cut_levels(problems, QUALITY, "pass_rate")[0])
+    assert len(without_repeats(TRAINING)) == len(TRAINING) >= 4000
+    assert overlap(TRAINING, HELD_OUT) == ([], [])
 
 
 def test_fresh_samples_confirm_the_levels():
-    """The samples that chose a level must not be those that describe it. Level 1 is the easier; neither is hopeless or done."""
-    policy, grader, rates = Policy.load(str(ASSETS / "tiny")), Grader(), []
-    for level in cut_levels(read_problems(ASSETS / "heldout.jsonl"), QUALITY, "pass_rate")[0]:
+    """The samples that chose a level must not be those that describe it. Level 1 is the easier one;
+    neither is hopeless or done."""
+    policy, grader, rates = Policy.load(str(TINY)), Grader(), []
+    for level in cut_levels(HELD_OUT, QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
-        done = attempt(
-            policy,
-            grader,
-            prompts,
-            evaluation_keys(7, prompts, 2),
-            max_new_tokens=96,
-            temperature=1.0,
-            slots=256,
-        )
+        keys = evaluation_keys(7, prompts, 2)
+        done = attempt(policy, grader, prompts, keys, Sampling(96, temperature=1.0, slots=256))
         rates.append(sum(a.right for group in done for a in group) / 400)
-    assert 0.3 < rates[0] < 0.6 and 0.03 < rates[1] < 0.2
+    assert 0.3 < rates[0] < 0.6
+    assert 0.03 < rates[1] < 0.2
 
 
-def test_the_warm_start_writes_a_policy(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv",
-        ["warmstart.py", "--out", str(tmp_path / "tiny"), "--steps", "2", "--batch", "4"],
-    )
-    warmstart.main()
-    policy = Policy.load(str(tmp_path / "tiny"))
-    assert {f.name for f in (ASSETS / "tiny").iterdir()} == {
-        f.name for f in (tmp_path / "tiny").iterdir()
-    }
-    prompts = policy.render(read_problems(ASSETS / "heldout.jsonl")[:1])
-    assert (
-        policy.tokenizer.decode(prompts[0].tokens)
-        == f"<|user|>{prompts[0].problem.problem}<|assistant|>"
-    )
+def test_the_warm_start_writes_a_policy(tmp_path):
+    """The same files as the shipped ones; those of the tokenizer are the same bytes."""
+    warmstart.main(["--out", str(tmp_path), "--steps", "2", "--batch", "4"])
+    assert {f.name for f in TINY.iterdir()} == {f.name for f in tmp_path.iterdir()}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (TINY / name).read_bytes() == (tmp_path / name).read_bytes()
+    policy = Policy.load(str(tmp_path))
+    (prompt,) = policy.render(HELD_OUT[:1])
+    text = policy.tokenizer.decode(prompt.tokens)
+    assert text == f"<|user|>{HELD_OUT[0].problem}<|assistant|>"
 
 
 def test_demonstrations_are_graded_right():
     """The grader and the warm start agree on what an answer looks like."""
-    problems = read_problems(ASSETS / "train.jsonl")[:50]
-    texts = [warmstart.demonstration(p, worked) for worked in (True, False) for p in problems]
-    assert set(Grader().grade([(p.answer, t) for p, t in zip(problems * 2, texts)])) == {RIGHT}
+    (batch,) = warmstart.demonstrations(steps=1, batch=50, seed=0)
+    assert set(Grader().grade([(p.answer, text) for p, text in batch])) == {RIGHT}
+    assert 20 < sum("=" in text for _, text in batch) < 40  # six of ten write their steps
 
 
 def test_report_draws_several_runs_with_gaps(tmp_path):
     """A skipped update has nulls; a run without evaluation has no eval.jsonl."""
     keys = (
-        "accuracy reward_mean outcome_mean length_reward_mean writes_steps_share truncated_share length_mean entropy clip_low_share "
-        "clip_high_share kl_old grad_norm logprob_gap_max tokens_per_second lr"
+        "accuracy reward_mean outcome_mean length_reward_mean writes_steps_share truncated_share "
+        "length_mean entropy clip_low_share clip_high_share kl_old grad_norm logprob_gap_max "
+        "tokens_per_second lr groups_kept groups_all_right groups_all_wrong groups_stale"
     )
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
-        rows = [
-            {
-                "update": u,
-                "level": 1 + u // 5,
-                **{k: None if u == 3 else 0.1 * u for k in keys.split()},
-                **{f"groups_{k}": 2 for k in ("kept", "all_right", "all_wrong", "stale")},
-            }
-            for u in range(1, 9)
-        ]
+    for name in ("a", "b"):
+        rows = []
+        for u in range(1, 9):
+            value = None if u == 3 else 0.1 * u
+            rows.append(dict.fromkeys(keys.split(), value) | {"update": u, "level": 1 + u // 5})
+            for key in ("kept", "all_right", "all_wrong", "stale"):
+                rows[-1][f"groups_{key}"] = 2
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "a/eval.jsonl").write_text(
-        json.dumps({"update": 0, "level": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9})
-    )
+    row = {"update": 0, "level": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    (tmp_path / "a/eval.jsonl").write_text(json.dumps(row))
     picture = report.draw([tmp_path / "a", tmp_path / "b"])
-    assert picture == tmp_path / "a/report.png" and picture.stat().st_size > 20_000
-    (tmp_path / "c").mkdir()
+    assert picture == tmp_path / "a/report.png"
+    assert picture.stat().st_size > 20_000
     with pytest.raises(ValueError, match="c: no metrics.jsonl"):
         report.draw([tmp_path / "c"])

@@ -1,10 +1,11 @@
 """Make the shipped checkpoint again: a tiny Llama, warm-started on generated, worked solutions.
 
-    python warmstart.py --out assets/tiny
+    python -m tools.warmstart --out assets/tiny
 
-The demonstrations mix solutions that write their steps with bare answers: first mostly worked ones, so that the steps
-are learned, in the last fifth mostly bare ones, so that the policy seldom uses what it knows. Reinforcement learning
-then has something to find (writing steps pays) and something to improve (the steps themselves).
+The demonstrations mix solutions that write their steps with bare answers. At first most are worked,
+so that the steps are learned. In the last fifth most are bare, so that the policy seldom uses what
+it knows. Reinforcement learning then has something to find (writing steps pays) and something to
+improve (the steps themselves).
 """
 
 import argparse
@@ -15,12 +16,21 @@ import random
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 
-from data import generate, render
-from model import Transformer, micro_batches, pad
+from data import render
+from model import Transformer, pad
+from tools.problems import generate
 
-# The instruction that every other model is given in words stays on the second line, which this template leaves out.
+PEAK_LR = 3e-3  # of AdamW; cosine decay to a twentieth
+WORKED = 0.6, 0.15  # share of worked solutions, at first and in the last fifth
+
+# The second line of a problem tells other models in words what to do. This template leaves it out.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'user' %}<|user|>{{ m['content'].split('\\n')[0] }}"
@@ -30,11 +40,10 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer():
-    """The 256 bytes, so that any text round-trips, four specials, and the token \\boxed{ ."""
+    """The 256 bytes, so that any text round-trips, four special tokens, and the token \\boxed{ ."""
     specials = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
-    vocab = {
-        token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+    tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,79 +77,60 @@ def make_model(tokenizer, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(
-                p,
-                std=0.05 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.05,
-                generator=generator,
-            )
+            std = 0.05
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # these add to the residual
+                std /= math.sqrt(2 * config.num_hidden_layers)
+            torch.nn.init.normal_(p, std=std, generator=generator)
     return model
 
 
 def demonstration(problem, worked):
-    steps = [*problem.other["steps"], ""] if worked else [""]
-    return ";".join(steps) + f"\\boxed{{{problem.answer}}}"
+    steps = problem.other["steps"] if worked else []
+    return ";".join([*steps, f"\\boxed{{{problem.answer}}}"])
 
 
-def main():
+def demonstrations(steps, batch, seed):
+    """For every step of training, pairs (problem, solution as text)."""
+    problems, rng = generate("train", seed, repeats=True), random.Random(seed)
+    for step in range(steps):
+        share = WORKED[step >= 0.8 * steps]
+        some = itertools.islice(problems, batch)
+        yield [(p, demonstration(p, rng.random() < share)) for p in some]
+
+
+def learn(model, tokenizer, batches, steps):
+    """Maximise the likelihood of the demonstrations; returns the last loss, nats per token."""
+    optimizer = torch.optim.AdamW(model.parameters(), PEAK_LR, (0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 100, steps, min_lr_rate=0.05)
+    for batch in tqdm(batches, total=steps, unit="step"):
+        prompts = [render(tokenizer, problem).tokens for problem, _ in batch]
+        completions = [tokenizer(solution + "<|end|>")["input_ids"] for _, solution in batch]
+        ids, mask = pad(prompts, completions)
+        logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
+        loss = -logprob.sum() / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=128, help="demonstrations per step")
-    parser.add_argument(
-        "--lr",
-        type=float,
-        default=3e-3,
-        help="peak learning rate of AdamW; cosine decay to a twentieth",
-    )
-    parser.add_argument(
-        "--worked",
-        type=float,
-        nargs=2,
-        default=(0.6, 0.15),
-        help="share of worked solutions, first and last fifth",
-    )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
+    args = parser.parse_args(arguments)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    problems, rng = generate("train", args.seed, repeats=True), random.Random(args.seed)
-    bar = tqdm(range(args.steps), unit="step")
-    for step in bar:
-        share = args.worked[step >= 0.8 * args.steps]
-        batch = list(itertools.islice(problems, args.batch))
-        prompts = [render(tokenizer, p).tokens for p in batch]
-        completions = [
-            tokenizer(demonstration(p, rng.random() < share) + "<|end|>")["input_ids"]
-            for p in batch
-        ]
-        rate = min(1, (step + 1) / 100) * (
-            0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
-        )
-        optimizer.param_groups[0]["lr"] = args.lr * rate
-        num_tokens, loss = sum(map(len, completions)), 0.0
-        for rows in micro_batches(prompts, completions, 4096):
-            ids, mask = pad([prompts[i] for i in rows], [completions[i] for i in rows])
-            logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
-            part = -logprob.sum() / num_tokens
-            part.backward()
-            loss += part.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(args.out)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, final loss {loss:.3f} nats a token, in {args.out}"
-    )
+    batches = demonstrations(args.steps, args.batch, args.seed)
+    loss = learn(model, tokenizer, batches, args.steps)
+    stop, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for part in (model, tokenizer, GenerationConfig(eos_token_id=stop, pad_token_id=padding)):
+        part.save_pretrained(args.out)
+    print(f"{args.out}: final loss {loss:.3f} nats per token")
 
 
 if __name__ == "__main__":

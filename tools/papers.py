@@ -1,0 +1,71 @@
+"""What the papers evaluate on, how, and what they found: benchmarks, protocols, results."""
+
+import re
+
+from data import INSTRUCTION, parse_problem
+
+# name: data set on the hub, split, columns of problem and answer, configuration if there are many
+BENCHMARKS = {
+    "aime24": "HuggingFaceH4/aime_2024 train problem answer",
+    "math500": "HuggingFaceH4/MATH-500 test problem answer",
+    "amc22_23": "AI-MO/aimo-validation-amc train problem answer",  # the 83 problems of the papers
+    "amc23": "math-ai/amc23 test question answer",  # 40 of them
+    "minerva": "math-ai/minervamath test question answer",
+    "olympiadbench": "Hothan/OlympiadBench train question final_answer OE_TO_maths_en_COMP",
+}
+
+# What --protocol sets: the evaluation scripts of the repositories DeepScaleR and FastCuRL.
+FASTCURL = {
+    "samples": 16,
+    "temperature": 0.6,
+    "top_p": 1.0,
+    "max_new_tokens": 32768,
+    "suffix": f" {INSTRUCTION}",
+}
+PROTOCOLS = {"deepscaler": FASTCURL | {"top_p": 0.95}, "fastcurl": FASTCURL}
+
+# Model (protocol): per cent right as published, and the published mean.
+PUBLISHED = """
+                                        aime24  math500  amc22_23  minerva  olympiadbench  mean
+R1-Distill-Qwen-1.5B (deepscaler)       28.8    82.8     62.9      26.5     43.3           48.9
+Still-1.5B (deepscaler)                 32.5    84.4     66.7      29.0     45.4           51.6
+DeepScaleR-1.5B (deepscaler)            43.1    87.8     73.6      30.2     50.0           57.0
+FastCuRL-1.5B-Preview (fastcurl)        43.1    88.0     74.2      31.6     50.4           57.5
+FastCuRL-1.5B-V2 (fastcurl)             47.5    89.3     77.0      32.8     53.3           60.0
+FastCuRL-1.5B-V3 (fastcurl)             49.6    90.5     78.5      34.7     54.5           61.6
+EPRLI (unstated, k = 1 by its digits)   50.0    89.2     77.1      35.3     51.9           60.7
+"""
+(_, *FIVE, MEAN), *ROWS = [re.split(" {2,}", line) for line in PUBLISHED.strip("\n").splitlines()]
+
+
+def read_hub(name):
+    """The problems of a benchmark. Raises ValueError if the hub does not give them."""
+    repository, split, problem, answer, *configuration = BENCHMARKS[name].split()
+    problems = []
+    try:
+        from datasets import load_dataset
+
+        for row in load_dataset(repository, *configuration, split=split):
+            value = row[answer]
+            if isinstance(value, list):  # ["$1$", "$2$"]
+                value = ", ".join(text.strip().strip("$") for text in value)
+            elif isinstance(value, float) and value.is_integer():  # 142.0
+                value = int(value)
+            record = {"problem": row[problem], "answer": value, "level": row.get("level")}
+            problems.append(parse_problem(record, f"{name}-{len(problems)}"))
+    except Exception as error:  # the many errors of the hub, the network and the formats
+        raise ValueError(
+            f"{name}, row {len(problems)}: cannot read {repository} from the hub "
+            f"({type(error).__name__}: {error}); try `pip install datasets`, or give a JSONL file"
+        ) from error
+    return problems
+
+
+def table(name, measured):
+    """Our row above the published ones, as text.  measured: {benchmark or "mean": text}"""
+    columns = [*FIVE, *sorted(set(measured) - {*FIVE, MEAN}), MEAN]
+    ours = [name] + [measured.get(column, "-") for column in columns]
+    lines = []
+    for first, *cells in [["", *columns], ours, *ROWS]:
+        lines.append(f"{first:38}" + "".join(f"  {cell:19}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The command line of data.py: generates problems, finds those that two files share.
+
+A generated problem takes 2 to 6 steps. A step is an equation that a small model can learn to do at
+once. A family of problems is a function of a random generator -> problem, steps, answer.
+"""
+
+import argparse
+import itertools
+import random
+import zlib
+
+from data import Problem, overlap, read_problems, write_problems
+
+
+def add_up(values):
+    """The steps of a sum, from left to right: [3, 4, -2] -> ["3+4=7", "7-2=5"]"""
+    totals = itertools.accumulate(values)
+    return [f"{total}{value:+d}={total + value}" for total, value in zip(totals, values[1:])]
+
+
+def expression(rng):
+    """Numbers and one-digit products, added and subtracted: 12+6*7-9. Products come first."""
+    num_steps = rng.randint(2, 6)
+    num_products = rng.randint(0, min(2, num_steps - 1))
+    kinds = [False] * (num_steps + 1 - 2 * num_products) + [True] * num_products
+    rng.shuffle(kinds)
+    text, steps, values = "", [], []
+    for is_product in kinds:
+        value = rng.randint(2, 9 if is_product else 99)
+        term = str(value)
+        if is_product:
+            factor = rng.randint(2, 9)
+            term = f"{value}*{factor}"
+            value *= factor
+            steps.append(f"{term}={value}")
+        if values and sum(values) >= value and rng.random() < 0.5:
+            text += f"-{term}"
+            values.append(-value)
+        else:
+            text += f"+{term}"
+            values.append(value)
+    return text.removeprefix("+"), steps + add_up(values), sum(values)
+
+
+def product(rng):
+    """A number times one digit, by parts, and one number more, e.g. 47*6-85:
+    40*6=240;7*6=42;240+42=282;282-85=197."""
+    n = rng.choice((rng.randint(11, 99), rng.randint(101, 999)))
+    digit, last = rng.randint(2, 9), rng.randint(11, 99)
+    parts = [part for part in (n // 100 * 100, n // 10 % 10 * 10, n % 10) if part]
+    if len(parts) < 2:
+        return product(rng)
+    if n * digit >= last and rng.random() < 0.5:
+        last = -last
+    steps = [f"{part}*{digit}={part * digit}" for part in parts]
+    sums = add_up([part * digit for part in parts] + [last])
+    return f"{n}*{digit}{last:+d}", steps + sums, n * digit + last
+
+
+def equation(rng):
+    """A linear equation in x with a whole solution, e.g. 5x-8=2x+19: 3x-8=19;3x=27;x=9."""
+    x, a, b = rng.randint(2, 20), rng.randint(2, 9), rng.randint(1, 30)
+    if rng.random() < 0.5:
+        b = -b
+    shape, right = rng.randint(0, 2), a * x + b
+    if right == 0:
+        return equation(rng)
+    line, steps = f"{a}x{b:+d}={right}", [f"{a}x={a * x}", f"x={x}"]
+    if shape == 0 and right > 0:
+        return line, steps, x
+    c = rng.randint(1, 5)
+    steps.insert(0, line)
+    other_side = f"{c}x{right:+d}".removeprefix("1")
+    line = f"{a + c}x{b:+d}={other_side}"
+    if shape != 1 and b % (a + c) == 0:
+        steps.insert(0, line)
+        line = f"{a + c}(x{b // (a + c):+d})={other_side}"
+    return line, steps, x
+
+
+def generate(split, seed, repeats=False):
+    """Endless problems of one split, each with its worked solution in other["steps"].
+
+    No problem comes twice, unless `repeats`. A problem's text decides its split (one in eight is
+    held out), so the two splits never share a problem, whatever the seed.
+    """
+    rng, seen = random.Random(f"{split}/{seed}"), set()
+    for number in itertools.count():
+        family = rng.choice((equation, expression, product))
+        text, steps, answer = family(rng)
+        held_out = zlib.crc32(text.encode()) % 8 == 0
+        if held_out == (split == "heldout") and (repeats or text not in seen):
+            seen.add(text)
+            other = {"family": family.__name__, "steps": steps}
+            yield Problem(f"{split}-{number}", text, str(answer), other=other)
+
+
+def print_overlap(train_file, *evaluation_files):
+    """One line a file, and one for every pair found."""
+    train = read_problems(train_file)
+    for path in evaluation_files:
+        evaluation = read_problems(path)
+        exact, near = overlap(train, evaluation)
+        counts = f"{len(exact)} of {len(evaluation)} problems stand in {train_file}"
+        print(f"{path}: {counts}, {len(near)} nearly")
+        for pair in exact:
+            print("  exact: {} = {}".format(*pair))
+        for pair in near:
+            print("  near: {} = {}".format(*pair))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Generate problems, or look for overlap.")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--count", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="problems.jsonl", help="JSONL file to write")
+    files = "a training file, then evaluation files or benchmarks"
+    parser.add_argument("--overlap", nargs="+", metavar="FILE", help=files)
+    args = parser.parse_args(arguments)
+    try:
+        if args.overlap:
+            print_overlap(*args.overlap)
+        else:
+            problems = generate(args.split, args.seed)
+            write_problems(args.out, itertools.islice(problems, args.count))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
