@@ -1,559 +1,346 @@
-"""One result, whatever the machine: no setting of memory, slots, order, micro-batches or processes changes it.
+"""One result, whatever the machine: no setting of memory, slots, micro-batches or processes changes
+it.
 
-In float64 settings differ by rounding of 1e-15, so a real difference cannot hide, and no sampled token flips.
+In float64 settings differ by rounding of 1e-15, so a real difference cannot hide, and no sampled
+token flips.
 """
 
-import functools
-import json
-import signal
+import os
+import shutil
 import subprocess
 import sys
+from functools import partial
+from signal import SIGKILL, SIGTERM
+from types import SimpleNamespace
 
 import launch
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from launch import at_call, die, words
+from launch import at_call, fail
 from safetensors.torch import load_file
-from test_train import level, off_policy_samples
-from transformers import Qwen3Config
+from test_resume import without_time
+from test_train import a_run, level, off_policy_samples
 
-from infra.ranks import SHARDS_ON_CPU, Ranks
-from model import ONEDNN, Transformer, log_softmax
-from rollout import Request, sample, stream, uniforms
-from train import Config, backward
+from infra import kernels
+from infra.flags import Config
+from infra.ranks import FSDP_ON_CPU, Ranks
+from model import log_softmax
+from rollout import sample, stream, uniforms
+from train import accumulate_gradient, minibatches
 
 pytestmark = pytest.mark.faults
 
-FLAGS = {
-    "model": "toy",
-    "data": "p.jsonl",
-    "eval_data": "p.jsonl",
-    "reward": "r.py:some",
-    "group_size": 4,
-    "buffer_groups": 3,
-    "prompts": 4,
-    "max_new_tokens": 8,
-    "updates": 5,
-    "quality": 1.0,
-    "inner_epochs": 2,
-    "lr": 1e-3,
-    "warmup": 2,
-    "device": "cpu",
-    "length_weight": 0.3,
-    "kl_coef": 0.05,
-    "dtype": "float64",
-    "eval_every": 2,
-    "save_every": 2,
-    "max_grad_norm": 0.1,
-}
+# Every second group is dropped, so surplus waits and draws are repeated. Three prompts leave one of
+# four processes without any, and three groups a step often leave one without a sample.
+FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --group-size 4
+--buffer-groups 3 --prompts 3 --max-new-tokens 8 --updates 3 --quality 1 --inner-epochs 2 --lr 1e-3
+--warmup 2 --device cpu --length-weight 0.3 --kl-coef 0.05 --dtype float64 --eval-every 2
+--save-every 2 --max-grad-norm 0.1"""
+REWARD = """
+def some(problem, response):
+    share = sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
+    return 1 if int(problem['id']) % 2 else share
+
+def raises(problem, response):
+    import os
+    return 1 / (os.environ['RANK'] == '0')
+"""
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory, tokenizer):
-    """A folder with a Qwen3 of two layers, problems, a reward, and `one`: five updates in one process, in float64."""
+    """A folder with a Qwen3 whose embedding is its head, problems, and a reward."""
     folder = tmp_path_factory.mktemp("one_result")
-    torch.manual_seed(0)
-    shape = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    for name, tied in (("toy", False), ("tied", True)):
-        model = Transformer(Qwen3Config(**shape, tie_word_embeddings=tied))
-        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    rows = [
-        {"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": 0.5}
-        for i, c in enumerate("0123456789abcdefghij")
-    ]
-    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "r.py").write_text(
-        "def some(problem, response):  # every group of an odd problem is dropped\n"
-        "    return int(problem['id'][1:]) % 2 or sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))\n"
-    )
-    run(folder, "one")
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"num_hidden_layers": 2, "head_dim": 8, "vocab_size": len(tokenizer)}
+    model = random_model("qwen3", tie_word_embeddings=True, **sizes, **ids)
+    model.save_pretrained(folder / "toy")
+    tokenizer.save_pretrained(folder / "toy")
+    row = '{"id": "%d", "problem": "%d", "answer": "1", "pass_rate": 0.5}\n'
+    (folder / "p.jsonl").write_text("".join(row % (i, i) for i in range(20)))
+    (folder / "r.py").write_text(REWARD)
     return folder
 
 
-def run(folder, out, world=1, sabotage=None, **changes):
-    codes = launch.wait(
-        launch.start(folder, words(**{**FLAGS, **changes}, out=out), world, sabotage)
-    )
-    assert codes == [0] * world, launch.said(folder)
+def ended(folder, setting, out, sabotage=None):
+    """Train under a setting, "PROCESSES --flag value ..." -> exit codes"""
+    world, *flags = setting.split()
+    words = [*FLAGS.split(), *flags, "--out", out]
+    return launch.wait(launch.start(folder, words, int(world), sabotage), 60)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def run(folder, setting, sabotage=None):
+    """The folder of a run under this setting; tests share it."""
+    if not (folder / setting).exists():
+        assert not any(ended(folder, setting, setting, sabotage)), launch.said(folder)
+    return folder / setting
 
 
-def assert_equal(folder, out, one="one", tolerance=1e-9):
+def resume(folder, out, world, *flags):
+    codes = launch.wait(launch.start(folder, ["--resume", out, *flags], world))
+    assert not any(codes), launch.said(folder)
+
+
+def assert_equal(one, other, tolerance=1e-9):
     """Tokens identical, metrics and weights to 1e-9."""
-    assert (folder / out / "completions.jsonl").read_bytes() == (
-        folder / one / "completions.jsonl"
-    ).read_bytes()
+    texts = [(path / "completions.jsonl").read_bytes() for path in (one, other)]
+    assert texts[0] == texts[1]
     for name in ("metrics.jsonl", "eval.jsonl"):
-        for row, other in zip(lines(folder / out / name), lines(folder / one / name), strict=True):
-            timeless = [
-                {
-                    k: v
-                    for k, v in r.items()
-                    if not any(word in k for word in ("seconds", "tokens_per_second", "memory"))
-                }
-                for r in (row, other)
-            ]
-            assert timeless[0] == pytest.approx(timeless[1], abs=tolerance)
+        rows = [without_time(path / name) for path in (one, other)]
+        for row, expected in zip(*rows, strict=True):
+            assert row == pytest.approx(expected, abs=tolerance)
     for name in ("model", "optimizer"):
-        mine, its = (
-            load_file(folder / o / f"checkpoints/000005/{name}.safetensors") for o in (out, one)
-        )
-        assert mine.keys() == its.keys() and all(
-            (mine[k] - its[k]).abs().max() <= tolerance for k in mine
-        )
+        file = f"checkpoints/000003/{name}.safetensors"
+        tensors = [load_file(path / file) for path in (one, other)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=tolerance)
 
 
-MEMORY = {
-    "slots": {"slots": 9},
-    "one slot": {"slots": 1},
-    "micro-batches": {"micro_batch_tokens": 1},
-    "micro-batches of some": {"micro_batch_tokens": 70},
-    "chunks of the logits": {"logits_per_chunk": 1},
-    "activation checkpointing": {"recompute": True},
-    "all of them": {
-        "slots": 10,
-        "micro_batch_tokens": 50,
-        "logits_per_chunk": 1000,
-        "recompute": True,
-    },
-}
+# --------------------------------------------------------------------------- memory and processes
+
+SETTINGS = """1 --slots 3 --micro-batch-tokens 1 --logits-per-chunk 1 --recompute
+1 --slots 9
+2 --micro-batch-tokens 1
+2 --fsdp
+2 --fsdp --recompute --micro-batch-tokens 60
+4
+4 --fsdp"""
 
 
-@pytest.mark.parametrize("setting", MEMORY)
-def test_settings_of_memory_change_nothing_over_five_updates(workshop, setting):
-    run(workshop, setting, **MEMORY[setting])
-    assert_equal(workshop, setting)
-    kept = [row["groups_kept"] for row in lines(workshop / "one/metrics.jsonl")]
-    dropped = sum(row["groups_all_right"] for row in lines(workshop / "one/metrics.jsonl"))
-    assert kept == [3] * 5 and dropped > 5  # else this would say little
+@pytest.mark.parametrize("setting", SETTINGS.splitlines())
+def test_memory_and_processes_change_nothing_over_three_updates(workshop, setting):
+    """A denominator per process, a mean of means, a process that takes another branch or waits for
+    one without samples, shared weights that are sharded as two."""
+    assert_equal(run(workshop, setting), run(workshop, "1"))
+    for row in without_time(workshop / "1/metrics.jsonl"):
+        assert row["groups_kept"] == 3 and row["groups_all_right"] > 0  # else this would say little
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
+    """Kernels of oneDNN save weights that FSDP frees and gathers again; bfloat16 has float32
+    masters, and gives its rounded copies to checkpoint and sampler."""
+    flags = f"--dtype {dtype} --updates 1"
+    one, two = (run(workshop, f"{n} {flags}", by_onednn) for n in ("1", "2 --fsdp"))
+    norms = [without_time(path / "metrics.jsonl")[0]["grad_norm"] for path in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=tolerance)
+    state, expected = (
+        load_file(p / "checkpoints/000001/optimizer.safetensors") for p in (two, one)
+    )
+    assert state.keys() == expected.keys()
+    assert {x.dtype for x in state.values()} == {torch.float32}
+    for name, weight in load_file(two / "checkpoints/000001/model.safetensors").items():
+        assert str(weight.dtype) == f"torch.{dtype}"
+        assert torch.equal(weight, state.get(f"master.{name}", weight).to(weight.dtype))
+
+
+def by_onednn():
+    kernels.probe = partial(dict, linear="onednn", packed=["float32"])
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "before, world, flags",
     [
-        {},
-        {"fsdp": True},
-        {"fsdp": True, "recompute": True, "micro_batch_tokens": 60},
-        {"micro_batch_tokens": 1},
+        ("1", 2, "--fsdp True"),
+        ("2 --fsdp", 4, "--fsdp False"),
+        ("4 --fsdp", 1, "--fsdp False"),
+        ("2 --fsdp", 2, ""),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_number_of_processes_changes_nothing_over_five_updates(workshop, world, changes):
-    """A denominator per rank, a mean of means, a rank that takes another branch, a learning rate per rank. Three groups a step
-    on four processes leave one without a sample, and four prompts often leave one with nothing but dropped groups."""
-    out = f"{world} {changes}"
-    run(workshop, out, world, **changes)
-    assert_equal(workshop, out)
+def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, world, flags):
+    """Checkpoints hold whole tensors, not shards. --fsdp need not be repeated; two processes that
+    have it again go on bit for bit."""
+    whole = run(workshop, before)
+    out = workshop / f"{before} resumed by {world}"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints/000003")
+    if not flags:
+        assert launch.wait(launch.start(workshop, ["--resume", out])) == [2]
+        assert "--fsdp needs the processes that torchrun starts" in launch.said(workshop)
+    resume(workshop, out, world, *flags.split())
+    assert_equal(out, whole, 1e-9 if flags else 0)
 
 
-def test_a_mean_over_tokens_is_over_those_of_all_processes(workshop):
-    for world in (1, 2):
-        run(workshop, f"token{world}", world, loss_norm="token")
-    assert_equal(workshop, "token2", "token1")
-
-
-def test_processes_without_any_prompt(workshop):
-    """Fewer prompts than processes, so that some sample nothing at all."""
-    for world in (1, 4):
-        run(workshop, f"few{world}", world, prompts=2)
-    assert_equal(workshop, "few4", "few1")
-
-
-def test_shared_weights_of_embedding_and_head_are_sharded_as_one(workshop):
-    for world in (1, 2):
-        run(workshop, f"tied{world}", world, model="tied", fsdp=world > 1, updates=5)
-    assert_equal(workshop, "tied2", "tied1")
-
-
-@pytest.mark.skipif(not ONEDNN, reason="torch without oneDNN")
-def test_float32_under_fsdp(workshop):
-    """float32 has products of its own (model.Product) on some CPUs, whose saved weights FSDP frees and gathers again."""
-    for world in (1, 2):
-        run(
-            workshop,
-            f"float{world}",
-            world,
-            launch.products_by_onednn,
-            dtype="float32",
-            fsdp=world > 1,
-            updates=1,
-        )
-    one, two = (lines(workshop / f"float{w}/metrics.jsonl")[0] for w in (1, 2))
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5) and two[
-        "objective"
-    ] == pytest.approx(one["objective"], abs=1e-6)
-
-
-def test_bfloat16_under_fsdp_has_float32_masters(workshop):
-    """As in one process: weights of bfloat16 in checkpoint and sampler, masters and moments of float32."""
-    for world in (1, 2):
-        run(workshop, f"bf{world}", world, dtype="bfloat16", fsdp=world > 1, updates=1)
-    one, two = (
-        load_file(workshop / f"bf{w}/checkpoints/000001/optimizer.safetensors") for w in (1, 2)
-    )
-    assert one.keys() == two.keys() and all(t.dtype == torch.float32 for t in two.values())
-    weights = load_file(workshop / "bf2/checkpoints/000001/model.safetensors")
-    assert all(
-        t.dtype == torch.bfloat16 and torch.equal(t, two[f"master.{n}"].bfloat16())
-        for n, t in weights.items()
-    )
-    norms = [lines(workshop / f"bf{w}/metrics.jsonl")[0]["grad_norm"] for w in (1, 2)]
-    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+# ------------------------------------------------------------------------- one process of several
 
 
 @pytest.mark.parametrize(
-    "before, after",
+    "where, call, number",
     [
-        ((1, False), (2, True)),
-        ((2, True), (1, False)),
-        ((4, True), (2, False)),
-        ((2, False), (4, True)),
+        ("train.score", 4, SIGTERM),
+        ("train.accumulate_gradient", 9, SIGKILL),
+        ("train.accumulate_gradient", 6, SIGTERM),
     ],
 )
-def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, after):
-    """Also in the middle of an update: checkpoints hold whole tensors, not shards."""
-    out, (world, fsdp) = f"{before}{after}", before
-    stop = functools.partial(
-        at_call, "train.minibatch", 14, functools.partial(launch.told_to_stop, signal.SIGTERM)
-    )
-    processes = launch.start(
-        workshop, words(**FLAGS, out=out, **({"fsdp": True} if fsdp else {})), world, stop
-    )
-    assert launch.wait(processes) == [128 + signal.SIGTERM] * world, launch.said(workshop)
-    assert "+" in next((workshop / out / "checkpoints").glob("000003*")).name
-    world, fsdp = after
-    codes = launch.wait(launch.start(workshop, ["--resume", out, "--fsdp", str(fsdp)], world))
-    assert codes == [0] * world, launch.said(workshop)
-    assert_equal(workshop, out)
+def test_what_ends_one_process_ends_all_of_them(workshop, where, call, number):
+    """None waits in vain for one that was killed or told to stop, and the run can be resumed."""
+    out = f"{where} {call}"
+    codes = ended(workshop, "2", out, partial(at_call, where, call, partial(to_second, number)))
+    if number == SIGKILL:
+        assert codes[0] and codes[1] == -SIGKILL
+    else:
+        assert codes[0] > 128 and codes[1] == 128 + SIGTERM
+        assert "the state is saved" in launch.said(workshop)
+    resume(workshop, out, 2)
+    assert_equal(workshop / out, run(workshop, "1"))
 
 
-@pytest.mark.parametrize("fsdp", [True, False])
-def test_a_resumed_run_has_the_flags_it_was_started_with(workshop, fsdp):
-    """--fsdp need not be repeated; and then two processes go on bit for bit."""
-    for out, sabotage in (
-        (f"whole {fsdp}", None),
-        (f"cut {fsdp}", functools.partial(at_call, "train.Learner.step", 14, die)),
-    ):
-        launch.wait(
-            launch.start(
-                workshop, words(**FLAGS, out=out, **({"fsdp": True} if fsdp else {})), 2, sabotage
-            )
-        )
-    codes = launch.wait(
-        launch.start(
-            workshop,
-            ["--resume", f"cut {fsdp}"],
-            2,
-            functools.partial(at_call, "ranks.Ranks.shard", 1, aloud),
-        )
-    )
-    assert codes == [0, 0] and ("sharded" in launch.said(workshop)) == fsdp, launch.said(workshop)
-    assert_equal(workshop, f"cut {fsdp}", f"whole {fsdp}", tolerance=0)
-    if fsdp:
-        assert launch.wait(launch.start(workshop, ["--resume", f"cut {fsdp}"])) == [2]
-        assert "--fsdp needs the processes that torchrun starts" in launch.said(
-            workshop
-        ) and "(or --fsdp False)" in launch.said(workshop)
-
-
-def aloud(original, arguments):
-    print("sharded")
+def to_second(number, original):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), number)
     return original()
 
 
-def die_if_second(original, arguments):
-    return die(None, None) if Ranks().rank == 1 else original()
-
-
-@pytest.mark.parametrize("where", ["train.backward", "train.score", "train.Learner.step"])
-def test_when_one_process_is_killed_none_hangs_and_the_run_can_be_resumed(workshop, where):
-    out = f"killed {where}"
-    processes = launch.start(
-        workshop, words(**FLAGS, out=out), 2, functools.partial(at_call, where, 9, die_if_second)
-    )
-    codes = launch.wait(processes, 60)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    assert launch.wait(launch.start(workshop, ["--resume", out], 2)) == [0, 0], launch.said(
-        workshop
-    )
-    assert_equal(workshop, out)
+ZERO = ZeroDivisionError("nobody expected this")
 
 
 @pytest.mark.parametrize(
-    "where, call", [("train.minibatch", 9), ("train.score", 5), ("train.Learner.step", 8)]
+    "flags, sabotage, code, words",
+    [
+        ("--reward r.py:raises", None, 1, "process 1: --reward r.py:raises"),
+        ("", partial(at_call, "train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
+        ("--data none.jsonl", None, 2, "none.jsonl: cannot be read"),
+    ],
 )
-def test_a_signal_to_one_process_stops_all_of_them(workshop, where, call):
-    out = f"one told {where}"
-    processes = launch.start(
-        workshop,
-        words(**FLAGS, out=out, micro_batch_tokens=50),
-        2,
-        functools.partial(at_call, where, call, tell_second),
-    )
-    codes = launch.wait(processes, 60)
-    assert (
-        codes[0] > 128
-        and codes[1] == 128 + signal.SIGTERM
-        and "the state is saved" in launch.said(workshop)
-    ), launch.said(workshop)
-    assert launch.wait(launch.start(workshop, ["--resume", out], 2)) == [0, 0], launch.said(
-        workshop
-    )
-    assert_equal(workshop, out)
+def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code, words):
+    """A reward that raises on one process must not leave the other waiting. A process that leaves
+    at once must not leave silently, or with code 0. What all processes find is said once."""
+    assert ended(workshop, f"2 {flags}", words, sabotage) == [code, code]
+    assert words in launch.said(workshop)
+    assert sabotage or "rror" not in launch.said(workshop, 1)
 
 
-def tell_second(original, arguments):
-    return (
-        launch.told_to_stop(signal.SIGTERM, original, arguments)
-        if Ranks().rank == 1
-        else original()
-    )
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_on_one_process_ends_all_of_them(workshop, rank):
-    """A reward that raises on one of two processes must not leave the other waiting."""
-    (workshop / "raises.py").write_text(
-        f"import os\ndef f(problem, response):\n    return 1 / (os.environ['RANK'] != '{rank}') + len(response)\n"
-    )
-    codes = launch.wait(
-        launch.start(workshop, words(**{**FLAGS, "reward": "raises.py:f"}, out=f"raises{rank}"), 2),
-        60,
-    )
-    assert codes == [1, 1] and "ZeroDivisionError" in launch.said(workshop)
-
-
-def test_an_error_that_nobody_expected_leaves_its_trace(workshop):
-    """A process that leaves at once must not leave silently, or with code 0."""
-    codes = launch.wait(
-        launch.start(
-            workshop,
-            words(**FLAGS, out="bug"),
-            2,
-            functools.partial(at_call, "train.learn", 1, divide),
-        )
-    )
-    assert (
-        codes == [1, 1]
-        and "ZeroDivisionError" in launch.said(workshop)
-        and "in divide" in launch.said(workshop)
-    )
-
-
-def divide(original, arguments):
-    return 1 / 0
-
-
-def test_bad_input_is_said_once(workshop):
-    codes = launch.wait(
-        launch.start(workshop, words(**{**FLAGS, "data": "none.jsonl"}, out="bad"), 2)
-    )
-    assert (
-        codes == [2, 2]
-        and "none.jsonl: cannot be read" in launch.said(workshop)
-        and "error" not in launch.said(workshop, 1)
-    )
-
-
-def test_fsdp_without_torchrun_says_what_it_needs():
-    with pytest.raises(ValueError, match="torchrun --nproc_per_node"):
-        Ranks("cpu", sharded=True)
-
-
-def test_fsdp_on_a_cpu_needs_a_torch_that_averages(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("ranks.SHARDS_ON_CPU", False)
-    with pytest.raises(ValueError, match="needs torch 2.10 or newer"):
-        Ranks("cpu", sharded=True)
-
-
-@pytest.mark.skipif(not SHARDS_ON_CPU, reason=launch.NO_FSDP)
+@pytest.mark.skipif(not FSDP_ON_CPU, reason=launch.NO_FSDP)
 def test_torchrun_itself(workshop):
     """The command of the README, word for word but for its flags."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(launch.ROOT / "train.py"),
-        "--fsdp",
-    ]
-    done = subprocess.run(
-        [*command, *words(**FLAGS, out="torchrun")],
-        cwd=workshop,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+    words = [*command.split(), str(launch.ROOT / "train.py"), "--fsdp", *FLAGS.split()]
+    words += ["--out", "torchrun"]
+    done = subprocess.run(words, cwd=workshop, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    assert_equal(workshop, "torchrun")
+    assert_equal(workshop / "torchrun", run(workshop, "1"))
     assert done.stdout.count("held-out accuracy") == 1  # one voice
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_are_a_partition(size):
+    """Every item goes to one process, in order; no process gets two more than another."""
+    ranks = Ranks()
+    for n in range(9):
+        shares = []
+        for rank in range(size):
+            ranks.rank, ranks.size = rank, size
+            shares.append(ranks.share(list(range(n))))
+        assert sum(shares, []) == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def requests(n=24):
+# --------------------------------------------------------------------------------------- sampling
+
+
+def requests(n):
+    """[(prompt, keys of its three completions)]"""
     return [
-        Request([5] * (1 + i % 7) + [9, i % 90], [stream(0, 1, i, k) for k in range(3)], 40)
-        for i in range(n)
+        ([5] * (1 + i % 7) + [9, i % 90], [stream(0, 1, i, k) for k in range(3)]) for i in range(n)
     ]
 
 
-def completed(model, work, slots, order=None):
-    order = list(range(len(work))) if order is None else order
-    done = dict(
-        zip(
-            order,
-            sample(
-                model, [work[i] for i in order], slots=slots, stop_ids={3, 11, 40}, temperature=0.9
-            ),
-        )
-    )
-    return [done[i] for i in sorted(done)]
+def completed(model, work, slots=64):
+    """-> {key: tokens}"""
+    prompts, keys = map(list, zip(*work))
+    limits, stops = [40] * len(work), {3, 11, 40}
+    done = sample(model, prompts, keys, limits, slots=slots, stop_ids=stops, temperature=0.9)
+    return {k: c.tokens for ks, cs in zip(keys, done) for k, c in zip(ks, cs)}
 
 
 def test_sampling_is_a_function_of_its_key_alone():
-    """In float64, token by token: any number of slots, any order of requests, any batch mates."""
-    model, work = random_model(dtype=torch.float64), requests()
-    expected = [[c.tokens for c in cs] for cs in completed(model, work, 64)]
-    assert (
-        len({len(t) for ts in expected for t in ts}) > 10
-    )  # completions of many lengths, so that slots are refilled
-    for slots, order in (
-        (1, None),
-        (8, None),
-        (13, None),
-        (64, range(23, -1, -1)),
-        (9, [*range(12, 24), *range(12)]),
-    ):
-        assert [[c.tokens for c in cs] for cs in completed(model, work, slots, order)] == expected
-    for i in (0, 7, 23):  # alone
-        assert [c.tokens for c in completed(model, [work[i]], 8)[0]] == expected[i]
-
-
-def edge(model, request, key, before):
-    """How far the number drawn for the next token lies from the nearest edge of its distribution function."""
-    logits = model(torch.tensor([request.prompt + before]))[0, -1]
-    cdf = log_softmax(logits, 0.9).exp().cumsum(-1)
-    u = uniforms(np.array([key], np.uint64), np.array([len(before)]))[0]
-    return (cdf - u).abs().min().item()
+    """In float64, token by token: any number of slots, any order of prompts, any batch mates."""
+    model, work = random_model(dtype=torch.float64), requests(24)
+    expected = completed(model, work)
+    assert len({len(tokens) for tokens in expected.values()}) > 10  # so that slots are refilled
+    for slots, order in ((13, work), (64, work[::-1]), (9, work[12:] + work[:12])):
+        assert completed(model, order, slots) == expected
+    assert expected | completed(model, work[5:7], 1) == expected  # alone
 
 
 def first_differences(one, other, work, exact):
-    """Distance to an edge of every first token that differs between two samplings."""
-    found = []
-    for request, cs, ds in zip(work, one, other):
-        for key, c, d in zip(request.keys, cs, ds):
-            if c.tokens != d.tokens:
-                at = next((i for i, (a, b) in enumerate(zip(c.tokens, d.tokens)) if a != b), None)
-                assert at is not None, (
-                    "one completion goes on where the other stopped: no token says why"
-                )
-                found.append(edge(exact, request, key, c.tokens[:at]))
-    return found
+    """Of every first token that differs between two samplings: the distance of its random number to
+    the nearest edge of the distribution function."""
+    distances = []
+    for prompt, keys in work:
+        for key in keys:
+            if one[key] == other[key]:
+                continue
+            differ = [a != b for a, b in zip(one[key], other[key])]
+            t = differ.index(
+                True
+            )  # else one goes on where the other stopped, and no token says why
+            logits = exact(torch.tensor([prompt + one[key][:t]]))[0, -1]
+            u = uniforms(np.array([key]), np.array([t]))[0]
+            distances.append((log_softmax(logits, 0.9).exp().cumsum(-1) - u).abs().min().item())
+    return distances
 
 
 @torch.no_grad()
-def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution(capsys):
+def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
     """A flip in the middle of an interval would be another distribution, not another rounding."""
-    model, exact, rough, work = (
-        random_model(),
-        random_model(dtype=torch.float64),
-        random_model(),
-        requests(150),
-    )
-    for p in (
-        rough.parameters()
-    ):  # stands for a machine that rounds much more coarsely: here all ways above are alike
-        p *= 1 + 3e-6 * torch.randn(p.shape)
-    expected = completed(model, work, 64)
-    tokens = sum(len(c.tokens) for cs in expected for c in cs)
-    with capsys.disabled():
-        for name, other in (
-            ("8 slots", completed(model, work, 8)),
-            ("another order", completed(model, work, 64, range(149, -1, -1))),
-            ("float64", completed(exact, work, 64)),
-            ("coarse rounding", completed(rough, work, 64)),
-        ):
-            distances = first_differences(expected, other, work, exact)
-            print(
-                f"\n  float32, 64 slots, against {name}: {len(distances)} of {tokens} tokens flip",
-                end="",
-            )
-            assert all(d < 1e-4 for d in distances)
-    assert distances  # else this would say nothing
-    shifted = [
-        Request(r.prompt, [k + np.uint64(1) for k in r.keys], 40) for r in work[:5]
-    ]  # and the measure can tell
-    assert (
-        max(first_differences(expected[:5], completed(model, shifted, 64), work[:5], exact)) > 1e-3
-    )
+    model, exact, work = random_model(), random_model(dtype=torch.float64), requests(60)
+    coarse = random_model()  # a machine that rounds much more coarsely
+    for p in coarse.parameters():
+        p *= 1 + 1e-5 * torch.randn(p.shape)
+    expected = completed(model, work)
+    distances = []
+    for other in (completed(model, work[::-1], 8), completed(exact, work), completed(coarse, work)):
+        distances += first_differences(expected, other, work, exact)
+    assert distances and max(distances) < 1e-4
 
 
-# ------------------------------------------------------------------------------------------- gradients in float32
+# --------------------------------------------------------------------------------------- learning
 
 
-class Part(Ranks):
-    """One of several processes, without the others: its gradient is a summand of the whole."""
-
-    def __init__(self, rank, size):
-        super().__init__()
-        self.part, self.parts = rank, size
-
-    def sum(self, numbers):
-        return numbers
-
-    max = sum
-
-    def check(self):
-        pass
-
-
-def gradient(model, samples, ranks=None, recompute=False, **changes):
+def gradient(model, samples, size=1, recompute=False, **flags):
+    """The sum of what `size` processes contribute."""
     model.model.recompute = recompute
-    cfg = Config(temperature=0.8, **changes)
-    for part in ranks or [Ranks()]:
-        if isinstance(part, Part):
-            part.size, part.rank = part.parts, part.part
-        backward(cfg, level(), model, None, samples, True, part)
-    grad = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    return grad
+    run = a_run(model, loss_norm="token", **flags)
+    for rank in range(size):
+        run.ranks = SimpleNamespace(rank=rank, size=size, sharded=False, sum=dict, max=dict)
+        accumulate_gradient(run, level(), samples, True)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5():
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"micro_batch_tokens": 1},
+        {"logits_per_chunk": 200},
+        {"recompute": True},
+        {"size": 3},
+        {"size": 12},  # some have no samples
+    ],
+    ids=str,
+)
+def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(flags):
+    """A mean over tokens is over those of all micro-batches and processes."""
     model = random_model()
     samples = off_policy_samples(model, 9)
     one = gradient(model, samples, micro_batch_tokens=10**6)
-    others = {
-        "micro-batches": gradient(model, samples, micro_batch_tokens=1),
-        "order": gradient(model, samples[::-1]),
-        "chunks": gradient(model, samples, logits_per_chunk=200),
-        "activation checkpointing": gradient(model, samples, recompute=True),
-        "3 processes": gradient(model, samples, [Part(r, 3) for r in range(3)]),
-        "12 processes": gradient(model, samples, [Part(r, 12) for r in range(12)]),
-    }
-    for name, other in others.items():
-        assert (one - other).norm() < 1e-5 * one.norm(), name
+    assert (one - gradient(model, samples, **flags)).norm() < 1e-5 * one.norm()
     assert (one - gradient(model, samples[:-1])).norm() > 1e-2 * one.norm()
+
+
+def test_minibatches_are_a_function_of_seed_update_and_pass():
+    """Without the shuffle, or with one order for all passes, a group would always meet the same
+    others, and the same ones would always be on-policy."""
+    groups = [[i] for i in range(9)]
+
+    def passes(seed, update):
+        steps = list(minibatches(Config(seed=seed, minibatches=2), 2, groups, update))
+        assert [len(step) for step in steps] == [4, 5] * 2
+        return [tuple(steps[0] + steps[1]), tuple(steps[2] + steps[3])]
+
+    orders = [*passes(3, 5), *passes(3, 6), *passes(4, 5)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(range(9)), *orders}) == 7
+    assert passes(3, 5) == orders[:2]
