@@ -26,8 +26,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import data
+from infra.answers import canonical
 from model import Transformer
-from rewards import RIGHT, Grader, canonical, writes_steps
+from rewards import RIGHT, Grader, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # a tiny checkpoint, and its problems with pass rates
