@@ -312,7 +312,7 @@ class Slots:
         for group, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
             for key, tokens in zip(streams, np.broadcast_to(limit, len(streams)).tolist()):
                 self.waiting.append(Sample(group, prompts[group], key, tokens))
-        rows = max(MIN_ROWS, min(slots, len(self.waiting)))
+        self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
         longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
@@ -324,6 +324,11 @@ class Slots:
     @property
     def live(self):
         return [slot for slot, sample in enumerate(self.running) if sample]
+
+    @property
+    def filled(self):
+        """Tokens of prompt and completion so far, of each live slot."""
+        return np.array([self.running[slot].filled for slot in self.live])
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
@@ -419,9 +424,9 @@ class Slots:
         live = self.live
         fed = np.zeros((2, len(self.running)), int)  # last token, its position (-1: idle)
         fed[1] = -1
-        for slot in live:
-            fed[:, slot] = self.running[slot].tokens[-1], self.running[slot].filled - 1
-        self.cache.reserve(live, fed[1, live] + 1)
+        fed[0, live] = [self.running[slot].tokens[-1] for slot in live]
+        fed[1, live] = self.filled - 1
+        self.cache.reserve(live, self.filled)
         self.cache.arrange()
         if self.captured is not self.cache.layout:  # the first step, or tensors have moved
             self.logits = self.replay = None  # frees their memory first
