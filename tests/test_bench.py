@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "bench"))
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
 
 import compare  # noqa: E402  it is no package
 
@@ -46,7 +47,7 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
     """A flag that was renamed or a key that is gone would cost time on a card."""
     settings = {"SIZE": "2m", "NEW": "24", "DEVICE": "cpu", "DTYPE": "float32"}
     settings |= {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "bench/gpu.sh"), sys.executable]
+    command = ["bash", BENCH / "gpu.sh", sys.executable]
     subprocess.run(command, check=True, env=os.environ | settings)
     rollout = json.loads((tmp_path / "rollout.json").read_text())
     step = json.loads((tmp_path / "step.json").read_text())
