@@ -36,9 +36,9 @@ def test_the_table_of_a_comparison(monkeypatch, capsys, tmp_path):
     command = f"compare.py --sizes 2m --dtypes float32 --what equal --log {log}"
     monkeypatch.setattr(sys, "argv", command.split())
     compare.main()
+    row = capsys.readouterr().out.splitlines()[-1]
     medians = "{'ours': 600, 'generate': 300, 'generate_batch': 150.0}"
-    assert f"| 2m float32 | equal | {medians} |" in (printed := capsys.readouterr().out)
-    assert "| 2.00 x |" in printed
+    assert row.startswith(f"| 2m float32 | equal | {medians} |") and row.endswith("| 2.00 x |")
     assert len(log.read_text().splitlines()) == 8
 
 
@@ -55,6 +55,5 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
     lengths = [n for line in lines for n in json.loads(line)["new_tokens"]]
     assert rollout["tokens"] == sum(lengths) and max(lengths) == 24 and len(lengths) == 256
     assert 0.9 < rollout["slot_occupancy"] <= 1 <= rollout["cache_over_filled"] < 2
-    assert 0 < rollout["fraction_of_roofline"] < 1
     assert step["tokens_per_step"] == 8 * 16 * 3
     assert step["seconds_per_step"] > step["learn_seconds"] > 0
