@@ -10,6 +10,7 @@ S positions that attention sees.
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,7 @@ from transformers import AutoConfig
 from infra import kernels
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of checkpoints
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 # Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
 # float32.
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
@@ -53,35 +50,36 @@ ROPE = {  # the rotary scalings that we know, and the numbers that each needs
 
 
 def check_supported(config):
-    """Raise ValueError for what this decoder would silently compute wrong."""
-    if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    """Raise ValueError for what this decoder would silently compute wrong.
+
+    config.rope_parameters also holds what older checkpoints spell in other places.
+    """
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise ValueError(f"model type {config.model_type!r} is not supported ({known} are)")
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError("sliding-window attention (use_sliding_window) is not supported")
-    check_rope(config.rope_parameters)
-    for name in POSITIVE.split():
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} {getattr(config, name)} must be above 0")
+    rope = config.rope_parameters
+    kind, sliding = rope["rope_type"], getattr(config, "use_sliding_window", False)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-
-
-def check_rope(rope):
-    """rope: config.rope_parameters, into which transformers also puts the older spellings."""
-    kind = rope["rope_type"]
-    if kind not in ROPE:
-        raise ValueError(f"rotary scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError("partial_rotary_factor other than 1 is not supported")
-    for name in ROPE[kind].split():
-        if not 0 < rope.get(name, 0) < math.inf:
-            raise ValueError(f"{name} {rope.get(name)} of the rotary embedding must be above 0")
+    wrong = {
+        f"hidden_act {config.hidden_act!r} is not supported (silu is)": config.hidden_act != "silu",
+        "sliding-window attention (use_sliding_window) is not supported": sliding,
+        f"rotary scaling {kind!r} is not supported ({', '.join(ROPE)} are)": kind not in ROPE,
+        "partial_rotary_factor other than 1 is not supported": (
+            rope.get("partial_rotary_factor", 1) != 1
+        ),
+        f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}": (
+            heads % kv_heads
+        ),
+    }
+    for name in POSITIVE.split():
+        value = getattr(config, name)
+        wrong[f"{name} {value} must be above 0"] = not 0 < value < math.inf
+    for name in ROPE.get(kind, "").split():
+        value = rope.get(name, 0)
+        wrong[f"{name} {value} of the rotary embedding must be above 0"] = not 0 < value < math.inf
+    for message, found in wrong.items():
+        if found:
+            raise ValueError(message)
 
 
 def inverse_frequencies(rope, head_dim, device):
@@ -143,22 +141,27 @@ def gather_rows(x, rows):
     return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
+def causal_attention(layer, q, k, v):
+    """Within each row. Padding on the right is never seen."""
+    return scaled_dot_product(q, k, v)
+
+
 class PromptCache:
     """The learner's cache: keys and values of prompts, with gradients, for all their completions.
 
-    The prompts go through the model first (rows=None), right-padded, then the completions: row b
-    follows prompt rows[b].
+    The right-padded prompts go through the model first, by `attend_in_prompts`.
     """
 
-    def __init__(self, lengths=None):
-        self.lengths = lengths  # (prompts,) tokens
+    def __init__(self):
         self.layers = {}  # layer -> k, v (prompts, K, P, D) of prompts padded to P tokens
 
-    def attention(self, positions, rows):
-        """See Body.forward."""
-        if rows is None:
-            return self.attend_in_prompts
-        mask = self.mask(self.lengths[rows], positions.shape[1])
+    def attend_in_prompts(self, layer, q, k, v):
+        self.layers[layer] = k, v
+        return scaled_dot_product(q, k, v)
+
+    def attention(self, rows, lengths, width):
+        """For `width` tokens each, where row b follows prompt rows[b], of lengths[b] tokens."""
+        mask = self.mask(lengths, width)
 
         def attend(layer, q, k, v):
             prompt_k, prompt_v = self.layers[layer]
@@ -170,10 +173,6 @@ class PromptCache:
             return scaled_dot_product(F.pad(q, (0, 0, padding, 0)), k, v)[:, padding:]
 
         return attend
-
-    def attend_in_prompts(self, layer, q, k, v):
-        self.layers[layer] = k, v
-        return scaled_dot_product(q, k, v)
 
     def mask(self, lengths, width):
         """What `width` tokens see that follow prompts of these lengths; None: attention is causal.
@@ -196,9 +195,7 @@ class PromptCache:
 
 
 class Linear(nn.Linear):
-    packed = (
-        None  # the weight once more, while it is packed for inference: see Transformer.laid_out
-    )
+    packed = None  # the weight as kernels.pack lays it out, within Transformer.laid_out
 
     def forward(self, x):
         if self.packed is None:
@@ -215,7 +212,7 @@ class RMSNorm(nn.RMSNorm):
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, H, T, D): channels i and i + D/2 turn by one angle.
 
-    cos, sin (B, 1, T, D): the cosines of the angles, twice; minus their sines, then their sines.
+    cos, sin (B, 1, T, D): of minus the angles, then of the angles.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -227,22 +224,21 @@ class Attention(nn.Module):
         hidden, bias = config.hidden_size, getattr(config, "attention_bias", False)
         query_size = config.num_attention_heads * head_dim
         key_size = config.num_key_value_heads * head_dim
-        is_qwen2 = config.model_type == "qwen2"  # has no switch: biases on q, k, v alone
-        self.q_proj = Linear(hidden, query_size, bias or is_qwen2)
-        self.k_proj = Linear(hidden, key_size, bias or is_qwen2)
-        self.v_proj = Linear(hidden, key_size, bias or is_qwen2)
+        qkv_bias = bias or config.model_type == "qwen2"  # which has no switch for it
+        self.q_proj = Linear(hidden, query_size, qkv_bias)
+        self.k_proj = Linear(hidden, key_size, qkv_bias)
+        self.v_proj = Linear(hidden, key_size, qkv_bias)
         self.o_proj = Linear(query_size, hidden, bias)
         norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(head_dim, config.rms_norm_eps)
         self.k_norm = norm(head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        heads = -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(attend(self.layer, q, k, v))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        return self.o_proj(attend(self.layer, q, k, v.transpose(1, 2)))
 
 
 class MLP(nn.Module):
@@ -284,31 +280,23 @@ class Body(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False  # activation checkpointing: backward computes each layer again
 
-    def forward(self, ids, positions=None, cache=None, rows=None):
-        """ids (B, T) -> hidden states (B, T, C).
+    def forward(self, ids, positions=None, attend=causal_attention):
+        """ids (B, T) at positions (B, T), or from 0 -> hidden states (B, T, C).
 
-        Without a cache: causal attention within each row, positions from 0. Padding on the right
-        is never seen.
-        With one: the tokens are stored at `positions` (B, T) of cache rows `rows` (B,) (None: all,
-        in order) and attend to what their row holds up to there. cache.attention(positions, rows)
-        returns the function attend(layer, q, k, v), with q (B, H, T, D) and k, v (B, K, T, D),
-        that stores k and v and returns (B, T, H * D).
+        attend(layer, q, k, v), with q (B, H, T, D) and k, v (B, K, T, D), returns (B, T, H * D).
+        A cache makes such functions. They store k and v, and let each token attend to what its row
+        holds up to there.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attend = (cache or PromptCache()).attention(positions, rows)
         x = self.embed_tokens(ids)
         frequencies = inverse_frequencies(self.rope, self.head_dim, ids.device)
-        angle = positions[:, None, :, None] * frequencies  # (B, 1, T, D/2)
-        cos, sin = angle.cos(), angle.sin()
-        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
+        angle = positions[:, None, :, None] * torch.cat([-frequencies, frequencies])
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = layer(x, cos, sin, attend)
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x = layer(x, cos, sin, attend)
         return self.norm(x)
 
 
@@ -333,9 +321,9 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids, *cached):
-        """cached: positions, cache and rows, see Body.forward"""
-        return self.lm_head(self.model(ids, *cached))
+    def forward(self, *inputs):
+        """See Body.forward."""
+        return self.lm_head(self.model(*inputs))
 
     def token_logprobs(self, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
         """Log-prob of each completion token given those before it in its row, and its entropy.
@@ -352,17 +340,17 @@ class Transformer(nn.Module):
         in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
         # The length is compared too: token 0 may stand in a prompt.
         keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
-        prompts, rows = keyed.unique(dim=0, return_inverse=True)
-        prompt_lengths, prompts = prompts[:, 0], prompts[:, 1:]
-        cache = PromptCache(prompt_lengths)
-        prompt_hidden = self.model(prompts, cache=cache).flatten(0, 1)
+        keyed, rows = keyed.unique(dim=0, return_inverse=True)
+        prompts, cache = keyed[:, 1:], PromptCache()
+        prompt_hidden = self.model(prompts, attend=cache.attend_in_prompts).flatten(0, 1)
         # The last token of a prompt predicts the first one of each of its completions.
         last = gather_rows(prompt_hidden, rows * prompts.shape[1] + starts - 1)[:, None]
         # At least 2, so that the model is called twice in every case: FSDP counts on it.
         offset = torch.arange(max(2, lengths.max()), device=ids.device)
         positions = starts[:, None] + offset
         targets = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
-        more = self.model(targets[:, :-1], positions[:, :-1], cache, rows)
+        attend = cache.attention(rows, starts, len(offset) - 1)
+        more = self.model(targets[:, :-1], positions[:, :-1], attend)
         inside = offset < lengths[:, None]  # (B, longest completion)
         hidden, targets = torch.cat([last, more], 1)[inside], targets[inside]
         size = max(1, logits_per_chunk // self.config.vocab_size)
@@ -439,7 +427,7 @@ class Transformer(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         config = self.config
-        config.architectures = [ARCHITECTURES[config.model_type]]
+        config.architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
         config.dtype = self.lm_head.weight.dtype
         config.save_pretrained(path)
         tensors = self.state_dict()
@@ -545,18 +533,18 @@ def micro_batches(prompts, completions, max_tokens):
     They are cut so that the padded tokens of a batch stay within max_tokens, or it is one
     sequence. Padding counts for its completions, and for its different prompts, once each.
     """
-    batches, lengths = [], {}  # lengths: of the different prompts of the last batch
+    batches, different = [[]], set()  # different: the prompts of the last batch
     for i in sorted(range(len(completions)), key=lambda i: -len(completions[i])):
         prompt = tuple(prompts[i])
-        lengths[prompt] = len(prompt)
-        if batches:
-            longest = len(completions[batches[-1][0]])
-            tokens = (len(batches[-1]) + 1) * longest + len(lengths) * max(lengths.values())
-        if not batches or tokens > max_tokens:
+        different.add(prompt)
+        batch = [*batches[-1], i]
+        longest = len(completions[batch[0]])
+        tokens = len(batch) * longest + len(different) * max(map(len, different))
+        if tokens > max_tokens:
             batches.append([])
-            lengths = {prompt: len(prompt)}
+            different = {prompt}
         batches[-1].append(i)
-    return batches
+    return [batch for batch in batches if batch]
 
 
 def pad(prompts, completions, device="cpu"):
@@ -569,5 +557,4 @@ def pad(prompts, completions, device="cpu"):
     for prompt, completion in zip(prompts, completions):
         ids.append(torch.tensor(prompt + completion))
         mask.append(torch.arange(len(ids[-1])) >= len(prompt))
-    ids, mask = pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
-    return ids.to(device), mask.to(device)
+    return tuple(pad_sequence(rows, batch_first=True).to(device) for rows in (ids, mask))

@@ -11,6 +11,7 @@ P positions of a page.
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from itertools import chain
 from os.path import commonprefix  # takes any sequences
 
 import numpy as np
@@ -90,6 +91,10 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
 # ---------------------------------------------------------------------------------------- cache
 
 
+def round_up(count, multiple):
+    return -(-count // multiple) * multiple
+
+
 class KVCache:
     """Keys and values of every layer for independent rows, each with as many pages as it needs.
 
@@ -104,16 +109,15 @@ class KVCache:
 
     # Positions of a page. Small pages waste less, large ones make less work. MIN_ROWS divides them.
     PAGE = {"cpu": 32, "cuda": 256}
-    # The pool of pages grows by at least 1 / SLACK of itself, and the table by a multiple of WIDER.
+    # (s, w): the pool of pages grows by at least 1/s of itself, and the table by a multiple of w.
     # Rarely on a GPU, since each time the decoding step must be captured again.
-    SLACK = {"cpu": 8, "cuda": 2}
-    WIDER = {"cpu": 1, "cuda": 4}
+    GROWTH = {"cpu": (8, 1), "cuda": (2, 4)}
     HIDDEN = -1e30  # added to scores of what is not seen; finite, since an idle row sees nothing
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
         kind, layers = model.device.type, model.config.num_hidden_layers
-        self.page, self.slack, self.wider = self.PAGE[kind], self.SLACK[kind], self.WIDER[kind]
+        self.page, self.growth = self.PAGE[kind], self.GROWTH[kind]
         self.max_pages = 1 + rows * self.num_pages(longest)
         self.heads, self.device = model.config.num_attention_heads, model.device
         size = 1, model.config.num_key_value_heads, model.head_dim, self.page
@@ -121,61 +125,66 @@ class KVCache:
         self.k = [empty.clone() for _ in range(layers)]
         self.v = [empty.mT.contiguous() for _ in range(layers)]
         self.table = np.zeros((rows, 0), np.int64)
-        self.free, self.layout, self.changed = [], (), True
+        self.layout, self.changed = (), True
 
     def num_pages(self, tokens):
-        return -(-tokens // self.page)
+        return round_up(tokens, self.page) // self.page
 
     # Pages are given and taken on the host; `arrange` tells the device.
 
     def reserve(self, rows, lengths):
         """Make room for positions below lengths (one per row), keeping what is stored."""
+        slack, wider = self.growth
         needed = self.num_pages(lengths)
         missing = needed.max() - self.table.shape[1]
         if missing > 0:
-            self.table = np.pad(self.table, ((0, 0), (0, -(-missing // self.wider) * self.wider)))
+            self.table = np.pad(self.table, ((0, 0), (0, round_up(missing, wider))))
         pages = self.table[rows]
         new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
         if not new.any():
             return
-        in_pool, wanted = len(self.k[0]), new.sum() - len(self.free)
+        in_pool = len(self.k[0])
+        held = np.append(0, self.table)
+        free = np.flatnonzero(np.bincount(held, minlength=in_pool) == 0)
+        wanted = new.sum() - len(free)
         if wanted > 0:
-            more = max(wanted, min(in_pool // self.slack, self.max_pages - in_pool))
-            self.free.extend(range(in_pool, in_pool + more))
-            # Zeros, since hidden keys must be finite: 0 * nan is nan.
-            self.each_pool(lambda pool: torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]))
-        pages[new] = [self.free.pop() for _ in range(new.sum())]
+            more = max(wanted, min(in_pool // slack, self.max_pages - in_pool))
+            free = np.append(free, np.arange(in_pool, in_pool + wanted))
+            # Copies of the dummy, since what is not seen must be finite too: 0 * nan is nan.
+            self.gather_pages(np.append(np.arange(in_pool), np.zeros(more, int)))
+        pages[new] = free[: new.sum()]
         self.table[rows] = pages
         self.changed = True
 
     def cut(self, row, length):
         """Take back the pages of this row beyond length."""
-        pages = self.table[row, self.num_pages(length) :]
-        self.free.extend(pages[pages > 0])
-        self.changed |= pages.any()
-        pages[:] = 0
+        self.table[row, self.num_pages(length) :] = 0
+        self.changed = True
 
     def copy(self, source, targets, length):
         """Copy the first `length` positions of row source to the rows targets."""
         self.reserve(targets, np.full(len(targets), length))
         pages = self.num_pages(length)
-        old, new = self.table[source, :pages], self.table[targets, :pages]
-        old, new = self.to_device(old), self.to_device(new)
-        self.each_pool(lambda pool: pool.index_put_((new,), pool[old]))
+        old = self.to_device(self.table[source, :pages])
+        new = self.to_device(self.table[targets, :pages])
+        for pool in self.k + self.v:
+            pool[new] = pool[old]
 
     def keep(self, rows):
         """Keep only these rows, renumbered in this order, and the pages that they hold."""
         table = self.table[rows]
         table = table[:, table.any(0)]
         pages = np.unique(np.append(0, table))
-        self.table, self.free, self.changed = np.searchsorted(pages, table), [], True
-        kept = self.to_device(pages)
-        self.each_pool(lambda pool: pool[kept])
+        self.gather_pages(pages)
+        self.table = np.searchsorted(pages, table)
+        self.changed = True
 
-    def each_pool(self, change):
+    def gather_pages(self, pages):
+        """Make new pools, in which page i is a copy of the old page pages[i]."""
+        pages = self.to_device(pages)
         for pools in (self.k, self.v):
             for layer, pool in enumerate(pools):
-                pools[layer] = change(pool)
+                pools[layer] = pool[pages]
 
     def to_device(self, array):
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -205,10 +214,8 @@ class KVCache:
             self.layout = layout
         self.changed = False
 
-    def attention(self, positions, rows):
-        """See Body.forward. rows=None is decoding: T = 1, row b is cache row b, or idle at -1."""
-        if rows is None:
-            return self.decoding(positions)
+    def prefilling(self, positions, rows):
+        """-> attend, see Body.forward: row b of the tokens, at positions (B, T), is rows[b]."""
         table = self.layout[0][rows, : int(positions.max()) // self.page + 1]
         place = table.gather(1, positions // self.page), positions % self.page
         key_position = torch.arange(table.shape[1] * self.page, device=self.device)
@@ -227,8 +234,9 @@ class KVCache:
         self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
 
     def decoding(self, positions):
-        """Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
+        """-> attend for one token per row, at positions (rows, 1), or idle at -1.
 
+        Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
         What is read is what is filled. For long completions that is nearly all that a step costs
         beyond the weights.
         """
@@ -279,11 +287,22 @@ def capture(step, device):
 
 
 @dataclass(eq=False)
+class Prompt:
+    """A prompt whose completions are in the making.
+
+    Once it is prefilled, and as long as some of its samples wait, a slot keeps it to be copied.
+    """
+
+    tokens: list
+    slot: int = None
+    logits: torch.Tensor = None  # (V,) of the first token to sample
+
+
+@dataclass(eq=False)
 class Sample:
     """A completion in the making."""
 
-    group: int  # index of its prompt
-    prompt: list  # token ids
+    prompt: Prompt
     key: int  # its stream of random numbers
     limit: int  # tokens
     tokens: list = field(default_factory=list)
@@ -293,14 +312,15 @@ class Sample:
     @property
     def filled(self):
         """Tokens of prompt and completion so far."""
-        return len(self.prompt) + len(self.tokens)
+        return len(self.prompt.tokens) + len(self.tokens)
 
 
 class Slots:
     """The decoding rows: slot i decodes one sample and uses row i of the KV cache.
 
+    groups   the samples of each prompt
     running  a Sample per slot, or None where it is idle
-    waiting  samples without a slot, in order
+    waiting  samples without a slot, group by group
 
     The cache and the next-token logits (rows, V) stay on the device; each token costs one small
     copy to the host.
@@ -308,18 +328,17 @@ class Slots:
 
     def __init__(self, model, prompts, keys, max_new_tokens, slots):
         """See `sample`."""
-        self.model, self.prompts, self.waiting = model, prompts, deque()
-        for group, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
-            for key, tokens in zip(streams, np.broadcast_to(limit, len(streams)).tolist()):
-                self.waiting.append(Sample(group, prompts[group], key, tokens))
+        self.model, self.groups = model, []
+        for tokens, streams, limit in zip(prompts, keys, max_new_tokens):
+            prompt, limits = Prompt(tokens), np.broadcast_to(limit, len(streams)).tolist()
+            self.groups.append([Sample(prompt, *each) for each in zip(streams, limits)])
+        self.waiting = deque(chain(*self.groups))
         self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
         longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.captured = None  # the layout of the cache for which `replay` stands
-        # Of prompts whose samples still wait: a slot that holds its keys and values, first logits.
-        self.source, self.first_logits = {}, {}
 
     @property
     def live(self):
@@ -332,62 +351,56 @@ class Slots:
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
+        if not self.waiting:
+            return
         idle = [slot for slot, sample in enumerate(self.running) if not sample]
-        # A prompt that is still copied is overwritten only by its own group: its slot comes first.
-        idle.sort(key=lambda slot: slot not in self.source.values())
-        filled = idle[: len(self.waiting)]
-        placed = defaultdict(list)  # group -> its new slots
-        for slot in filled:
+        # The slot that keeps a prompt comes first, so that only a sample of this prompt gets it.
+        idle.sort(key=lambda slot: slot != self.waiting[0].prompt.slot)
+        placed = defaultdict(list)  # prompt -> its new slots
+        for slot in idle[: len(self.waiting)]:
             sample = self.running[slot] = self.waiting.popleft()
-            placed[sample.group].append(slot)
-            self.source.setdefault(sample.group, slot)
-        self.prefill_new()
-        for group, slots in placed.items():
-            self.cache.copy(self.source[group], slots, len(self.prompts[group]))
-            self.logits[slots] = self.first_logits[group]
-            if not self.waiting or self.waiting[0].group != group:
-                del self.source[group], self.first_logits[group]
-
-    def prefill_new(self):
-        """Prefill the prompts that have a slot but no logits, the longest ones first."""
-        new = [group for group in self.source if group not in self.first_logits]
-        new.sort(key=lambda group: len(self.prompts[group]))
-        while new:
-            size = max(1, PREFILL_TOKENS // len(self.prompts[new[-1]]))
-            self.prefill(new[-size:])
+            placed[sample.prompt].append(slot)
+        new = [prompt for prompt in placed if prompt.slot is None]
+        new.sort(key=lambda prompt: len(prompt.tokens))
+        while new:  # the longest ones first
+            size = max(1, PREFILL_TOKENS // len(new[-1].tokens))
+            self.prefill(new[-size:], [placed[prompt][0] for prompt in new[-size:]])
             del new[-size:]
+        for prompt, slots in placed.items():
+            self.cache.copy(prompt.slot, slots, len(prompt.tokens))
+            self.logits[slots] = prompt.logits
+            if not self.waiting or self.waiting[0].prompt is not prompt:
+                prompt.slot = prompt.logits = None
 
-    def prefill(self, groups):
-        """Run these prompts into their cache rows; a beginning that all share goes through once."""
-        prompts = [self.prompts[group] for group in groups]
-        rows = [self.source[group] for group in groups]
-        shared = 0
-        if len(groups) > 1:  # at least one token is left to each
-            shared = max(0, len(commonprefix(prompts)) - 1) // MIN_ROWS * MIN_ROWS
+    def prefill(self, prompts, rows):
+        """Run prompts into these cache rows; a beginning that all share goes through once."""
+        tokens, shared = [prompt.tokens for prompt in prompts], 0
+        if len(rows) > 1:  # at least one token is left to each
+            shared = max(0, len(commonprefix(tokens)) - 1) // MIN_ROWS * MIN_ROWS
         if shared:
-            self.extend(rows[:1], [prompts[0][:shared]], 0)
+            self.extend(rows[:1], [tokens[0][:shared]], 0)
             self.cache.copy(rows[0], rows[1:], shared)
-        rest = [prompt[shared:] for prompt in prompts]
-        hidden = self.extend(rows, rest, shared)
-        last = [len(tokens) - 1 for tokens in rest]
-        logits = self.model.lm_head(hidden[range(len(rows)), last])
-        self.first_logits.update(zip(groups, logits))
+        rest = [row[shared:] for row in tokens]
+        last = [len(row) - 1 for row in rest]
+        hidden = self.extend(rows, rest, shared)[range(len(rows)), last]
+        for prompt, slot, logits in zip(prompts, rows, self.model.lm_head(hidden)):
+            prompt.slot, prompt.logits = slot, logits
 
     def extend(self, rows, tokens, start):
         """Run token lists into these cache rows from `start`; -> hidden states (B, T, C)."""
         lengths = np.array([len(row) for row in tokens])
-        width = -(-lengths.max() // MIN_ROWS) * MIN_ROWS
+        width = round_up(lengths.max(), MIN_ROWS)
         self.cache.reserve(rows, start + lengths)
         self.cache.arrange()
         device = self.cache.device
-        padded = [row + [0] * (width - len(row)) for row in tokens]
-        ids, rows = torch.tensor(padded, device=device), torch.tensor(rows, device=device)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)
         positions = torch.arange(start, start + width, device=device).expand(ids.shape)
-        return self.model.model(ids, positions, self.cache, rows)
+        attend = self.cache.prefilling(positions, torch.tensor(rows, device=device))
+        return self.model.model(ids, positions, attend)
 
     def advance(self, temperature, top_k, top_p):
         """Sample the next token of every slot."""
-        samples = [sample or Sample(0, [], 0, 0) for sample in self.running]
+        samples = [sample or Sample(None, 0, 0) for sample in self.running]
         keys = np.array([sample.key for sample in samples], np.uint64)
         positions = np.array([len(sample.tokens) for sample in samples])
         u = self.cache.to_device(uniforms(keys, positions))
@@ -404,15 +417,13 @@ class Slots:
             if sample.stopped or len(sample.tokens) == sample.limit:
                 yield sample
                 self.running[slot] = None
-                # A prompt that will still be copied stays.
-                kept = sample.prompt if slot in self.source.values() else []
-                self.cache.cut(slot, len(kept))
+                keeps_prompt = sample.prompt.slot == slot
+                self.cache.cut(slot, len(sample.prompt.tokens) if keeps_prompt else 0)
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
-        live = self.live
-        rows = max(len(live), MIN_ROWS)
-        if self.waiting or not live or len(self.running) < 2 * rows:
+        rows = max(len(self.live), MIN_ROWS)
+        if self.waiting or len(self.running) < 2 * rows:
             return
         kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
         self.running = [self.running[slot] for slot in kept]
@@ -422,8 +433,8 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         live = self.live
-        fed = np.zeros((2, len(self.running)), int)  # last token, its position (-1: idle)
-        fed[1] = -1
+        # The last token of each slot, and its position (-1: idle).
+        fed = np.array([[0], [-1]]).repeat(len(self.running), 1)
         fed[0, live] = [self.running[slot].tokens[-1] for slot in live]
         fed[1, live] = self.filled - 1
         self.cache.reserve(live, self.filled)
@@ -438,7 +449,7 @@ class Slots:
 
     def forward(self):
         last, positions = self.fed[..., None]
-        return self.model(last, positions, self.cache)[:, 0]
+        return self.model(last, positions, self.cache.decoding(positions))[:, 0]
 
 
 @torch.inference_mode()
@@ -467,7 +478,6 @@ def sample(
     on_finished     called with the number of tokens of every finished completion
     """
     work = Slots(model, prompts, keys, max_new_tokens, slots)
-    samples = list(work.waiting)
     with model.laid_out(len(work.running)):
         while work.waiting or work.live:
             work.refill()
@@ -477,7 +487,4 @@ def sample(
             work.compact()
             if work.live:
                 work.decode()
-    done = [[] for _ in prompts]
-    for sample in samples:
-        done[sample.group].append(Completion(sample.tokens, sample.logprobs, sample.stopped))
-    return done
+    return [[Completion(s.tokens, s.logprobs, s.stopped) for s in group] for group in work.groups]
