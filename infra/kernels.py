@@ -44,10 +44,7 @@ def probe():
     choice = {"linear": "onednn" if GAIN * by_onednn < by_torch else "torch", "packed": []}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = x[:32].to(dtype), weight.to(dtype)
-        unpacked = F.linear
-        if dtype == torch.float32 and choice["linear"] == "onednn":
-            unpacked = onednn_linear
-        if GAIN * seconds(onednn_linear, x, weight, packed=True) < seconds(unpacked, x, weight):
+        if GAIN * seconds(onednn_linear, x, weight, packed=True) < seconds(F.linear, x, weight):
             choice["packed"].append(name(dtype))
     return choice
 
@@ -58,10 +55,10 @@ def use(choice):
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    _in_use = {"linear": "torch", "packed": []}
+    _in_use = {"linear": choice["linear"], "packed": []}
     x = torch.ones(8, 16, device="cpu")
-    if choice["linear"] == "onednn" and seconds(onednn_linear, x, x) < math.inf:
-        _in_use["linear"] = "onednn"
+    if seconds(onednn_linear, x, x) == math.inf:
+        _in_use["linear"] = "torch"
     for dtype in choice["packed"]:
         x = x.to(getattr(torch, dtype))
         if seconds(onednn_linear, x, x, packed=True) < math.inf:
@@ -106,16 +103,16 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_rows = grad.flatten(0, -2)
-        x_grad = onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        x_grad = onednn_linear(grad, weight.t())
         weight_grad = onednn_linear(grad_rows.t(), x.flatten(0, -2).t())
-        return x_grad, weight_grad, grad_rows.sum(0) if ctx.has_bias else None
+        bias_grad = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+        return x_grad, weight_grad, bias_grad
 
 
 def linear(x, weight, bias=None):

@@ -91,8 +91,8 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     """
     weights, (size, wide) = nbytes(model), widths(model)
     whole = weights * wide // size
-    shard = whole // (processes if cfg.fsdp else 1)
-    counts = prompt, held_out, processes
+    shard = whole // processes if cfg.fsdp else whole
+    sampled = (sampling(cfg, model, level, prompt, held_out, processes) for level in levels)
     parts = {
         "always": {
             "weights": weights * (2 if cfg.kl_coef else 1),  # the starting policy's too
@@ -100,7 +100,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
             "moments": 2 * shard,
         },
         "setting up": {"whole copy, before it is cut": whole * cfg.fsdp},
-        "sampling": max((sampling(cfg, model, level, *counts) for level in levels), key=total),
+        "sampling": max(sampled, key=total),
         "learning": max((learning(cfg, model, level, prompt) for level in levels), key=total),
     }
     masters = size < 4 and not cfg.fsdp  # their gradients stay between updates

@@ -16,14 +16,9 @@ from matplotlib.figure import Figure
 from data import read_records
 
 LINES = ("-", "--", ":", "-.")  # one per run
-FATES = {  # what becomes of a group
-    "groups_kept": "#0072b2",
-    "groups_all_right": "#9ecae1",
-    "groups_all_wrong": "#bdbdbd",
-    "groups_stale": "#636363",
-    "groups_broken": "#d55e00",
-}
 PANELS = """\
+accuracy in training, held out (dots) | share right, 95 % intervals | accuracy
+groups drawn, by their fate | groups | groups_kept groups_all_right groups_all_wrong groups_stale
 reward, and the length reward in it   | mean over completions   | reward_mean length_reward_mean
 shares of completions                 | share                   | writes_steps_share truncated_share
 completion length                     | tokens                  | length_mean
@@ -67,29 +62,6 @@ def smooth(values, window):
     return means
 
 
-def draw_accuracy(ax, metrics, held_out, line):
-    ax.set_title("accuracy: held out (dots), in training (faint)")
-    ax.set_ylabel("share right, 95 % intervals")
-    ax.set_ylim(0, 1)
-    for level in sorted({row["level"] for row in metrics + held_out}):
-        colour = f"C{level - 1}"
-        rows = [row for row in metrics if row["level"] == level]
-        share = smooth(column(rows, "accuracy"), len(rows) // 10)
-        ax.plot(column(rows, "update"), share, line, color=colour, alpha=0.4)
-        rows = [row for row in held_out if row["level"] == level]
-        updates, share = column(rows, "update"), column(rows, "accuracy")
-        ax.plot(updates, share, "o" + line, color=colour, label=f"level {level}")
-        ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
-
-
-def draw_fates(ax, metrics):
-    ax.set_title("fate of the groups drawn (first run)")
-    ax.set_ylabel("groups per update, stacked")
-    counts = [smooth(column(metrics, key), len(metrics) // 20) for key in FATES]
-    ax.stackplot(column(metrics, "update"), counts, labels=FATES, colors=FATES.values())
-    ax.margins(y=0.35)  # room for the legend
-
-
 def draw_panel(ax, metrics, panel, line):
     """Raw values are faint, their running means strong."""
     title, unit, keys = map(str.strip, panel.split("|"))
@@ -104,13 +76,24 @@ def draw_panel(ax, metrics, panel, line):
         ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
 
 
+def draw_held_out(ax, evaluations, line):
+    for level in sorted({row["level"] for row in evaluations}):
+        colour = f"C{level}"
+        rows = [row for row in evaluations if row["level"] == level]
+        updates = column(rows, "update")
+        ax.plot(updates, column(rows, "accuracy"), "o" + line, color=colour, label=f"level {level}")
+        ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
+
+
 def finish(axes, metrics):
     """The legends, of the first run alone, and a line wherever its level changes."""
     starts = [b["update"] for a, b in pairwise(metrics) if a["level"] != b["level"]]
+    if len(starts) > 8:  # interleaved levels change all the time
+        starts = []
     for ax in axes:
         ax.set_xlabel("update")
         ax.legend()
-        for update in starts if len(starts) < 8 else ():  # interleaved levels change all the time
+        for update in starts:
             ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
 
 
@@ -125,11 +108,10 @@ def draw(folders):
         metrics = read_log(folder / "metrics.jsonl")
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
-        draw_accuracy(axes[0], metrics, read_log(folder / "eval.jsonl"), line)
-        for ax, panel in zip(axes[2:], PANELS.splitlines()):
+        for ax, panel in zip(axes, PANELS.splitlines()):
             draw_panel(ax, metrics, panel, line)
+        draw_held_out(axes[0], read_log(folder / "eval.jsonl"), line)
         if not names:
-            draw_fates(axes[1], metrics)
             finish(axes, metrics)
         names.append(f"{line} {folder.name}")
     figure.suptitle("   ".join(names))
