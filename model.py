@@ -103,12 +103,13 @@ def inverse_frequencies(rope, head_dim, device):
 # ------------------------------------------------------------------------------------- attention
 
 
-def additive_mask(seen, dtype, hidden=-torch.inf):
-    """What is added to scores: 0 where seen (bool), else `hidden`.
+def additive_mask(seen, dtype):
+    """What is added to scores: 0 where seen (bool), else -1e30, after which exp gives 0.
 
-    Made once for all layers. Given booleans, each layer would make and keep a mask of its own.
+    Not infinity: the softmax of an idle slot, which sees nothing, stays finite. Made once for all
+    layers. Given booleans, each layer would make and keep a mask of its own.
     """
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -1e30)
 
 
 def keys_for_every_head(device, masked):

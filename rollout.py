@@ -112,7 +112,6 @@ class KVCache:
     # (s, w): the pool of pages grows by at least 1/s of itself, and the table by a multiple of w.
     # Rarely on a GPU, since each time the decoding step must be captured again.
     GROWTH = {"cpu": (8, 1), "cuda": (2, 4)}
-    HIDDEN = -1e30  # added to scores of what is not seen; finite, since an idle row sees nothing
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
@@ -246,7 +245,7 @@ class KVCache:
         place = own_page * (positions >= 0), positions % page  # idle rows write to the dummy
         seen = start[:, None] + torch.arange(page, device=self.device) <= positions[owner]
         seen[0] = False  # the dummy
-        hidden = additive_mask(seen, self.k[0].dtype, self.HIDDEN)
+        hidden = additive_mask(seen, self.k[0].dtype)
         hidden = hidden.repeat_interleave(kv_heads, 0)[:, None]
 
         def attend(layer, q, k, v):  # F.embedding(index, x) gathers rows of x

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 # What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.
-MISSING = (RuntimeError, NotImplementedError, AttributeError)
+MISSING = (RuntimeError, AttributeError)
 GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
 _in_use = None  # the choice in force, see `chosen`
 

@@ -18,7 +18,8 @@ from data import read_records
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\
 accuracy in training, held out (dots) | share right, 95 % intervals | accuracy
-groups drawn, by their fate | groups | groups_kept groups_all_right groups_all_wrong groups_stale
+groups drawn, by their fate           | groups per update       | groups_kept groups_all_right \
+groups_all_wrong groups_stale groups_broken
 reward, and the length reward in it   | mean over completions   | reward_mean length_reward_mean
 shares of completions                 | share                   | writes_steps_share truncated_share
 completion length                     | tokens                  | length_mean
