@@ -55,8 +55,9 @@ def check_supported(config):
     config.rope_parameters also holds what older checkpoints spell in other places.
     """
     if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model type {config.model_type!r} is not supported ({known} are)")
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are)"
+        )
     rope = config.rope_parameters
     kind, sliding = rope["rope_type"], getattr(config, "use_sliding_window", False)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -348,14 +349,12 @@ class Transformer(nn.Module):
         last = gather_rows(prompt_hidden, rows * prompts.shape[1] + starts - 1)[:, None]
         # At least 2, so that the model is called twice in every case: FSDP counts on it.
         offset = torch.arange(max(2, lengths.max()), device=ids.device)
-        positions = starts[:, None] + offset
-        targets = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
-        attend = cache.attention(rows, starts, len(offset) - 1)
-        more = self.model(targets[:, :-1], positions[:, :-1], attend)
-        inside = offset < lengths[:, None]  # (B, longest completion)
-        hidden, targets = torch.cat([last, more], 1)[inside], targets[inside]
+        positions = starts[:, None] + offset[:-1]  # of all but the last token
+        tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
+        more = self.model(tokens, positions, cache.attention(rows, starts, len(offset) - 1))
+        hidden = torch.cat([last, more], 1)[offset < lengths[:, None]]  # in the order of ids[mask]
         size = max(1, logits_per_chunk // self.config.vocab_size)
-        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, targets, temperature, size)
+        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, ids[mask], temperature, size)
         empty = torch.zeros(ids.shape, dtype=values[0].dtype, device=ids.device)
         return tuple(empty.masked_scatter(mask, value) for value in values)
 
@@ -507,7 +506,8 @@ class ChosenLogprobs(torch.autograd.Function):
         # yet, so that only every eighth passes over the large sum in float32.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight_grad = torch.zeros_like(weight, dtype=wide)
-        partial = weight_grad if weight.dtype == wide else torch.zeros_like(weight)
+        narrow = weight.dtype != wide
+        partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         chunks = zip(*(x.split(ctx.size) for x in (hidden, targets, grad, hidden_grad)))
         for i, (h, target, g, out) in enumerate(chunks):
             g = g / ctx.temperature
@@ -516,12 +516,12 @@ class ChosenLogprobs(torch.autograd.Function):
             logits_grad[torch.arange(len(h), device=h.device), target] += g
             logits_grad = logits_grad.to(weight.dtype)
             out.copy_(kernels.linear(logits_grad, weight.t()))
-            partial.addmm_(logits_grad.t(), h)
-            if partial is not weight_grad and i % 8 == 7:
-                weight_grad += partial
-                partial.zero_()
-        if partial is not weight_grad:
-            weight_grad += partial
+            partial_sum.addmm_(logits_grad.t(), h)
+            if narrow and i % 8 == 7:
+                weight_grad += partial_sum
+                partial_sum.zero_()
+        if narrow:
+            weight_grad += partial_sum
         return hidden_grad, weight_grad, None, None, None
 
 

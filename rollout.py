@@ -100,8 +100,9 @@ class KVCache:
 
     k, v   one tensor per layer, (pages, K, D, P) and (pages, K, P, D): the order in which products
            with queries and weights read them
-    table  (rows, width) on the host: the pages of each row in order, then zeros. Page 0 is a dummy.
-           Idle rows and prompt padding write to it; attention never reads it.
+    table  (rows, most pages of a row) on the host: the pages of each row in order, then zeros.
+           Page 0 is a dummy. Idle rows and prompt padding write to it; attention never reads it.
+    width  columns of the table that the device knows
 
     A query at position q sees position p of its row iff p <= q. What a page holds beyond that (the
     padding of a prefill, tokens of an earlier row) is overwritten before it can be seen.
@@ -109,21 +110,20 @@ class KVCache:
 
     # Positions of a page. Small pages waste less, large ones make less work. MIN_ROWS divides them.
     PAGE = {"cpu": 32, "cuda": 256}
-    # (s, w): the pool of pages grows by at least 1/s of itself, and the table by a multiple of w.
-    # Rarely on a GPU, since each time the decoding step must be captured again.
+    # (s, w): the pool of pages grows by at least 1/s of itself, and the width is a multiple of w.
+    # Both change rarely on a GPU, since each time the decoding step must be captured again.
     GROWTH = {"cpu": (8, 1), "cuda": (2, 4)}
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
         kind, layers = model.device.type, model.config.num_hidden_layers
         self.page, self.growth = self.PAGE[kind], self.GROWTH[kind]
-        self.max_pages = 1 + rows * self.num_pages(longest)
         self.heads, self.device = model.config.num_attention_heads, model.device
         size = 1, model.config.num_key_value_heads, model.head_dim, self.page
         empty = model.lm_head.weight.new_zeros(size)
         self.k = [empty.clone() for _ in range(layers)]
         self.v = [empty.mT.contiguous() for _ in range(layers)]
-        self.table = np.zeros((rows, 0), np.int64)
+        self.table, self.width = np.zeros((rows, self.num_pages(longest)), np.int64), 0
         self.layout, self.changed = (), True
 
     def num_pages(self, tokens):
@@ -135,9 +135,7 @@ class KVCache:
         """Make room for positions below lengths (one per row), keeping what is stored."""
         slack, wider = self.growth
         needed = self.num_pages(lengths)
-        missing = needed.max() - self.table.shape[1]
-        if missing > 0:
-            self.table = np.pad(self.table, ((0, 0), (0, round_up(missing, wider))))
+        self.width = max(self.width, round_up(needed.max(), wider))
         pages = self.table[rows]
         new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
         if not new.any():
@@ -147,7 +145,7 @@ class KVCache:
         free = np.flatnonzero(np.bincount(held, minlength=in_pool) == 0)
         wanted = new.sum() - len(free)
         if wanted > 0:
-            more = max(wanted, min(in_pool // slack, self.max_pages - in_pool))
+            more = max(wanted, min(in_pool // slack, 1 + self.table.size - in_pool))
             free = np.append(free, np.arange(in_pool, in_pool + wanted))
             # Copies of the dummy, since what is not seen must be finite too: 0 * nan is nan.
             self.gather_pages(np.append(np.arange(in_pool), np.zeros(more, int)))
@@ -172,11 +170,10 @@ class KVCache:
     def keep(self, rows):
         """Keep only these rows, renumbered in this order, and the pages that they hold."""
         table = self.table[rows]
-        table = table[:, table.any(0)]
         pages = np.unique(np.append(0, table))
         self.gather_pages(pages)
         self.table = np.searchsorted(pages, table)
-        self.changed = True
+        self.width, self.changed = table.any(0).sum(), True
 
     def gather_pages(self, pages):
         """Make new pools, in which page i is a copy of the old page pages[i]."""
@@ -196,11 +193,12 @@ class KVCache:
         """
         if not self.changed:
             return
+        table = self.table[:, : self.width].copy()
         owner, number = np.zeros((2, len(self.k[0])), np.int64)  # of each page: row, place in it
-        row, place = np.nonzero(self.table)
-        owner[self.table[row, place]] = row
-        number[self.table[row, place]] = place
-        table, owner, number = map(self.to_device, (self.table, owner, number))
+        row, place = np.nonzero(table)
+        owner[table[row, place]] = row
+        number[table[row, place]] = place
+        table, owner, number = map(self.to_device, (table, owner, number))
         head = torch.arange(self.heads, device=self.device)
         # Scores are (pages * H, P). Which of them are those of (rows * H, width), and back:
         to_rows = (table[:, None] * self.heads + head[:, None]).flatten(0, 1)

@@ -42,10 +42,11 @@ def probe():
     by_torch = seconds(partial(training_products, F.linear), x, weight)
     by_onednn = seconds(partial(training_products, onednn_linear), x, weight)
     choice = {"linear": "onednn" if GAIN * by_onednn < by_torch else "torch", "packed": []}
-    for dtype in (torch.float32, torch.bfloat16):
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
         x, weight = x[:32].to(dtype), weight.to(dtype)
         if GAIN * seconds(onednn_linear, x, weight, packed=True) < seconds(F.linear, x, weight):
-            choice["packed"].append(name(dtype))
+            choice["packed"].append(name)
     return choice
 
 
@@ -55,14 +56,14 @@ def use(choice):
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    _in_use = {"linear": choice["linear"], "packed": []}
+    _in_use = choice | {"packed": []}
     x = torch.ones(8, 16, device="cpu")
     if seconds(onednn_linear, x, x) == math.inf:
         _in_use["linear"] = "torch"
-    for dtype in choice["packed"]:
-        x = x.to(getattr(torch, dtype))
+    for name in choice["packed"]:
+        x = x.to(getattr(torch, name))
         if seconds(onednn_linear, x, x, packed=True) < math.inf:
-            _in_use["packed"].append(dtype)
+            _in_use["packed"].append(name)
     return _in_use
 
 
@@ -88,10 +89,6 @@ def training_products(product, x, weight):
     product(x, weight)
     product(x, weight.t())
     product(x.t(), x.t())
-
-
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 # --------------------------------------------------------------------------------------- its use
@@ -125,4 +122,4 @@ def linear(x, weight, bias=None):
 
 def packs(device, dtype):
     """Whether sampling packs its weights. device: "cpu" or "cuda"."""
-    return device == "cpu" and name(dtype) in chosen()["packed"]
+    return device == "cpu" and str(dtype).removeprefix("torch.") in chosen()["packed"]
