@@ -11,6 +11,7 @@ import random
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,24 +50,38 @@ def parse_problem(record, default_id):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     for name in ("problem", "answer"):
         if name not in record:
-            raise ValueError(f'no "{name}" (has: {", ".join(record) or "nothing"})')
-    name, problem, answer, pass_rate, level = map(record.get, KNOWN)
-    if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(f'no "{name}" (has: {", ".join(record)})')
+    other = dict(record)
+    name, problem, answer, pass_rate, level = (other.pop(key, None) for key in KNOWN)
+    if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
-    if not is_number(answer) and not (isinstance(answer, str) and answer.strip()):
+    if not is_text(answer) and not is_number(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
     if level is not None and not is_number(level):
         raise ValueError('"level" must be a number')
-    name = default_id if name is None else str(name)
-    other = {key: value for key, value in record.items() if key not in KNOWN}
-    return Problem(name, problem, str(answer), pass_rate, level, other)
+    if name is None:
+        name = default_id
+    return Problem(str(name), problem, str(answer), pass_rate, level, other)
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
 
 
 def is_number(value):
     """A finite one. To Python True is an integer, and its JSON reader lets NaN pass."""
     return type(value) in (int, float) and abs(value) < math.inf
+
+
+@contextmanager
+def explained(words):
+    """What fails within is a ValueError that says so: libraries raise errors of all kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
 
 
 def read_records(path, parse):
@@ -142,24 +157,25 @@ def overlap(train, evaluation):
     near   their word 8-grams have a Jaccard index of 0.7, or 90 % of the evaluation problem's stand
            in the training problem. This finds copies with other figures, and no paraphrases.
     """
-    names, by_gram, sizes = defaultdict(list), defaultdict(list), {}
+    originals = {bare(t.problem): t.id for t in reversed(train)}  # the first of equals stays
+    exact, others, by_gram = [], {}, defaultdict(list)
     for e in evaluation:
-        names[bare(e.problem)].append(e.id)
-        grams = ngrams(e.problem)
-        sizes[e.id] = len(grams)
-        for gram in grams:
+        if bare(e.problem) in originals:
+            exact.append((e.id, originals[bare(e.problem)]))
+            continue
+        others[e.id] = ngrams(e.problem)
+        for gram in others[e.id]:
             by_gram[gram].append(e.id)
-    exact, near = {}, {}
+    near = {}
     for t in train:
-        for name in names.get(bare(t.problem), ()):
-            exact.setdefault(name, t.id)
         grams = ngrams(t.problem)
         shared = Counter(name for gram in grams for name in by_gram.get(gram, ()))
         for name, count in shared.items():
-            union = len(grams) + sizes[name] - count
-            if count >= NEAR_JACCARD * union or count >= NEAR_SHARE * sizes[name]:
+            size = len(others[name])
+            union = len(grams) + size - count
+            if count >= NEAR_JACCARD * union or count >= NEAR_SHARE * size:
                 near.setdefault(name, t.id)
-    return list(exact.items()), [pair for pair in near.items() if pair[0] not in exact]
+    return exact, list(near.items())
 
 
 def bare(text):

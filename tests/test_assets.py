@@ -100,3 +100,10 @@ def test_report_draws_several_runs_with_gaps(tmp_path):
     assert picture.stat().st_size > 20_000
     with pytest.raises(ValueError, match="c: no metrics.jsonl"):
         report.draw([tmp_path / "c"])
+
+
+def test_the_warm_start_keeps_its_schedule():
+    """The shipped checkpoint learned at these rates: warm-up times a cosine over all steps, not a
+    warm-up and then a cosine."""
+    rates = [warmstart.relative_rate(step, 2500) for step in (0, 99, 1250, 2500)]
+    assert rates == pytest.approx([0.01, 0.9963, 0.525, 0.05], abs=1e-4)
