@@ -33,7 +33,6 @@ BESIDE = {  # what stands beside the model and the problems
     "raises.py": "import nowhere",
     "empty.py": "x = 1",
     "exits.py": "import sys\nsys.exit(0)",
-    "moody.py": "def __getattr__(name):\n    raise RuntimeError(f'no {name} today')",
 }
 
 
@@ -175,7 +174,6 @@ FLAGS = """
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
---reward moody.py:f | importing moody.py failed (RuntimeError: no f today)
 --reward good.jsonl:f | good.jsonl is not a Python file
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
