@@ -204,10 +204,10 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX):
     suffix    what is put behind every problem
     """
     turns = []
-    for example in [*examples, vars(problem)]:
+    for example in examples:
         turns.append({"role": "user", "content": example["problem"] + suffix})
-        turns.append({"role": "assistant", "content": example.get("solution")})
-    turns.pop()  # the last answer is the policy's
+        turns.append({"role": "assistant", "content": example["solution"]})
+    turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
@@ -254,6 +254,14 @@ def cut_levels(problems, qualities, kind):
             upper = bisect_left(bounds, d - 1e-9)  # 1 - 0.2 is not quite 0.8
             bins[bounds[upper]].append(p)
     return [bins[q] for q in qualities], left_out
+
+
+def level_names(problems, qualities):
+    """{problem id: "level 1"}, for the levels that were measured, or else declared."""
+    if all(p.pass_rate is None for p in problems):
+        return {p.id: f"level {p.level:g}" for p in problems if p.level is not None}
+    levels, _ = cut_levels(problems, qualities, "pass_rate")
+    return {p.id: f"level {number}" for number, level in enumerate(levels, 1) for p in level}
 
 
 def endless(items, *seed):

@@ -57,7 +57,12 @@ class Policy:
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         examples = data.read_records(examples_file, data.parse_example) if examples_file else ()
         model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
-        tokenizer = load_tokenizer(folder)
+        with data.explained(f"{folder}: its tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
+            )
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         return cls(model, tokenizer, stop_ids, folder, tuple(examples), suffix)
 
@@ -95,16 +100,6 @@ def find_folder(name, device):
         patterns.append("*.safetensors")
     with data.explained(f"model {name!r} is neither a folder nor to be had from the hub"):
         return Path(snapshot_download(name, allow_patterns=patterns))
-
-
-def load_tokenizer(folder):
-    with data.explained(f"{folder}: its tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
-        )
-    return tokenizer
 
 
 def read_stop_ids(folder, tokenizer, config):
@@ -170,7 +165,9 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     """
     start = time.perf_counter()
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    with tqdm(unit=" tokens", leave=False, disable=not show_progress, delay=2) as bar:
+    with tqdm(
+        desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
+    ) as bar:
         groups = sample(
             policy.model,
             [p.tokens for p in prompts],
@@ -209,8 +206,8 @@ def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
 
 def pass_at_k(n, c, k):
     """Unbiased P(at least one of k is right) from c right of n samples (Chen et al. 2021)."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} needs at least {k} samples, found {c} right of {n}")
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, found {n}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -370,28 +367,7 @@ def check(args):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 
 
-def prepare(args):
-    """-> policy, {file: prompts}. Makes the folder --out. Raises ValueError or OSError."""
-    check(args)
-    policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
-    files = {path: policy.render(data.read_problems(path)) for path in args.data}
-    for path, prompts in files.items():
-        too_long = sum(not policy.room(p) for p in prompts)
-        if too_long:
-            print(f"{path}: {too_long} prompts fill the context and count as wrong")
-    args.out.mkdir(parents=True)
-    return policy, files
-
-
-def level_names(problems, qualities):
-    """{problem id: "level 1"}, for the levels that were measured, or else declared."""
-    if all(p.pass_rate is None for p in problems):
-        return {p.id: f"level {p.level:g}" for p in problems if p.level is not None}
-    levels, _ = data.cut_levels(problems, qualities, "pass_rate")
-    return {p.id: f"level {number}" for number, level in enumerate(levels, 1) for p in level}
-
-
-def make_row(path, level, problem, sample, attempt):
+def make_row(path, problem, level, sample, attempt):
     """A line of completions.jsonl"""
     return {
         "file": path,
@@ -408,19 +384,20 @@ def make_row(path, level, problem, sample, attempt):
 
 def sample_file(args, policy, grader, path, prompts):
     """Sample, grade and append to completions.jsonl -> for each problem, its rows there"""
-    levels = level_names([p.problem for p in prompts], args.quality)
+    levels = data.level_names([p.problem for p in prompts], args.quality)
     purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     keys = evaluation_keys(args.seed, prompts, args.samples, purpose)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
     size = max(1, 8 * args.slots // args.samples)  # problems between two writes
     result = []
     with open(args.out / "completions.jsonl", "a", buffering=1, encoding="utf-8") as log:
-        for start in tqdm(range(0, len(prompts), size), desc=path, unit="batch"):
+        for start in tqdm(range(0, len(prompts), size), desc=path):
             some = slice(start, start + size)
             done = attempt(policy, grader, prompts[some], keys[some], sampling, show_progress=True)
             for prompt, attempts in zip(prompts[some], done):
-                where = path, levels.get(prompt.problem.id), prompt.problem
-                rows = [make_row(*where, i, a) for i, a in enumerate(attempts)]
+                problem = prompt.problem
+                level = levels.get(problem.id)
+                rows = [make_row(path, problem, level, i, a) for i, a in enumerate(attempts)]
                 result.append(rows)
                 for row in rows:
                     print(json.dumps(row, ensure_ascii=False), file=log)
@@ -475,7 +452,10 @@ def run(parser, args):
             from tools.compare import compare
 
             return compare(*args.compare)
-        policy, files = prepare(args)
+        check(args)
+        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
+        files = {path: policy.render(data.read_problems(path)) for path in args.data}
+        args.out.mkdir(parents=True)
     except (ValueError, OSError) as error:
         parser.error(data.squash(str(error)))
     return evaluate(args, policy, files)

@@ -9,6 +9,11 @@ import numpy as np
 from data import explained, read_records
 from eval import SETTINGS, bootstrap, measure
 
+LINE = (
+    "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "
+    "p {p:.3f}"
+)
+
 
 def read(folder):
     """{(name of the file, problem id): its rows of completions.jsonl, in the order of sampling}"""
@@ -27,10 +32,10 @@ def compare(*folders):
     parts = defaultdict(
         list
     )  # name of a file, or of its level -> (rows of A, rows of B) by problem
-    for (file, problem_id), rows in a.items():
-        if (file, problem_id) in b:
-            pair = rows, b[file, problem_id]
-            level = rows[0]["level"]
+    for key, rows in a.items():
+        if key in b:
+            pair = rows, b[key]
+            file, level = key[0], rows[0]["level"]
             parts[file].append(pair)
             if level:
                 parts[f"{file}, {level}"].append(pair)
@@ -46,11 +51,11 @@ def compare(*folders):
 
 
 def print_settings(*folders):
-    paths = [Path(folder) / "summary.json" for folder in folders]
-    if not all(path.exists() for path in paths):  # an evaluation was interrupted
+    try:
+        a, b = (json.loads((Path(folder) / "summary.json").read_text()) for folder in folders)
+    except OSError:  # an evaluation was interrupted
         print("no summary.json beside both results: whether they were sampled alike is unknown")
         return
-    a, b = (json.loads(path.read_text()) for path in paths)
     for name in SETTINGS.split():
         if a.get(name) != b.get(name):
             print(f"{name} differs: A {a.get(name)!r}, B {b.get(name)!r}")
@@ -68,8 +73,7 @@ def compare_part(pairs):
     report = {"problems": len(pairs)}
     for name, x, y in zip(("accuracy", f"pass@{k}", "majority"), a, b):
         report[name] = difference(x, y)
-        cells = [f"  {key} {value:.3f}" for key, value in report[name].items()]
-        print(f"  {name:10}" + "".join(cells))
+        print(LINE.format(name, **report[name]))
     report["disagreement"] = (a[0] * (1 - b[0]) + b[0] * (1 - a[0])).mean()
     print(f"  disagreement {report['disagreement']:.3f}")
     return report

@@ -108,7 +108,7 @@ def learn(model, tokenizer, batches, steps):
     """Maximise the likelihood of the demonstrations; returns the last loss, nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_LR, (0.9, 0.98), weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: relative_rate(step, steps))
-    for batch in tqdm(batches, total=steps, unit="step"):
+    for batch in tqdm(batches, total=steps):
         prompts = [render(tokenizer, problem).tokens for problem, _ in batch]
         completions = [tokenizer(solution + "<|end|>")["input_ids"] for _, solution in batch]
         ids, mask = pad(prompts, completions)
