@@ -239,20 +239,17 @@ def cut_levels(problems, qualities, kind):
     none.
     """
     floor = 0.0 if kind == "pass_rate" else -math.inf
-    bounds = sorted({floor, *qualities})
+    bounds = sorted({floor, *qualities, math.inf})
     bins = {bound: [] for bound in bounds}
-    left_out = {"unmeasured": 0, "always solved": 0, "too hard": 0}
-    for p in problems:
-        d = difficulty(p, kind)
-        if d is None:
-            left_out["unmeasured"] += 1
-        elif d <= floor:
-            left_out["always solved"] += 1
-        elif d > bounds[-1] + 1e-9:
-            left_out["too hard"] += 1
-        else:
-            upper = bisect_left(bounds, d - 1e-9)  # 1 - 0.2 is not quite 0.8
-            bins[bounds[upper]].append(p)
+    known = [p for p in problems if difficulty(p, kind) is not None]
+    for p in known:
+        upper = bisect_left(bounds, difficulty(p, kind) - 1e-9)  # 1 - 0.2 is not quite 0.8
+        bins[bounds[upper]].append(p)
+    left_out = {
+        "unmeasured": len(problems) - len(known),
+        "always solved": len(bins[floor]),
+        "too hard": len(bins[math.inf]),
+    }
     return [bins[q] for q in qualities], left_out
 
 

@@ -15,7 +15,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ class Policy:
     tokenizer: object
     stop_ids: tuple
     folder: Path  # where it was read
-    examples: tuple  # worked examples in front of every problem
+    examples: list  # worked examples in front of every problem
     suffix: str = data.SUFFIX  # behind every problem
 
     @classmethod
@@ -55,7 +54,7 @@ class Policy:
         folder = find_folder(name, device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-        examples = data.read_records(examples_file, data.parse_example) if examples_file else ()
+        examples = data.read_records(examples_file, data.parse_example) if examples_file else []
         model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -64,7 +63,7 @@ class Policy:
                 f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
             )
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
-        return cls(model, tokenizer, stop_ids, folder, tuple(examples), suffix)
+        return cls(model, tokenizer, stop_ids, folder, examples, suffix)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
@@ -188,7 +187,7 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     if clock is not None:
         clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
     attempts = (Attempt(*part, verdict) for part, verdict in zip(parts, verdicts))
-    return [list(islice(attempts, len(own))) for own in keys]
+    return [[next(attempts) for _ in own] for own in keys]
 
 
 def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
@@ -439,8 +438,7 @@ def evaluate(args, policy, files):
         if args.add_pass_rate:
             add_pass_rates(args.add_pass_rate, prompts, result)
     summary["verdicts"] = dict(grader.counts)
-    title = f"{Path(args.model).name} ({args.protocol or 'own settings'})"
-    papers.print_table(title, summary["files"], f"avg@{args.samples}")
+    papers.print_table(summary)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -466,8 +464,7 @@ def main(arguments=None):
     try:
         print(json.dumps(run(parser, args)))
     except KeyboardInterrupt:
-        words = "interrupted; completions.jsonl keeps what was graded before"
-        parser.exit(130, f"{parser.prog}: {words}\n")
+        parser.exit(130, "eval.py: interrupted; completions.jsonl keeps what was graded before\n")
 
 
 if __name__ == "__main__":

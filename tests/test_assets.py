@@ -6,18 +6,17 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
-from eval import Policy, Sampling, attempt, evaluation_keys
+from eval import SHIPPED, Policy, Sampling, attempt, evaluation_keys
 from model import Transformer
 from rewards import RIGHT, Grader
 from tools import report, warmstart
 from tools.problems import generate
 
-TINY = ROOT / "assets/tiny"
-TRAINING, HELD_OUT = (read_problems(ROOT / f"assets/{name}.jsonl") for name in ("train", "heldout"))
+TINY = SHIPPED / "tiny"
+TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))
 
 
 def test_the_checkpoint_is_small_and_loads_in_transformers():

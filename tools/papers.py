@@ -70,16 +70,18 @@ def mean_of(intervals):
     return mean, mean - np.linalg.norm(means - low) / n, mean + np.linalg.norm(high - means) / n
 
 
-def print_table(title, files, measure):
+def print_table(summary):
     """Our row above the published ones, if some of the five benchmarks were evaluated.
 
-    files  {path: its summary of eval.summarise}; a benchmark is known by the file's name
+    summary  what summary.json holds; a benchmark is known by the name of its file
     """
-    summaries = {Path(path).stem: summary["all"][measure] for path, summary in files.items()}
-    ours = [summaries.get(name) for name in FIVE]
+    measure = f"avg@{summary['samples']}"
+    found = {Path(path).stem: levels["all"][measure] for path, levels in summary["files"].items()}
+    ours = [found.get(name) for name in FIVE]
     if not any(ours):
         return
     ours.append(mean_of(ours) if all(ours) else None)
+    title = f"{Path(summary['model']).name} ({summary['protocol'] or 'own settings'})"
     cells = ["{:.1f} % [{:.1f}, {:.1f}]".format(*100 * np.array(x)) if x else "-" for x in ours]
     for first, *others in [HEADER, [title, *cells], *ROWS]:
         print(f"{first:38}" + "".join(f"  {cell:19}" for cell in others))

@@ -65,17 +65,15 @@ def equation(rng):
     shape, right = rng.randint(0, 2), a * x + b
     if right == 0:
         return equation(rng)
-    line, steps = f"{a}x{b:+d}={right}", [f"{a}x={a * x}", f"x={x}"]
-    if shape == 0 and right > 0:
-        return line, steps, x
-    c = rng.randint(1, 5)
-    steps.insert(0, line)
-    other_side = f"{c}x{right:+d}".removeprefix("1")
-    line = f"{a + c}x{b:+d}={other_side}"
-    if shape != 1 and b % (a + c) == 0:
-        steps.insert(0, line)
-        line = f"{a + c}(x{b // (a + c):+d})={other_side}"
-    return line, steps, x
+    lines = [f"x={x}", f"{a}x={a * x}", f"{a}x{b:+d}={right}"]  # the last step first
+    if shape > 0 or right < 0:
+        c = rng.randint(1, 5)
+        other_side = f"{c}x{right:+d}".removeprefix("1")
+        lines.append(f"{a + c}x{b:+d}={other_side}")
+        if shape != 1 and b % (a + c) == 0:
+            lines.append(f"{a + c}(x{b // (a + c):+d})={other_side}")
+    text, *steps = reversed(lines)
+    return text, steps, x
 
 
 def generate(split, seed, repeats=False):
