@@ -46,7 +46,7 @@ class Policy:
     stop_ids: tuple
     folder: Path  # where it was read
     examples: list  # worked examples in front of every problem
-    suffix: str = data.SUFFIX  # behind every problem
+    suffix: str  # behind every problem
 
     @classmethod
     def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
@@ -71,13 +71,14 @@ class Policy:
             prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
-            where = f"problem {prompt.problem.id}"
             if not prompt.tokens:
-                raise ValueError(f"{where}: the tokenizer's chat template makes an empty prompt")
+                raise ValueError(
+                    f"{prompt.problem.id}: the tokenizer's chat template makes an empty prompt"
+                )
             if max(prompt.tokens) >= vocab_size:
                 raise ValueError(
-                    f"{where}: token {max(prompt.tokens)} is not in the model's vocabulary of "
-                    f"{vocab_size}: model and tokenizer do not belong together"
+                    f"{prompt.problem.id}: token {max(prompt.tokens)} is not in the model's "
+                    f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
                 )
         return prompts
 
@@ -366,11 +367,11 @@ def check(args):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 
 
-def make_row(path, problem, level, sample, attempt):
+def make_row(path, problem_id, level, sample, attempt):
     """A line of completions.jsonl"""
     return {
         "file": path,
-        "problem_id": problem.id,
+        "problem_id": problem_id,
         "level": level,
         "sample": sample,
         "verdict": attempt.verdict,
@@ -394,9 +395,9 @@ def sample_file(args, policy, grader, path, prompts):
             some = slice(start, start + size)
             done = attempt(policy, grader, prompts[some], keys[some], sampling, show_progress=True)
             for prompt, attempts in zip(prompts[some], done):
-                problem = prompt.problem
-                level = levels.get(problem.id)
-                rows = [make_row(path, problem, level, i, a) for i, a in enumerate(attempts)]
+                name = prompt.problem.id
+                level = levels.get(name)
+                rows = [make_row(path, name, level, i, a) for i, a in enumerate(attempts)]
                 result.append(rows)
                 for row in rows:
                     print(json.dumps(row, ensure_ascii=False), file=log)

@@ -311,7 +311,7 @@ def write_result(folder, right, file="p.jsonl"):
     for i, many in enumerate(right):
         for k, r in enumerate(many):
             done = Attempt(Completion([5], [0.0], True), "", str(r), RIGHT if r else WRONG)
-            rows.append(make_row(f"{folder}/{file}", Problem(str(i), "", ""), None, k, done))
+            rows.append(make_row(f"{folder}/{file}", str(i), None, k, done))
     write_lines(folder / "completions.jsonl", rows)
 
 
