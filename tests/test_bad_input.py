@@ -240,6 +240,7 @@ TENSORS = {
     "has surplus 1 tensor(s): extra (3,)": {"extra": torch.ones(3)},
     f"has surplus 1 tensor(s): {NORM} (31,)": {NORM: torch.ones(31)},
     f"nan or infinity in 1 tensor(s), as torch.float32: {NORM}": {NORM: torch.ones(32) / 0},
+    f"{NORM} is torch.int8, and only floats": {NORM: torch.ones(32, dtype=torch.int8)},
     "holds nan or infinity": {NORM: torch.full((32,), 1e300, dtype=torch.float64)},
 }
 
