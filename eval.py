@@ -457,6 +457,10 @@ def run(parser, args):
         args.out.mkdir(parents=True)
     except (ValueError, OSError) as error:
         parser.error(data.squash(str(error)))
+    for path, prompts in files.items():
+        too_long = sum(not policy.room(p) for p in prompts)
+        if too_long:
+            print(f"{path}: {too_long} prompts fill the context and count as wrong")
     return evaluate(args, policy, files)
 
 
