@@ -181,8 +181,9 @@ class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
 SECTIONS = (Files, Levels, Objective, Optimizer, SamplingFlags, Memory)
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
-MAY_CHANGE = """device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every
-keep_checkpoints""".split()
+MAY_CHANGE = (
+    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
+)
 RULES = (
     ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
     (
@@ -250,25 +251,25 @@ def resolve_levels(cfg, measured):
     """
     values = {name: getattr(cfg, name) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["quality"] = cfg.quality or default_quality(cfg, measured)
-    if cfg.quality and cfg.difficulty == "pass_rate" and not measured:
+    if not cfg.quality:
+        values["quality"] = default_quality(cfg, measured)
+    elif cfg.difficulty == "pass_rate" and not measured:
         raise ValueError(
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
             f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
             "--add-pass-rate FILE`, or use --difficulty level"
         )
-    longest = max(values, key=lambda name: len(values[name]))
-    num_levels = len(values[longest])
-    for name, some in values.items():
-        if len(some) not in (1, num_levels):
-            raise ValueError(
-                f"{option(longest)} has {num_levels} values, so there are {num_levels} levels, and "
-                f"{option(name)} needs 1 or {num_levels} values, not {len(some)}"
-                f"{'' if getattr(cfg, name) else ' as by default'}"
-            )
+    num_levels = max(map(len, values.values()))
     levels = []
     for i in range(num_levels):
-        own = {name: some[min(i, len(some) - 1)] for name, some in values.items()}
+        own = {}
+        for name, some in values.items():
+            if len(some) not in (1, num_levels):
+                raise ValueError(
+                    f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
+                    f"values, not {len(some)}{'' if getattr(cfg, name) else ' as by default'}"
+                )
+            own[name] = some[i % len(some)]
         cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
         if cache > own["max_new_tokens"]:
             raise ValueError(

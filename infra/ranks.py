@@ -31,15 +31,17 @@ class Ranks:
     """This process among `size`.
 
     size, rank  from torchrun's environment; 1 and 0 without it
+    first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
     signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
-                `together`, elsewhere at the next `check`, so that no update is torn. A second
-                signal, a second later, leaves at once without saving.
+                `together`, elsewhere at the next call of it, so that no update is left half done.
+                A second signal, a second later, leaves at once without saving.
     """
 
     def __init__(self, device="cpu", sharded=False):
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.first = self.rank == 0
         self.device, self.sharded = torch.device(device), sharded
         self.signal, self.signal_time, self.interruptible = None, 0.0, False
         if sharded and "RANK" not in os.environ:
@@ -61,11 +63,6 @@ class Ranks:
         if (self.size > 1 or sharded) and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
-
-    @property
-    def first(self):
-        """Whether this is the process that writes and prints."""
-        return self.rank == 0
 
     # ------------------------------------------------------------------------------------- work
 
@@ -162,11 +159,6 @@ class Ranks:
             self.signal, self.signal_time = number, time.monotonic()
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
-            raise KeyboardInterrupt
-
-    def check(self):
-        """Raise KeyboardInterrupt on all processes if one was told to stop."""
-        if any(self.gather(self.signal)):
             raise KeyboardInterrupt
 
     # ------------------------------------------------------------------------------------- exit

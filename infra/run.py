@@ -26,7 +26,10 @@ from rollout import Completion
 MOST_SKIPS = 3  # updates in a row that may fail to fill a buffer, before the level ends (reading 7)
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
-ACCURACY = "level {level} {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n}"  # a row of eval.jsonl
+# A row of eval.jsonl
+ACCURACY = (
+    "level {level} after {update} updates: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
+)
 
 
 @dataclass
@@ -95,10 +98,10 @@ class Run:
             self.evaluation_due = False
             if self.due(self.cfg.save_every) and not self.broken:
                 self.save()
-            stage = next_stage(self.stages, self.cfg.schedule)
+            # A signal that came while learning takes effect here.
+            stage = self.ranks.together(lambda: next_stage(self.stages, self.cfg.schedule))
             if stage is None:
                 return
-            self.ranks.check()  # a signal that came while learning
             yield stage
 
     def due(self, every):
@@ -171,7 +174,7 @@ class Run:
         self.ahead = False
         self.evaluations += rows
         for row in rows:
-            tqdm.write(f"  held out, {ACCURACY.format(**row)} right after {row['update']} updates")
+            tqdm.write(f"  held out, {ACCURACY.format(**row)}")
             earlier = [e for e in self.evaluations if e["level"] == row["level"]]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
@@ -185,10 +188,9 @@ class Run:
         """Held-out accuracy of every level before the run and after every level."""
         ends = set(itertools.accumulate((stage.turns for stage in self.stages), initial=0))
         lines = ["held-out accuracy"]
-        for update, rows in itertools.groupby(self.evaluations, lambda row: row["update"]):
-            if update in ends:
-                cells = ", ".join(ACCURACY.format(**row) for row in rows)
-                lines.append(f"  after {update} updates: {cells}")
+        for row in self.evaluations:
+            if row["update"] in ends:
+                lines.append(f"  {ACCURACY.format(**row)}")
         return "\n".join(lines)
 
     # ------------------------------------------------------------------------------ checkpoints
@@ -225,9 +227,8 @@ class Run:
         policy = self.policy
         policy.model.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
-        stops = {"eos_token_id": list(policy.stop_ids)}
-        stops["pad_token_id"] = policy.tokenizer.pad_token_id
-        GenerationConfig(**stops).save_pretrained(folder)
+        stops, padding = list(policy.stop_ids), policy.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
         state, waiting = pack(self)
         save_file(waiting, folder / "buffer.safetensors")

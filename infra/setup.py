@@ -33,8 +33,6 @@ from infra.ranks import Ranks, Stop
 from infra.run import Run, Stage
 from rewards import Grader, load_reward
 
-MODEL_FILES = (".safetensors", ".json", ".jinja")
-
 # --------------------------------------------------------------------------------------- the flags
 
 
@@ -62,11 +60,12 @@ def as_started(given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"({type(error).__name__}: {error})"
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
+    may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*MAY_CHANGE, "resume"):
+        if name not in (*may_change, "resume"):
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, MAY_CHANGE))}): leave it out, or start a new run "
+                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
                 f"from a checkpoint (--model {run}/checkpoints/...)"
             )
     return Config(**{**flags, **given, "out": run}), config
@@ -115,9 +114,6 @@ def make_stages(cfg, levels, train_set, held_out, policy):
     """Cut the levels and render everything before minutes are spent. -> stages, facts"""
     train_sets, left_out = cut(cfg, levels, cfg.data, train_set)
     held_out_sets, eval_left_out = cut(cfg, levels, cfg.eval_data, held_out)
-    if held_out and not any(held_out_sets):
-        where = f"{cfg.eval_data}: no problem falls into any level (left out: {eval_left_out})"
-        raise ValueError(f"{where}; see --quality")
     stages, too_long = [], 0
     for number, (level, own, own_held_out) in enumerate(zip(levels, train_sets, held_out_sets), 1):
         if not own:
@@ -138,11 +134,14 @@ def make_stages(cfg, levels, train_set, held_out, policy):
         stages.append(stage)
         counts = f"{len(prompts)} problems, {len(own_held_out)} held out"
         tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {counts}")
-    return stages, {
-        "prompts_too_long": too_long,
-        "left_out": left_out,
-        "eval_left_out": eval_left_out,
-    }
+    qualities = [level.quality for level in levels]
+    if qualities != sorted(qualities):
+        tqdm.write(
+            'Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and '
+            '"Q_{l-1} > Q_l"; see eprli.py'
+        )
+    facts = {"prompts_too_long": too_long, "left_out": left_out, "eval_left_out": eval_left_out}
+    return stages, facts
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -185,7 +184,7 @@ def begin(cfg, ranks):
     if ranks.from_first(lambda: os.path.lexists(out)):
         raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
     used = kernels.use(ranks.from_first(kernels.probe))
-    stages, policy, reference, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
+    stages, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
     config = {
@@ -196,10 +195,10 @@ def begin(cfg, ranks):
         "torch": torch.__version__,
         "kernels": used,
         "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
-        "model_files": hashes(p for p in policy.folder.iterdir() if p.suffix in MODEL_FILES),
+        "model_files": hashes(policy.folder.iterdir()),
     }
     directory = ranks.together(lambda: RunDirectory(out, ranks, config))
-    return make_run(cfg, directory, ranks, stages, policy, reference)
+    return make_run(cfg, directory, ranks, stages, policy)
 
 
 def go_on(cfg, config, ranks):
@@ -217,24 +216,25 @@ def go_on(cfg, config, ranks):
     if not here.items() <= config.items():
         tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
     model = checkpoint or cfg.model
-    stages, policy, reference, _ = ranks.together(lambda: load(cfg, model, ranks.device))
-    run = make_run(cfg, directory, ranks, stages, policy, reference)
+    stages, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
+    run = make_run(cfg, directory, ranks, stages, policy)
     run.resume(checkpoint)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
 
 def load(cfg, model, device):
-    """Read and check everything. -> stages, Policy, the starting policy's model if the objective
-    needs it, facts about the data"""
+    """Read and check everything. -> stages, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
     policy = Policy.load(str(model), cfg.dtype, device, cfg.examples)
-    reference = Policy.load(cfg.model, cfg.dtype, device).model if cfg.kl_coef else None
     stages, more = make_stages(cfg, levels, train_set, held_out, policy)
-    return stages, policy, reference, facts | more
+    return stages, policy, facts | more
 
 
-def make_run(cfg, directory, ranks, stages, policy, reference):
+def make_run(cfg, directory, ranks, stages, policy):
+    reference = None  # the starting policy's model, if the objective needs it
+    if cfg.kl_coef:
+        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
     return Run(cfg, directory, ranks, policy, reference, learner, grader, stages)

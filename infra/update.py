@@ -14,13 +14,6 @@ from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions on which the grader may fail without a word
-PER_TOKEN = {  # key of metrics.jsonl: (sum, tokens by which it is divided), see train.objective
-    "entropy": ("entropy", "tokens"),
-    "clip_low_share": ("clip_low", "tokens"),
-    "clip_high_share": ("clip_high", "tokens"),
-    "kl_old": ("kl_old", "tokens"),
-    "logprob_gap_mean": ("gap", "fresh"),
-}
 FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of groups, see Buffer
 PHASES = ("sample", "grade", "learn")
 
@@ -72,11 +65,6 @@ class Update:
                     "text": a.text,
                 }
                 self.rows.append(row)
-        if self.draws == 1 and self.number % SHOW_EVERY == 1:
-            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
-                problem = prompt.problem
-                verdict = f"({a.verdict}; answer {problem.answer})"
-                tqdm.write(f"  {problem.problem}  ->  {a.text}  {verdict}")
 
     def check_drawn(self):
         """Raise NotFinite if a group was drawn that holds a number that is not finite."""
@@ -95,6 +83,11 @@ class Update:
     def total(self, name):
         """Summed over the steps."""
         return sum(step[name] for step in self.steps)
+
+    def per_token(self, name, unit="tokens"):
+        """None if there are no such tokens."""
+        num_tokens = self.total(unit)
+        return self.total(name) / num_tokens if num_tokens else None
 
     def row(self):
         """Its line of metrics.jsonl."""
@@ -117,7 +110,12 @@ class Update:
             "grader_errors": verdicts[ERROR],
             "groups_pending": self.stage.buffer.pending,
             "objective": mean([step["objective"] for step in steps]),
+            "entropy": self.per_token("entropy"),
+            "clip_low_share": self.per_token("clip_low"),
+            "clip_high_share": self.per_token("clip_high"),
+            "kl_old": self.per_token("kl_old"),
             "ratio_max": max((step["ratio_max"] for step in steps), default=None),
+            "logprob_gap_mean": self.per_token("gap", "fresh"),
             "logprob_gap_max": max((s["gap_max"] for s in steps if s["fresh"]), default=None),
             "grad_norm": mean([step["grad_norm"] for step in steps]),
             "lr": self.lr,
@@ -128,9 +126,6 @@ class Update:
         }
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
         row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
-        for key, (name, unit) in PER_TOKEN.items():
-            number = self.total(unit)
-            row[key] = self.total(name) / number if number else None
         return finite(row)
 
     def tell(self, row, folder):
@@ -139,6 +134,9 @@ class Update:
         numbers = {name: math.nan if value is None else value for name, value in row.items()}
         where = f"level {self.stage.number} update {self.stage.turns}/{level.updates}"
         tqdm.write(f"{where} | {LINE.format(**numbers)}")
+        if self.number % SHOW_EVERY == 1:
+            for shown in self.rows[:: level.group_size][:2]:
+                tqdm.write("  {problem_id} ({verdict}): {text}".format(**shown))
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
             tqdm.write(
