@@ -50,11 +50,11 @@ class RunDirectory:
     def append(self, name, rows):
         """Append JSON lines, all at once; what goes wrong ends the run on all processes."""
         path = self.out / name
-        lines = [json.dumps(finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
+        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
 
         def work():
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+                file.writelines(lines)
 
         try:
             self.ranks.from_first(work, interruptible=False)

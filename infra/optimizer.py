@@ -110,21 +110,16 @@ def move_gradient(master, weight):
 def shard(model, ranks):
     """A copy of the model that FSDP2 cuts over the processes: float32 (or wider) weights, which are
     the masters, computing in the model's own dtype."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import device_mesh, fsdp
 
     dtype = model.lm_head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     sharded = copy.deepcopy(model).to(wide)
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
+    mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.size,))
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     for part in (*sharded.model.layers, sharded):
-        fully_shard(part, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(sharded, "token_logprobs")
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
+    fsdp.register_fsdp_forward_method(sharded, "token_logprobs")
     return sharded
 
 

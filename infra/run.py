@@ -8,6 +8,7 @@ is as if the update had not begun.
 
 import itertools
 import json
+import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class Run:
             )
 
     def count(self, stage, update):
+        """Count an update that is over, and say whether an evaluation is due."""
         self.turns_taken += 1
         stage.turns += 1
         self.trained += bool(update.steps)
@@ -159,8 +161,10 @@ class Run:
         if stage.skips == MOST_SKIPS:
             tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
         entropy = row["entropy"]
+        if not math.isfinite(entropy):
+            return
         self.first_entropy = self.first_entropy or entropy
-        if entropy is not None and entropy < ENTROPY_COLLAPSE * self.first_entropy:
+        if entropy < ENTROPY_COLLAPSE * self.first_entropy:
             tqdm.write(
                 f"  entropy has collapsed from {self.first_entropy:.3f} to {entropy:.3f} nats a "
                 "token: groups will become uniform and learning stop; lower --lr, or raise "
@@ -184,15 +188,6 @@ class Run:
                     "level fewer --updates, or take turns (--schedule interleaved)"
                 )
 
-    def table(self):
-        """Held-out accuracy of every level before the run and after every level."""
-        ends = set(itertools.accumulate((stage.turns for stage in self.stages), initial=0))
-        lines = ["held-out accuracy"]
-        for row in self.evaluations:
-            if row["update"] in ends:
-                lines.append(f"  {ACCURACY.format(**row)}")
-        return "\n".join(lines)
-
     # ------------------------------------------------------------------------------ checkpoints
 
     def save(self):
@@ -214,13 +209,12 @@ class Run:
         self.saved = name
 
     def check_weights(self, optimizer_state):
-        tensors = [*self.policy.model.named_parameters(), *optimizer_state.items()]
-        bad = [name for name, tensor in tensors if not tensor.isfinite().all()]
-        if bad:
-            raise Stop(
-                f"the weights are no longer finite ({bad[0]} and {len(bad) - 1} more), so they are "
-                f"not saved; {self.directory.last_good()}"
-            )
+        for name, tensor in (*self.policy.model.named_parameters(), *optimizer_state.items()):
+            if not tensor.isfinite().all():
+                raise Stop(
+                    f"the weights are no longer finite ({name}), so they are not saved; "
+                    f"{self.directory.last_good()}"
+                )
 
     def write(self, folder, optimizer_tensors):
         """The files of a checkpoint, but for their checksums."""

@@ -30,7 +30,7 @@ from infra.flags import (
 )
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop
-from infra.run import Run, Stage
+from infra.run import ACCURACY, Run, Stage
 from rewards import Grader, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
@@ -310,7 +310,10 @@ def conclude(run, ended):
     """Say what there is to see."""
     out = run.directory.out
     if run.evaluations:
-        print(run.table())
+        print("held-out accuracy")
+    for row in run.evaluations:
+        if row["update"] in (0, run.turns_taken):
+            print(f"  {ACCURACY.format(**row)}")
     if run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:

@@ -9,7 +9,6 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from infra.directory import finite
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
@@ -85,12 +84,12 @@ class Update:
         return sum(step[name] for step in self.steps)
 
     def per_token(self, name, unit="tokens"):
-        """None if there are no such tokens."""
+        """nan if there are no such tokens."""
         num_tokens = self.total(unit)
-        return self.total(name) / num_tokens if num_tokens else None
+        return self.total(name) / num_tokens if num_tokens else math.nan
 
     def row(self):
-        """Its line of metrics.jsonl."""
+        """Its line of metrics.jsonl. What cannot be said is nan."""
         rows, steps, seconds = self.rows, self.steps, time.perf_counter() - self.start
         tokens = [row["tokens"] for row in rows]
         reward = [row["outcome"] + row["length_reward"] for row in rows]
@@ -114,9 +113,9 @@ class Update:
             "clip_low_share": self.per_token("clip_low"),
             "clip_high_share": self.per_token("clip_high"),
             "kl_old": self.per_token("kl_old"),
-            "ratio_max": max((step["ratio_max"] for step in steps), default=None),
+            "ratio_max": max((step["ratio_max"] for step in steps), default=math.nan),
             "logprob_gap_mean": self.per_token("gap", "fresh"),
-            "logprob_gap_max": max((s["gap_max"] for s in steps if s["fresh"]), default=None),
+            "logprob_gap_max": max((s["gap_max"] for s in steps if s["fresh"]), default=math.nan),
             "grad_norm": mean([step["grad_norm"] for step in steps]),
             "lr": self.lr,
             "tokens_sampled": sum(tokens),
@@ -126,14 +125,13 @@ class Update:
         }
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
         row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
-        return finite(row)
+        return row
 
     def tell(self, row, folder):
         """Print its line, and what a person should hear of.  row: see `row`"""
         level = self.stage.level
-        numbers = {name: math.nan if value is None else value for name, value in row.items()}
         where = f"level {self.stage.number} update {self.stage.turns}/{level.updates}"
-        tqdm.write(f"{where} | {LINE.format(**numbers)}")
+        tqdm.write(f"{where} | {LINE.format(**row)}")
         if self.number % SHOW_EVERY == 1:
             for shown in self.rows[:: level.group_size][:2]:
                 tqdm.write("  {problem_id} ({verdict}): {text}".format(**shown))
@@ -160,14 +158,14 @@ LINE = (
 
 
 def mean(values):
-    """None if there is nothing to average."""
-    return sum(values) / len(values) if values else None
+    """nan if there is nothing to average."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def population_std(values):
-    """None if there are none."""
+    """nan if there are none."""
     if not values:
-        return None
+        return math.nan
     return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
 
 
@@ -182,7 +180,7 @@ def peak_memory_mb():
 def unfilled(row, level, draws):
     """What was seen in draws that did not fill the buffer, and what to change."""
     drawn, right, wrong = row["groups_drawn"], row["groups_all_right"], row["groups_all_wrong"]
-    cut_off = row["truncated_share"] or 0.0
+    cut_off = row["truncated_share"]
     seen = (
         f"{draws} draws of {level.prompts} prompts did not fill the buffer of "
         f"{level.buffer_groups}: of {drawn} groups {right} were all right and {wrong} all wrong; "
