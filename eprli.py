@@ -80,7 +80,7 @@ def kimi_length_reward(length, correct):
     length, correct (bool)  (..., G) -> (..., G), in [-1/2, 1/2]; a group of equal lengths gets 0
     """
     shortest, longest = length.amin(-1, keepdim=True), length.amax(-1, keepdim=True)
-    lam = 0.5 - (length - shortest) / (longest - shortest).clamp(min=1)
+    lam = 0.5 - (length - shortest) / (longest - shortest)  # 0 / 0 is replaced below
     lam = torch.where(correct, lam, lam.clamp(max=0))
     return lam.masked_fill(shortest == longest, 0.0)
 

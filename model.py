@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from infra import kernels
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of checkpoints
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -420,7 +421,9 @@ class Transformer(nn.Module):
             # Whether or not the file repeats it.
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         check_tensors(path, tensors, model.state_dict())
-        tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        # Copied even where the dtype is the same: a file's tensors are not aligned, and products
+        # of unaligned weights round differently.
+        tensors = {n: tensor.to(device, dtype, copy=True) for n, tensor in tensors.items()}
         infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if infinite:
             raise ValueError(
@@ -461,7 +464,11 @@ def read_tensors(path):
 
 
 def check_tensors(path, found, wanted):
-    """Both are tensors by name. Raise ValueError unless they agree in names and shapes."""
+    """Both are tensors by name. Raise ValueError unless they agree in names and shapes, and all
+    are floats: quantised weights would load as nonsense."""
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, and only floats are supported")
     found = {f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()}
     wanted = {f"{name} {tuple(tensor.shape)}" for name, tensor in wanted.items()}
     lacking, surplus = sorted(wanted - found), sorted(found - wanted)

@@ -250,11 +250,11 @@ def load_reward(name):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        reward = getattr(module, function, None)
     except (Exception, SystemExit) as error:  # any error in the user's code is told in one line
         raise ValueError(
             f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})"
         ) from error
-    reward = getattr(module, function, None)
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return reward

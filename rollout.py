@@ -312,8 +312,7 @@ class Slots:
         for group, (streams, limit) in enumerate(zip(keys, max_new_tokens)):
             for key, tokens in zip(streams, np.broadcast_to(limit, len(streams)).tolist()):
                 self.waiting.append(Sample(group, prompts[group], key, tokens))
-        self.slots = min(slots, len(self.waiting))
-        rows = max(MIN_ROWS, self.slots)  # rows beyond the slots are padding, always idle
+        self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
         longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
@@ -326,9 +325,14 @@ class Slots:
     def live(self):
         return [slot for slot, sample in enumerate(self.running) if sample]
 
+    @property
+    def filled(self):
+        """Tokens of prompt and completion so far, of each live slot."""
+        return np.array([self.running[slot].filled for slot in self.live])
+
     def refill(self):
         """Give every idle slot the next waiting sample."""
-        idle = [slot for slot, sample in enumerate(self.running[: self.slots]) if not sample]
+        idle = [slot for slot, sample in enumerate(self.running) if not sample]
         # A prompt that is still copied is overwritten only by its own group: its slot comes first.
         idle.sort(key=lambda slot: slot not in self.source.values())
         filled = idle[: len(self.waiting)]
@@ -420,9 +424,9 @@ class Slots:
         live = self.live
         fed = np.zeros((2, len(self.running)), int)  # last token, its position (-1: idle)
         fed[1] = -1
-        for slot in live:
-            fed[:, slot] = self.running[slot].tokens[-1], self.running[slot].filled - 1
-        self.cache.reserve(live, fed[1, live] + 1)
+        fed[0, live] = [self.running[slot].tokens[-1] for slot in live]
+        fed[1, live] = self.filled - 1
+        self.cache.reserve(live, self.filled)
         self.cache.arrange()
         if self.captured is not self.cache.layout:  # the first step, or tensors have moved
             self.logits = self.replay = None  # frees their memory first
@@ -456,7 +460,7 @@ def sample(
     prompts         token lists
     keys            for each prompt the streams of its completions, see `stream`
     max_new_tokens  for each prompt the limit of its completions, or a list with one per completion
-    slots           rows decoded together (memory and speed only)
+    slots           rows decoded together, at least MIN_ROWS (memory and speed only)
     stop_ids        a completion ends with the first of these ids, which is kept
     temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
                     evaluation: the learner's softmax knows neither

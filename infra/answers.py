@@ -361,7 +361,7 @@ def read_item(text):
     if bracketed:
         return read_bracketed(text, *bracketed.groups())
     if re.search(r"\\(pm|mp)(?![a-zA-Z])", text):
-        plus = text.replace(r"\pm", "+").replace(r"\mp", "-").removeprefix("+").strip(" ")
+        plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
         minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
         return Answer("list", text, (read(plus), read(minus)))
     sides, signs = split(tokens, ":")
@@ -573,8 +573,8 @@ NUMBER_RULES = parse_rules(rf"""
 """)
 # Sign, integer of a mixed number, numerator, power of ten, denominator. 2e+1 is no power of ten.
 NUMBER = re.compile(
-    rf"([+-]?) *(?:([0-9]+) +(?=[0-9.]+/ ?[0-9.]+$))?(-?{DECIMAL})"
-    rf"(?:(?:×|[eE](?=[0-9]|[+-][0-9]{{2}}))([+-]?[0-3]?[0-9]{{1,3}}))?(?: ?/ ?(-?{DECIMAL}))?"
+    rf" *([+-]?) *(?:([0-9]+) +(?=[0-9.]+/ ?[0-9.]+ *$))?(-?{DECIMAL})"
+    rf"(?:(?:×|[eE](?=[0-9]|[+-][0-9]{{2}}))([+-]?[0-3]?[0-9]{{1,3}}))?(?: ?/ ?(-?{DECIMAL}))? *"
 )
 
 
@@ -594,7 +594,7 @@ def unit_name(text):
 
 def number(text):
     """An exact Fraction if the text is a decimal, fraction, mixed number or a x 10^b, else None."""
-    match = NUMBER.fullmatch(respell(NUMBER_RULES, text).strip(" "))
+    match = NUMBER.fullmatch(respell(NUMBER_RULES, text))
     if not match:
         return None
     sign, integer, numerator, power, denominator = match.groups()
@@ -881,11 +881,9 @@ def canonical(answer):
     """
     text = tidy(answer[:1000])
     try:
-        if len(text) < 200:
-            return spell(read(join_thousands(text)))
+        return spell(read(join_thousands(text)))
     except Unreadable:
-        pass
-    return squeeze(text)
+        return squeeze(text)
 
 
 def spell(shape):

@@ -33,7 +33,6 @@ BESIDE = {  # what stands beside the model and the problems
     "raises.py": "import nowhere",
     "empty.py": "x = 1",
     "exits.py": "import sys\nsys.exit(0)",
-    "moody.py": "def __getattr__(name):\n    raise RuntimeError(f'no {name} today')",
 }
 
 
@@ -175,7 +174,6 @@ FLAGS = """
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
---reward moody.py:f | importing moody.py failed (RuntimeError: no f today)
 --reward good.jsonl:f | good.jsonl is not a Python file
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
@@ -242,6 +240,7 @@ TENSORS = {
     "has surplus 1 tensor(s): extra (3,)": {"extra": torch.ones(3)},
     f"has surplus 1 tensor(s): {NORM} (31,)": {NORM: torch.ones(31)},
     f"nan or infinity in 1 tensor(s), as torch.float32: {NORM}": {NORM: torch.ones(32) / 0},
+    f"{NORM} is torch.int8, and only floats": {NORM: torch.ones(32, dtype=torch.int8)},
     "holds nan or infinity": {NORM: torch.full((32,), 1e300, dtype=torch.float64)},
 }
 

@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "bench"))
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
 
 import compare  # noqa: E402  it is no package
 
@@ -35,9 +36,9 @@ def test_the_table_of_a_comparison(monkeypatch, capsys, tmp_path):
     command = f"compare.py --sizes 2m --dtypes float32 --what equal --log {log}"
     monkeypatch.setattr(sys, "argv", command.split())
     compare.main()
+    row = capsys.readouterr().out.splitlines()[-1]
     medians = "{'ours': 600, 'generate': 300, 'generate_batch': 150.0}"
-    assert f"| 2m float32 | equal | {medians} |" in (printed := capsys.readouterr().out)
-    assert "| 2.00 x |" in printed
+    assert row.startswith(f"| 2m float32 | equal | {medians} |") and row.endswith("| 2.00 x |")
     assert len(log.read_text().splitlines()) == 8
 
 
@@ -46,7 +47,7 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
     """A flag that was renamed or a key that is gone would cost time on a card."""
     settings = {"SIZE": "2m", "NEW": "24", "DEVICE": "cpu", "DTYPE": "float32"}
     settings |= {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "bench/gpu.sh"), sys.executable]
+    command = ["bash", BENCH / "gpu.sh", sys.executable]
     subprocess.run(command, check=True, env=os.environ | settings)
     rollout = json.loads((tmp_path / "rollout.json").read_text())
     step = json.loads((tmp_path / "step.json").read_text())
@@ -54,6 +55,5 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
     lengths = [n for line in lines for n in json.loads(line)["new_tokens"]]
     assert rollout["tokens"] == sum(lengths) and max(lengths) == 24 and len(lengths) == 256
     assert 0.9 < rollout["slot_occupancy"] <= 1 <= rollout["cache_over_filled"] < 2
-    assert 0 < rollout["fraction_of_roofline"] < 1
     assert step["tokens_per_step"] == 8 * 16 * 3
     assert step["seconds_per_step"] > step["learn_seconds"] > 0

@@ -25,16 +25,16 @@ from test_train import a_run, level, off_policy_samples
 
 from infra import kernels
 from infra.flags import Config
-from infra.ranks import FSDP_ON_CPU, Ranks
+from infra.ranks import FSDP_ON_CPU
 from model import log_softmax
 from rollout import sample, stream, uniforms
 from train import accumulate_gradient, minibatches
 
 pytestmark = pytest.mark.faults
 
-# Every second group is dropped, so surplus waits and draws are repeated. Three prompts leave one of
-# four processes without any, and three groups a step often leave one without a sample.
-FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --group-size 4
+# Every second group is dropped, so surplus waits and draws are repeated. Of four processes one has
+# no prompt of three, and in an update's first step, on one group, no sample of three.
+FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --group-size 3
 --buffer-groups 3 --prompts 3 --max-new-tokens 8 --updates 3 --quality 1 --inner-epochs 2 --lr 1e-3
 --warmup 2 --device cpu --length-weight 0.3 --kl-coef 0.05 --dtype float64 --eval-every 2
 --save-every 2 --max-grad-norm 0.1"""
@@ -85,8 +85,7 @@ def resume(folder, out, world, *flags):
 
 def assert_equal(one, other, tolerance=1e-9):
     """Tokens identical, metrics and weights to 1e-9."""
-    texts = [(path / "completions.jsonl").read_bytes() for path in (one, other)]
-    assert texts[0] == texts[1]
+    assert (one / "completions.jsonl").read_bytes() == (other / "completions.jsonl").read_bytes()
     for name in ("metrics.jsonl", "eval.jsonl"):
         rows = [without_time(path / name) for path in (one, other)]
         for row, expected in zip(*rows, strict=True):
@@ -221,19 +220,6 @@ def test_torchrun_itself(workshop):
     assert done.returncode == 0, done.stderr
     assert_equal(workshop / "torchrun", run(workshop, "1"))
     assert done.stdout.count("held-out accuracy") == 1  # one voice
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_shares_are_a_partition(size):
-    """Every item goes to one process, in order; no process gets two more than another."""
-    ranks = Ranks()
-    for n in range(9):
-        shares = []
-        for rank in range(size):
-            ranks.rank, ranks.size = rank, size
-            shares.append(ranks.share(list(range(n))))
-        assert sum(shares, []) == list(range(n))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # --------------------------------------------------------------------------------------- sampling

@@ -177,7 +177,7 @@ def test_a_prompt_is_not_overwritten_while_it_is_still_copied():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_log_probs_equal_the_learners(temperature):
-    """The ratio of the first step is 1. A temperature forgotten on one side, or a shift by one token,
+    """The first ratio is 1. A temperature forgotten on one side, or a shift by one token,
     is far off."""
     model, gap = random_model(), 0.0
     for prompt, completions in zip(PROMPTS, complete(model, temperature=temperature)):
