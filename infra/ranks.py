@@ -66,14 +66,11 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------- work
 
-    def share(self, items):
-        """This process's part: contiguous, and about as long as that of any other."""
-        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
-        return items[start:end]
-
     def spread(self, items, work):
-        """work(share of the items) -> one result per item; the results of all, in order, on all."""
-        parts = self.gather(self.together(lambda: work(self.share(items))))
+        """work(share) -> one result per item, each process for a contiguous share of about equal
+        number; the results of all, in order, on all."""
+        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        parts = self.gather(self.together(lambda: work(items[start:end])))
         return [result for part in parts for result in part]
 
     def from_first(self, work, interruptible=True):

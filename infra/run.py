@@ -244,14 +244,18 @@ class Run:
 
 
 def pack(run):
-    """Everything but weights and optimizer -> (what JSON holds, tensors of waiting completions)."""
+    """Everything but weights and optimizer -> what JSON holds, tensors
+
+    Tokens and log-probs of all waiting completions stand in the tensors, one completion after the
+    other; their lengths are in the JSON.
+    """
     levels, waiting = [], []
     for stage in run.stages:
         groups = []
         for group in stage.buffer.groups:
             waiting += group.completions
-            sizes = [(len(c.tokens), c.stopped) for c in group.completions]
-            groups.append(vars(group) | {"completions": sizes})
+            lengths = [(len(c.tokens), c.stopped) for c in group.completions]
+            groups.append(vars(group) | {"completions": lengths})
         level = {"drawn": stage.prompts_drawn, "updates": stage.turns, "skipped": stage.skips}
         levels.append(level | {"counts": stage.buffer.counts, "groups": groups})
     progress = {"update": run.turns_taken, "trained": run.trained, "broken": run.broken}
@@ -275,9 +279,10 @@ def unpack(run, state, tensors):
         stage.buffer.counts = Counter(level["counts"])
         for row in level["groups"]:
             completions = []
-            for n, stopped in row["completions"]:
-                own = list(itertools.islice(tokens, n)), list(itertools.islice(logprobs, n))
-                completions.append(Completion(*own, stopped))
+            for length, stopped in row["completions"]:
+                own_tokens = list(itertools.islice(tokens, length))
+                own_logprobs = list(itertools.islice(logprobs, length))
+                completions.append(Completion(own_tokens, own_logprobs, stopped))
             row["completions"] = completions
             for name in ("outcome", "length_reward"):
                 row[name] = torch.tensor(row[name], dtype=torch.float64)
