@@ -59,7 +59,7 @@ def one_update(run):
     def work():
         train.learn(run, stage, train.draw(run, stage, update), update)
 
-    return common.seconds(work), update.seconds["learn"], update.sums["tokens"]
+    return common.seconds(work), update.seconds["learn"], update.total("tokens")
 
 
 def main():
