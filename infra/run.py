@@ -27,10 +27,6 @@ from rollout import Completion
 MOST_SKIPS = 3  # updates in a row that may fail to fill a buffer, before the level ends (reading 7)
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
-# A row of eval.jsonl
-ACCURACY = (
-    "level {level} after {update} updates: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
-)
 
 
 @dataclass
@@ -93,17 +89,20 @@ class Run:
 
     def turns(self, evaluate):
         """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
-        while True:
-            if self.evaluation_due and self.cfg.eval_every != 0:
-                evaluate(self)
-            self.evaluation_due = False
-            if self.due(self.cfg.save_every) and not self.broken:
-                self.save()
-            # A signal that came while learning takes effect here.
-            stage = self.ranks.together(lambda: next_stage(self.stages, self.cfg.schedule))
-            if stage is None:
-                return
-            yield stage
+        total, silent = self.num_updates, not self.ranks.first
+        with tqdm(initial=self.turns_taken, total=total, unit="update", disable=silent) as bar:
+            while True:
+                if self.evaluation_due and self.cfg.eval_every != 0:
+                    evaluate(self)
+                self.evaluation_due = False
+                if self.due(self.cfg.save_every) and not self.broken:
+                    self.save()
+                # A signal that came while learning takes effect here.
+                stage = self.ranks.together(lambda: next_stage(self.stages, self.cfg.schedule))
+                if stage is None:
+                    return
+                yield stage
+                bar.update()
 
     def due(self, every):
         """Whether what happens after every so many updates, or never (0, None), is due now."""
@@ -178,7 +177,8 @@ class Run:
         self.ahead = False
         self.evaluations += rows
         for row in rows:
-            tqdm.write(f"  held out, {ACCURACY.format(**row)}")
+            text = "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
+            tqdm.write(f"{text} after {{update}} updates".format(**row))
             earlier = [e for e in self.evaluations if e["level"] == row["level"]]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
@@ -187,6 +187,22 @@ class Run:
                     f"after {best['update']} updates, and the intervals do not meet; give this "
                     "level fewer --updates, or take turns (--schedule interleaved)"
                 )
+
+    def table(self):
+        """Held-out accuracy of every level (rows) before and after every level (columns)."""
+        ends = list(itertools.accumulate((stage.turns for stage in self.stages), initial=0))
+        names = ["before", *(f"after level {stage.number}" for stage in self.stages)]
+        if self.cfg.schedule == "interleaved":
+            ends, names = [0, ends[-1]], ["before", "after"]
+        cells = {}
+        for row in self.evaluations:
+            cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
+            cells[row["update"], row["level"]] = cell
+        lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in names)]
+        for stage in self.stages:
+            row = "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends)
+            lines.append(f"level {stage.number:<13}{row}")
+        return "\n".join(lines)
 
     # ------------------------------------------------------------------------------ checkpoints
 

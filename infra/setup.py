@@ -30,7 +30,7 @@ from infra.flags import (
 )
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop
-from infra.run import ACCURACY, Run, Stage
+from infra.run import Run, Stage
 from rewards import Grader, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
@@ -114,6 +114,8 @@ def make_stages(cfg, levels, train_set, held_out, policy):
     """Cut the levels and render everything before minutes are spent. -> stages, facts"""
     train_sets, left_out = cut(cfg, levels, cfg.data, train_set)
     held_out_sets, eval_left_out = cut(cfg, levels, cfg.eval_data, held_out)
+    if held_out and not any(held_out_sets):
+        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --quality")
     stages, too_long = [], 0
     for number, (level, own, own_held_out) in enumerate(zip(levels, train_sets, held_out_sets), 1):
         if not own:
@@ -272,9 +274,8 @@ def carry_out(train, arguments):
             ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
             run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
         except (ValueError, OSError) as error:
-            if first:
-                parser.error(data.squash(str(error)))
-            sys.exit(2)
+            words = f"{parser.prog}: error: {data.squash(str(error))}\n"
+            parser.exit(2, words if first else None)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         code, ended = conduct(train, run)
@@ -310,10 +311,7 @@ def conclude(run, ended):
     """Say what there is to see."""
     out = run.directory.out
     if run.evaluations:
-        print("held-out accuracy")
-    for row in run.evaluations:
-        if row["update"] in (0, run.turns_taken):
-            print(f"  {ACCURACY.format(**row)}")
+        print(run.table())
     if run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:
