@@ -11,6 +11,7 @@ import random
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,24 +50,38 @@ def parse_problem(record, default_id):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     for name in ("problem", "answer"):
         if name not in record:
-            raise ValueError(f'no "{name}" (has: {", ".join(record) or "nothing"})')
-    name, problem, answer, pass_rate, level = map(record.get, KNOWN)
-    if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(f'no "{name}" (has: {", ".join(record)})')
+    other = dict(record)
+    name, problem, answer, pass_rate, level = (other.pop(key, None) for key in KNOWN)
+    if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
-    if not is_number(answer) and not (isinstance(answer, str) and answer.strip()):
+    if not is_text(answer) and not is_number(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
     if level is not None and not is_number(level):
         raise ValueError('"level" must be a number')
-    name = default_id if name is None else str(name)
-    other = {key: value for key, value in record.items() if key not in KNOWN}
-    return Problem(name, problem, str(answer), pass_rate, level, other)
+    if name is None:
+        name = default_id
+    return Problem(str(name), problem, str(answer), pass_rate, level, other)
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
 
 
 def is_number(value):
     """A finite one. To Python True is an integer, and its JSON reader lets NaN pass."""
     return type(value) in (int, float) and abs(value) < math.inf
+
+
+@contextmanager
+def explained(words):
+    """What fails within is a ValueError that says so: libraries raise errors of all kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
 
 
 def read_records(path, parse):
@@ -142,24 +157,25 @@ def overlap(train, evaluation):
     near   their word 8-grams have a Jaccard index of 0.7, or 90 % of the evaluation problem's stand
            in the training problem. This finds copies with other figures, and no paraphrases.
     """
-    names, by_gram, sizes = defaultdict(list), defaultdict(list), {}
+    originals = {bare(t.problem): t.id for t in reversed(train)}  # the first of equals stays
+    exact, others, by_gram = [], {}, defaultdict(list)
     for e in evaluation:
-        names[bare(e.problem)].append(e.id)
-        grams = ngrams(e.problem)
-        sizes[e.id] = len(grams)
-        for gram in grams:
+        if bare(e.problem) in originals:
+            exact.append((e.id, originals[bare(e.problem)]))
+            continue
+        others[e.id] = ngrams(e.problem)
+        for gram in others[e.id]:
             by_gram[gram].append(e.id)
-    exact, near = {}, {}
+    near = {}
     for t in train:
-        for name in names.get(bare(t.problem), ()):
-            exact.setdefault(name, t.id)
         grams = ngrams(t.problem)
         shared = Counter(name for gram in grams for name in by_gram.get(gram, ()))
         for name, count in shared.items():
-            union = len(grams) + sizes[name] - count
-            if count >= NEAR_JACCARD * union or count >= NEAR_SHARE * sizes[name]:
+            size = len(others[name])
+            union = len(grams) + size - count
+            if count >= NEAR_JACCARD * union or count >= NEAR_SHARE * size:
                 near.setdefault(name, t.id)
-    return list(exact.items()), [pair for pair in near.items() if pair[0] not in exact]
+    return exact, list(near.items())
 
 
 def bare(text):
@@ -188,10 +204,10 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX):
     suffix    what is put behind every problem
     """
     turns = []
-    for example in [*examples, vars(problem)]:
+    for example in examples:
         turns.append({"role": "user", "content": example["problem"] + suffix})
-        turns.append({"role": "assistant", "content": example.get("solution")})
-    turns.pop()  # the last answer is the policy's
+        turns.append({"role": "assistant", "content": example["solution"]})
+    turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
@@ -223,21 +239,26 @@ def cut_levels(problems, qualities, kind):
     none.
     """
     floor = 0.0 if kind == "pass_rate" else -math.inf
-    bounds = sorted({floor, *qualities})
+    bounds = sorted({floor, *qualities, math.inf})
     bins = {bound: [] for bound in bounds}
-    left_out = {"unmeasured": 0, "always solved": 0, "too hard": 0}
-    for p in problems:
-        d = difficulty(p, kind)
-        if d is None:
-            left_out["unmeasured"] += 1
-        elif d <= floor:
-            left_out["always solved"] += 1
-        elif d > bounds[-1] + 1e-9:
-            left_out["too hard"] += 1
-        else:
-            upper = bisect_left(bounds, d - 1e-9)  # 1 - 0.2 is not quite 0.8
-            bins[bounds[upper]].append(p)
+    known = [p for p in problems if difficulty(p, kind) is not None]
+    for p in known:
+        upper = bisect_left(bounds, difficulty(p, kind) - 1e-9)  # 1 - 0.2 is not quite 0.8
+        bins[bounds[upper]].append(p)
+    left_out = {
+        "unmeasured": len(problems) - len(known),
+        "always solved": len(bins[floor]),
+        "too hard": len(bins[math.inf]),
+    }
     return [bins[q] for q in qualities], left_out
+
+
+def level_names(problems, qualities):
+    """{problem id: "level 1"}, for the levels that were measured, or else declared."""
+    if all(p.pass_rate is None for p in problems):
+        return {p.id: f"level {p.level:g}" for p in problems if p.level is not None}
+    levels, _ = cut_levels(problems, qualities, "pass_rate")
+    return {p.id: f"level {number}" for number, level in enumerate(levels, 1) for p in level}
 
 
 def endless(items, *seed):

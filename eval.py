@@ -15,8 +15,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +45,8 @@ class Policy:
     tokenizer: object
     stop_ids: tuple
     folder: Path  # where it was read
-    examples: tuple  # worked examples in front of every problem
-    suffix: str = data.SUFFIX  # behind every problem
+    examples: list  # worked examples in front of every problem
+    suffix: str  # behind every problem
 
     @classmethod
     def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
@@ -56,28 +54,31 @@ class Policy:
         folder = find_folder(name, device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-        examples = data.read_records(examples_file, data.parse_example) if examples_file else ()
+        examples = data.read_records(examples_file, data.parse_example) if examples_file else []
         model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
-        tokenizer = load_tokenizer(folder)
+        with data.explained(f"{folder}: its tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
+            )
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
-        return cls(model, tokenizer, stop_ids, folder, tuple(examples), suffix)
+        return cls(model, tokenizer, stop_ids, folder, examples, suffix)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
-        try:
+        with data.explained("the tokenizer's chat template fails"):
             prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
-        except Exception as error:  # a template is a program of its own
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"the tokenizer's chat template fails ({reason})") from error
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
-            where = f"problem {prompt.problem.id}"
             if not prompt.tokens:
-                raise ValueError(f"{where}: the tokenizer's chat template makes an empty prompt")
+                raise ValueError(
+                    f"{prompt.problem.id}: the tokenizer's chat template makes an empty prompt"
+                )
             if max(prompt.tokens) >= vocab_size:
                 raise ValueError(
-                    f"{where}: token {max(prompt.tokens)} is not in the model's vocabulary of "
-                    f"{vocab_size}: model and tokenizer do not belong together"
+                    f"{prompt.problem.id}: token {max(prompt.tokens)} is not in the model's "
+                    f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
                 )
         return prompts
 
@@ -87,7 +88,7 @@ class Policy:
 
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return self.tokenizer.decode(tokens)
 
 
 def find_folder(name, device):
@@ -97,47 +98,28 @@ def find_folder(name, device):
     patterns = ["*.json", "*.jinja", "tokenizer*"]
     if device != "meta":
         patterns.append("*.safetensors")
-    try:
+    with data.explained(f"model {name!r} is neither a folder nor to be had from the hub"):
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (ValueError, OSError) as error:  # the hub's errors are of these kinds
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"model {name!r} is neither a folder nor to be had from the hub ({reason})"
-        ) from error
-
-
-def load_tokenizer(folder):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from error
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
-        )
-    return tokenizer
 
 
 def read_stop_ids(folder, tokenizer, config):
     """Tokens that end a completion: eos_token_id of tokenizer, config and generation config."""
-    path, named = folder / "generation_config.json", [tokenizer.eos_token_id, config.eos_token_id]
-    try:
-        if path.is_file():
+    named = [tokenizer.eos_token_id, config.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with data.explained(f"{path}: not a JSON object"):
             named.append(json.loads(path.read_text()).get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from error
     stop_ids = set()
     for ids in named:
         for i in ids if isinstance(ids, list) else [ids]:
-            if i is None:
-                continue
-            if type(i) is not int or not 0 <= i < config.vocab_size:
+            if i is not None and i not in range(config.vocab_size):
                 raise ValueError(
                     f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
                     f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
                     "the tokenizer), so no completion would stop"
                 )
             stop_ids.add(i)
+    stop_ids.discard(None)
     if not stop_ids:
         raise ValueError(f"{folder}: neither tokenizer nor config names a stop token")
     return tuple(sorted(stop_ids))
@@ -183,8 +165,9 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     """
     start = time.perf_counter()
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
-    with bar:
+    with tqdm(
+        desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
+    ) as bar:
         groups = sample(
             policy.model,
             [p.tokens for p in prompts],
@@ -205,7 +188,7 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     if clock is not None:
         clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
     attempts = (Attempt(*part, verdict) for part, verdict in zip(parts, verdicts))
-    return [list(islice(attempts, len(own))) for own in keys]
+    return [[next(attempts) for _ in own] for own in keys]
 
 
 def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
@@ -223,8 +206,8 @@ def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
 
 def pass_at_k(n, c, k):
     """Unbiased P(at least one of k is right) from c right of n samples (Chen et al. 2021)."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} needs at least {k} samples, found {c} right of {n}")
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, found {n}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -254,8 +237,10 @@ def bootstrap(values):
 
     if len(values) == 1:
         return values[0], values[0]
-    settings = {"n_resamples": 2000, "batch": 100, "method": "percentile", "random_state": 0}
-    return stats.bootstrap((values,), np.mean, **settings).confidence_interval
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, batch=100, method="percentile", random_state=0
+    )
+    return result.confidence_interval
 
 
 def interval(values):
@@ -275,28 +260,17 @@ def interval(values):
     return values.mean(), low, high
 
 
-def mean_of(intervals):
-    """Mean of independent means: squared distances to the ends add up (Zou & Donner 2008)."""
-    means, low, high = np.array(intervals).T
-    mean, n = means.mean(), len(means)
-    return mean, mean - np.linalg.norm(means - low) / n, mean + np.linalg.norm(high - means) / n
-
-
-def measure(result, k):
-    """{measure: values (problems,)}.  result: for each problem, its rows of completions.jsonl"""
-
-    def column(name):  # (problems, samples)
-        return np.array([[row[name] for row in rows] for rows in result], dtype=object)
-
-    right = column("verdict") == RIGHT
-    n = right.shape[1]
+def measure(rows, k):
+    """{measure: value} of one problem, from the rows of its samples"""
+    n = len(rows)
+    right = [row["verdict"] == RIGHT for row in rows]
     return {
-        f"avg@{n}": right.mean(1),
-        f"pass@{k}": np.array([pass_at_k(n, c, k) for c in right.sum(1)]),
-        f"maj@{n}": np.array([majority(*pair) for pair in zip(column("answer"), right)], float),
-        "length": column("tokens").mean(1),
-        "cut_off": 1 - column("stopped").mean(1),
-        "writes_steps": np.vectorize(writes_steps)(column("text")).mean(1),
+        f"avg@{n}": np.mean(right),
+        f"pass@{k}": pass_at_k(n, sum(right), k),
+        f"maj@{n}": majority([row["answer"] for row in rows], right),
+        "length": np.mean([row["tokens"] for row in rows]),
+        "cut_off": 1 - np.mean([row["stopped"] for row in rows]),
+        "writes_steps": np.mean([writes_steps(row["text"]) for row in rows]),
     }
 
 
@@ -315,17 +289,28 @@ NUMBERS = f"""
 --k               0        0      k of pass@k; 0: as many as --samples
 --max-new-tokens  {MAX_NEW_TOKENS}       1      longest completion, tokens
 --temperature     1.0      0      0 is greedy; 1 as in training
---top-p           1.0      0      nucleus; 1 is off, as in training
+--top-p           1.0      0      nucleus, above 0; 1 is off, as in training
 --top-k           0        0      likeliest tokens; 0 is off, as in training
 --seed            0        0      of the random streams
 --slots           {SLOTS}      1      completions decoded at once (memory and speed only)
 """
-# What summary.json says of how a result was sampled, and the keys of completions.jsonl.
+# What summary.json says of how a result was sampled.
 SETTINGS = (
     "model protocol samples k temperature top_k top_p max_new_tokens suffix examples "
     "allow_last_number dtype seed"
 )
-COLUMNS = "file problem_id level sample verdict answer tokens stopped text"
+
+
+def at_least(least, kind):
+    """A type of argparse: a finite number that is not below `least`"""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
+        return value
+
+    return number
 
 
 def make_parser():
@@ -338,18 +323,16 @@ def make_parser():
     add("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
     problems = "JSONL files of problems, or names of benchmarks"
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
-    add(
-        "--protocol",
-        choices=("deepscaler", "fastcurl"),
-        help="published defaults of flags and suffix",
-    )
+    published = "published defaults of flags and suffix"
+    add("--protocol", choices=("deepscaler", "fastcurl"), help=published)
     for line in NUMBERS.strip().splitlines():
-        name, default, _, meaning = line.split(maxsplit=3)
-        default = json.loads(default)
-        add(name, type=type(default), default=default, help=meaning)
+        name, default, least, meaning = line.split(maxsplit=3)
+        kind = float if "." in default else int
+        add(name, type=at_least(int(least), kind), default=kind(default), help=meaning)
     add("--compare", nargs=2, metavar="DIR", help="test the difference of two results")
-    add("--out", help="folder to write; by default runs/eval-<date-time>")
-    add("--add-pass-rate", metavar="FILE", help="write the problems with their pass rates")
+    by_time = time.strftime("runs/eval-%Y%m%d-%H%M%S")
+    add("--out", type=Path, default=by_time, help="folder to write; default runs/eval-<date-time>")
+    add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
     add("--examples", help="JSONL of worked examples {problem, solution} to put in front")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
@@ -369,84 +352,66 @@ def parse_args(arguments):
         parser.set_defaults(**PROTOCOLS[args.protocol])
         args = parser.parse_args(arguments)
     args.k = args.k or args.samples
-    args.out = Path(args.out or f"runs/eval-{datetime.now():%Y%m%d-%H%M%S}")
     return parser, args
 
 
 def check(args):
-    """Raise ValueError for flags that cannot be."""
-    for line in NUMBERS.strip().splitlines():
-        name, _, least, _ = line.split(maxsplit=3)
-        value = getattr(args, name[2:].replace("-", "_"))
-        if not int(least) <= value < math.inf:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
+    """Raise ValueError for flags that do not go together."""
     if args.k > args.samples or not 0 < args.top_p <= 1:
         raise ValueError("--k must be at most --samples, and --top-p in (0, 1]")
     names = {Path(path).stem for path in args.data}
     if len(names) < len(args.data):
         raise ValueError("--data: results are known by the names of files, and one stands twice")
-    rates = args.add_pass_rate and Path(args.add_pass_rate)
+    rates = args.add_pass_rate
     if rates and (len(names) > 1 or rates.exists() or not rates.parent.is_dir()):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 
 
-def prepare(args):
-    """-> policy, {file: prompts}. Makes the folder --out. Raises ValueError or OSError."""
-    check(args)
-    problems = {path: data.read_problems(path) for path in args.data}
-    policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
-    files = {path: policy.render(some) for path, some in problems.items()}
-    for path, prompts in files.items():
-        too_long = sum(not policy.room(p) for p in prompts)
-        if too_long:
-            print(f"{path}: {too_long} prompts fill the context and count as wrong")
-    args.out.mkdir(parents=True)
-    return policy, files
-
-
-def level_names(problems, qualities):
-    """{problem id: "level 1"}, level by level: those that were measured, or else declared."""
-    kind, names = "pass_rate", range(1, len(qualities) + 1)
-    if all(p.pass_rate is None for p in problems):
-        kind, names = "level", sorted({p.level for p in problems} - {None})
-        qualities = names
-    levels, _ = data.cut_levels(problems, qualities, kind)
-    return {p.id: f"level {name:g}" for name, level in zip(names, levels) for p in level}
+def make_row(path, problem_id, level, sample, attempt):
+    """A line of completions.jsonl"""
+    return {
+        "file": path,
+        "problem_id": problem_id,
+        "level": level,
+        "sample": sample,
+        "verdict": attempt.verdict,
+        "answer": attempt.answer,
+        "tokens": attempt.length,
+        "stopped": attempt.completion.stopped,
+        "text": attempt.text,
+    }
 
 
 def sample_file(args, policy, grader, path, prompts):
     """Sample, grade and append to completions.jsonl -> for each problem, its rows there"""
-    levels = level_names([p.problem for p in prompts], args.quality)
+    levels = data.level_names([p.problem for p in prompts], args.quality)
     purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     keys = evaluation_keys(args.seed, prompts, args.samples, purpose)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
     size = max(1, 8 * args.slots // args.samples)  # problems between two writes
     result = []
-    for start in tqdm(range(0, len(prompts), size), desc=path, unit="batch"):
-        some = slice(start, start + size)
-        done = attempt(policy, grader, prompts[some], keys[some], sampling, show_progress=True)
-        for prompt, attempts in zip(prompts[some], done):
-            where = path, prompt.problem.id, levels.get(prompt.problem.id)
-            result.append([])
-            for i, a in enumerate(attempts):
-                found = a.verdict, a.answer, a.length, a.completion.stopped, a.text
-                result[-1].append(dict(zip(COLUMNS.split(), (*where, i, *found))))
-        with open(args.out / "completions.jsonl", "a", encoding="utf-8") as log:
-            for rows in result[some]:
-                log.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(args.out / "completions.jsonl", "a", buffering=1, encoding="utf-8") as log:
+        for start in tqdm(range(0, len(prompts), size), desc=path):
+            some = slice(start, start + size)
+            done = attempt(policy, grader, prompts[some], keys[some], sampling, show_progress=True)
+            for prompt, attempts in zip(prompts[some], done):
+                name = prompt.problem.id
+                level = levels.get(name)
+                rows = [make_row(path, name, level, i, a) for i, a in enumerate(attempts)]
+                result.append(rows)
+                for row in rows:
+                    print(json.dumps(row, ensure_ascii=False), file=log)
     return result
 
 
 def summarise(path, result, k):
     """Print and return {level, or "all": {measure: (mean, low, high)}}."""
-    parts = {}
-    for rows in result:
-        parts.setdefault(rows[0]["level"], []).append(rows)
-    parts.pop(None, None)
     print(f"\n{path}: {len(result[0])} samples a problem, 95 % intervals over problems")
+    levels = {rows[0]["level"] for rows in result} - {None}
     summary = {}
-    for level, part in [*sorted(parts.items()), ("all", result)]:
-        summary[level] = {name: interval(some) for name, some in measure(part, k).items()}
+    for level in [*sorted(levels), "all"]:
+        part = [measure(rows, k) for rows in result if level in (rows[0]["level"], "all")]
+        summary[level] = {name: interval([values[name] for values in part]) for name in part[0]}
         cells = [f"{name} {shown(name, some)}" for name, some in summary[level].items()]
         print(f"  {level:8} {len(part):5} problems   " + "   ".join(cells))
     return summary
@@ -464,6 +429,8 @@ def add_pass_rates(path, prompts, result):
 
 def evaluate(args, policy, files):
     """Fill the folder --out and print tables -> what summary.json holds"""
+    from tools import papers
+
     grader = Grader(allow_last_number=args.allow_last_number)
     summary = {name: getattr(args, name) for name in SETTINGS.split()} | {"files": {}}
     for path, prompts in files.items():
@@ -472,38 +439,37 @@ def evaluate(args, policy, files):
         if args.add_pass_rate:
             add_pass_rates(args.add_pass_rate, prompts, result)
     summary["verdicts"] = dict(grader.counts)
-    print_papers(args, summary["files"])
+    papers.print_table(summary)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def print_papers(args, files):
-    """The papers' table with our row, if some files are named like benchmarks."""
-    from tools.papers import BENCHMARKS, FIVE, table
+def run(parser, args):
+    """-> what the last line prints"""
+    try:
+        if args.compare:
+            from tools.compare import compare
 
-    ours = {}
-    for path, summary in files.items():
-        if Path(path).stem in BENCHMARKS:
-            ours[Path(path).stem] = summary["all"][f"avg@{args.samples}"]
-    if set(FIVE) <= set(ours):
-        ours["mean"] = mean_of([ours[name] for name in FIVE])
-    if ours:
-        title = f"{Path(args.model).name} ({args.protocol or 'own settings'})"
-        print(table(title, {name: shown(name, some) for name, some in ours.items()}))
+            return compare(*args.compare)
+        check(args)
+        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
+        files = {path: policy.render(data.read_problems(path)) for path in args.data}
+        args.out.mkdir(parents=True)
+    except (ValueError, OSError) as error:
+        parser.error(data.squash(str(error)))
+    for path, prompts in files.items():
+        too_long = sum(not policy.room(p) for p in prompts)
+        if too_long:
+            print(f"{path}: {too_long} prompts fill the context and count as wrong")
+    return evaluate(args, policy, files)
 
 
 def main(arguments=None):
     parser, args = parse_args(arguments)
     try:
-        if args.compare:
-            from tools.compare import compare
-
-            print(json.dumps(compare(*args.compare)))
-            return
-        policy, files = prepare(args)
-    except (ValueError, OSError) as error:
-        parser.error(data.squash(str(error)))
-    print(json.dumps(evaluate(args, policy, files)))
+        print(json.dumps(run(parser, args)))
+    except KeyboardInterrupt:
+        parser.exit(130, "eval.py: interrupted; completions.jsonl keeps what was graded before\n")
 
 
 if __name__ == "__main__":

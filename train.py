@@ -65,7 +65,7 @@ def draw(run, stage, update):
     -> one Group per prompt
     """
     cfg, level = run.cfg, stage.level
-    prompts, first = stage.next_prompts()
+    prompts, first = stage.draw(level.prompts)
     keys = []
     for i in range(first, first + len(prompts)):
         keys.append(
@@ -141,23 +141,26 @@ class Sample:
 def learn(run, stage, groups, update):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
-    learner.set_lr(update.lr)
     samples = []  # of each group
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()  # A_i
         samples.append([Sample(group, c, A) for c, A in zip(group.completions, advantage)])
     for step in minibatches(cfg, stage.level.inner_epochs, samples, update.number):
-        first = not update.grad_norms
+        first = not update.steps
         sums, peaks = accumulate_gradient(run, stage.level, step, first)
         if first:
             check_gap(cfg.dtype, sums)
         if not math.isfinite(sums["objective"]):
             learner.drop_gradient()
-            raise NotFinite(f"the loss of step {update.step} is {-sums['objective']}", groups)
-        norm = learner.step(cfg.max_grad_norm)
+            raise NotFinite(
+                f"the loss of step {len(update.steps) + 1} is {-sums['objective']}", groups
+            )
+        norm = learner.step(update.lr, cfg.max_grad_norm)
         if not math.isfinite(norm):
-            raise NotFinite(f"the gradient's norm in step {update.step} is {norm}", groups)
-        update.stepped(norm, sums, peaks)
+            raise NotFinite(
+                f"the gradient's norm in step {len(update.steps) + 1} is {norm}", groups
+            )
+        update.steps.append({"grad_norm": norm, **sums, **peaks})
     update.seconds["learn"] += time.perf_counter() - start
 
 
@@ -276,7 +279,10 @@ def cut(samples, max_tokens):
 def evaluate(run):
     """Held-out accuracy of every level: one sample a problem at the training temperature."""
     cfg, ranks = run.cfg, run.ranks
-    for stage in run.unevaluated():
+    rows = []
+    for stage in run.stages:
+        if not stage.held_out:
+            continue
         keys = evaluation_keys(cfg.seed, stage.held_out, 1)
         sampling = Sampling(stage.level.max_new_tokens, cfg.temperature, cfg.slots)
 
@@ -292,7 +298,8 @@ def evaluate(run):
         n = len(right)
         row = {"accuracy": accuracy, "low": low, "high": high, "n": n}
         row |= {"length_mean": sum(lengths) / n, "writes_steps_share": sum(steps) / n}
-        run.evaluated({"update": run.turns_taken, "level": stage.number, **row})
+        rows.append({"update": run.turns_taken, "level": stage.number, **row})
+    run.evaluated(rows)
 
 
 def main(arguments=None):

@@ -59,7 +59,7 @@ def one_update(run):
     def work():
         train.learn(run, stage, train.draw(run, stage, update), update)
 
-    return common.seconds(work), update.seconds["learn"], update.sums["tokens"]
+    return common.seconds(work), update.seconds["learn"], update.total("tokens")
 
 
 def main():
@@ -72,6 +72,7 @@ def main():
     assert tokens == args.prompts * args.group * args.new_tokens
     result = {"seconds_per_step": seconds, "sample_seconds": seconds - learning}
     result |= {"learn_seconds": learning, "tokens_per_step": int(tokens)}
+    result["tokens_per_second"] = tokens / seconds
     result |= common.peak_memory(args)  # before the ceilings are measured
     flops, _ = common.ceilings(args)
     weights = sum(p.numel() for p in run.policy.model.parameters())

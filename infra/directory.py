@@ -15,8 +15,8 @@ leaves the last one. Tensors are whole, whatever number of processes wrote them.
 import fcntl
 import hashlib
 import json
+import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -31,38 +31,30 @@ CHECKED = {"model.safetensors", "optimizer.safetensors", "buffer.safetensors", "
 class RunDirectory:
     """A run's directory, owned by one run at a time. The first process writes; others follow."""
 
-    def __init__(self, out, ranks):
+    def __init__(self, out, ranks, config=None):
+        """config  of a new run: makes the directory. Else it must exist. Raises ValueError"""
         self.out, self.ranks = Path(out), ranks
-        if ranks.first:
-            # The lock is held until this process ends, however it ends.
-            self.lock = open(self.out / "config.json")  # noqa: SIM115 stays open, see above
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{out}: another process is writing to this run") from error
-
-    @staticmethod
-    def create(out, config):
-        """Make the directory with its config.json, both or neither."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.parent / f".{out.name}.{os.getpid()}"
+        if not ranks.first:
+            return
+        if config:
+            create(self.out, config)
+        # The lock is held until this process ends, however it ends.
+        self.lock = open(self.out / "config.json")  # noqa: SIM115 stays open, see above
         try:
-            (part / "checkpoints").mkdir(parents=True)
-            (part / "config.json").write_text(json.dumps(config, indent=1))
-            part.rename(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another process is writing to this run") from error
 
     # ------------------------------------------------------------------------------------- logs
 
     def append(self, name, rows):
         """Append JSON lines, all at once; what goes wrong ends the run on all processes."""
         path = self.out / name
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
 
         def work():
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
+                file.writelines(lines)
 
         try:
             self.ranks.from_first(work, interruptible=False)
@@ -70,6 +62,7 @@ class RunDirectory:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
 
     def read(self, name):
+        """The rows of a log."""
         path = self.out / name
         if not path.exists():
             return []
@@ -77,32 +70,34 @@ class RunDirectory:
 
     def log_sizes(self):
         """Bytes of every log, once they are on the disk."""
-        paths = [self.out / log for log in LOGS if (self.out / log).exists()]
-        for path in paths:
-            force_to_disk(path)
-        return {path.name: path.stat().st_size for path in paths}
+        sizes = {}
+        for name in LOGS:
+            path = self.out / name
+            if path.exists():
+                force_to_disk(path)
+                sizes[name] = path.stat().st_size
+        return sizes
 
     def cut_logs(self, sizes):
         """Cut the logs back to the bytes that they had when a checkpoint was written."""
+        found = self.log_sizes()
         for name, size in sizes.items():
-            path = self.out / name
-            found = path.stat().st_size if path.exists() else 0
-            if found < size:
+            if found.get(name, 0) < size:
                 raise ValueError(
-                    f"{path}: {found} bytes, but the checkpoint was written after {size}: "
-                    "lines were lost"
+                    f"{self.out / name}: {found.get(name, 0)} bytes, but the checkpoint was "
+                    f"written after {size}: lines were lost"
                 )
-        for name in LOGS:  # once all are known to be long enough
+        for name in found:  # once all are known to be long enough
             if name in sizes:
                 os.truncate(self.out / name, sizes[name])
             else:
-                (self.out / name).unlink(missing_ok=True)
+                (self.out / name).unlink()
 
     # ------------------------------------------------------------------------------ checkpoints
 
     def checkpoints(self):
         """Folders of checkpoints, newest first; whether they are whole is another question."""
-        found = [p for p in (self.out / "checkpoints").iterdir() if re.fullmatch(r"\d{6,}", p.name)]
+        found = [p for p in (self.out / "checkpoints").iterdir() if p.name.isdecimal()]
         return sorted(found, key=lambda p: int(p.name), reverse=True)
 
     def write_checkpoint(self, name, write_files):
@@ -120,8 +115,8 @@ class RunDirectory:
             force_to_disk(self.out / "checkpoints")
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
-            words = f"checkpoint {name} cannot be written ({error}); {self.advice()}"
-            raise Stop(words) from None
+            reason = f"checkpoint {name} cannot be written ({error})"
+            raise Stop(f"{reason}; {self.advice()}") from None
 
     def delete_old(self, keep):
         for old in self.checkpoints()[keep:]:
@@ -145,32 +140,52 @@ class RunDirectory:
         for path in self.checkpoints():
             reason = damage(path)
             if reason is None:
-                break
+                self.set_aside(damaged)
+                return path
             damaged[path] = reason
-        else:
-            if damaged:
-                reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-                raise ValueError(f"{self.out}: no checkpoint is whole ({reasons}): start a new run")
-            return None
-        for newer, reason in damaged.items():
-            renamed = newer.with_name(newer.name + ".damaged")
+        if damaged:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+            raise ValueError(f"{self.out}: no checkpoint is whole ({reasons}): start a new run")
+
+    @staticmethod
+    def set_aside(damaged):
+        """damaged  {folder: what is wrong with it}"""
+        for path, reason in damaged.items():
+            renamed = path.with_suffix(".damaged")
             shutil.rmtree(renamed, ignore_errors=True)
-            newer.rename(renamed)
-            tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {renamed.name}")
-        return path
+            path.rename(renamed)
+            tqdm.write(f"{path}: skipped, it is damaged ({reason}); it is now {renamed.name}")
+
+
+def create(out, config):
+    """Make the directory with its config.json, both or neither."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.parent / f".{out.name}.{os.getpid()}"
+    try:
+        (part / "checkpoints").mkdir(parents=True)
+        (part / "config.json").write_text(json.dumps(config, indent=1))
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def finite(row):
+    """JSON has neither nan nor infinity: None stands for them."""
+    result = dict(row)
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            result[name] = None
+    return result
 
 
 def damage(path):
     """What is wrong with a checkpoint, or None: every file must have its checksum."""
     try:
         sums = json.loads((path / "checksums.json").read_text())
-        missing = CHECKED - set(sums)
-        if missing:
-            return f"checksums.json does not list {min(missing)}"
-        for name, digest in sums.items():
-            if sha256(path / name) != digest:
+        for name in sorted({*CHECKED, *sums}):
+            if sha256(path / name) != sums[name]:
                 return f"{name} is not what was written"
-    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
 
 

@@ -180,23 +180,27 @@ class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
 
 SECTIONS = (Files, Levels, Objective, Optimizer, SamplingFlags, Memory)
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
-MAY_CHANGE = (  # with --resume: no result depends on them
-    "device",
-    "slots",
-    "micro_batch_tokens",
-    "logits_per_chunk",
-    "recompute",
-    "fsdp",
-    "save_every",
-    "keep_checkpoints",
+# With --resume: no result depends on them.
+MAY_CHANGE = (
+    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
 )
-ABOVE_0 = "lr temperature max_grad_norm"
-AT_LEAST = {
-    0: "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed",
-    1: "prompts max_new_tokens inner_epochs updates minibatches micro_batch_tokens slots "
-    "overlong_cache max_draws logits_per_chunk keep_checkpoints",
-    2: "group_size",  # a group of one has no advantage
-}
+RULES = (
+    ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
+    (
+        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed",
+        lambda v: 0 <= v < math.inf,
+        "at least 0",
+    ),
+    (
+        "prompts max_new_tokens inner_epochs updates minibatches micro_batch_tokens slots "
+        "overlong_cache max_draws logits_per_chunk keep_checkpoints",
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    ("group_size", lambda v: v >= 2, "at least 2"),  # a group of one has no advantage
+    ("eps_low", lambda v: v < 1, "below 1"),
+    ("quality", math.isfinite, "a finite number"),
+)
 
 
 def option(name):
@@ -227,26 +231,17 @@ def given_flags(parser, arguments):
 
 def check(cfg):
     """Raise ValueError for what no data can make right."""
-    for name in ABOVE_0.split():
-        demand(cfg, name, lambda v: 0 < v < math.inf, "above 0")
-    for low, names in AT_LEAST.items():
-        for name in names.split():
-            demand(cfg, name, lambda v, low=low: low <= v < math.inf, f"at least {low}")
-    demand(cfg, "eps_low", lambda v: v < 1, "below 1")
+    enough = f"at least --minibatches ({cfg.minibatches})"
+    rules = [*RULES, ("buffer_groups", lambda v: v >= cfg.minibatches, enough)]
     if cfg.difficulty == "pass_rate":
-        demand(cfg, "quality", lambda v: 0 < v <= 1, "in (0, 1]: a difficulty is 1 - pass rate")
-    demand(cfg, "quality", math.isfinite, "a finite number")
-    words = f"at least --minibatches ({cfg.minibatches})"
-    demand(cfg, "buffer_groups", lambda v: v >= cfg.minibatches, words)
-
-
-def demand(cfg, name, good, words):
-    values = getattr(cfg, name)
-    if values is None:
-        return
-    for value in values if isinstance(values, list) else [values]:
-        if not good(value):
-            raise ValueError(f"{option(name)} must be {words}, found {value}")
+        rate = "in (0, 1]: a difficulty is 1 - pass rate"
+        rules.insert(0, ("quality", lambda v: 0 < v <= 1, rate))
+    for names, good, words in rules:
+        for name in names.split():
+            values = getattr(cfg, name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and not good(value):
+                    raise ValueError(f"{option(name)} must be {words}, found {value}")
 
 
 def resolve_levels(cfg, measured):
@@ -256,25 +251,25 @@ def resolve_levels(cfg, measured):
     """
     values = {name: getattr(cfg, name) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["quality"] = cfg.quality or default_quality(cfg, measured)
-    if cfg.quality and cfg.difficulty == "pass_rate" and not measured:
+    if not cfg.quality:
+        values["quality"] = default_quality(cfg, measured)
+    elif cfg.difficulty == "pass_rate" and not measured:
         raise ValueError(
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
             f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
             "--add-pass-rate FILE`, or use --difficulty level"
         )
-    longest = max(values, key=lambda name: len(values[name]))
-    num_levels = len(values[longest])
-    for name, some in values.items():
-        if len(some) not in (1, num_levels):
-            raise ValueError(
-                f"{option(longest)} has {num_levels} values, so there are {num_levels} levels, and "
-                f"{option(name)} needs 1 or {num_levels} values, not {len(some)}"
-                f"{'' if getattr(cfg, name) else ' as by default'}"
-            )
+    num_levels = max(map(len, values.values()))
     levels = []
     for i in range(num_levels):
-        own = {name: some[min(i, len(some) - 1)] for name, some in values.items()}
+        own = {}
+        for name, some in values.items():
+            if len(some) not in (1, num_levels):
+                raise ValueError(
+                    f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
+                    f"values, not {len(some)}{'' if getattr(cfg, name) else ' as by default'}"
+                )
+            own[name] = some[i % len(some)]
         cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
         if cache > own["max_new_tokens"]:
             raise ValueError(
@@ -295,28 +290,23 @@ def default_quality(cfg, measured):
 
 def explain(cfg, levels):
     """The resolved objective with its numbers, each with its source ("given": a flag set it)."""
-    mean = {
-        "sequence": "1/B sum_i 1/T_i sum_t",
-        "token": "1/(sum_i T_i) sum_i sum_t",
-        "constant": "1/B sum_i 1/Len_l sum_t",
-    }[cfg.loss_norm]
     std = " / (std_G r + 1e-6)" if cfg.adv_std == "group" else ""
     lines = [
-        f"maximise  J_l = {mean} min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)"
-        f" - {cfg.kl_coef:g} k3",
+        f"maximise  J_l = mean over tokens ({cfg.loss_norm}, see eprli.loss_weight) of "
+        f"min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A) - {cfg.kl_coef:g} k3",
         f"  A = (r - mean_G r){std}; r = R_l + K_l length_l({cfg.length_kind})",
         f"  rho = pi / pi_old, both at temperature {cfg.temperature:g}",
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
         f"with {len(levels)} level(s), values level by level:",
     ]
+    default = Config()
     for section in (Levels, Objective, Optimizer, SamplingFlags):
-        default = section()
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]
             if value != getattr(default, f.name):
                 source = "given]"
-            if hasattr(levels[0], f.name):
+            if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import torch
 
@@ -34,8 +35,8 @@ class Learner:
     """
 
     def __init__(self, policy_model, ranks, recompute=False):
-        self.ranks, self.weights = ranks, list(policy_model.parameters())
-        self.names = [name for name, _ in policy_model.named_parameters()]
+        self.ranks = ranks
+        self.names, self.weights = zip(*policy_model.named_parameters())
         self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
         self.model.model.recompute = recompute
         self.masters = list(self.model.parameters())
@@ -44,24 +45,13 @@ class Learner:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
                 master.grad = torch.zeros_like(master)
-                weight.register_post_accumulate_grad_hook(self.move_gradient_to(master))
+                weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.adamw = torch.optim.AdamW(
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
-    @staticmethod
-    def move_gradient_to(master):
-        def hook(weight):
-            master.grad += weight.grad
-            weight.grad = None
-
-        return hook
-
-    def set_lr(self, rate):
-        self.adamw.param_groups[0]["lr"] = rate
-
-    def step(self, max_norm):
-        """One step; returns the gradient's norm before it was clipped.
+    def step(self, lr, max_norm):
+        """One step at learning rate lr; returns the gradient's norm before it was clipped.
 
         A gradient that is not finite, or exactly 0 (flat groups alone), moves nothing: neither by
         Adam's momentum nor by weight decay.
@@ -69,6 +59,7 @@ class Learner:
         self.ranks.sum_gradients(self.masters)
         norm = gather(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
         if norm and math.isfinite(norm):
+            self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
             self.publish()
         self.drop_gradient()
@@ -96,15 +87,21 @@ class Learner:
     @torch.no_grad()
     def load(self, tensors):
         """The inverse of `tensors`, whatever number of processes wrote them."""
-        for name, master in zip(self.names, self.masters):
-            if f"master.{name}" in tensors:
-                master.copy_(cut_like(master, tensors[f"master.{name}"]))
-            if f"exp_avg.{name}" in tensors:
-                self.adamw.state[master] = {
-                    "step": tensors[f"step.{name}"].to(master.device),
-                    "exp_avg": cut_like(master, tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": cut_like(master, tensors[f"exp_avg_sq.{name}"]),
-                }
+        masters = dict(zip(self.names, self.masters))
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            master = masters[name]
+            value = cut_like(master, tensor)
+            if kind == "master":
+                master.copy_(value)
+            else:
+                self.adamw.state[master][kind] = value
+
+
+def move_gradient(master, weight):
+    """A hook of the backward pass."""
+    master.grad += weight.grad
+    weight.grad = None
 
 
 # ----------------------------------------------------------------------------------------- shards
@@ -113,21 +110,16 @@ class Learner:
 def shard(model, ranks):
     """A copy of the model that FSDP2 cuts over the processes: float32 (or wider) weights, which are
     the masters, computing in the model's own dtype."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import device_mesh, fsdp
 
     dtype = model.lm_head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     sharded = copy.deepcopy(model).to(wide)
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
+    mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.size,))
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     for part in (*sharded.model.layers, sharded):
-        fully_shard(part, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(sharded, "token_logprobs")
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
+    fsdp.register_fsdp_forward_method(sharded, "token_logprobs")
     return sharded
 
 
@@ -137,9 +129,10 @@ def gather(tensor):
 
 
 def cut_like(master, tensor):
-    """A whole tensor laid out as the master is: on its device, or cut into its shards."""
+    """A whole tensor laid out as the master is: on its device, or cut into its shards. A single
+    number is never cut."""
     tensor = tensor.to(master.device)
-    if not hasattr(master, "full_tensor"):
+    if not (tensor.dim() and hasattr(master, "full_tensor")):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

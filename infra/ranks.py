@@ -31,15 +31,17 @@ class Ranks:
     """This process among `size`.
 
     size, rank  from torchrun's environment; 1 and 0 without it
+    first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
     signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
-                `together`, elsewhere at the next `check`, so that no update is torn. A second
-                signal, a second later, leaves at once without saving.
+                `together`, elsewhere at the next call of it, so that no update is left half done.
+                A second signal, a second later, leaves at once without saving.
     """
 
     def __init__(self, device="cpu", sharded=False):
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.first = self.rank == 0
         self.device, self.sharded = torch.device(device), sharded
         self.signal, self.signal_time, self.interruptible = None, 0.0, False
         if sharded and "RANK" not in os.environ:
@@ -53,38 +55,31 @@ class Ranks:
                 "older ones compute other gradients"
             )
         if device == "cuda" and self.size > 1:
-            local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local >= found:
-                raise ValueError(f"torchrun started more processes than the {found} GPU(s) here")
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise ValueError("torchrun started more processes than there are GPUs here")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if (self.size > 1 or sharded) and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
 
-    @property
-    def first(self):
-        """Whether this is the process that writes and prints."""
-        return self.rank == 0
-
     # ------------------------------------------------------------------------------------- work
 
     def spread(self, items, work):
-        """work(share) -> one result an item, each process for a contiguous share of about equal
+        """work(share) -> one result per item, each process for a contiguous share of about equal
         number; the results of all, in order, on all."""
         start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
-        parts = self.together(lambda: work(items[start:end]), gather=True)
+        parts = self.gather(self.together(lambda: work(items[start:end])))
         return [result for part in parts for result in part]
 
     def from_first(self, work, interruptible=True):
         """work() of the first process, on every process."""
-        return self.together(lambda: work() if self.first else None, interruptible, gather=True)[0]
+        result = self.together(lambda: work() if self.first else None, interruptible)
+        return self.gather(result)[0]
 
-    def together(self, work, interruptible=True, gather=False):
-        """work(), on every process; what one raises, Ctrl-C included, is raised on all.
-
-        gather  return the results of all processes, in their order
-        """
+    def together(self, work, interruptible=True):
+        """work() on every process; what one raises, Ctrl-C included, is raised on all."""
         result = failure = None
         try:
             try:
@@ -96,17 +91,19 @@ class Ranks:
                 self.interruptible = False
         except (Exception, KeyboardInterrupt) as error:
             failure = error
-        if self.size == 1:
-            if failure:
-                raise failure
-            return [result] if gather else result
-        everyone = [None] * self.size
-        dist.all_gather_object(everyone, (result if gather else None, self.in_words(failure)))
-        for rank, (_, words) in enumerate(everyone):
+        for rank, words in enumerate(self.gather(self.in_words(failure))):
             if words:  # the first failure, for all, lest each process acts on its own
                 kind, message = words
                 raise failure if rank == self.rank else kind(message)
-        return [result for result, _ in everyone] if gather else result
+        return result
+
+    def gather(self, value):
+        """The values of all processes, in their order, on all."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def in_words(self, failure):
         """An exception as it travels to other processes: its kind and its message."""
@@ -120,17 +117,16 @@ class Ranks:
 
     def sum(self, numbers):
         """{name: number} -> the sums over all processes, float64."""
-        return self.reduce(numbers, "SUM")
-
-    def max(self, numbers):
-        return self.reduce(numbers, "MAX")
-
-    def reduce(self, numbers, operation):
         if self.size == 1:
             return dict(numbers)
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
-        dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+        dist.all_reduce(values)
         return dict(zip(numbers, values.tolist()))
+
+    def max(self, numbers):
+        """{name: number} -> the largest of all processes."""
+        everyone = self.gather(numbers)
+        return {name: max(each[name] for each in everyone) for name in numbers}
 
     def sum_gradients(self, parameters):
         """Every gradient becomes the sum over all processes (FSDP's backward pass has done it)."""
@@ -160,11 +156,6 @@ class Ranks:
             self.signal, self.signal_time = number, time.monotonic()
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
-            raise KeyboardInterrupt
-
-    def check(self):
-        """Raise KeyboardInterrupt on all processes if one was told to stop."""
-        if self.max({"signal": self.signal or 0})["signal"]:
             raise KeyboardInterrupt
 
     # ------------------------------------------------------------------------------------- exit

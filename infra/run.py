@@ -8,6 +8,7 @@ is as if the update had not begun.
 
 import itertools
 import json
+import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,16 +47,11 @@ class Stage:
     def over(self):
         return self.turns == self.level.updates or self.skips == MOST_SKIPS
 
-    def next_prompts(self):
-        """-> the next P_l prompts, and how many were drawn before them"""
+    def draw(self, count):
+        """-> the next prompts, and how many were drawn before them"""
         first = self.prompts_drawn
-        self.prompts_drawn += self.level.prompts
-        return list(itertools.islice(self.prompts, self.level.prompts)), first
-
-    def skip_prompts(self, count):
-        """Go on behind the prompts that an earlier process drew."""
-        self.prompts = itertools.islice(self.prompts, count, None)
-        self.prompts_drawn = count
+        self.prompts_drawn += count
+        return list(itertools.islice(self.prompts, count)), first
 
 
 def next_stage(stages, schedule):
@@ -86,7 +82,6 @@ class Run:
     ahead: bool = False  # weights or logs are ahead of the counters: nothing may be saved
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
-    bar: object = None
 
     @property
     def num_updates(self):
@@ -94,18 +89,24 @@ class Run:
 
     def turns(self, evaluate):
         """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
-        while True:
-            if self.evaluation_due:
-                evaluate(self)
+        total, silent = self.num_updates, not self.ranks.first
+        with tqdm(initial=self.turns_taken, total=total, unit="update", disable=silent) as bar:
+            while True:
+                if self.evaluation_due and self.cfg.eval_every != 0:
+                    evaluate(self)
                 self.evaluation_due = False
-            every, taken = self.cfg.save_every, self.turns_taken
-            if every and taken and taken % every == 0 and not self.broken:
-                self.save()
-            stage = next_stage(self.stages, self.cfg.schedule)
-            if stage is None:
-                return
-            self.ranks.check()  # a signal that came while learning
-            yield stage
+                if self.due(self.cfg.save_every) and not self.broken:
+                    self.save()
+                # A signal that came while learning takes effect here.
+                stage = self.ranks.together(lambda: next_stage(self.stages, self.cfg.schedule))
+                if stage is None:
+                    return
+                yield stage
+                bar.update()
+
+    def due(self, every):
+        """Whether what happens after every so many updates, or never (0, None), is due now."""
+        return bool(every and self.turns_taken and self.turns_taken % every == 0)
 
     @contextmanager
     def update(self, stage):
@@ -120,7 +121,7 @@ class Run:
             stage.buffer.remove(fault.groups, "broken")
         except BaseException:
             stage.prompts_drawn, stage.buffer.groups, stage.buffer.counts = before
-            self.ahead = bool(update.grad_norms)
+            self.ahead = bool(update.steps)
             raise
         self.ahead = True
         self.count(stage, update)
@@ -133,19 +134,20 @@ class Run:
             )
 
     def count(self, stage, update):
-        learned = bool(update.grad_norms)
-        self.trained += learned
+        """Count an update that is over, and say whether an evaluation is due."""
+        self.turns_taken += 1
+        stage.turns += 1
+        self.trained += bool(update.steps)
         if update.fault:
             self.broken += 1
-        elif learned:
-            self.broken = 0
-        stage.skips = 0 if learned or update.fault else stage.skips + 1
-        stage.turns += 1
-        self.turns_taken += 1
+            stage.skips = 0
+        elif update.steps:
+            self.broken = stage.skips = 0
+        else:
+            stage.skips += 1
         if stage.over:
             stage.buffer.remove(stage.buffer.groups, "stale")
-        every = self.cfg.eval_every
-        self.evaluation_due = stage.over or bool(every and self.turns_taken % every == 0)
+        self.evaluation_due = stage.over or self.due(self.cfg.eval_every)
 
     # ------------------------------------------------------------------------------------- logs
 
@@ -154,15 +156,13 @@ class Run:
         row = update.row()
         self.directory.append("completions.jsonl", update.rows)
         self.directory.append("metrics.jsonl", [row])
-        self.bar.update()
         update.tell(row, self.directory.out)
         if stage.skips == MOST_SKIPS:
             tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
         entropy = row["entropy"]
-        if entropy is None:
+        if not math.isfinite(entropy):
             return
-        if self.first_entropy is None:
-            self.first_entropy = entropy
+        self.first_entropy = self.first_entropy or entropy
         if entropy < ENTROPY_COLLAPSE * self.first_entropy:
             tqdm.write(
                 f"  entropy has collapsed from {self.first_entropy:.3f} to {entropy:.3f} nats a "
@@ -170,29 +170,23 @@ class Run:
                 "--temperature or --eps-high"
             )
 
-    def unevaluated(self):
-        """Stages with held-out problems that were not evaluated since the last update."""
-        if self.cfg.eval_every == 0:
-            return []
-        done = {row["level"] for row in self.evaluations if row["update"] == self.turns_taken}
-        return [s for s in self.stages if s.held_out and s.number not in done]
-
-    def evaluated(self, row):
-        """Write down and print the held-out accuracy of one level."""
-        earlier = [e for e in self.evaluations if e["level"] == row["level"]]
+    def evaluated(self, rows):
+        """Write down and print the held-out accuracy of every level."""
         self.ahead = True
-        self.directory.append("eval.jsonl", [row])
+        self.directory.append("eval.jsonl", rows)
         self.ahead = False
-        self.evaluations.append(row)
-        text = "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
-        tqdm.write(text.format(**row) + f" after {row['update']} updates")
-        best = max(earlier, key=lambda e: e["accuracy"], default=row)
-        if row["high"] < best["low"]:
-            tqdm.write(
-                f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} "
-                f"after {best['update']} updates, and the intervals do not meet; give this level "
-                "fewer --updates, or take turns (--schedule interleaved)"
-            )
+        self.evaluations += rows
+        for row in rows:
+            text = "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
+            tqdm.write(f"{text} after {{update}} updates".format(**row))
+            earlier = [e for e in self.evaluations if e["level"] == row["level"]]
+            best = max(earlier, key=lambda e: e["accuracy"])
+            if row["high"] < best["low"]:
+                tqdm.write(
+                    f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} "
+                    f"after {best['update']} updates, and the intervals do not meet; give this "
+                    "level fewer --updates, or take turns (--schedule interleaved)"
+                )
 
     def table(self):
         """Held-out accuracy of every level (rows) before and after every level (columns)."""
@@ -231,27 +225,25 @@ class Run:
         self.saved = name
 
     def check_weights(self, optimizer_state):
-        tensors = [*self.policy.model.named_parameters(), *optimizer_state.items()]
-        bad = [name for name, tensor in tensors if not tensor.isfinite().all()]
-        if bad:
-            raise Stop(
-                f"the weights are no longer finite ({bad[0]} and {len(bad) - 1} more), so they are "
-                f"not saved; {self.directory.last_good()}"
-            )
+        for name, tensor in (*self.policy.model.named_parameters(), *optimizer_state.items()):
+            if not tensor.isfinite().all():
+                raise Stop(
+                    f"the weights are no longer finite ({name}), so they are not saved; "
+                    f"{self.directory.last_good()}"
+                )
 
     def write(self, folder, optimizer_tensors):
         """The files of a checkpoint, but for their checksums."""
         policy = self.policy
         policy.model.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
-        stops = {"eos_token_id": list(policy.stop_ids)}
-        stops["pad_token_id"] = policy.tokenizer.pad_token_id
-        GenerationConfig(**stops).save_pretrained(folder)
+        stops, padding = list(policy.stop_ids), policy.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
         state, waiting = pack(self)
         save_file(waiting, folder / "buffer.safetensors")
         state["sizes"] = self.directory.log_sizes()
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "state.json").write_text(json.dumps(state, default=torch.Tensor.tolist))
 
     def resume(self, checkpoint):
         """Take up the state of a checkpoint (None: the beginning), and cut the logs back to it."""
@@ -268,25 +260,25 @@ class Run:
 
 
 def pack(run):
-    """Everything but weights and optimizer -> (what JSON holds, tensors of waiting completions)."""
-    levels, tokens, logprobs = [], [], []
+    """Everything but weights and optimizer -> what JSON holds, tensors
+
+    Tokens and log-probs of all waiting completions stand in the tensors, one completion after the
+    other; their lengths are in the JSON.
+    """
+    levels, waiting = [], []
     for stage in run.stages:
         groups = []
-        for g in stage.buffer.groups:
-            for c in g.completions:
-                tokens += c.tokens
-                logprobs += c.logprobs
-            row = {"prompt": g.prompt, "outcome": g.outcome.tolist()}
-            row |= {"length_reward": g.length_reward.tolist(), "update": g.sampled_after}
-            row["lengths"] = [len(c.tokens) for c in g.completions]
-            groups.append(row | {"stopped": [c.stopped for c in g.completions]})
+        for group in stage.buffer.groups:
+            waiting += group.completions
+            lengths = [(len(c.tokens), c.stopped) for c in group.completions]
+            groups.append(vars(group) | {"completions": lengths})
         level = {"drawn": stage.prompts_drawn, "updates": stage.turns, "skipped": stage.skips}
         levels.append(level | {"counts": stage.buffer.counts, "groups": groups})
     progress = {"update": run.turns_taken, "trained": run.trained, "broken": run.broken}
     progress["evaluate"] = run.evaluation_due
     tensors = {
-        "tokens": torch.tensor(tokens, dtype=torch.int64),
-        "logprobs": torch.tensor(logprobs, dtype=torch.float64),
+        "tokens": torch.tensor([i for c in waiting for i in c.tokens], dtype=torch.int64),
+        "logprobs": torch.tensor([x for c in waiting for x in c.logprobs], dtype=torch.float64),
     }
     return {"progress": progress, "levels": levels}, tensors
 
@@ -296,22 +288,18 @@ def unpack(run, state, tensors):
     progress = state["progress"]
     run.turns_taken, run.trained = progress["update"], progress["trained"]
     run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]
-    lengths = [n for level in state["levels"] for g in level["groups"] for n in g["lengths"]]
-    tokens, logprobs = (iter(tensors[name].split(lengths)) for name in ("tokens", "logprobs"))
+    tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
     for stage, level in zip(run.stages, state["levels"], strict=True):
-        stage.skip_prompts(level["drawn"])
+        stage.draw(level["drawn"])
         stage.turns, stage.skips = level["updates"], level["skipped"]
         stage.buffer.counts = Counter(level["counts"])
-        for g in level["groups"]:
+        for row in level["groups"]:
             completions = []
-            for stopped in g["stopped"]:
-                own = next(tokens).tolist(), next(logprobs).tolist()
-                completions.append(Completion(*own, stopped))
-            group = Group(
-                prompt=g["prompt"],
-                completions=completions,
-                outcome=torch.tensor(g["outcome"], dtype=torch.float64),
-                length_reward=torch.tensor(g["length_reward"], dtype=torch.float64),
-                sampled_after=g["update"],
-            )
-            stage.buffer.groups.append(group)
+            for length, stopped in row["completions"]:
+                own_tokens = list(itertools.islice(tokens, length))
+                own_logprobs = list(itertools.islice(logprobs, length))
+                completions.append(Completion(own_tokens, own_logprobs, stopped))
+            row["completions"] = completions
+            for name in ("outcome", "length_reward"):
+                row[name] = torch.tensor(row[name], dtype=torch.float64)
+            stage.buffer.groups.append(Group(**row))

@@ -42,6 +42,9 @@ def read_flags(parser, arguments):
     if cfg.resume is not None:
         cfg, config = as_started(given_flags(parser, arguments))
     check(cfg)
+    shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
+    if shipped and not cfg.eval_data:
+        cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
     return cfg, config
 
 
@@ -57,208 +60,198 @@ def as_started(given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"({type(error).__name__}: {error})"
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
+    may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*MAY_CHANGE, "resume"):
+        if name not in (*may_change, "resume"):
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, MAY_CHANGE))}): leave it out, or start a new run "
+                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
                 f"from a checkpoint (--model {run}/checkpoints/...)"
             )
-    return Config(**{**flags, **given, "out": run, "explain": False, "plan": False}), config
+    return Config(**{**flags, **given, "out": run}), config
 
 
 # ------------------------------------------------------------------------------------------- data
 
 
-class Problems:
-    """What a run trains on and is evaluated on, before any model is loaded."""
+def read_data(cfg):
+    """What a run trains on and is evaluated on, before any model is loaded.
 
-    def __init__(self, cfg):
-        shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
-        if shipped and not cfg.eval_data:
-            cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
-        found = data.read_problems(cfg.data)
-        self.cfg, self.train = cfg, data.without_repeats(found)
-        self.repeats = len(found) - len(self.train)
-        self.held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
-        measured = any(p.pass_rate is not None for p in self.train)
-        self.levels = resolve_levels(cfg, measured)
-
-    def cut(self, name, problems):
-        """-> a list of problems for each level, counts of those that belong to none"""
-        unknown = [data.difficulty(p, self.cfg.difficulty) is None for p in problems]
-        if problems and all(unknown):
-            what = self.cfg.difficulty
-            tqdm.write(f"{name}: no problem has a {what}, so all of them stand for every level")
-            return [problems] * len(self.levels), {}
-        qualities = [level.quality for level in self.levels]
-        return data.cut_levels(problems, qualities, self.cfg.difficulty)
+    -> the levels, training problems, held-out problems, {fact: what config.json says of them}
+    """
+    found = data.read_problems(cfg.data)
+    train_set = data.without_repeats(found)
+    held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
+    levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
+    exact, near = data.overlap(train_set, held_out)
+    facts = {
+        "repeats_removed": len(found) - len(train_set),
+        "overlap_with_eval": len(exact),
+        "near_overlap_with_eval": len(near),
+    }
+    return levels, train_set, held_out, facts
 
 
-def make_stages(problems, policy):
+def cut(cfg, levels, name, problems):
+    """-> a list of problems for each level, counts of those that belong to none"""
+    if problems and all(data.difficulty(p, cfg.difficulty) is None for p in problems):
+        what = cfg.difficulty
+        tqdm.write(f"{name}: no problem has a {what}, so all of them stand for every level")
+        return [problems] * len(levels), {}
+    return data.cut_levels(problems, [level.quality for level in levels], cfg.difficulty)
+
+
+def fitting(policy, problems):
+    """Prompts that leave room for a completion. Raises ValueError if there are none."""
+    prompts = [p for p in policy.render(problems) if policy.room(p)]
+    if not prompts:
+        context = f"the context of {policy.model.context} tokens"
+        raise ValueError(f"every prompt is longer than {context}")
+    return prompts
+
+
+def make_stages(cfg, levels, train_set, held_out, policy):
     """Cut the levels and render everything before minutes are spent. -> stages, facts"""
-    cfg, levels = problems.cfg, problems.levels
-    train_sets, left_out = problems.cut(cfg.data, problems.train)
-    held_out_sets, eval_left_out = problems.cut(cfg.eval_data, problems.held_out)
-    if problems.held_out and not any(held_out_sets):
-        raise ValueError(
-            f"{cfg.eval_data}: no problem falls into any level (left out: {eval_left_out}); "
-            "see --quality"
-        )
+    train_sets, left_out = cut(cfg, levels, cfg.data, train_set)
+    held_out_sets, eval_left_out = cut(cfg, levels, cfg.eval_data, held_out)
+    if held_out and not any(held_out_sets):
+        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --quality")
     stages, too_long = [], 0
-    for number, (level, train_set, held_out) in enumerate(
-        zip(levels, train_sets, held_out_sets), 1
-    ):
-        reward = load_reward(level.reward)
-        if not train_set:
+    for number, (level, own, own_held_out) in enumerate(zip(levels, train_sets, held_out_sets), 1):
+        if not own:
             raise ValueError(
                 f"level {number} (Q = {level.quality:g}) has no problem: choose another --quality "
                 f"({cfg.data} left out: {left_out})"
             )
-        rendered = policy.render(train_set)
-        prompts = [p for p in rendered if policy.room(p)]
-        too_long += len(rendered) - len(prompts)
-        if not prompts:
-            context = f"the context of {policy.model.context} tokens"
-            raise ValueError(f"level {number}: every prompt is longer than {context}")
-        order, buffer = data.endless(prompts, cfg.seed, number), Buffer(cfg.filter == "all")
-        stages.append(Stage(number, level, order, policy.render(held_out), reward, buffer))
-        tqdm.write(
-            f"level {number}: difficulty up to {level.quality:g}, {len(prompts)} problems, "
-            f"{len(held_out)} held out"
+        prompts = fitting(policy, own)
+        too_long += len(own) - len(prompts)
+        stage = Stage(
+            number,
+            level,
+            prompts=data.endless(prompts, cfg.seed, number),
+            held_out=policy.render(own_held_out),
+            reward=load_reward(level.reward),
+            buffer=Buffer(cfg.filter == "all"),
         )
+        stages.append(stage)
+        counts = f"{len(prompts)} problems, {len(own_held_out)} held out"
+        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {counts}")
     qualities = [level.quality for level in levels]
     if qualities != sorted(qualities):
         tqdm.write(
             'Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and '
             '"Q_{l-1} > Q_l"; see eprli.py'
         )
-    exact, near = data.overlap(problems.train, problems.held_out)
-    facts = {"repeats_removed": problems.repeats, "overlap_with_eval": len(exact)}
-    facts |= {"near_overlap_with_eval": len(near), "prompts_too_long": too_long}
-    return stages, facts | {"left_out": left_out, "eval_left_out": eval_left_out}
+    facts = {"prompts_too_long": too_long, "left_out": left_out, "eval_left_out": eval_left_out}
+    return stages, facts
 
 
 # ------------------------------------------------------------------------------------ config.json
 
 
+def with_full_paths(cfg):
+    """The flags, with paths that mean the same from any folder."""
+    flags = asdict(cfg)
+    for name in ("model", "data", "eval_data", "examples"):
+        if flags[name] and Path(flags[name]).exists():
+            flags[name] = str(Path(flags[name]).resolve())
+    flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]
+    return flags
+
+
 def hashes(paths):
-    return {str(path.resolve()): sha256(path) for path in paths}
-
-
-def input_files(cfg):
-    """The files that a run reads beside its model: a resumed run must read the same."""
-    names = [cfg.data, cfg.eval_data, cfg.examples, *(r.rpartition(":")[0] for r in cfg.reward)]
-    return [Path(name) for name in names if name and Path(name).is_file()]
-
-
-def model_files(folder):
-    endings = (".safetensors", ".json", ".jinja")
-    return [path for path in sorted(folder.iterdir()) if path.suffix in endings]
+    """-> {full path: SHA-256} of those that are files"""
+    paths = [Path(path).resolve() for path in paths if path]
+    return {str(path): sha256(path) for path in paths if path.is_file()}
 
 
 def must_be_unchanged(run, files):
     for name, digest in files.items():
-        if not Path(name).is_file() or sha256(name) != digest:
+        if hashes([name]) != {name: digest}:
             raise ValueError(
                 f"--resume {run}: {name} is gone, or is not what it was when the run began: put it "
                 f"back, or start a new run from a checkpoint (--model {run}/checkpoints/...)"
             )
 
 
-def with_full_paths(cfg):
-    """With paths that mean the same from any folder."""
-    flags = asdict(cfg)
-    for name in ("model", "data", "eval_data", "examples"):
-        if flags[name] and Path(flags[name]).exists():
-            flags[name] = str(Path(flags[name]).resolve())
-    for i, reward in enumerate(cfg.reward):
-        path, _, function = reward.rpartition(":")
-        if path:
-            flags["reward"][i] = f"{Path(path).resolve()}:{function}"
-    return flags
+# ---------------------------------------------------------------------------------------- the run
 
 
-# --------------------------------------------------------------------------------------- a new run
+def begin(cfg, ranks):
+    """A new run. It makes its directory when all else has gone well.
 
-
-def prepare(cfg, config, ranks):
-    """Read, check and load everything; make or take up the run directory. -> Run, or None
-
-    config  config.json of the run that is to be resumed, or None
     Raises ValueError or OSError, on all processes.
     """
-    if config:
-        ranks.together(lambda: must_be_unchanged(cfg.resume, config["inputs"]))
-    problems = ranks.together(lambda: Problems(cfg))
-    cfg = problems.cfg
-    if cfg.explain:
-        return print(explain(cfg, problems.levels))
-    out = Path(cfg.out or ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}"))
-    directory = checkpoint = None
-    if config:
-        directory = ranks.together(lambda: RunDirectory(out, ranks))  # locked before it is read
-        checkpoint = ranks.from_first(directory.newest_whole)
-    elif ranks.from_first(lambda: os.path.lexists(out)):
+    out = cfg.out or ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    if ranks.from_first(lambda: os.path.lexists(out)):
         raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
-    used = choose_kernels(config, ranks)
-    loaded = ranks.together(lambda: load(problems, config, checkpoint, ranks.device))
-    policy, reference, stages, facts = loaded
+    used = kernels.use(ranks.from_first(kernels.probe))
+    stages, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    if not config:
-        facts["levels"] = [asdict(level) for level in problems.levels]
-        facts |= {"kernels": used, "inputs": hashes(input_files(cfg))}
-        facts["model_files"] = hashes(model_files(policy.folder))
-        new = {**with_full_paths(cfg), "out": str(out), **facts}
-        ranks.from_first(lambda: RunDirectory.create(out, new))
-        directory = ranks.together(lambda: RunDirectory(out, ranks))
-    learner = Learner(policy.model, ranks, cfg.recompute)
-    grader = Grader(allow_last_number=cfg.allow_last_number)
-    run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages)
-    if config:
-        run.resume(checkpoint)
-        tqdm.write(f"{out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
-        if config["torch"] != torch.__version__:
-            versions = f"torch {config['torch']}, this is {torch.__version__}"
-            tqdm.write(f"the run began with {versions}: it goes on, but not bit for bit")
+    rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
+    config = {
+        **with_full_paths(cfg),
+        **facts,
+        "out": out,
+        "levels": [asdict(stage.level) for stage in stages],
+        "torch": torch.__version__,
+        "kernels": used,
+        "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
+        "model_files": hashes(policy.folder.iterdir()),
+    }
+    directory = ranks.together(lambda: RunDirectory(out, ranks, config))
+    return make_run(cfg, directory, ranks, stages, policy)
+
+
+def go_on(cfg, config, ranks):
+    """The run of a directory, from its newest checkpoint.
+
+    config  its config.json
+    Raises ValueError or OSError, on all processes.
+    """
+    directory = ranks.together(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
+    ranks.from_first(lambda: must_be_unchanged(cfg.out, config["inputs"]))
+    checkpoint = ranks.from_first(directory.newest_whole)
+    if cfg.kl_coef or not checkpoint:
+        ranks.from_first(lambda: must_be_unchanged(cfg.out, config["model_files"]))
+    here = {"torch": torch.__version__, "kernels": kernels.use(config["kernels"])}
+    if not here.items() <= config.items():
+        tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
+    model = checkpoint or cfg.model
+    stages, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
+    run = make_run(cfg, directory, ranks, stages, policy)
+    run.resume(checkpoint)
+    tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
 
-def choose_kernels(config, ranks):
-    """The first process asks once what is fastest; all processes and every --resume keep it."""
-    wanted = config["kernels"] if config else ranks.from_first(kernels.probe)
-    used = kernels.use(wanted)
-    if used != wanted:
-        tqdm.write(f"of the kernels {wanted} this machine has {used}: not bit for bit the same")
-    return used
+def load(cfg, model, device):
+    """Read and check everything. -> stages, Policy, facts about the data"""
+    levels, train_set, held_out, facts = read_data(cfg)
+    policy = Policy.load(str(model), cfg.dtype, device, cfg.examples)
+    stages, more = make_stages(cfg, levels, train_set, held_out, policy)
+    return stages, policy, facts | more
 
 
-def load(problems, config, checkpoint, device):
-    """-> Policy, the starting policy's model if the objective needs it, stages, facts"""
-    cfg = problems.cfg
-    if config and (cfg.kl_coef or not checkpoint):
-        must_be_unchanged(cfg.resume, config["model_files"])
-    policy = Policy.load(str(checkpoint or cfg.model), cfg.dtype, device, cfg.examples)
-    reference = Policy.load(cfg.model, cfg.dtype, device).model if cfg.kl_coef else None
-    stages, facts = make_stages(problems, policy)
-    return policy, reference, stages, {**facts, "torch": torch.__version__}
+def make_run(cfg, directory, ranks, stages, policy):
+    reference = None  # the starting policy's model, if the objective needs it
+    if cfg.kl_coef:
+        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
+    learner = Learner(policy.model, ranks, cfg.recompute)
+    grader = Grader(allow_last_number=cfg.allow_last_number)
+    return Run(cfg, directory, ranks, policy, reference, learner, grader, stages)
 
 
 def memory_table(cfg):
     """The table of --plan: only the data, the tokenizer and the model's config are read."""
     from tools import plan
 
-    problems = Problems(cfg)
-    held_out = problems.held_out if cfg.eval_every != 0 else []
+    levels, train_set, held_out, _ = read_data(cfg)
+    if cfg.eval_every == 0:
+        held_out = []
     policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
-    prompts = [p for p in policy.render(problems.train + held_out) if policy.room(p)]
-    if not prompts:
-        raise ValueError(
-            f"every prompt is longer than the context of {policy.model.context} tokens"
-        )
-    longest = max(len(p.tokens) for p in prompts)
+    longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    levels = problems.levels
     return plan.table(plan.plan(cfg, levels, policy.model, longest, len(held_out), processes))
 
 
@@ -269,53 +262,49 @@ def carry_out(train, arguments):
     """Set a run up, let `train` work on it, and leave with an exit code that says how it ended."""
     parser = make_parser()
     first = os.environ.get("RANK", "0") == "0"
+    if not first:  # one process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
     with contextlib.ExitStack() as stack:
-        if not first:  # one process speaks
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
             cfg, config = read_flags(parser, arguments)
             if cfg.plan:
                 return print(memory_table(cfg))
+            if cfg.explain:
+                return print(explain(cfg, read_data(cfg)[0]))
             ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
-            run = prepare(cfg, config, ranks)
+            run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
         except (ValueError, OSError) as error:
             words = f"{parser.prog}: error: {data.squash(str(error))}\n"
             parser.exit(2, words if first else None)
         except KeyboardInterrupt:
-            words = f"{parser.prog}: interrupted before the run began\n"
-            parser.exit(128 + signal.SIGINT, words if first else None)
-        if run:
-            code = conduct(train, run)
-            if code:
-                sys.exit(code)
+            sys.exit(128 + signal.SIGINT)
+        code, ended = conduct(train, run)
+        if first:
+            conclude(run, ended)
+        if code:
+            sys.exit(code)
 
 
 def conduct(train, run):
-    """Train, save whatever ends it, and say what there is to see. -> exit code"""
-    ended, code, ranks = None, 0, run.ranks
-    total = run.num_updates
-    with tqdm(initial=run.turns_taken, total=total, unit="update", disable=not ranks.first) as bar:
-        run.bar = bar
-        with ranks.signals():
-            try:
-                train(run)
-            except KeyboardInterrupt:
-                code = 128 + (ranks.signal or signal.SIGINT)
-                ended = f"interrupted: the state is saved, --resume {run.directory.out} goes on"
-            except Stop as stop:
-                code, ended = 1, str(stop)
-                if stop.__cause__ and ranks.first:
-                    traceback.print_exception(stop.__cause__)
-            try:
-                if code != 1 or not run.broken:  # else the last good checkpoint is better
-                    run.save()
-            except Stop as stop:
-                code, ended = 1, str(stop)
+    """Train, and save whatever ends it. -> exit code, what ended it before its time or None"""
+    code, ended = 0, None
+    with run.ranks.signals():
+        try:
+            train(run)
+        except KeyboardInterrupt:
+            code = 128 + (run.ranks.signal or signal.SIGINT)
+            ended = f"interrupted: the state is saved, --resume {run.directory.out} goes on"
+        except Stop as stop:
+            code, ended = 1, str(stop)
+            if stop.__cause__ and run.ranks.first:
+                traceback.print_exception(stop.__cause__)
+        try:
+            if code != 1 or not run.broken:  # else the last good checkpoint is better
+                run.save()
+        except Stop as stop:
+            code, ended = 1, str(stop)
     run.grader.close()
-    if ranks.first:
-        conclude(run, ended)
-    return code
+    return code, ended
 
 
 def conclude(run, ended):

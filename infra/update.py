@@ -13,14 +13,8 @@ from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions on which the grader may fail without a word
-PER_TOKEN = {  # key of metrics.jsonl: (sum, tokens by which it is divided), see train.objective
-    "entropy": ("entropy", "tokens"),
-    "clip_low_share": ("clip_low", "tokens"),
-    "clip_high_share": ("clip_high", "tokens"),
-    "kl_old": ("kl_old", "tokens"),
-    "logprob_gap_mean": ("gap", "fresh"),
-}
 FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of groups, see Buffer
+PHASES = ("sample", "grade", "learn")
 
 
 class NotFinite(Exception):
@@ -35,121 +29,112 @@ class NotFinite(Exception):
 
 
 class Update:
-    """What happens in one update of a level."""
+    """What happens in one update of a level.
+
+    rows   of completions.jsonl, one per completion drawn
+    steps  one per optimizer step: what train.accumulate_gradient found, and the gradient's norm
+    """
 
     def __init__(self, number, stage, lr):
         self.number, self.stage, self.lr = number, stage, lr
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
-        self.groups = []  # drawn
-        self.rows = []  # of completions.jsonl, one per completion drawn
+        self.rows = []
+        self.steps = []
         self.seconds = Counter()
-        self.sums = Counter()  # over the tokens trained on; and over steps: the objective
-        self.grad_norms = []  # one per optimizer step
-        self.ratio_max = self.gap_max = self.fault = None
+        self.fault = None  # the NotFinite that ended it
         self.start = time.perf_counter()
-
-    @property
-    def step(self):
-        """Number of the optimizer step that is under way, from 1."""
-        return len(self.grad_norms) + 1
 
     def drew(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
-        self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
-            outcomes, lengths = group.outcome.tolist(), group.length_reward.tolist()
-            for i, a in enumerate(some):
+            scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
+            for i, (a, outcome, length_reward) in enumerate(scored):
                 row = {
                     "update": self.number,
                     "level": self.stage.number,
                     "problem_id": prompt.problem.id,
                     "sample": i,
                     "verdict": a.verdict,
-                    "outcome": finite(outcomes[i]),
-                    "length_reward": finite(lengths[i]),
+                    "outcome": outcome,
+                    "length_reward": length_reward,
                     "tokens": a.length,
                     "stopped": a.completion.stopped,
                     "text": a.text,
                 }
                 self.rows.append(row)
-        if self.draws == 1 and self.number % SHOW_EVERY == 1:
-            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
-                problem = prompt.problem
-                verdict = f"({a.verdict}; answer {problem.answer})"
-                tqdm.write(f"  {problem.problem}  ->  {a.text}  {verdict}")
 
     def check_drawn(self):
-        """Raise NotFinite if a group holds a number that is not finite."""
-        for i, group in enumerate(self.groups):
-            if group.finite:
-                continue
-            problem = self.rows[i * self.stage.level.group_size]["problem_id"]
-            for reward in group.reward.tolist():
-                if not math.isfinite(reward):
-                    name = f"--reward {self.stage.level.reward}"
-                    raise NotFinite(f"{name} returned, for problem {problem}, {reward}")
-            raise NotFinite(f"log-probs sampled from the policy for problem {problem}")
+        """Raise NotFinite if a group was drawn that holds a number that is not finite."""
+        for row in self.rows:
+            reward = row["outcome"] + row["length_reward"]
+            if not math.isfinite(reward):
+                name = f"--reward {self.stage.level.reward}"
+                raise NotFinite(f"{name} returned, for problem {row['problem_id']}, {reward}")
+        if self.count("broken"):
+            raise NotFinite("log-probs sampled from the policy are not finite")
 
-    def stepped(self, grad_norm, sums, peaks):
-        """One optimizer step was taken."""
-        self.grad_norms.append(grad_norm)
-        self.sums.update(sums)
-        self.ratio_max = max(self.ratio_max or 0.0, peaks["ratio_max"])
-        if sums["fresh"]:
-            self.gap_max = max(self.gap_max or 0.0, peaks["gap_max"])
+    def count(self, fate):
+        """How many groups had this fate in this update."""
+        return self.stage.buffer.counts[fate] - self.counts_before[fate]
+
+    def total(self, name):
+        """Summed over the steps."""
+        return sum(step[name] for step in self.steps)
+
+    def per_token(self, name, unit="tokens"):
+        """nan if there are no such tokens."""
+        num_tokens = self.total(unit)
+        return self.total(name) / num_tokens if num_tokens else math.nan
 
     def row(self):
-        """Its line of metrics.jsonl."""
-        rows, sums, steps = self.rows, self.sums, len(self.grad_norms)
-        sampled, seconds = sum(r["tokens"] for r in rows), time.perf_counter() - self.start
-        outcome = [x for g in self.groups for x in g.outcome.tolist()]
-        length = [x for g in self.groups for x in g.length_reward.tolist()]
-        reward = [x for g in self.groups for x in g.reward.tolist()]
+        """Its line of metrics.jsonl. What cannot be said is nan."""
+        rows, steps, seconds = self.rows, self.steps, time.perf_counter() - self.start
+        tokens = [row["tokens"] for row in rows]
+        reward = [row["outcome"] + row["length_reward"] for row in rows]
+        verdicts = Counter(row["verdict"] for row in rows)
         row = {
             "update": self.number,
             "level": self.stage.number,
-            "accuracy": mean([r["verdict"] == RIGHT for r in rows]),
+            "accuracy": mean([row["verdict"] == RIGHT for row in rows]),
             "reward_mean": mean(reward),
             "reward_std": population_std(reward),
-            "outcome_mean": mean(outcome),
-            "length_reward_mean": mean(length),
-            "length_mean": mean([r["tokens"] for r in rows]),
-            "truncated_share": mean([not r["stopped"] for r in rows]),
-            "writes_steps_share": mean([writes_steps(r["text"]) for r in rows]),
-            "grader_timeouts": sum(r["verdict"] == TIMEOUT for r in rows),
-            "grader_errors": sum(r["verdict"] == ERROR for r in rows),
-        }
-        for fate in FATES:
-            row[f"groups_{fate}"] = self.stage.buffer.counts[fate] - self.counts_before[fate]
-        row |= {
+            "outcome_mean": mean([row["outcome"] for row in rows]),
+            "length_reward_mean": mean([row["length_reward"] for row in rows]),
+            "length_mean": mean(tokens),
+            "truncated_share": mean([not row["stopped"] for row in rows]),
+            "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
+            "grader_timeouts": verdicts[TIMEOUT],
+            "grader_errors": verdicts[ERROR],
             "groups_pending": self.stage.buffer.pending,
-            "objective": sums["objective"] / steps if steps else None,
-            "ratio_max": self.ratio_max,
-            "logprob_gap_max": self.gap_max,
-            "grad_norm": mean(self.grad_norms),
+            "objective": mean([step["objective"] for step in steps]),
+            "entropy": self.per_token("entropy"),
+            "clip_low_share": self.per_token("clip_low"),
+            "clip_high_share": self.per_token("clip_high"),
+            "kl_old": self.per_token("kl_old"),
+            "ratio_max": max((step["ratio_max"] for step in steps), default=math.nan),
+            "logprob_gap_mean": self.per_token("gap", "fresh"),
+            "logprob_gap_max": max((s["gap_max"] for s in steps if s["fresh"]), default=math.nan),
+            "grad_norm": mean([step["grad_norm"] for step in steps]),
             "lr": self.lr,
-            "tokens_sampled": sampled,
-            "tokens_trained": int(sums["tokens"]),
-            "tokens_per_second": sampled / seconds,
+            "tokens_sampled": sum(tokens),
+            "tokens_trained": int(self.total("tokens")),
+            "tokens_per_second": sum(tokens) / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
-        for key, (name, unit) in PER_TOKEN.items():
-            row[key] = sums[name] / sums[unit] if sums[unit] else None
-        for phase in ("sample", "grade", "learn"):
-            row[f"{phase}_seconds"] = self.seconds[phase]
-        return {name: finite(value) for name, value in row.items()}
+        row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
+        row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
+        return row
 
     def tell(self, row, folder):
         """Print its line, and what a person should hear of.  row: see `row`"""
-        stage, text = self.stage, {}
-        for name, value in row.items():
-            text[name] = math.nan if value is None else value
-        tqdm.write(
-            f"level {stage.number} update {stage.turns}/{stage.level.updates} | "
-            + LINE.format(**text)
-        )
+        level = self.stage.level
+        where = f"level {self.stage.number} update {self.stage.turns}/{level.updates}"
+        tqdm.write(f"{where} | {LINE.format(**row)}")
+        if self.number % SHOW_EVERY == 1:
+            for shown in self.rows[:: level.group_size][:2]:
+                tqdm.write("  {problem_id} ({verdict}): {text}".format(**shown))
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
             tqdm.write(
@@ -159,8 +144,8 @@ class Update:
             )
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
-        elif not self.grad_norms:
-            tqdm.write(f"  update {self.number} skipped: {unfilled(row, stage.level, self.draws)}")
+        elif not self.steps:
+            tqdm.write(f"  update {self.number} skipped: {unfilled(row, level, self.draws)}")
 
 
 LINE = (
@@ -173,20 +158,15 @@ LINE = (
 
 
 def mean(values):
-    """None if there is nothing to average."""
-    return sum(values) / len(values) if values else None
+    """nan if there is nothing to average."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def population_std(values):
-    """None if there are none."""
+    """nan if there are none."""
     if not values:
-        return None
+        return math.nan
     return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
-
-
-def finite(value):
-    """JSON has neither nan nor infinity: None stands for them."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_mb():
@@ -200,7 +180,7 @@ def peak_memory_mb():
 def unfilled(row, level, draws):
     """What was seen in draws that did not fill the buffer, and what to change."""
     drawn, right, wrong = row["groups_drawn"], row["groups_all_right"], row["groups_all_wrong"]
-    cut_off = row["truncated_share"] or 0.0
+    cut_off = row["truncated_share"]
     seen = (
         f"{draws} draws of {level.prompts} prompts did not fill the buffer of "
         f"{level.buffer_groups}: of {drawn} groups {right} were all right and {wrong} all wrong; "

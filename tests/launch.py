@@ -46,11 +46,13 @@ def child(folder, arguments, environment, sabotage, log):
     from tqdm import tqdm
 
     import train
+    from infra import kernels
     from tools import report
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     torch.set_num_threads(1)
     report.draw = lambda runs: "left out: it takes a second"
+    kernels.probe = lambda: {"linear": "torch", "packed": []}  # else a clock decides, run by run
     if sabotage:
         sabotage()
     code = 1

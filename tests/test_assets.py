@@ -6,18 +6,17 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
-from eval import Policy, Sampling, attempt, evaluation_keys
+from eval import SHIPPED, Policy, Sampling, attempt, evaluation_keys
 from model import Transformer
 from rewards import RIGHT, Grader
 from tools import report, warmstart
 from tools.problems import generate
 
-TINY = ROOT / "assets/tiny"
-TRAINING, HELD_OUT = (read_problems(ROOT / f"assets/{name}.jsonl") for name in ("train", "heldout"))
+TINY = SHIPPED / "tiny"
+TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))
 
 
 def test_the_checkpoint_is_small_and_loads_in_transformers():
@@ -100,3 +99,10 @@ def test_report_draws_several_runs_with_gaps(tmp_path):
     assert picture.stat().st_size > 20_000
     with pytest.raises(ValueError, match="c: no metrics.jsonl"):
         report.draw([tmp_path / "c"])
+
+
+def test_the_warm_start_keeps_its_schedule():
+    """The shipped checkpoint learned at these rates: warm-up times a cosine over all steps, not a
+    warm-up and then a cosine."""
+    rates = [warmstart.relative_rate(step, 2500) for step in (0, 99, 1250, 2500)]
+    assert rates == pytest.approx([0.01, 0.9963, 0.525, 0.05], abs=1e-4)

@@ -126,7 +126,7 @@ def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", "2")]
     assert read_problems("olympiadbench")[0].answer == "1, -1"
-    for name, message in (("amc23", "row 0.*'answer'"), ("minerva", "math-ai/minervamath")):
+    for name, message in (("amc23", "KeyError: 'answer'"), ("minerva", "math-ai/minervamath")):
         with pytest.raises(ValueError, match=message):
             read_problems(name)
 

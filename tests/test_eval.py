@@ -11,8 +11,19 @@ import pytest
 
 import eval as evaluation
 from data import Problem, read_problems
-from eval import Sampling, attempt, evaluation_keys, interval, majority, mean_of, pass_at_k, wilson
+from eval import (
+    Attempt,
+    Sampling,
+    attempt,
+    evaluation_keys,
+    interval,
+    majority,
+    make_row,
+    pass_at_k,
+    wilson,
+)
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
+from rollout import Completion
 from tools import papers
 from tools.compare import difference
 
@@ -43,16 +54,17 @@ def test_an_interval_knows_of_what_it_did_not_see():
     bare bootstrap says so of both."""
     assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
     assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
-    assert mean_of([interval([0] * 30)] * 5)[2] > 0.11 / math.sqrt(5)
-    assert mean_of([(0.5, 0.3, 0.6)] * 4) == pytest.approx((0.5, 0.4, 0.55))
+    assert papers.mean_of([interval([0] * 30)] * 5)[2] > 0.11 / math.sqrt(5)
+    assert papers.mean_of([(0.5, 0.3, 0.6)] * 4) == pytest.approx((0.5, 0.4, 0.55))
 
 
 def test_samples_of_one_problem_are_one_cluster():
     """Equal samples tell no more than one. Taken one by one, they would halve the interval."""
     row = {"answer": "1", "tokens": 1, "stopped": True, "text": ""}
-    rows = [[row | {"verdict": RIGHT if i < 40 else WRONG}] for i in range(100)]
-    one, four = evaluation.measure(rows, 1), evaluation.measure([row * 4 for row in rows], 1)
-    assert interval(one["avg@1"]) == interval(four["avg@4"])
+    result = [[row | {"verdict": RIGHT if i < 40 else WRONG}] for i in range(100)]
+    one = [evaluation.measure(rows, 1)["avg@1"] for rows in result]
+    four = [evaluation.measure(rows * 4, 1)["avg@4"] for rows in result]
+    assert interval(one) == interval(four)
 
 
 @pytest.mark.parametrize(
@@ -243,17 +255,17 @@ def test_published_means_are_those_of_their_rows():
         ("--model no/such/folder/anywhere", "neither a folder nor"),
         ("--data none.jsonl", "cannot be read"),
         ("--data p.jsonl sub/p.jsonl", "stands twice"),
-        ("--samples 0", "--samples must be at least 1"),
+        ("--samples 0", "argument --samples: must be at least 1"),
         ("--samples 2 --k 3", "--k must be"),
         ("--top-p 0", "--top-p"),
-        ("--temperature nan", "--temperature must be at least 0"),
+        ("--temperature nan", "argument --temperature: must be at least 0"),
         ("--colour red", "unrecognized"),
         ("--add-pass-rate no/such/folder/g.jsonl", "g.jsonl"),
         ("--add-pass-rate p.jsonl", "p.jsonl: needs"),
         ("--out taken", "File exists: 'taken'"),
         ("--compare a q", "no problem in common"),
         ("--compare a none", "cannot be read"),
-        ("--compare a strange", "not a row that eval.py"),
+        ("--compare a strange", "not what eval.py writes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_path, run):
@@ -270,6 +282,26 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
+    """One line and the exit code of an interrupt, no traceback. The first batch stays on disk."""
+    write_lines(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": "2"} for i in range(9)])
+    batches = []
+
+    def interrupted(*args, **settings):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return attempt(*args, **settings)
+
+    monkeypatch.setattr(evaluation, "attempt", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        flags = "--data p.jsonl --samples 2 --slots 1 --max-new-tokens 4 --out o"
+        run(*flags.split())
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len((tmp_path / "o/completions.jsonl").read_text().splitlines()) == 8
+
+
 # ------------------------------------------------------------------------------------- comparison
 
 
@@ -278,9 +310,8 @@ def write_result(folder, right, file="p.jsonl"):
     rows = []
     for i, many in enumerate(right):
         for k, r in enumerate(many):
-            row = dict.fromkeys(evaluation.COLUMNS.split(), 0)
-            row |= {"file": f"{folder}/{file}", "problem_id": str(i), "sample": k, "text": ""}
-            rows.append(row | {"answer": str(r), "verdict": RIGHT if r else WRONG})
+            done = Attempt(Completion([5], [0.0], True), "", str(r), RIGHT if r else WRONG)
+            rows.append(make_row(f"{folder}/{file}", str(i), None, k, done))
     write_lines(folder / "completions.jsonl", rows)
 
 

@@ -272,7 +272,7 @@ def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, capsys):
     def evaluated(update, number, right, n=200):
         accuracy, low, high = interval([1] * right + [0] * (n - right))
         row = {"update": update, "level": number, "n": n}
-        idle_run.evaluated(row | {"accuracy": accuracy, "low": low, "high": high})
+        idle_run.evaluated([row | {"accuracy": accuracy, "low": low, "high": high}])
 
     for update, one, two in ((0, 50, 10), (10, 150, 20), (20, 145, 100)):
         evaluated(update, 1, one)

@@ -150,12 +150,12 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
     seen = []
     for minibatches in (1, 2, 4):
 
-        def look(_):  # takes no step
+        def look(lr, max_norm):  # takes no step
             seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
             model.zero_grad()
             return 0.0
 
-        learner = SimpleNamespace(model=model, step=look, set_lr=lambda rate: None)
+        learner = SimpleNamespace(model=model, step=look)
         run = a_run(model, learner=learner, loss_norm=norm, minibatches=minibatches)
         stage = Stage(1, level(), None, [], None, Buffer())
         learn(run, stage, groups, Update(1, stage, 0.1))
@@ -172,11 +172,11 @@ def test_masters_keep_what_bfloat16_would_lose():
     learner = Learner(model, Ranks())
     weight = model.lm_head.weight
     before = weight.detach().clone()
-    learner.adamw.param_groups[0].update(lr=1e-4, weight_decay=0.0)
+    learner.adamw.param_groups[0]["weight_decay"] = 0.0
     for _ in range(20):
         weight.float().sum().backward()
         assert weight.grad is None  # its master has it
-        norm = learner.step(1e9)
+        norm = learner.step(1e-4, 1e9)
     assert norm == pytest.approx(math.sqrt(before.numel()), rel=1e-3)
     (master,) = [m for w, m in zip(learner.weights, learner.masters) if w is weight]
     assert torch.allclose(master, before.float() - 20e-4, atol=1e-5)
@@ -199,12 +199,11 @@ def test_a_step_without_signal_moves_nothing():
     """Adam's momentum and weight decay would move the weights although every advantage is 0."""
     model = random_model()
     learner = Learner(model, Ranks())
-    learner.set_lr(0.1)
     model(torch.tensor([[1, 2]])).sum().backward()
-    learner.step(1.0)
+    learner.step(0.1, 1.0)
     before = [p.detach().clone() for p in model.parameters()]
     (model(torch.tensor([[1, 2]])).sum() * 0).backward()
-    assert learner.step(1.0) == 0
+    assert learner.step(0.1, 1.0) == 0
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 

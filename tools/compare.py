@@ -1,46 +1,52 @@
 """How two evaluations of the same problems differ: python eval.py --compare A B"""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from data import read_records
-from eval import COLUMNS, SETTINGS, bootstrap, measure
+from data import explained, read_records
+from eval import SETTINGS, bootstrap, measure
+
+LINE = (
+    "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "
+    "p {p:.3f}"
+)
 
 
 def read(folder):
     """{(name of the file, problem id): its rows of completions.jsonl, in the order of sampling}"""
-    result = {}
-    for row in read_records(Path(folder) / "completions.jsonl", parse_row):
-        result.setdefault((Path(row["file"]).stem, row["problem_id"]), []).append(row)
+    path = Path(folder) / "completions.jsonl"
+    rows = read_records(path, lambda row, _: row)
+    result = defaultdict(list)
+    with explained(f"{path}: not what eval.py writes"):
+        for row in rows:
+            result[Path(row["file"]).stem, row["problem_id"]].append(row)
     return result
-
-
-def parse_row(row, _):
-    if not isinstance(row, dict) or not set(COLUMNS.split()) <= set(row):
-        raise ValueError("not a row that eval.py writes")
-    return row
 
 
 def compare(*folders):
     """Print the differences, problem by problem, of every file and level; -> all of them"""
     a, b = map(read, folders)
-    parts = {}
-    for key in a:
+    parts = defaultdict(
+        list
+    )  # name of a file, or of its level -> (rows of A, rows of B) by problem
+    for key, rows in a.items():
         if key in b:
-            parts.setdefault(key[0], []).append(key)
-            level = a[key][0]["level"]
+            pair = rows, b[key]
+            file, level = key[0], rows[0]["level"]
+            parts[file].append(pair)
             if level:
-                parts.setdefault(f"{key[0]}, {level}", []).append(key)
+                parts[f"{file}, {level}"].append(pair)
     if not parts:
         raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
     print_settings(*folders)
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
-    for name, keys in parts.items():
-        print(f"\n{name}: {len(keys)} problems")
-        report[name] = compare_part([a[key] for key in keys], [b[key] for key in keys])
+    for name, pairs in parts.items():
+        print(f"\n{name}: {len(pairs)} problems")
+        report[name] = compare_part(pairs)
     return report
 
 
@@ -55,22 +61,20 @@ def print_settings(*folders):
             print(f"{name} differs: A {a.get(name)!r}, B {b.get(name)!r}")
 
 
-def compare_part(a, b):
-    """Two results of the same problems -> {measure: their difference}
+def compare_part(pairs):
+    """Rows of A and rows of B, problem by problem -> {measure: their difference}
 
     disagreement: the chance that a sample of A and one of B differ in being right, mean over
     problems
     """
-    k = min(map(len, a + b))
-    measures = zip(measure(a, k).values(), measure(b, k).values())
-    report = {"problems": len(a)}
-    for name, (x, y) in zip(("accuracy", f"pass@{k}", "majority"), measures):
+    k = min(len(rows) for pair in pairs for rows in pair)
+    values = [[list(measure(rows, k).values()) for rows in pair] for pair in pairs]
+    a, b = np.array(values).transpose(1, 2, 0)  # (measures, problems)
+    report = {"problems": len(pairs)}
+    for name, x, y in zip(("accuracy", f"pass@{k}", "majority"), a, b):
         report[name] = difference(x, y)
-        print(
-            f"  {name:10}" + "".join(f"  {key} {value:.3f}" for key, value in report[name].items())
-        )
-        if name == "accuracy":
-            report["disagreement"] = (x * (1 - y) + y * (1 - x)).mean()
+        print(LINE.format(name, **report[name]))
+    report["disagreement"] = (a[0] * (1 - b[0]) + b[0] * (1 - a[0])).mean()
     print(f"  disagreement {report['disagreement']:.3f}")
     return report
 
@@ -85,9 +89,10 @@ def difference(x, y):
 
     gain, p = y - x, 1.0
     if len(gain) > 1:
-        settings = {"permutation_type": "samples", "batch": 1000}
         rng = np.random.default_rng(0)
-        p = permutation_test((gain,), np.mean, random_state=rng, **settings).pvalue
+        p = permutation_test(
+            (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
+        ).pvalue
     low, high = bootstrap(gain)
     report = {"A": x.mean(), "B": y.mean(), "difference": gain.mean()}
     return report | {"low": low, "high": high, "p": p}

@@ -1,8 +1,11 @@
 """What the papers evaluate on, how, and what they found: benchmarks, protocols, results."""
 
 import re
+from pathlib import Path
 
-from data import INSTRUCTION, parse_problem
+import numpy as np
+
+from data import INSTRUCTION, explained, parse_problem
 
 # name: data set on the hub, split, columns of problem and answer, configuration if there are many
 BENCHMARKS = {
@@ -35,14 +38,18 @@ FastCuRL-1.5B-V2 (fastcurl)             47.5    89.3     77.0      32.8     53.3
 FastCuRL-1.5B-V3 (fastcurl)             49.6    90.5     78.5      34.7     54.5           61.6
 EPRLI (unstated, k = 1 by its digits)   50.0    89.2     77.1      35.3     51.9           60.7
 """
-(_, *FIVE, MEAN), *ROWS = [re.split(" {2,}", line) for line in PUBLISHED.strip("\n").splitlines()]
+HEADER, *ROWS = [re.split(" {2,}", line) for line in PUBLISHED.strip("\n").splitlines()]
+FIVE = HEADER[1:-1]
 
 
 def read_hub(name):
     """The problems of a benchmark. Raises ValueError if the hub does not give them."""
     repository, split, problem, answer, *configuration = BENCHMARKS[name].split()
     problems = []
-    try:
+    with explained(
+        f"{name}: cannot read {repository} from the hub; try `pip install datasets`, "
+        "or give a JSONL file"
+    ):
         from datasets import load_dataset
 
         for row in load_dataset(repository, *configuration, split=split):
@@ -53,19 +60,28 @@ def read_hub(name):
                 value = int(value)
             record = {"problem": row[problem], "answer": value, "level": row.get("level")}
             problems.append(parse_problem(record, f"{name}-{len(problems)}"))
-    except Exception as error:  # the many errors of the hub, the network and the formats
-        raise ValueError(
-            f"{name}, row {len(problems)}: cannot read {repository} from the hub "
-            f"({type(error).__name__}: {error}); try `pip install datasets`, or give a JSONL file"
-        ) from error
     return problems
 
 
-def table(name, measured):
-    """Our row above the published ones, as text.  measured: {benchmark or "mean": text}"""
-    columns = [*FIVE, *sorted(set(measured) - {*FIVE, MEAN}), MEAN]
-    ours = [name] + [measured.get(column, "-") for column in columns]
-    lines = []
-    for first, *cells in [["", *columns], ours, *ROWS]:
-        lines.append(f"{first:38}" + "".join(f"  {cell:19}" for cell in cells))
-    return "\n".join(lines)
+def mean_of(intervals):
+    """Mean of independent means: squared distances to the ends add up (Zou & Donner 2008)."""
+    means, low, high = np.array(intervals).T
+    mean, n = means.mean(), len(means)
+    return mean, mean - np.linalg.norm(means - low) / n, mean + np.linalg.norm(high - means) / n
+
+
+def print_table(summary):
+    """Our row above the published ones, if some of the five benchmarks were evaluated.
+
+    summary  what summary.json holds; a benchmark is known by the name of its file
+    """
+    measure = f"avg@{summary['samples']}"
+    found = {Path(path).stem: levels["all"][measure] for path, levels in summary["files"].items()}
+    ours = [found.get(name) for name in FIVE]
+    if not any(ours):
+        return
+    ours.append(mean_of(ours) if all(ours) else None)
+    title = f"{Path(summary['model']).name} ({summary['protocol'] or 'own settings'})"
+    cells = ["{:.1f} % [{:.1f}, {:.1f}]".format(*100 * np.array(x)) if x else "-" for x in ours]
+    for first, *others in [HEADER, [title, *cells], *ROWS]:
+        print(f"{first:38}" + "".join(f"  {cell:19}" for cell in others))

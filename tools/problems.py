@@ -33,12 +33,12 @@ def expression(rng):
             term = f"{value}*{factor}"
             value *= factor
             steps.append(f"{term}={value}")
-        if values and sum(values) >= value and rng.random() < 0.5:
-            text += f"-{term}"
-            values.append(-value)
-        else:
-            text += f"+{term}"
-            values.append(value)
+        sign = "+"
+        if sum(values) >= value and rng.random() < 0.5:
+            sign = "-"
+            value = -value
+        text += sign + term
+        values.append(value)
     return text.removeprefix("+"), steps + add_up(values), sum(values)
 
 
@@ -47,7 +47,7 @@ def product(rng):
     40*6=240;7*6=42;240+42=282;282-85=197."""
     n = rng.choice((rng.randint(11, 99), rng.randint(101, 999)))
     digit, last = rng.randint(2, 9), rng.randint(11, 99)
-    parts = [part for part in (n // 100 * 100, n // 10 % 10 * 10, n % 10) if part]
+    parts = [part for part in (n - n % 100, n % 100 - n % 10, n % 10) if part]
     if len(parts) < 2:
         return product(rng)
     if n * digit >= last and rng.random() < 0.5:
@@ -65,17 +65,15 @@ def equation(rng):
     shape, right = rng.randint(0, 2), a * x + b
     if right == 0:
         return equation(rng)
-    line, steps = f"{a}x{b:+d}={right}", [f"{a}x={a * x}", f"x={x}"]
-    if shape == 0 and right > 0:
-        return line, steps, x
-    c = rng.randint(1, 5)
-    steps.insert(0, line)
-    other_side = f"{c}x{right:+d}".removeprefix("1")
-    line = f"{a + c}x{b:+d}={other_side}"
-    if shape != 1 and b % (a + c) == 0:
-        steps.insert(0, line)
-        line = f"{a + c}(x{b // (a + c):+d})={other_side}"
-    return line, steps, x
+    lines = [f"x={x}", f"{a}x={a * x}", f"{a}x{b:+d}={right}"]  # the last step first
+    if shape > 0 or right < 0:
+        c = rng.randint(1, 5)
+        other_side = f"{c}x{right:+d}".removeprefix("1")
+        lines.append(f"{a + c}x{b:+d}={other_side}")
+        if shape != 1 and b % (a + c) == 0:
+            lines.append(f"{a + c}(x{b // (a + c):+d})={other_side}")
+    text, *steps = reversed(lines)
+    return text, steps, x
 
 
 def generate(split, seed, repeats=False):
@@ -103,20 +101,20 @@ def print_overlap(train_file, *evaluation_files):
         exact, near = overlap(train, evaluation)
         counts = f"{len(exact)} of {len(evaluation)} problems stand in {train_file}"
         print(f"{path}: {counts}, {len(near)} nearly")
-        for pair in exact:
-            print("  exact: {} = {}".format(*pair))
-        for pair in near:
-            print("  near: {} = {}".format(*pair))
+        for kind, pairs in (("exact", exact), ("near", near)):
+            for name, original in pairs:
+                print(f"  {kind}: {name} = {original}")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Generate problems, or look for overlap.")
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--count", type=int, default=4096)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="problems.jsonl", help="JSONL file to write")
+    add = parser.add_argument
+    add("--split", choices=("train", "heldout"), default="train")
+    add("--count", type=int, default=4096)
+    add("--seed", type=int, default=0)
+    add("--out", default="problems.jsonl", help="JSONL file to write")
     files = "a training file, then evaluation files or benchmarks"
-    parser.add_argument("--overlap", nargs="+", metavar="FILE", help=files)
+    add("--overlap", nargs="+", metavar="FILE", help=files)
     args = parser.parse_args(arguments)
     try:
         if args.overlap:

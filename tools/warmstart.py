@@ -8,26 +8,27 @@ it knows. Reinforcement learning then has something to find (writing steps pays)
 improve (the steps themselves).
 """
 
-import argparse
 import itertools
 import math
 import random
+from dataclasses import dataclass
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
+    HfArgumentParser,
     LlamaConfig,
     PreTrainedTokenizerFast,
-    get_cosine_with_min_lr_schedule_with_warmup,
 )
 
 from data import render
 from model import Transformer, pad
 from tools.problems import generate
 
-PEAK_LR = 3e-3  # of AdamW; cosine decay to a twentieth
+PEAK_LR = 3e-3  # of AdamW
 WORKED = 0.6, 0.15  # share of worked solutions, at first and in the last fifth
 
 # The second line of a problem tells other models in words what to do. This template leaves it out.
@@ -49,14 +50,13 @@ def make_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
         pad_token="<|pad|>",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def make_model(tokenizer, seed):
@@ -84,25 +84,31 @@ def make_model(tokenizer, seed):
     return model
 
 
-def demonstration(problem, worked):
-    steps = problem.other["steps"] if worked else []
-    return ";".join([*steps, f"\\boxed{{{problem.answer}}}"])
-
-
 def demonstrations(steps, batch, seed):
     """For every step of training, pairs (problem, solution as text)."""
     problems, rng = generate("train", seed, repeats=True), random.Random(seed)
     for step in range(steps):
         share = WORKED[step >= 0.8 * steps]
-        some = itertools.islice(problems, batch)
-        yield [(p, demonstration(p, rng.random() < share)) for p in some]
+        pairs = []
+        for problem in itertools.islice(problems, batch):
+            parts = [f"\\boxed{{{problem.answer}}}"]
+            if rng.random() < share:
+                parts = problem.other["steps"] + parts
+            pairs.append((problem, ";".join(parts)))
+        yield pairs
+
+
+def relative_rate(step, steps):
+    """Of the learning rate to its peak: 100 steps of warm-up, times a cosine down to a twentieth"""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return min(1, (step + 1) / 100) * (0.05 + 0.95 * cosine)
 
 
 def learn(model, tokenizer, batches, steps):
     """Maximise the likelihood of the demonstrations; returns the last loss, nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_LR, (0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 100, steps, min_lr_rate=0.05)
-    for batch in tqdm(batches, total=steps, unit="step"):
+    schedule = LambdaLR(optimizer, lambda step: relative_rate(step, steps))
+    for batch in tqdm(batches, total=steps):
         prompts = [render(tokenizer, problem).tokens for problem, _ in batch]
         completions = [tokenizer(solution + "<|end|>")["input_ids"] for _, solution in batch]
         ids, mask = pad(prompts, completions)
@@ -116,13 +122,18 @@ def learn(model, tokenizer, batches, steps):
     return loss.item()
 
 
+@dataclass
+class Recipe:
+    """The flags"""
+
+    out: str  # folder to write
+    steps: int = 2500  # of the optimizer
+    batch: int = 128  # demonstrations per step
+    seed: int = 0
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=128, help="demonstrations per step")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    (args,) = HfArgumentParser(Recipe).parse_args_into_dataclasses(arguments)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
     batches = demonstrations(args.steps, args.batch, args.seed)
