@@ -77,7 +77,8 @@ def is_number(value):
 
 @contextmanager
 def explained(words):
-    """What fails within is a ValueError that says so: libraries raise errors of all kinds."""
+    """Turn any error inside the block into a ValueError that begins with `words`: libraries raise
+    errors of all kinds."""
     try:
         yield
     except Exception as error:

@@ -19,8 +19,8 @@ itself, this is how we read it. Every departure from the text is in this list:
     would have no gradient.
  5. Eq. 1 leaves out its inner sum. We take the mean over a completion's tokens, then over
     completions (--loss-norm sequence).
- 6. The buffer keeps a group if its R_l differ. R_l alone decides: the length reward never brings a
-    group back whose completions are all right.
+ 6. The buffer keeps a group if its R_l differ. R_l alone decides: a group whose completions are
+    all right is dropped even if their lengths differ.
  7. "Skip the update if the buffer is short": groups stay in the buffer from draw to draw. Surplus
     groups serve the next update, with the log-probs under which they were sampled. A group that was
     sampled more than one update ago is stale: it is dropped and counted. (So when levels take
@@ -112,7 +112,7 @@ def length_reward(kind, length, correct, stopped, max_new_tokens, cache):
 def group_advantage(reward, std="group"):
     """The A of Eq. 1: A = (r - mean_G r) / (std_G r + 1e-6), population std.  (..., G) -> (..., G)
 
-    std="none" leaves the division out (Dr. GRPO). A group of equal rewards gets exactly 0, by name:
+    std="none" leaves the division out (Dr. GRPO). A group of equal rewards is set to exactly 0:
     the float mean of equal fractions can be off by one ulp, and the small epsilon below it would
     blow that up into signal.
     """

@@ -192,10 +192,11 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
 
 
 def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
-    """A random stream for every sample, the same at every evaluation: differences are sharper.
+    """A random stream for every sample.
 
-    Training and the measurement of difficulty have other streams: else the samples that chose the
-    hard problems would show a gain on them by chance alone.
+    Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
+    the measurement of difficulty use others: problems that were called hard after unlucky samples
+    look easier with new samples, even without any training.
     """
     return [[stream(seed, purpose, i, k) for k in range(samples)] for i in range(len(prompts))]
 
@@ -247,9 +248,9 @@ def interval(values):
     """Mean of one value per problem, and its 95 % interval over problems -> mean, low, high
 
     Samples of one problem are not independent, so they are averaged before. If all values are 0 or
-    1, the interval is Wilson's. Otherwise it is a bootstrap's, which knows no values but those it
-    saw. Therefore an interval of shares (values in [0, 1]) reaches at least as high as Wilson's for
-    as many zeros, and at least as low as Wilson's for as many ones.
+    1, the interval is Wilson's. Otherwise it is a bootstrap's. A bootstrap of few values is too
+    narrow, so an interval of shares (values in [0, 1]) is widened: its top is at least Wilson's top
+    for zeros alone, its bottom at most Wilson's bottom for ones alone.
     """
     values, n = np.asarray(values, float), len(values)
     if np.isin(values, (0, 1)).all():

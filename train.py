@@ -37,23 +37,24 @@ MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.2}
 
 def train(run):
     """The loop of the paper. The comments quote the algorithm box of the README."""
-    for stage in run.turns(evaluate):  # for level l = 1 .. L: for update = 1 .. M_l:
+    # for level l = 1 .. L: for update = 1 .. M_l:
+    for stage in run.turns(evaluate):
         level, buffer = stage.level, stage.buffer
-        with run.update(stage) as update:  # pi_old <- pi: its log-probs are kept with the samples
-            buffer.expire(run.trained)  # surplus groups stay for the next update, no longer
+        with run.update(stage) as update:
+            # drop groups that were sampled more than one update ago
+            buffer.expire(run.trained)
+            # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l
             while buffer.pending < level.buffer_groups and update.draws < run.cfg.max_draws:
-                groups = draw(
-                    run, stage, update
-                )  # draw P_l prompts, sample G_l completions of each,
-                buffer.add(groups)  # r_i = R_l + K_l length_l; keep a group iff its R_l differ
+                groups = draw(run, stage, update)
+                # keep a group iff its R_l are not all equal
+                buffer.add(groups)
                 update.check_drawn()
-            if buffer.pending < level.buffer_groups:  # until the buffer holds N_l groups
-                continue  # never train on less: this update is skipped
-            groups = buffer.oldest(level.buffer_groups)
-            learn(
-                run, stage, groups, update
-            )  # A_i; mu_l times, minibatch by minibatch: ascent on J_l
-            buffer.remove(groups, "kept")
+            # until the buffer holds N_l groups: never train on less
+            if buffer.pending >= level.buffer_groups:
+                groups = buffer.oldest(level.buffer_groups)
+                # A_i; mu_l times, minibatch by minibatch: one step of ascent on J_l
+                learn(run, stage, groups, update)
+                buffer.remove(groups, "kept")
 
 
 # ------------------------------------------------------------------------------------ draw, score
@@ -86,7 +87,7 @@ def draw(run, stage, update):
         )
         return [(a, score(run, stage, p, a)) for p, a in zip(own_prompts, done)]
 
-    scored = run.ranks.spread(list(zip(prompts, keys)), work)  # on all processes, or on none
+    scored = run.ranks.spread(list(zip(prompts, keys)), work)  # if one process fails, all raise
     groups = [group for _, group in scored]
     update.drew(prompts, [attempts for attempts, _ in scored], groups)
     return groups
@@ -136,19 +137,20 @@ class Sample:
     group: Group
     completion: Completion
     advantage: float
+    fresh: bool  # sampled by the policy that this update begins with
 
 
 def learn(run, stage, groups, update):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
-    samples = []  # of each group
+    samples = []  # one list for each group
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()  # A_i
-        samples.append([Sample(group, c, A) for c, A in zip(group.completions, advantage)])
+        fresh = group.sampled_after == run.trained
+        samples.append([Sample(group, c, A, fresh) for c, A in zip(group.completions, advantage)])
     for step in minibatches(cfg, stage.level.inner_epochs, samples, update.number):
-        first = not update.steps
-        sums, peaks = accumulate_gradient(run, stage.level, step, first)
-        if first:
+        sums, peaks = accumulate_gradient(run, stage.level, step)
+        if not update.steps:
             check_gap(cfg.dtype, sums)
         if not math.isfinite(sums["objective"]):
             learner.drop_gradient()
@@ -187,12 +189,11 @@ def check_gap(dtype, sums):
         )
 
 
-def accumulate_gradient(run, level, step, first):
+def accumulate_gradient(run, level, step):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
     How the step is cut into micro-batches and over the processes changes nothing.
 
-    first  no step was taken in this update yet
     -> {name: sum over the step's tokens; objective}, {name: maximum}: of all processes, on each
     """
     ranks, max_tokens = run.ranks, run.cfg.micro_batch_tokens
@@ -207,9 +208,10 @@ def accumulate_gradient(run, level, step, first):
         idle = i >= len(mine)
         if idle and not ranks.sharded:
             break
-        micro = step[:1] if idle else mine[i]  # shards are gathered by all: all must take part
-        J, found = objective(run, level, micro, (len(step), num_tokens), first)
-        # FSDP takes the mean over the processes, and the step is a sum.
+        # FSDP gathers weights from all processes, so one without samples takes part with a dummy.
+        micro = step[:1] if idle else mine[i]
+        J, found = objective(run, level, micro, (len(step), num_tokens))
+        # FSDP averages gradients over the processes, and we need their sum.
         scale = ranks.size if ranks.sharded else 1
         (-J * scale * (not idle)).backward()
         if idle:
@@ -221,7 +223,7 @@ def accumulate_gradient(run, level, step, first):
     return ranks.sum(sums), ranks.max(peaks)
 
 
-def objective(run, level, micro, counts, first):
+def objective(run, level, micro, counts):
     """J_l of one micro-batch, and what is logged of it: diagnostics, `gap` between learner and
     sampler summed over `fresh` tokens.
 
@@ -248,9 +250,8 @@ def objective(run, level, micro, counts, first):
             )
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
     found = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
-    fresh = [[first and s.group.sampled_after == run.trained] for s in micro]
-    fresh = mask & torch.tensor(fresh, device=mask.device)
-    gap = (logprob - logprob_old).detach().abs()[fresh]
+    fresh = torch.tensor([[s.fresh] for s in micro], device=mask.device)
+    gap = (logprob - logprob_old).detach().abs()[mask & fresh]
     found |= {"objective": J.item(), "gap": gap.sum().item(), "fresh": gap.numel()}
     found["gap_max"] = gap.max().item() if gap.numel() else 0.0
     return J, found

@@ -198,7 +198,7 @@ def sha256(path):
 
 
 def force_to_disk(path):
-    """Of a file or a folder: a rename must not overtake what it names."""
+    """Force a file or folder to the disk, so that its data arrive before it is renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

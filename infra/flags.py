@@ -128,7 +128,7 @@ class Optimizer:
     )
     warmup: int = flag(10, "updates of linear warm-up", "DAPO")
     lr_decay: Literal["none", "linear", "cosine"] = flag(
-        "linear", "from the peak to 0 at the last update", "ours; DeepScaleR none"
+        "linear", "from the peak to 0, one step behind the last update", "ours; DeepScaleR none"
     )
     minibatches: int = flag(
         2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts"

@@ -1,9 +1,9 @@
 """The processes of a run. `torchrun --nproc_per_node=N` starts N of them; plain python is one.
 
-Sampling, grading and gradients are spread over the processes. Everything else, the buffer included,
-every process holds and decides itself from the same numbers, so all take the same branches and
-none waits for another in vain. A process may raise on its own only inside `together`, which raises
-on all.
+Sampling, grading and gradients are spread over the processes. Every process keeps a full copy of
+all other state, the buffer included, and computes the same decisions from it, so none waits for a
+message that never comes. A process may raise on its own only inside `together`, which raises on
+all.
 """
 
 import os

@@ -1,9 +1,9 @@
 """A run at work: what is due next, and all that may happen to one update.
 
-The loop of train.py sees two things of it. `Run.turns` yields the level of every update, after the
-evaluation and the checkpoint that are due. `Run.update` is the context of one update: it counts and
-logs; a number that is not finite ends the update and no more; after a signal or an error the state
-is as if the update had not begun.
+The loop of train.py uses `Run.turns` and `Run.update`. `turns` yields the level of every update,
+after the evaluation and the checkpoint that are due. `update` is the context of one update: it
+counts and logs. A number that is not finite ends the update and no more. A signal or an error while
+sampling takes back all that the update did. Signals take no effect while learning.
 """
 
 import itertools
@@ -24,7 +24,9 @@ from infra.ranks import Stop
 from infra.update import NotFinite, Update
 from rollout import Completion
 
-MOST_SKIPS = 3  # updates in a row that may fail to fill a buffer, before the level ends (reading 7)
+MOST_SKIPS = (
+    3  # updates in a row that may fail to fill a buffer, before the level ends (eprli.py, 7)
+)
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 
@@ -79,7 +81,7 @@ class Run:
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
     saved: str | None = None  # name of the newest checkpoint
-    ahead: bool = False  # weights or logs are ahead of the counters: nothing may be saved
+    ahead: bool = False  # weights or logs hold what the counters do not yet: no saving now
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
-MOST_FAILURES = 0.05  # share of completions on which the grader may fail without a word
+MOST_FAILURES = 0.05  # share of completions; more grader failures than that are said
 FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of groups, see Buffer
 PHASES = ("sample", "grade", "learn")
 
@@ -83,14 +83,15 @@ class Update:
         """Summed over the steps."""
         return sum(step[name] for step in self.steps)
 
-    def per_token(self, name, unit="tokens"):
-        """nan if there are no such tokens."""
-        num_tokens = self.total(unit)
+    def per_token(self, name):
+        """nan if nothing was trained on."""
+        num_tokens = self.total("tokens")
         return self.total(name) / num_tokens if num_tokens else math.nan
 
     def row(self):
-        """Its line of metrics.jsonl. What cannot be said is nan."""
+        """Its line of metrics.jsonl. A value that does not exist is nan."""
         rows, steps, seconds = self.rows, self.steps, time.perf_counter() - self.start
+        gap = steps[0] if steps else {"fresh": 0}  # later the learner is not the sampler any more
         tokens = [row["tokens"] for row in rows]
         reward = [row["outcome"] + row["length_reward"] for row in rows]
         verdicts = Counter(row["verdict"] for row in rows)
@@ -114,8 +115,8 @@ class Update:
             "clip_high_share": self.per_token("clip_high"),
             "kl_old": self.per_token("kl_old"),
             "ratio_max": max((step["ratio_max"] for step in steps), default=math.nan),
-            "logprob_gap_mean": self.per_token("gap", "fresh"),
-            "logprob_gap_max": max((s["gap_max"] for s in steps if s["fresh"]), default=math.nan),
+            "logprob_gap_mean": gap["gap"] / gap["fresh"] if gap["fresh"] else math.nan,
+            "logprob_gap_max": gap["gap_max"] if gap["fresh"] else math.nan,
             "grad_norm": mean([step["grad_norm"] for step in steps]),
             "lr": self.lr,
             "tokens_sampled": sum(tokens),

@@ -87,7 +87,7 @@ def off_policy_samples(model, n=7):
         noise = 0.4 * torch.randn(len(c.tokens), generator=rng).double()
         shifted = (torch.tensor(c.logprobs).double() + noise).tolist()
         completion = Completion(c.tokens, shifted, c.stopped)
-        samples.append(Sample(group(prompt, [completion]), completion, A))
+        samples.append(Sample(group(prompt, [completion]), completion, A, True))
     return samples
 
 
@@ -99,7 +99,7 @@ def a_run(model, reference=None, learner=None, **flags):
 
 def gradient(model, samples, reference=None, **flags):
     model.zero_grad()
-    accumulate_gradient(a_run(model, reference, **flags), level(), samples, True)
+    accumulate_gradient(a_run(model, reference, **flags), level(), samples)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
