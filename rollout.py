@@ -186,10 +186,10 @@ class KVCache:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def arrange(self):
-        """Tell the device who holds what, once pages changed hands: the index tensors of attention.
+        """Send the index tensors of attention to the device, if the table has changed.
 
-        While `layout` stays the same object, these and the pools lie where they lay (a pool that
-        moves has another number of pages, or of rows). A captured step may then be replayed.
+        As long as `layout` is the same object, neither these tensors nor the pools have moved in
+        memory (a pool that moves has another number of pages), so a captured step may be replayed.
         """
         if not self.changed:
             return
@@ -233,9 +233,9 @@ class KVCache:
     def decoding(self, positions):
         """-> attend for one token per row, at positions (rows, 1), or idle at -1.
 
-        Every page meets the query of its owner, as it lies; softmax is over all pages of a row.
-        What is read is what is filled. For long completions that is nearly all that a step costs
-        beyond the weights.
+        Each page is multiplied in place by the query of the row that owns it; softmax is over all
+        pages of a row. Only filled pages are read. For long completions that is nearly all that a
+        step costs beyond the weights.
         """
         table, owner, start, to_rows, to_pages = self.layout
         pages, kv_heads, head_dim, page = self.k[0].shape
@@ -284,8 +284,8 @@ def capture(step, device):
 
 
 @dataclass(eq=False)
-class Prompt:
-    """A prompt whose completions are in the making.
+class SharedPrompt:
+    """A prompt and where its keys and values are.
 
     Once it is prefilled, and as long as some of its samples wait, a slot keeps it to be copied.
     """
@@ -296,10 +296,10 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Sample:
+class Sequence:
     """A completion in the making."""
 
-    prompt: Prompt
+    prompt: SharedPrompt
     key: int  # its stream of random numbers
     limit: int  # tokens
     tokens: list = field(default_factory=list)
@@ -316,7 +316,7 @@ class Slots:
     """The decoding rows: slot i decodes one sample and uses row i of the KV cache.
 
     groups   the samples of each prompt
-    running  a Sample per slot, or None where it is idle
+    running  a Sequence per slot, or None where it is idle
     waiting  samples without a slot, group by group
 
     The cache and the next-token logits (rows, V) stay on the device; each token costs one small
@@ -327,8 +327,8 @@ class Slots:
         """See `sample`."""
         self.model, self.groups = model, []
         for tokens, streams, limit in zip(prompts, keys, max_new_tokens):
-            prompt, limits = Prompt(tokens), np.broadcast_to(limit, len(streams)).tolist()
-            self.groups.append([Sample(prompt, *each) for each in zip(streams, limits)])
+            prompt, limits = SharedPrompt(tokens), np.broadcast_to(limit, len(streams)).tolist()
+            self.groups.append([Sequence(prompt, *each) for each in zip(streams, limits)])
         self.waiting = deque(chain(*self.groups))
         self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
@@ -397,7 +397,7 @@ class Slots:
 
     def advance(self, temperature, top_k, top_p):
         """Sample the next token of every slot."""
-        samples = [sample or Sample(None, 0, 0) for sample in self.running]
+        samples = [sample or Sequence(None, 0, 0) for sample in self.running]
         keys = np.array([sample.key for sample in samples], np.uint64)
         positions = np.array([len(sample.tokens) for sample in samples])
         u = self.cache.to_device(uniforms(keys, positions))
