@@ -405,9 +405,9 @@ def sample_file(args, policy, grader, path, prompts):
     return result
 
 
-def summarise(path, result, k):
+def summarise(result, k):
     """Print and return {level, or "all": {measure: (mean, low, high)}}."""
-    print(f"\n{path}: {len(result[0])} samples a problem, 95 % intervals over problems")
+    print(f"{len(result[0])} samples a problem, 95 % intervals over problems")
     levels = {rows[0]["level"] for rows in result} - {None}
     summary = {}
     for level in [*sorted(levels), "all"]:
@@ -436,11 +436,14 @@ def evaluate(args, policy, files):
     summary = {name: getattr(args, name) for name in SETTINGS.split()} | {"files": {}}
     for path, prompts in files.items():
         result = sample_file(args, policy, grader, path, prompts)
-        summary["files"][path] = summarise(path, result, args.k)
+        how = f"temperature {args.temperature:g}, top-p {args.top_p:g}"
+        print(f"\n{path}: {how}, at most {args.max_new_tokens} tokens a completion")
+        summary["files"][path] = summarise(result, args.k)
         if args.add_pass_rate:
             add_pass_rates(args.add_pass_rate, prompts, result)
     summary["verdicts"] = dict(grader.counts)
     papers.print_table(summary)
+    print(f"\nevery completion with its verdict: {args.out / 'completions.jsonl'}")
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 

@@ -178,7 +178,7 @@ class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
 
-SECTIONS = (Files, Levels, Objective, Optimizer, SamplingFlags, Memory)
+SECTIONS = (Levels, Objective, Optimizer, SamplingFlags, Memory, Files)  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (

@@ -277,7 +277,8 @@ def carry_out(train, arguments):
             words = f"{parser.prog}: error: {data.squash(str(error))}\n"
             parser.exit(2, words if first else None)
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
+            words = f"{parser.prog}: interrupted before the run began\n"
+            parser.exit(128 + signal.SIGINT, words if first else None)
         code, ended = conduct(train, run)
         if first:
             conclude(run, ended)

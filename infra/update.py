@@ -65,6 +65,11 @@ class Update:
                 }
                 self.rows.append(row)
 
+        if self.draws == 1 and self.number % SHOW_EVERY == 1:
+            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
+                verdict = f"({a.verdict}; answer {prompt.problem.answer})"
+                tqdm.write(f"  {prompt.problem.problem}  ->  {a.text}  {verdict}")
+
     def check_drawn(self):
         """Raise NotFinite if a group was drawn that holds a number that is not finite."""
         for row in self.rows:
@@ -132,10 +137,7 @@ class Update:
         """Print its line, and what a person should hear of.  row: see `row`"""
         level = self.stage.level
         where = f"level {self.stage.number} update {self.stage.turns}/{level.updates}"
-        tqdm.write(f"{where} | {LINE.format(**row)}")
-        if self.number % SHOW_EVERY == 1:
-            for shown in self.rows[:: level.group_size][:2]:
-                tqdm.write("  {problem_id} ({verdict}): {text}".format(**shown))
+        tqdm.write(f"{where} | {LINE.format(**row).replace('nan%', '-').replace('nan', '-')}")
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
             tqdm.write(

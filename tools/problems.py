@@ -112,14 +112,18 @@ def main(arguments=None):
     add("--split", choices=("train", "heldout"), default="train")
     add("--count", type=int, default=4096)
     add("--seed", type=int, default=0)
-    add("--out", default="problems.jsonl", help="JSONL file to write")
+    add("--out", help="JSONL file to write")
     files = "a training file, then evaluation files or benchmarks"
     add("--overlap", nargs="+", metavar="FILE", help=files)
     args = parser.parse_args(arguments)
     try:
         if args.overlap:
+            if len(args.overlap) < 2:
+                raise ValueError("--overlap needs a training file and an evaluation file or more")
             print_overlap(*args.overlap)
         else:
+            if not args.out:
+                raise ValueError("--out FILE: where to write the problems")
             problems = generate(args.split, args.seed)
             write_problems(args.out, itertools.islice(problems, args.count))
     except (ValueError, OSError) as error:
