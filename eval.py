@@ -432,6 +432,7 @@ def evaluate(args, policy, files):
     """Fill the folder --out and print tables -> what summary.json holds"""
     from tools import papers
 
+    print(f"every completion with its verdict: {args.out / 'completions.jsonl'}")
     grader = Grader(allow_last_number=args.allow_last_number)
     summary = {name: getattr(args, name) for name in SETTINGS.split()} | {"files": {}}
     for path, prompts in files.items():
@@ -443,7 +444,6 @@ def evaluate(args, policy, files):
             add_pass_rates(args.add_pass_rate, prompts, result)
     summary["verdicts"] = dict(grader.counts)
     papers.print_table(summary)
-    print(f"\nevery completion with its verdict: {args.out / 'completions.jsonl'}")
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 

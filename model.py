@@ -197,12 +197,26 @@ class PromptCache:
 
 
 class Linear(nn.Linear):
-    packed = None  # the weight as kernels.pack lays it out, within Transformer.laid_out
+    joined = ()  # further layers that read the same input: see `project`
+    packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
 
     def forward(self, x):
         if self.packed is None:
             return kernels.linear(x, self.weight, self.bias)
-        return kernels.onednn_linear(x, self.packed, self.bias)
+        return kernels.onednn_linear(x, *self.packed)
+
+    def pack(self, rows):
+        layers, bias = (self, *self.joined), None
+        if self.bias is not None:
+            bias = torch.cat([layer.bias for layer in layers])
+        self.packed = kernels.pack(torch.cat([layer.weight for layer in layers]), rows), bias
+
+
+def project(x, first, *joined):
+    """The outputs of layers that read the same input: one product while they are packed."""
+    if first.packed is None:
+        return [layer(x) for layer in (first, *joined)]
+    return first(x).split([layer.out_features for layer in (first, *joined)], -1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -231,13 +245,14 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, key_size, qkv_bias)
         self.v_proj = Linear(hidden, key_size, qkv_bias)
         self.o_proj = Linear(query_size, hidden, bias)
+        self.q_proj.joined = self.k_proj, self.v_proj
         norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(head_dim, config.rms_norm_eps)
         self.k_norm = norm(head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        projections = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
         return self.o_proj(attend(self.layer, q, k, v.transpose(1, 2)))
@@ -251,9 +266,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, inner, bias)
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
+        self.gate_proj.joined = (self.up_proj,)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -369,8 +386,9 @@ class Transformer(nn.Module):
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         try:
             if kernels.packs(self.device.type, self.lm_head.weight.dtype):
-                for layer in linears:
-                    layer.packed = kernels.pack(layer.weight, rows)
+                joined = {layer for first in linears for layer in first.joined}
+                for layer in set(linears) - joined:
+                    layer.pack(rows)
             yield
         finally:
             for layer in linears:

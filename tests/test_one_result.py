@@ -292,7 +292,7 @@ def gradient(model, samples, size=1, recompute=False, **flags):
     run = a_run(model, loss_norm="token", **flags)
     for rank in range(size):
         run.ranks = SimpleNamespace(rank=rank, size=size, sharded=False, sum=dict, max=dict)
-        accumulate_gradient(run, level(), samples, True)
+        accumulate_gradient(run, level(), samples)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
