@@ -55,6 +55,7 @@ def as_started(given):
     try:
         config = json.loads(path.read_text())
         flags = {name: config[name] for name in vars(Config())}
+        check(Config(**flags))
         if not all(config[name] for name in ("inputs", "model_files", "kernels", "torch")):
             raise KeyError("inputs")
     except (OSError, ValueError, KeyError, TypeError) as error:
