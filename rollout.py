@@ -402,8 +402,9 @@ class Slots:
         positions = np.array([len(sample.tokens) for sample in samples])
         u = self.cache.to_device(uniforms(keys, positions))
         tokens, logprobs = choose(self.logits, u, temperature, top_k, top_p)
-        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist()):  # GPU sync
-            sample.tokens.append(token)
+        chosen = torch.stack([tokens.double(), logprobs.double()]).tolist()  # one GPU sync
+        for sample, token, logprob in zip(samples, *chosen):
+            sample.tokens.append(int(token))
             sample.logprobs.append(logprob)
 
     def retire(self, stop_ids):
