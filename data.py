@@ -4,7 +4,6 @@ python data.py --split train --count 4096 --seed 0 --out pool.jsonl   generates 
 python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]      finds what both have
 """
 
-import itertools
 import json
 import math
 import random
@@ -262,13 +261,55 @@ def level_names(problems, qualities):
     return {p.id: f"level {number}" for number, level in enumerate(levels, 1) for p in level}
 
 
-def endless(items, *seed):
-    """Every item once per epoch, in a new order each time. To resume, skip what was drawn."""
-    assert items, "no problem to draw from: cut_levels' caller must refuse an empty level"
-    for epoch in itertools.count():
-        order = list(items)
-        random.Random("/".join(map(str, (*seed, epoch)))).shuffle(order)
-        yield from order
+class Order:
+    """In which order a level's prompts are drawn: every prompt once per epoch, in a new random
+    order each time.
+
+    With a target, instead: next are those whose running pass rate is nearest to it (AdaRFT, arXiv
+    2504.05520), and of equals the one that was not drawn for longest. Where no pass rate was
+    measured, it starts at the target.
+    """
+
+    def __init__(self, prompts, seed, target=None):
+        """seed  a text"""
+        self.prompts, self.seed, self.target = prompts, seed, target
+        self.drawn = 0
+        self.rates = {}  # {index of a prompt: running pass rate}, in the order of drawing
+        if target is not None:
+            for i in self.shuffled(0):
+                rate = prompts[i].problem.pass_rate
+                self.rates[i] = target if rate is None else rate
+
+    def shuffled(self, epoch):
+        indices = list(range(len(self.prompts)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(indices)
+        return indices
+
+    def draw(self, count):
+        """-> indices of the next prompts"""
+        if self.target is not None:
+            chosen = sorted(self.rates, key=lambda i: abs(self.rates[i] - self.target))[:count]
+            self.drawn += len(chosen)
+            return chosen
+        chosen = []
+        while len(chosen) < count:
+            epoch, first = divmod(self.drawn, len(self.prompts))
+            some = self.shuffled(epoch)[first : first + count - len(chosen)]
+            chosen += some
+            self.drawn += len(some)
+        return chosen
+
+    def sampled(self, index, pass_rate):
+        """The pass rate of a prompt's newest group goes into its running mean."""
+        if self.target is not None:
+            self.rates[index] = (self.rates.pop(index) + pass_rate) / 2  # now the last of all
+
+    def state(self):
+        """What JSON holds, for `restore`."""
+        return {"drawn": self.drawn, "rates": list(self.rates.items())}
+
+    def restore(self, state):
+        self.drawn, self.rates = state["drawn"], dict(state["rates"])
 
 
 def main(arguments=None):

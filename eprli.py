@@ -22,9 +22,11 @@ itself, this is how we read it. Every departure from the text is in this list:
  6. The buffer keeps a group if its R_l differ. R_l alone decides: a group whose completions are
     all right is dropped even if their lengths differ.
  7. "Skip the update if the buffer is short": groups stay in the buffer from draw to draw. Surplus
-    groups serve the next update, with the log-probs under which they were sampled. A group that was
+    groups serve the next update, with the log-probs under which they were sampled: for them rho is
+    not 1 in an update's first step (carried_share; --surplus drop is on-policy). A group that was
     sampled more than one update ago is stale: it is dropped and counted. (So when levels take
-    turns, no surplus is used.) A skipped update does not change the policy.
+    turns, no surplus is used.) A skipped update does not change the policy, and counts neither in
+    M_l nor in the schedule of the learning rate.
  8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
     completion that ran out of tokens is graded like any other.
  9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a
@@ -33,6 +35,16 @@ itself, this is how we read it. Every departure from the text is in this list:
     from DAPO; learning rate, batch and temperature from DeepScaleR and FastCuRL, or measured for
     the shipped problems.
 11. There is no KL term, as in the paper. --kl-coef adds the k3 penalty of the recipes it builds on.
+12. "1/(P G)": the paper's P is the number of groups that were kept. B counts their completions.
+13. Learning rate: warm-up and decay run within each level, and Adam's moments go on. One schedule
+    over all levels would give the last one the smallest steps.
+14. R_l is a verifier, 1 for a right answer. A user's own R_l calls a completion right from 1 on, as
+    the length rewards need to know.
+15. Difficulty is measured once, as 1 - pass rate of the starting policy. It is not measured anew
+    while the policy learns.
+16. "Every hyper-parameter" of a level is every field of Level. One value serves all levels for the
+    rest: learning rate, temperature, loss norm, std, kind of length reward, minibatches, surplus.
+17. K_l = 0 is an ablation of the paper. Its own K_l has no number.
 
 Shapes: P groups, G completions per group, B completions, T tokens.
 """
@@ -59,7 +71,13 @@ class Level:
     eps_high: float
     inner_epochs: int  # mu_l   passes over the buffer per update
     buffer_groups: int  # N_l    groups needed before an update
-    updates: int  # M_l
+    updates: int | None  # M_l    updates that change the policy; None: no bound of updates
+    tokens: int | None  # budget of sampled tokens; the level ends where the first bound is reached
+
+    @property
+    def on(self):
+        """Whether it is trained at all."""
+        return 0 not in (self.updates, self.tokens)
 
 
 # ---------------------------------------------------------------------------------------- rewards
@@ -207,6 +225,11 @@ class Group:
         return self.outcome + self.length_reward
 
     @property
+    def right(self):
+        """(G,) bool: R_l of a right completion is 1 or more."""
+        return self.outcome >= 1
+
+    @property
     def flat(self):
         """All outcomes equal: nothing to learn from. Length does not count."""
         return bool((self.outcome == self.outcome[0]).all())
@@ -247,12 +270,13 @@ class Buffer:
             else:
                 self.groups.append(group)
 
-    def expire(self, trained):
-        """Drop what was sampled more than one update ago.
+    def expire(self, trained, most_age=1):
+        """Drop what was sampled more than most_age updates ago.
 
         trained  updates that the policy has been trained on by now
         """
-        self.remove([g for g in self.groups if g.sampled_after < trained - 1], "stale")
+        old = [g for g in self.groups if trained - g.sampled_after > most_age]
+        self.remove(old, "stale")
 
     def oldest(self, num_groups):
         """The groups to train on now. They stay until they are removed."""

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from rewards import RIGHT, Grader, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # a tiny checkpoint, and its problems with pass rates
-MAX_NEW_TOKENS, SLOTS = 96, 256  # defaults that fit the shipped model
+MAX_NEW_TOKENS, SLOTS = 128, 256  # defaults that fit the shipped model
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
 
@@ -192,13 +193,14 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
 
 
 def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
-    """A random stream for every sample.
+    """A random stream for every sample, a function of the problem's id.
 
     Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
     the measurement of difficulty use others: problems that were called hard after unlucky samples
     look easier with new samples, even without any training.
     """
-    return [[stream(seed, purpose, i, k) for k in range(samples)] for i in range(len(prompts))]
+    numbers = [zlib.crc32(prompt.problem.id.encode()) for prompt in prompts]
+    return [[stream(seed, purpose, number, k) for k in range(samples)] for number in numbers]
 
 
 # ---------------------------------------------------------------------------------------- numbers

@@ -7,6 +7,7 @@
 both. What can go wrong, is logged, saved or resumed is the business of `run` (infra/run.py).
 """
 
+import itertools
 import math
 import random
 import time
@@ -42,9 +43,9 @@ def train(run):
         level, buffer = stage.level, stage.buffer
         with run.update(stage) as update:
             # drop groups that were sampled more than one update ago
-            buffer.expire(run.trained)
+            buffer.expire(run.trained, most_age=0 if run.cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l
-            while buffer.pending < level.buffer_groups and update.draws < run.cfg.max_draws:
+            while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, stage, update)
                 # keep a group iff its R_l are not all equal
                 buffer.add(groups)
@@ -65,10 +66,14 @@ def draw(run, stage, update):
 
     -> one Group per prompt
     """
-    cfg, level = run.cfg, stage.level
-    prompts, first = stage.draw(level.prompts)
+    cfg, level, order = run.cfg, stage.level, stage.order
+    count = level.prompts
+    if cfg.surplus == "missing" and update.draws:
+        count = min(count, level.buffer_groups - stage.buffer.pending)
+    first, indices = order.drawn, order.draw(min(count, update.prompts_left))
+    prompts = [order.prompts[i] for i in indices]
     keys = []
-    for i in range(first, first + len(prompts)):
+    for i in range(first, order.drawn):
         keys.append(
             [stream(cfg.seed, TRAINING, stage.number, i, g) for g in range(level.group_size)]
         )
@@ -89,6 +94,8 @@ def draw(run, stage, update):
 
     scored = run.ranks.spread(list(zip(prompts, keys)), work)  # if one process fails, all raise
     groups = [group for _, group in scored]
+    for i, group in zip(indices, groups):
+        order.sampled(i, group.right.double().mean().item())
     update.drew(prompts, [attempts for attempts, _ in scored], groups)
     return groups
 
@@ -100,13 +107,14 @@ def score(run, stage, prompt, attempts):
         outcome = [own_reward(stage, prompt.problem, a.text) for a in attempts]
     else:
         outcome = [a.right for a in attempts]
+    limit = min(level.max_new_tokens, run.policy.room(prompt))
     length = length_reward(
         run.cfg.length_kind,
         torch.tensor([a.length for a in attempts], dtype=torch.float64),
-        torch.tensor([a.right for a in attempts]),
+        torch.tensor(outcome) >= 1,
         torch.tensor([a.completion.stopped for a in attempts]),
-        level.max_new_tokens,
-        level.overlong_cache,
+        limit,
+        min(level.overlong_cache, limit),
     )
     return Group(
         prompt=prompt.tokens,
@@ -147,6 +155,7 @@ def learn(run, stage, groups, update):
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()  # A_i
         fresh = group.sampled_after == run.trained
+        update.carried += not fresh
         samples.append([Sample(group, c, A, fresh) for c, A in zip(group.completions, advantage)])
     for step in minibatches(cfg, stage.level.inner_epochs, samples, update.number):
         sums, peaks = accumulate_gradient(run, stage.level, step)
@@ -278,28 +287,28 @@ def cut(samples, max_tokens):
 
 
 def evaluate(run):
-    """Held-out accuracy of every level: one sample a problem at the training temperature."""
+    """Held-out accuracy of every level: one sample a problem at the training temperature, at most
+    --eval-max-new-tokens, whatever level is being trained."""
     cfg, ranks = run.cfg, run.ranks
+    longest = max(stage.level.max_new_tokens for stage in run.stages)
+    sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)
+
+    def work(share):
+        prompts, keys = [p for p, _ in share], [k for _, k in share]
+        done = attempt(run.policy, run.grader, prompts, keys, sampling, show_progress=ranks.first)
+        return [(a.right, a.length, writes_steps(a.text)) for (a,) in done]
+
+    prompts = [prompt for some in run.held_out.values() for prompt in some]
+    keys = evaluation_keys(cfg.seed, prompts, 1)
+    done = iter(ranks.spread(list(zip(prompts, keys)), work))
     rows = []
-    for stage in run.stages:
-        if not stage.held_out:
-            continue
-        keys = evaluation_keys(cfg.seed, stage.held_out, 1)
-        sampling = Sampling(stage.level.max_new_tokens, cfg.temperature, cfg.slots)
-
-        def work(share, sampling=sampling):
-            prompts, keys = [p for p, _ in share], [k for _, k in share]
-            done = attempt(
-                run.policy, run.grader, prompts, keys, sampling, show_progress=ranks.first
-            )
-            return [(a.right, a.length, writes_steps(a.text)) for (a,) in done]
-
-        right, lengths, steps = zip(*ranks.spread(list(zip(stage.held_out, keys)), work))
+    for level, some in run.held_out.items():
+        right, lengths, steps = zip(*itertools.islice(done, len(some)))
         accuracy, low, high = interval(right)
         n = len(right)
-        row = {"accuracy": accuracy, "low": low, "high": high, "n": n}
+        row = {"level": level, "accuracy": accuracy, "low": low, "high": high, "n": n}
         row |= {"length_mean": sum(lengths) / n, "writes_steps_share": sum(steps) / n}
-        rows.append({"update": run.turns_taken, "level": stage.number, **row})
+        rows.append(row)
     run.evaluated(rows)
 
 

@@ -8,13 +8,12 @@ update runs before the clock starts. The last line is JSON.
 
 import json
 from dataclasses import replace
-from itertools import cycle
 from statistics import median
 
 import common
 
 import train
-from data import Problem
+from data import Order, Problem
 from eprli import Buffer
 from eval import Policy
 from infra.flags import Config, resolve_levels
@@ -45,16 +44,16 @@ def make_run(args):
     policy = replace(policy, stop_ids=())
     problems = [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)]
     prompts = policy.render(problems)
-    stage = Stage(1, level, cycle(prompts), [], reward, Buffer())
+    stage = Stage(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner = Learner(policy.model, ranks, args.recompute)
-    return Run(cfg, None, ranks, policy, None, learner, Grader(), [stage])
+    return Run(cfg, None, ranks, policy, None, learner, Grader(), [stage], {})
 
 
 def one_update(run):
     """-> seconds, those of learning among them, completion tokens"""
     stage = run.stages[0]
-    update = Update(2, stage, lr=1e-6)  # the first would print completions
+    update = Update(2, stage, 1e-6, run.cfg.max_draws)  # the first would print completions
 
     def work():
         train.learn(run, stage, train.draw(run, stage, update), update)

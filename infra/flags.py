@@ -14,6 +14,7 @@ from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS
 from infra.optimizer import BETAS, WEIGHT_DECAY
 from model import LOGITS_PER_CHUNK
 
+UPDATES = [20, 40]
 MEMORY_ONLY = "memory only, never changes the result"
 
 
@@ -72,20 +73,37 @@ class Levels:
         [16], "N_l, groups that an update trains on", "ours; FastCuRL 64-128"
     )
     max_new_tokens: list[int] = flag(
-        [MAX_NEW_TOKENS], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576"
+        [96, MAX_NEW_TOKENS], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576"
     )
     reward: list[str] = flag(
         ["math"], "R_l: math, or path.py:function", "paper: verifiable outcome"
     )
     length_weight: list[float] = flag(
-        [0.0], "K_l, weight of the length reward", "paper: ablated at 0; DAPO: 0.5 on our scale"
+        [0.0, 0.2],
+        "K_l, weight of the length reward",
+        "ours; paper: K_l > 0, without a number; DAPO: 0.5",
     )
     eps_low: list[float] = flag([0.2], "ratio's lower clip bound is 1 - eps_low", "DAPO")
     eps_high: list[float] = flag([0.28], "ratio's upper clip bound is 1 + eps_high", "DAPO")
     inner_epochs: list[int] = flag(
         [1], "mu_l, passes over an update's groups", "DeepScaleR, FastCuRL"
     )
-    updates: list[int] = flag([60], "M_l, updates of the level")
+    updates: list[int] | None = flag(
+        None,
+        f"M_l, updates of the level; 0: it is not trained; default {UPDATES}, or no bound where "
+        "--tokens is given",
+    )
+    tokens: list[int] | None = flag(
+        None,
+        "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
+        "with --updates, whichever is used up first ends the level",
+    )
+    target_pass_rate: float | None = flag(
+        None,
+        "within a level, the next problems are those whose running pass rate is nearest to this; "
+        "default: random order",
+        "a control, not the method: AdaRFT 0.5",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class Objective:
         "mixed", "groups to keep: those whose outcomes differ, or all", "paper, DAPO"
     )
     length_kind: Literal["overlong", "kimi", "cosine"] = flag(
-        "overlong", "length reward", "DAPO; used where K_l > 0"
+        "kimi", "length reward, used where K_l > 0", "Kimi k1.5; `overlong`: DAPO"
     )
     overlong_cache: int | None = flag(
         None,
@@ -114,7 +132,13 @@ class Objective:
         "weight of the k3 penalty towards the starting policy",
         "paper: none; DeepScaleR 0.001",
     )
-    max_draws: int = flag(10, "draws per update before it is skipped", "DAPO")
+    max_draws: int = flag(10, "draws (of P_l prompts) per update before it is skipped", "DAPO")
+    surplus: Literal["keep", "drop", "missing"] = flag(
+        "keep",
+        "groups that an update drew beyond N_l: keep them for the next one; drop them; or draw, "
+        "after the first time, only as many prompts as are missing, and keep the rest",
+        "ours; DAPO and verl drop",
+    )
 
 
 @dataclass(frozen=True)
@@ -122,13 +146,13 @@ class Optimizer:
     _argument_group_name = "optimizer"
 
     lr: float = flag(
-        1.5e-4,
-        "peak learning rate of AdamW",
-        "ours, for 0.8 M parameters; DeepScaleR 1e-6 for 1.5 B",
+        3e-4,
+        "learning rate of AdamW; within each level times warm-up and decay",
+        "ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B",
     )
-    warmup: int = flag(10, "updates of linear warm-up", "DAPO")
+    warmup: int = flag(5, "updates of linear warm-up, in each level", "ours; DAPO 10 steps")
     lr_decay: Literal["none", "linear", "cosine"] = flag(
-        "linear", "from the peak to 0, one step behind the last update", "ours; DeepScaleR none"
+        "linear", "from 1 at a level's start to 0 at its end", "ours; DeepScaleR none"
     )
     minibatches: int = flag(
         2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts"
@@ -146,6 +170,12 @@ class SamplingFlags:
     seed: int = flag(0, "seed of everything random")
     eval_every: int | None = flag(
         None, "updates between evaluations; default: at ends of levels alone; 0: none at all"
+    )
+    eval_quality: list[float] | None = flag(
+        None, "thresholds that cut the held-out problems, reported apart; default Q_l"
+    )
+    eval_max_new_tokens: int | None = flag(
+        None, "longest completion of a held-out problem, tokens; default the largest Len_l"
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
 
@@ -186,20 +216,21 @@ MAY_CHANGE = (
 )
 RULES = (
     ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
+    ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
-        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed",
+        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),
     (
-        "prompts max_new_tokens inner_epochs updates minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws logits_per_chunk keep_checkpoints",
+        "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
+        "overlong_cache max_draws logits_per_chunk keep_checkpoints eval_max_new_tokens",
         lambda v: v >= 1,
         "at least 1",
     ),
     ("group_size", lambda v: v >= 2, "at least 2"),  # a group of one has no advantage
     ("eps_low", lambda v: v < 1, "below 1"),
-    ("quality", math.isfinite, "a finite number"),
+    ("quality eval_quality", math.isfinite, "a finite number"),
 )
 
 
@@ -235,7 +266,7 @@ def check(cfg):
     rules = [*RULES, ("buffer_groups", lambda v: v >= cfg.minibatches, enough)]
     if cfg.difficulty == "pass_rate":
         rate = "in (0, 1]: a difficulty is 1 - pass rate"
-        rules.insert(0, ("quality", lambda v: 0 < v <= 1, rate))
+        rules.insert(0, ("quality eval_quality", lambda v: 0 < v <= 1, rate))
     for names, good, words in rules:
         for name in names.split():
             values = getattr(cfg, name)
@@ -244,13 +275,12 @@ def check(cfg):
                     raise ValueError(f"{option(name)} must be {words}, found {value}")
 
 
-def resolve_levels(cfg, measured):
-    """The levels that the per-level flags describe. Each flag has one value, or one per level.
-
-    measured  whether some training problem has a pass rate
-    """
+def level_values(cfg, measured):
+    """{name: its values} of the per-level flags, with all defaults."""
     values = {name: getattr(cfg, name) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
+    values["updates"] = cfg.updates or ([None] if cfg.tokens else UPDATES)
+    values["tokens"] = cfg.tokens or [None]
     if not cfg.quality:
         values["quality"] = default_quality(cfg, measured)
     elif cfg.difficulty == "pass_rate" and not measured:
@@ -259,17 +289,32 @@ def resolve_levels(cfg, measured):
             f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
             "--add-pass-rate FILE`, or use --difficulty level"
         )
-    num_levels = max(map(len, values.values()))
+    return values
+
+
+def resolve_levels(cfg, measured):
+    """The levels that the per-level flags describe. Each flag has one value, or one per level. A
+    default of two values has one for level 1 of several, and one for all other levels.
+
+    measured  whether some training problem has a pass rate
+    """
+    values = level_values(cfg, measured)
+    default = vars(Config()) | {"updates": UPDATES, "quality": QUALITY}
+    given = [name for name, some in values.items() if some != default[name]]
+    num_levels = max(len(values[name]) for name in [*given, "quality"])
+    for name in [*given, "quality"]:
+        if len(values[name]) not in (1, num_levels):
+            raise ValueError(
+                f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
+                f"values, not {len(values[name])}{'' if getattr(cfg, name) else ' as by default'}"
+            )
     levels = []
     for i in range(num_levels):
         own = {}
         for name, some in values.items():
-            if len(some) not in (1, num_levels):
-                raise ValueError(
-                    f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
-                    f"values, not {len(some)}{'' if getattr(cfg, name) else ' as by default'}"
-                )
-            own[name] = some[i % len(some)]
+            own[name] = some[min(i, len(some) - 1)]
+            if name not in given and num_levels == 1:
+                own[name] = some[-1]
         cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
         if cache > own["max_new_tokens"]:
             raise ValueError(

@@ -9,18 +9,18 @@ import torch
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 
 
-def learning_rate(cfg, update, num_updates):
-    """Linear warm-up, then decay from the peak at the end of the warm-up to 0 behind the end.
+def learning_rate(cfg, trained, progress):
+    """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
-    update  from 1, counted over all levels; num_updates of all levels
+    trained   updates of the level that changed the policy so far
+    progress  share of the level's budget that they used up, in [0, 1)
     """
-    rate = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
-    if cfg.lr_decay == "none" or update <= cfg.warmup:
+    rate = cfg.lr * min(1.0, (trained + 1) / max(cfg.warmup, 1))
+    if cfg.lr_decay == "none":
         return rate
-    done = (update - cfg.warmup) / (num_updates - cfg.warmup + 1)
     if cfg.lr_decay == "linear":
-        return rate * (1 - done)
-    return rate * (1 + math.cos(math.pi * done)) / 2
+        return rate * (1 - progress)
+    return rate * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Learner:

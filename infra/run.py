@@ -29,6 +29,8 @@ MOST_SKIPS = (
 )
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
+BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
+COUNTERS = ("trained", "tokens", "skips", "last_update")  # of a Stage
 
 
 @dataclass
@@ -37,31 +39,38 @@ class Stage:
 
     number: int  # from 1
     level: Level
-    prompts: object  # endless iterator of data.Prompt
-    held_out: list  # data.Prompt
+    order: object  # data.Order of its prompts
     reward: object  # a user's function, or None: the grader's outcome
     buffer: Buffer
-    prompts_drawn: int = 0
-    turns: int = 0  # updates of this level so far, skipped ones included
+    trained: int = 0  # updates of this level that changed the policy
+    tokens: int = 0  # sampled in this level's updates, whatever became of them
     skips: int = 0  # in a row
+    last_update: int = 0  # number of its newest update; 0: none yet
+
+    @property
+    def progress(self):
+        """Share of the level's budget that is used up: of updates or of tokens, the larger."""
+        level, shares = self.level, []
+        for used, budget in ((self.trained, level.updates), (self.tokens, level.tokens)):
+            if budget is not None:
+                shares.append(min(1.0, used / budget) if budget else 1.0)
+        return max(shares)
 
     @property
     def over(self):
-        return self.turns == self.level.updates or self.skips == MOST_SKIPS
-
-    def draw(self, count):
-        """-> the next prompts, and how many were drawn before them"""
-        first = self.prompts_drawn
-        self.prompts_drawn += count
-        return list(itertools.islice(self.prompts, count)), first
+        return self.progress == 1 or self.skips == MOST_SKIPS
 
 
 def next_stage(stages, schedule):
     """One level after the other, or each in turn; None when all are over."""
     left = [stage for stage in stages if not stage.over]
     if schedule == "interleaved":
-        return min(left, key=lambda stage: stage.turns, default=None)
+        return min(left, key=lambda stage: stage.last_update, default=None)
     return left[0] if left else None
+
+
+def name_level(level):
+    return "all problems" if level is None else f"level {level}"
 
 
 @dataclass
@@ -76,6 +85,7 @@ class Run:
     learner: object
     grader: object
     stages: list
+    held_out: dict  # {number of a level, or None where that is not known: [data.Prompt, ...]}
     turns_taken: int = 0  # updates so far, skipped ones included
     trained: int = 0  # updates that changed the policy
     broken: int = 0  # updates in a row that met a number that is not finite
@@ -86,13 +96,18 @@ class Run:
     first_entropy: float | None = None
 
     @property
-    def num_updates(self):
-        return sum(stage.level.updates for stage in self.stages)
+    def tokens(self):
+        """Sampled so far, over all levels."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def progress(self):
+        return sum(1 if stage.over else stage.progress for stage in self.stages)
 
     def turns(self, evaluate):
         """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
-        total, silent = self.num_updates, not self.ranks.first
-        with tqdm(initial=self.turns_taken, total=total, unit="update", disable=silent) as bar:
+        silent, total = not self.ranks.first, len(self.stages)
+        with tqdm(initial=self.progress, total=total, bar_format=BAR, disable=silent) as bar:
             while True:
                 if self.evaluation_due and self.cfg.eval_every != 0:
                     evaluate(self)
@@ -104,7 +119,7 @@ class Run:
                 if stage is None:
                     return
                 yield stage
-                bar.update()
+                bar.update(self.progress - bar.n)
 
     def due(self, every):
         """Whether what happens after every so many updates, or never (0, None), is due now."""
@@ -113,16 +128,18 @@ class Run:
     @contextmanager
     def update(self, stage):
         """One update of a level. Raises Stop after MOST_BROKEN updates that met bad numbers."""
-        lr = learning_rate(self.cfg, self.turns_taken + 1, self.num_updates)
-        update = Update(self.turns_taken + 1, stage, lr)
-        before = stage.prompts_drawn, list(stage.buffer.groups), Counter(stage.buffer.counts)
+        lr = learning_rate(self.cfg, stage.trained, stage.progress)
+        update = Update(self.turns_taken + 1, stage, lr, self.cfg.max_draws)
+        order, buffer = stage.order.state(), stage.buffer
+        before = list(buffer.groups), Counter(buffer.counts)
         try:
             yield update
         except NotFinite as fault:
             update.fault = fault
             stage.buffer.remove(fault.groups, "broken")
         except BaseException:
-            stage.prompts_drawn, stage.buffer.groups, stage.buffer.counts = before
+            stage.order.restore(order)
+            buffer.groups, buffer.counts = before
             self.ahead = bool(update.steps)
             raise
         self.ahead = True
@@ -138,7 +155,9 @@ class Run:
     def count(self, stage, update):
         """Count an update that is over, and say whether an evaluation is due."""
         self.turns_taken += 1
-        stage.turns += 1
+        stage.last_update = self.turns_taken
+        stage.tokens += sum(row["tokens"] for row in update.rows)
+        stage.trained += bool(update.steps)
         self.trained += bool(update.steps)
         if update.fault:
             self.broken += 1
@@ -174,36 +193,40 @@ class Run:
 
     def evaluated(self, rows):
         """Write down and print the held-out accuracy of every level."""
+        rows = [{"update": self.turns_taken, "tokens_sampled": self.tokens, **row} for row in rows]
         self.ahead = True
         self.directory.append("eval.jsonl", rows)
         self.ahead = False
         self.evaluations += rows
         for row in rows:
-            text = "  held out, level {level}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
-            tqdm.write(f"{text} after {{update}} updates".format(**row))
+            text = "  held out, {0}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
+            name = name_level(row["level"])
+            tqdm.write(f"{text} after {{update}} updates".format(name, **row))
             earlier = [e for e in self.evaluations if e["level"] == row["level"]]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
                 tqdm.write(
-                    f"  level {row['level']} is being forgotten: it was at {best['accuracy']:.1%} "
-                    f"after {best['update']} updates, and the intervals do not meet; give this "
-                    "level fewer --updates, or take turns (--schedule interleaved)"
+                    f"  {name} is being forgotten: it was at {best['accuracy']:.1%} "
+                    f"after {best['update']} updates, and the intervals do not meet; give the "
+                    "level that is trained fewer --updates, or take turns (--schedule interleaved)"
                 )
 
     def table(self):
         """Held-out accuracy of every level (rows) before and after every level (columns)."""
-        ends = list(itertools.accumulate((stage.turns for stage in self.stages), initial=0))
-        names = ["before", *(f"after level {stage.number}" for stage in self.stages)]
+        columns = {"before": 0}
+        for stage in self.stages:
+            if stage.last_update:
+                columns[f"after level {stage.number}"] = stage.last_update
         if self.cfg.schedule == "interleaved":
-            ends, names = [0, ends[-1]], ["before", "after"]
+            columns = {"before": 0, "after": self.turns_taken}
         cells = {}
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
             cells[row["update"], row["level"]] = cell
-        lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in names)]
-        for stage in self.stages:
-            row = "".join(f"{cells.get((end, stage.number), '-'):^24}" for end in ends)
-            lines.append(f"level {stage.number:<13}{row}")
+        lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in columns)]
+        for level in self.held_out:
+            row = "".join(f"{cells.get((end, level), '-'):^24}" for end in columns.values())
+            lines.append(f"{name_level(level):<19}{row}")
         return "\n".join(lines)
 
     # ------------------------------------------------------------------------------ checkpoints
@@ -274,8 +297,9 @@ def pack(run):
             waiting += group.completions
             lengths = [(len(c.tokens), c.stopped) for c in group.completions]
             groups.append(vars(group) | {"completions": lengths})
-        level = {"drawn": stage.prompts_drawn, "updates": stage.turns, "skipped": stage.skips}
-        levels.append(level | {"counts": stage.buffer.counts, "groups": groups})
+        level = {name: getattr(stage, name) for name in COUNTERS}
+        level |= {"order": stage.order.state(), "counts": stage.buffer.counts}
+        levels.append(level | {"groups": groups})
     progress = {"update": run.turns_taken, "trained": run.trained, "broken": run.broken}
     progress["evaluate"] = run.evaluation_due
     tensors = {
@@ -292,8 +316,9 @@ def unpack(run, state, tensors):
     run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]
     tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
     for stage, level in zip(run.stages, state["levels"], strict=True):
-        stage.draw(level["drawn"])
-        stage.turns, stage.skips = level["updates"], level["skipped"]
+        stage.order.restore(level["order"])
+        for name in COUNTERS:
+            setattr(stage, name, level[name])
         stage.buffer.counts = Counter(level["counts"])
         for row in level["groups"]:
             completions = []

@@ -93,13 +93,16 @@ def read_data(cfg):
     return levels, train_set, held_out, facts
 
 
-def cut(cfg, levels, name, problems):
-    """-> a list of problems for each level, counts of those that belong to none"""
-    if problems and all(data.difficulty(p, cfg.difficulty) is None for p in problems):
-        what = cfg.difficulty
-        tqdm.write(f"{name}: no problem has a {what}, so all of them stand for every level")
-        return [problems] * len(levels), {}
-    return data.cut_levels(problems, [level.quality for level in levels], cfg.difficulty)
+def cut(cfg, name, problems, qualities):
+    """-> {number from 1: problems}, counts of those that belong to no level
+
+    Where nothing is known of the difficulty: {None: all problems}.
+    """
+    if all(data.difficulty(p, cfg.difficulty) is None for p in problems):
+        tqdm.write(f"{name}: no problem has a {cfg.difficulty}, so they are one set")
+        return {None: problems}, {}
+    parts, left_out = data.cut_levels(problems, qualities, cfg.difficulty)
+    return dict(enumerate(parts, 1)), left_out
 
 
 def fitting(policy, problems):
@@ -111,40 +114,51 @@ def fitting(policy, problems):
     return prompts
 
 
-def make_stages(cfg, levels, train_set, held_out, policy):
+def make_stages(cfg, levels, train_set, policy):
     """Cut the levels and render everything before minutes are spent. -> stages, facts"""
-    train_sets, left_out = cut(cfg, levels, cfg.data, train_set)
-    held_out_sets, eval_left_out = cut(cfg, levels, cfg.eval_data, held_out)
-    if held_out and not any(held_out_sets):
-        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --quality")
+    qualities = [level.quality for level in levels]
+    parts, left_out = cut(cfg, cfg.data, train_set, qualities)
     stages, too_long = [], 0
-    for number, (level, own, own_held_out) in enumerate(zip(levels, train_sets, held_out_sets), 1):
-        if not own:
-            raise ValueError(
-                f"level {number} (Q = {level.quality:g}) has no problem: choose another --quality "
-                f"({cfg.data} left out: {left_out})"
-            )
-        prompts = fitting(policy, own)
-        too_long += len(own) - len(prompts)
+    for number, level in enumerate(levels, 1):
+        own, prompts = parts.get(None) or parts[number], []
+        if level.on:
+            if not own:
+                raise ValueError(
+                    f"level {number} (Q = {level.quality:g}) has no problem: choose another "
+                    f"--quality ({cfg.data} left out: {left_out})"
+                )
+            prompts = fitting(policy, own)
+            too_long += len(own) - len(prompts)
         stage = Stage(
             number,
             level,
-            prompts=data.endless(prompts, cfg.seed, number),
-            held_out=policy.render(own_held_out),
+            order=data.Order(prompts, f"{cfg.seed}/{number}", cfg.target_pass_rate),
             reward=load_reward(level.reward),
             buffer=Buffer(cfg.filter == "all"),
         )
         stages.append(stage)
-        counts = f"{len(prompts)} problems, {len(own_held_out)} held out"
-        tqdm.write(f"level {number}: difficulty up to {level.quality:g}, {counts}")
-    qualities = [level.quality for level in levels]
+        tqdm.write(
+            f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
+            f"{'' if level.on else ', not trained'}"
+        )
     if qualities != sorted(qualities):
         tqdm.write(
             'Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and '
             '"Q_{l-1} > Q_l"; see eprli.py'
         )
-    facts = {"prompts_too_long": too_long, "left_out": left_out, "eval_left_out": eval_left_out}
-    return stages, facts
+    return stages, {"prompts_too_long": too_long, "left_out": left_out}
+
+
+def cut_held_out(cfg, levels, held_out, policy):
+    """-> {number of a level: its prompts}, facts. By default they are cut as the levels are."""
+    if not held_out:
+        return {}, {}
+    qualities = cfg.eval_quality or [level.quality for level in levels]
+    parts, left_out = cut(cfg, cfg.eval_data, held_out, list(dict.fromkeys(qualities)))
+    prompts = {number: policy.render(own) for number, own in parts.items() if own}
+    if not prompts:
+        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
+    return prompts, {"eval_left_out": left_out}
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -187,7 +201,7 @@ def begin(cfg, ranks):
     if ranks.from_first(lambda: os.path.lexists(out)):
         raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
     used = kernels.use(ranks.from_first(kernels.probe))
-    stages, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
+    stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
     config = {
@@ -201,7 +215,7 @@ def begin(cfg, ranks):
         "model_files": hashes(policy.folder.iterdir()),
     }
     directory = ranks.together(lambda: RunDirectory(out, ranks, config))
-    return make_run(cfg, directory, ranks, stages, policy)
+    return make_run(cfg, directory, ranks, stages, held_out, policy)
 
 
 def go_on(cfg, config, ranks):
@@ -219,28 +233,29 @@ def go_on(cfg, config, ranks):
     if not here.items() <= config.items():
         tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
     model = checkpoint or cfg.model
-    stages, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
-    run = make_run(cfg, directory, ranks, stages, policy)
+    stages, held_out, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
+    run = make_run(cfg, directory, ranks, stages, held_out, policy)
     run.resume(checkpoint)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
 
 def load(cfg, model, device):
-    """Read and check everything. -> stages, Policy, facts about the data"""
+    """Read and check everything. -> stages, held-out prompts, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
     policy = Policy.load(str(model), cfg.dtype, device, cfg.examples)
-    stages, more = make_stages(cfg, levels, train_set, held_out, policy)
-    return stages, policy, facts | more
+    stages, cut_facts = make_stages(cfg, levels, train_set, policy)
+    prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
+    return stages, prompts, policy, facts | cut_facts | eval_facts
 
 
-def make_run(cfg, directory, ranks, stages, policy):
+def make_run(cfg, directory, ranks, stages, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    return Run(cfg, directory, ranks, policy, reference, learner, grader, stages)
+    return Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
 
 
 def memory_table(cfg):

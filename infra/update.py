@@ -32,14 +32,18 @@ class Update:
     """What happens in one update of a level.
 
     rows   of completions.jsonl, one per completion drawn
+    rewards  (G,) for each group drawn
     steps  one per optimizer step: what train.accumulate_gradient found, and the gradient's norm
     """
 
-    def __init__(self, number, stage, lr):
+    def __init__(self, number, stage, lr, max_draws):
         self.number, self.stage, self.lr = number, stage, lr
+        self.prompts_left = max_draws * stage.level.prompts  # that may still be drawn
+        self.carried = 0  # groups trained on that an earlier update sampled
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
         self.rows = []
+        self.rewards = []
         self.steps = []
         self.seconds = Counter()
         self.fault = None  # the NotFinite that ended it
@@ -48,6 +52,8 @@ class Update:
     def drew(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
+        self.prompts_left -= len(prompts)
+        self.rewards += [group.reward for group in groups]
         for prompt, some, group in zip(prompts, attempts, groups):
             scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
             for i, (a, outcome, length_reward) in enumerate(scored):
@@ -100,12 +106,14 @@ class Update:
         tokens = [row["tokens"] for row in rows]
         reward = [row["outcome"] + row["length_reward"] for row in rows]
         verdicts = Counter(row["verdict"] for row in rows)
+        kept = self.count("kept")
         row = {
             "update": self.number,
             "level": self.stage.number,
             "accuracy": mean([row["verdict"] == RIGHT for row in rows]),
             "reward_mean": mean(reward),
-            "reward_std": population_std(reward),
+            "reward_variance_within": mean([r.var(correction=0).item() for r in self.rewards]),
+            "reward_variance_between": variance([r.mean().item() for r in self.rewards]),
             "outcome_mean": mean([row["outcome"] for row in rows]),
             "length_reward_mean": mean([row["length_reward"] for row in rows]),
             "length_mean": mean(tokens),
@@ -114,6 +122,7 @@ class Update:
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
             "groups_pending": self.stage.buffer.pending,
+            "carried_share": self.carried / kept if kept else math.nan,
             "objective": mean([step["objective"] for step in steps]),
             "entropy": self.per_token("entropy"),
             "clip_low_share": self.per_token("clip_low"),
@@ -136,7 +145,7 @@ class Update:
     def tell(self, row, folder):
         """Print its line, and what a person should hear of.  row: see `row`"""
         level = self.stage.level
-        where = f"level {self.stage.number} update {self.stage.turns}/{level.updates}"
+        where = f"level {self.stage.number} ({self.stage.progress:.0%}) update {self.number}"
         tqdm.write(f"{where} | {LINE.format(**row).replace('nan%', '-').replace('nan', '-')}")
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
@@ -165,11 +174,10 @@ def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-def population_std(values):
-    """nan if there are none."""
-    if not values:
-        return math.nan
-    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
+def variance(values):
+    """Of a population; nan if there is none."""
+    centre = mean(values)
+    return mean([(value - centre) ** 2 for value in values])
 
 
 def peak_memory_mb():

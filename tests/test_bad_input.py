@@ -152,6 +152,11 @@ FLAGS = """
 --eps-low 1.0 | --eps-low must be below 1, found 1.0
 --eps-low -0.1 | --eps-low must be at least 0
 --eps-high -0.1 | --eps-high must be at least 0
+--tokens -1 | --tokens must be at least 0
+--tokens 5 5 5 --quality 0.5 1 | 3 levels, and --quality needs 1 or 3 values, not 2
+--target-pass-rate 1 | --target-pass-rate must be in (0, 1), found 1.0
+--eval-quality 80 | --eval-quality must be in (0, 1]
+--eval-max-new-tokens 0 | --eval-max-new-tokens must be at least 1
 --length-weight -1 | --length-weight must be at least 0
 --overlong-cache 7 | --overlong-cache 7 exceeds --max-new-tokens
 --overlong-cache 0 | --overlong-cache must be at least 1

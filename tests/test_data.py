@@ -1,7 +1,8 @@
 """Problems, prompts and levels: what goes in is checked, what comes out is the same every time."""
 
 import itertools
-import re
+import json
+import random
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import sympy
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Problem, cut_levels, endless, overlap, read_problems, render
-from tools.problems import generate
+from data import Order, Problem, Prompt, cut_levels, overlap, read_problems, render
+from eval import SHIPPED
+from rewards import load_reward
+from tools.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from tools.warmstart import make_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
@@ -160,15 +163,39 @@ def test_declared_levels():
     assert counts["unmeasured"] == 1
 
 
-def test_endless_order_is_seeded_covers_every_epoch_and_resumes():
-    items = list(range(10))
-    first, again, other = [
-        list(itertools.islice(endless(items, *seed), 35)) for seed in ((0, 1), (0, 1), (0, 2))
-    ]
-    assert first == again != other
-    assert all(sorted(first[i : i + 10]) == items for i in (0, 10, 20))
-    assert first[:10] != first[10:20]
-    assert first[:10] == [3, 6, 0, 5, 1, 2, 7, 8, 9, 4]  # what runs of earlier versions drew
+def make_order(seed="0/1", **settings):
+    rates = (0.1, 0.4, None, 0.7, 1.0, 0.5, 0.3, 0.9, 0.2, 0.6)
+    prompts = [Prompt(Problem(str(i), "p", "1", rate), [], "") for i, rate in enumerate(rates)]
+    return Order(prompts, seed, **settings)
+
+
+@pytest.mark.parametrize("sizes", [[35], [4] * 8 + [3], [13, 22]])
+def test_the_order_is_seeded_and_covers_every_epoch(sizes):
+    order, other, drawn = make_order(), make_order("0/2"), []
+    for size in sizes:
+        drawn += order.draw(size)
+    assert all(sorted(drawn[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert drawn[:10] != drawn[10:20] and drawn != other.draw(35)
+    assert drawn[:10] == [3, 6, 0, 5, 1, 2, 7, 8, 9, 4]  # what runs of earlier versions drew
+
+
+def test_a_target_draws_what_is_nearest_and_was_not_drawn_for_longest():
+    """Without the running mean the same problems would be drawn for ever; without the order of
+    drawing, problems of one rate would starve each other."""
+    order = make_order(target=0.5)
+    first = order.draw(2)
+    assert set(first) == {2, 5}  # the unmeasured one, and 0.5
+    order.sampled(2, 0.0)
+    order.sampled(5, 0.5)
+    assert order.rates[2] == 0.25 and order.rates[5] == 0.5
+    assert order.draw(1) == [5] and set(order.draw(3)) == {5, 1, 9}
+    again = make_order(target=0.5)
+    again.restore(json.loads(json.dumps(order.state())))
+    for some in (order, again):
+        some.sampled(5, 1.0)
+        some.sampled(1, 0.6)
+    assert order.draw(3) == again.draw(3) and order.state() == again.state()
+    assert order.draw(1) == [1]  # 9 is as near
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -209,20 +236,69 @@ def test_examples_need_both_texts(tmp_path):
 
 
 def test_generated_answers_and_steps_are_right():
-    """Every answer against sympy; 2 to 6 steps, each an identity or the same equation."""
-    families = set()
+    """Every answer and every step against sympy: a step adds the next number to the last total."""
+    lengths, turned = set(), 0
     for p in itertools.islice(generate("train", 7), 300):
-        families.add(p.other["family"])
-        assert 2 <= len(p.other["steps"]) <= 6, p
-        for text in (p.problem, *p.other["steps"]):
-            spelled = re.sub(r"(\d)([x(])", r"\1*\2", text)
-            left, _, right = spelled.partition("=")
-            difference = sympy.sympify(left) - sympy.sympify(right or p.answer)
-            solutions = [int(p.answer)] if "x" in text else []
-            assert sympy.solve(difference, "x") == solutions, (p, text)
-            assert "x" in text or difference == 0, (p, text)
-        assert p.other["steps"][-1].endswith(f"={p.answer}")
-    assert families == {"expression", "product", "equation"}
+        assert sympy.sympify(p.problem) == int(p.answer)
+        (total, _), *rest = terms(p.problem)
+        turned += sum(was_turned for _, was_turned in rest)
+        lengths.add(len(rest) + 1)
+        assert p.other["steps"][0].startswith(str(total))
+        for step, (value, _) in zip(p.other["steps"], rest, strict=True):
+            left, _, right = step.removeprefix(str(total)).partition("=")
+            assert int(left) == value and sympy.sympify(f"{total}{left}") == int(right)
+            total = int(right)
+            assert 0 <= total <= 150
+        assert total == int(p.answer)
+    assert lengths == set(range(2, 9)) and turned > 100
+
+
+@pytest.mark.parametrize(
+    "total, value, found",
+    [
+        (52, 38, ("carry", 80)),
+        (52, 37, (None, None)),
+        (52, -38, ("borrow", 16)),
+        (52, -31, (None, None)),
+        (107, -9, ("borrow", 92)),
+        (5, -7, (None, None)),  # a negative result has no borrowing from the left
+        (-5, 30, (None, None)),
+    ],
+)
+def test_traps(total, value, found):
+    assert trap(total, value) == found
+
+
+def test_a_student_falls_into_the_traps_that_are_named():
+    text = "52+38-(14-6)-5"
+    assert terms(text) == [(52, False), (38, False), (-14, False), (6, True), (-5, False)]
+    assert solve(text) == (["52+38=90", "-14=76", "+6=82", "-5=77"], 77)
+    assert solve(text, {"sign": 1.0})[0] == ["52+38=90", "-14=76", "-6=70", "-5=65"]
+    assert solve(text, {"carry": 1.0})[0] == ["52+38=80", "-14=66", "+6=62", "-5=57"]
+    assert solve(text, {"borrow": 1.0})[1] == 75  # 90-14 becomes 74, and 80-5 stays 75
+    careful, rng = solve(text, careful=1.0), random.Random(0)
+    assert careful == (["52+38(2+8=10)=90", "-14(10-4=6)=76", "+6(6+6=12)=82", "-5(12-5=7)=77"], 77)
+    slips = {"carry": 1 / CAREFUL_SLIPS, "borrow": 1 / CAREFUL_SLIPS}  # then the careful slip too
+    assert solve(text, slips, careful=1.0)[0][0] == "52+38(2+8=10)=80"
+    assert solve("90-14", slips, careful=1.0)[0] == ["90-14(4-0=4)=74"]
+    right = [solve(text, {"carry": 1.0}, careful=1.0, rng=rng)[1] == 77 for _ in range(400)]
+    assert 0.4 < sum(right) / 400 < 0.6  # two carries, each right in 70 %
+
+
+def test_the_process_reward_counts_the_steps_before_the_first_mistake():
+    reward = load_reward(str(SHIPPED / "process.py:right_steps"))
+    steps, answer = solve("52+38-14")
+    problem = {"steps": steps, "answer": answer}
+    for response, share in (
+        ("52+38=90;-14=76;\\boxed{76}", 1),
+        ("52+38(2+8=10)=90;-14=76;\\boxed{76}", 1),  # units are no step
+        ("52+38=80;-14=76;\\boxed{76}", 0),
+        ("52+38=90;-14=84;\\boxed{84}", 1 / 3),
+        ("52+38=90;-14=76;\\boxed{77}", 2 / 3),
+        ("\\boxed{76}", 0),
+        ("", 0),
+    ):
+        assert reward(problem, response) == pytest.approx(share), response
 
 
 def test_splits_are_disjoint_whatever_the_seed():

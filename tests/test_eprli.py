@@ -287,7 +287,7 @@ def test_buffer_conserves_groups_under_a_random_script():
 
 
 def test_surplus_serves_the_next_update_and_no_other():
-    """`expire` without its `- 1` drops surplus before it can be used."""
+    """Surplus that expires at once is dropped before it can be used."""
     buffer, surplus = Buffer(), group(0, 1, sampled_after=1)
     buffer.add([surplus])
     buffer.expire(2)

@@ -136,6 +136,13 @@ def test_streams_of_random_numbers(toy_policy):
     assert evaluation_keys(0, [prompt], 4)[0] == streams[2]
 
 
+def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
+    """Else two arms whose levels differ would be compared on different samples."""
+    prompts = toy_policy.render([Problem(name, "1+1", "2") for name in "abc"])
+    a, b, c = evaluation_keys(0, prompts, 2)
+    assert evaluation_keys(0, [prompts[2], prompts[0]], 2) == [c, a] and a != b
+
+
 @pytest.mark.parametrize(
     "text, opening, verdict",
     [

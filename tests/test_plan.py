@@ -87,9 +87,9 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
     groups, sampling, _ = peak(lambda: fill(cfg, level, learner.model, prompt))
-    stage = Stage(1, level, None, [], None, Buffer())
-    run = Run(cfg, None, Ranks(), None, None, learner, None, [stage])
-    update = Update(1, stage, 0.0)
+    stage = Stage(1, level, None, None, Buffer())
+    run = Run(cfg, None, Ranks(), None, None, learner, None, [stage], {})
+    update = Update(1, stage, 0.0, cfg.max_draws)
     _, learning, moments = peak(lambda: train.learn(run, stage, groups, update))
     parts = plan(cfg, [level], learner.model, prompt)
     always += moments  # which come with the first step

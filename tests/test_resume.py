@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
     "where, call, update, number",
     [
         ("train.evaluate", 1, 0, signal.SIGINT),  # dropped
-        ("rollout.choose", 90, 5, signal.SIGTERM),  # in a rollout: its update is dropped
+        ("rollout.choose", 66, 5, signal.SIGTERM),  # in a rollout: its update is dropped
         ("train.accumulate_gradient", 6, 2, signal.SIGINT),  # while learning: it is finished
         ("infra.optimizer.Learner.step", 12, 3, signal.SIGTERM),
         ("infra.run.Run.write", 2, 4, signal.SIGINT),  # in a checkpoint

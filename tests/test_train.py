@@ -12,7 +12,9 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from data import Problem, Prompt
 from eprli import Buffer, Group, Level
+from eval import Attempt
 from infra.flags import Config
 from infra.optimizer import Learner, learning_rate
 from infra.ranks import Ranks
@@ -22,12 +24,13 @@ from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 
 METRICS = (
-    "update level accuracy reward_mean reward_std outcome_mean length_reward_mean length_mean "
-    "truncated_share writes_steps_share grader_timeouts grader_errors groups_drawn groups_kept "
-    "groups_all_right groups_all_wrong groups_broken groups_stale groups_pending objective "
-    "entropy clip_low_share clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean "
-    "grad_norm lr tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds "
-    "tokens_per_second peak_memory_mb"
+    "update level accuracy reward_mean reward_variance_within reward_variance_between "
+    "outcome_mean length_reward_mean length_mean truncated_share writes_steps_share "
+    "grader_timeouts grader_errors groups_drawn groups_kept groups_all_right groups_all_wrong "
+    "groups_broken groups_stale groups_pending carried_share objective entropy clip_low_share "
+    "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
+    "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
+    "peak_memory_mb"
 )
 
 
@@ -55,6 +58,7 @@ def level(**changes):
             "inner_epochs": 1,
             "buffer_groups": 2,
             "updates": 1,
+            "tokens": None,
             **changes,
         }
     )
@@ -157,8 +161,8 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
 
         learner = SimpleNamespace(model=model, step=look)
         run = a_run(model, learner=learner, loss_norm=norm, minibatches=minibatches)
-        stage = Stage(1, level(), None, [], None, Buffer())
-        learn(run, stage, groups, Update(1, stage, 0.1))
+        stage = Stage(1, level(), None, None, Buffer())
+        learn(run, stage, groups, Update(1, stage, 0.1, max_draws=1))
     assert len(seen) == 1 + 2 + 4
     assert all((g - seen[0]).abs().max() < 1e-12 for g in seen)
 
@@ -183,16 +187,28 @@ def test_masters_keep_what_bfloat16_would_lose():
     assert torch.equal(weight, master.bfloat16()) and not torch.equal(before, weight)
 
 
-def test_learning_rate_warms_up_and_decays_to_zero_behind_the_end():
+def test_learning_rate_is_warm_up_times_decay():
     def rates(n, **flags):
-        return [learning_rate(Config(lr=1.0, **flags), u, n) for u in range(1, n + 1)]
+        return [learning_rate(Config(lr=1.0, **flags), done, done / n) for done in range(n)]
 
-    down = [6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
-    assert rates(10, warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1.0, *down])
+    assert rates(4, warmup=2, lr_decay="linear") == pytest.approx([0.5, 0.75, 0.5, 0.25])
     assert rates(3, warmup=0, lr_decay="none") == [1.0, 1.0, 1.0]
-    cosine = rates(9, warmup=0, lr_decay="cosine")
+    cosine = rates(8, warmup=0, lr_decay="cosine")
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[4] == pytest.approx(0.5) and cosine[-1] > 0
+
+
+def test_progress_follows_the_budget_that_is_used_up_first():
+    """A level whose tokens are spent must end, and its rate be 0 there, whatever --updates says."""
+
+    def progress(updates, tokens):
+        own = level(updates=updates, tokens=tokens)
+        return Stage(1, own, None, None, Buffer(), trained=3, tokens=500).progress
+
+    assert progress(4, None) == 0.75
+    assert progress(None, 2000) == 0.25
+    assert progress(4, 2000) == 0.75 and progress(30, 1000) == 0.5
+    assert progress(None, 400) == progress(3, None) == progress(0, None) == progress(9, 0) == 1
 
 
 def test_a_step_without_signal_moves_nothing():
@@ -212,6 +228,8 @@ def test_a_step_without_signal_moves_nothing():
 REWARDS = """
 def even(problem, response):
     return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
+def sometimes(problem, response):
+    return even(problem, response) if int(problem["id"][1:]) % 4 < 2 else 0.0
 def never(problem, response):
     return 0.0
 def always(problem, response):
@@ -230,6 +248,7 @@ DEFAULTS = {
     "device": "cpu",
     "lr": 1e-2,
     "warmup": 0,
+    "length_weight": 0.0,
 }
 
 
@@ -248,6 +267,8 @@ def workshop(tmp_path, toy_folder, monkeypatch):
         flags = {"model": toy_folder, **DEFAULTS, **flags}
         words = list(arguments)
         for name, value in flags.items():
+            if value is None:
+                continue
             values = value if isinstance(value, tuple) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
         train.main(words)
@@ -341,6 +362,7 @@ def test_surplus_is_trained_on_next_and_then_stale(workshop):
     assert [row["groups_pending"] for row in metrics] == [5, 3, 0]
     assert [row["groups_drawn"] for row in metrics] == [7, 0, 7]
     assert [row["groups_stale"] for row in metrics] == [0, 0, 3 + 5]
+    assert [row["carried_share"] for row in metrics] == [0, 1, 0]
     assert metrics[1]["accuracy"] is None and metrics[1]["ratio_max"] > 1.001  # off-policy
     assert [row["logprob_gap_max"] is None for row in metrics] == [False, True, False]
 
@@ -348,9 +370,9 @@ def test_surplus_is_trained_on_next_and_then_stale(workshop):
 def test_a_skipped_update_does_not_age_the_buffer(workshop):
     """Groups wait under the very policy that sampled them: three short draws fill one buffer."""
     flags = {"prompts": 2, "buffer_groups": 6, "max_draws": 1, "filter": "all"}
-    metrics = lines(workshop(quality=1.0, updates=4, **flags) / "metrics.jsonl")
-    assert [row["groups_kept"] for row in metrics] == [0, 0, 6, 0]
-    assert sum(row["groups_stale"] for row in metrics[:3]) == 0
+    metrics = lines(workshop(quality=1.0, updates=1, **flags) / "metrics.jsonl")
+    assert [row["groups_kept"] for row in metrics] == [0, 0, 6]
+    assert sum(row["groups_stale"] for row in metrics) == 0
 
 
 def test_one_problem_drawn_twice_makes_two_groups(workshop, tmp_path):
@@ -370,7 +392,7 @@ def test_what_is_logged_is_what_its_name_says(workshop):
     out = workshop(quality=1.0, updates=4, warmup=2, lr=1e-3, **flags)
     for row in lines(out / "metrics.jsonl"):
         assert row["tokens_trained"] == 2 * row["tokens_sampled"]  # every group kept, two passes
-        assert row["lr"] == pytest.approx(1e-3 * [0.5, 1, 2 / 3, 1 / 3][row["update"] - 1])
+        assert row["lr"] == pytest.approx(1e-3 * [0.5, 0.75, 0.5, 0.25][row["update"] - 1])
         assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # 1.9 is never reached
         assert 1 < row["ratio_max"] < 1.9 and row["grad_norm"] > 0
 
@@ -404,6 +426,67 @@ def test_kept_and_dropped_groups_add_up_over_a_run(workshop):
     assert total["groups_kept"] == 2 * len(metrics)
 
 
+def test_surplus_that_is_dropped_is_never_trained_on(workshop):
+    """DAPO and verl: all groups of an update are of the policy that it begins with."""
+    metrics = lines(workshop(quality=1.0, updates=3, prompts=7, surplus="drop") / "metrics.jsonl")
+    assert [row["groups_drawn"] for row in metrics] == [7, 7, 7]
+    assert [row["groups_stale"] for row in metrics] == [0, 5, 5 + 5]
+    assert [row["carried_share"] for row in metrics] == [0, 0, 0]
+
+
+def test_only_missing_prompts_are_drawn(workshop):
+    """Every other group is flat. Later draws are as small as they can be, so surplus is rare;
+    all together stay within max_draws x P_l prompts."""
+    flags = {"quality": 1.0, "updates": 1, "prompts": 4, "buffer_groups": 4, "max_draws": 3}
+    out = workshop(surplus="missing", reward="toy_reward.py:sometimes", **flags)
+    (row, *_) = lines(out / "metrics.jsonl")
+    assert row["groups_drawn"] <= 12
+    assert row["groups_drawn"] == 12 or row["groups_pending"] == 0
+
+
+@pytest.mark.parametrize("tokens, trained", [((0, 40), {2}), ((40, 0), {1}), ((40, 40), {1, 2})])
+def test_a_budget_of_tokens_ends_a_level_and_0_switches_it_off(workshop, tokens, trained):
+    """Every level is evaluated, whether it is trained or not; a level ends with the first update
+    that reaches its budget, and dropped groups count."""
+    out = workshop(eval_data="p.jsonl", updates=None, tokens=tokens, prompts=3)
+    metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
+    assert {row["level"] for row in metrics} == trained
+    for number in trained:
+        spent = [row["tokens_sampled"] for row in metrics if row["level"] == number]
+        assert sum(spent[:-1]) < tokens[number - 1] <= sum(spent)
+    assert {row["level"] for row in evaluations} == {1, 2}
+    assert evaluations[-1]["tokens_sampled"] == sum(row["tokens_sampled"] for row in metrics)
+
+
+def test_a_skipped_update_consumes_neither_updates_nor_the_schedule(workshop):
+    """One prompt in three fills the buffer of one group."""
+    flags = {"quality": 1.0, "prompts": 1, "max_draws": 1, "buffer_groups": 1, "minibatches": 1}
+    out = workshop(reward="toy_reward.py:sometimes", updates=3, warmup=0, **flags)
+    metrics = lines(out / "metrics.jsonl")
+    trained = [row["groups_kept"] for row in metrics]
+    assert 0 in trained and sum(trained) == 3
+    rates = [row["lr"] / 1e-2 for row in metrics]
+    assert rates == pytest.approx([1 - sum(trained[:i]) / 3 for i in range(len(metrics))])
+
+
+def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
+    """One level and two levels are compared on the same bins, the same problems and samples."""
+    both = []
+    for quality in (1.0, (0.5, 1.0)):
+        flags = {"eval_quality": (0.5, 1.0), "eval_max_new_tokens": 9, "max_new_tokens": 5}
+        out = workshop(eval_data="p.jsonl", quality=quality, updates=1, out=f"r{quality}", **flags)
+        both.append(lines(out / "eval.jsonl")[:2])
+    assert both[0] == both[1]
+    assert [row["level"] for row in both[0]] == [1, 2]
+    assert both[0][0]["length_mean"] > 5  # not Len_l
+
+
+def test_the_nearest_pass_rate_is_drawn_next(workshop):
+    out = workshop(quality=1.0, target_pass_rate=0.1, updates=1, buffer_groups=5)
+    drawn = {row["problem_id"] for row in lines(out / "completions.jsonl")}
+    assert drawn <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -433,13 +516,14 @@ def test_data_without_pass_rates_is_one_level_and_says_so(workshop, tmp_path, ca
     assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1]
 
 
-def test_held_out_problems_without_pass_rates_stand_for_every_level(workshop, tmp_path, capsys):
+def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, tmp_path, capsys):
     """Measured training problems and a plain held-out file are an ordinary pair."""
     write_lines(tmp_path / "plain.jsonl", [{"problem": c, "answer": 1} for c in "xy0"])
     out = workshop(eval_data="plain.jsonl", updates=1)
-    assert [(r["level"], r["n"]) for r in lines(out / "eval.jsonl")] == [(1, 3), (2, 3)] * 3
+    assert [(r["level"], r["n"]) for r in lines(out / "eval.jsonl")] == [(None, 3)] * 3
     printed = capsys.readouterr().out
-    assert "stand for every level" in printed and "overlap_with_eval 1" in printed
+    assert "they are one set" in printed and "overlap_with_eval 1" in printed
+    assert "all problems" in printed.splitlines()[-1] or "all problems" in printed
 
 
 def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, tmp_path, capsys):
@@ -457,8 +541,26 @@ def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
     printed = capsys.readouterr().out
     for part in ("rho = pi / pi_old", "--eps-high 0.28 0.4 [given]", "--eps-low 0.2 0.2 [DAPO]"):
         assert part in printed
-    assert "K_l length_l(overlong)" in printed and "--length-weight 0.5 0.5 [given]" in printed
+    assert "K_l length_l(kimi)" in printed and "--length-weight 0.5 0.5 [given]" in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind, expected", [("cosine", (0.25, -0.25)), ("overlong", (-0.5, -0.5))])
+def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(kind, expected):
+    """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
+    not the grader, says which of two completions is right."""
+    cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
+    run = SimpleNamespace(cfg=cfg, policy=policy, trained=0)
+    own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
+    reward = lambda problem, text: float(text == "mine")  # noqa: E731
+    attempts = []
+    for text, verdict in (("mine", "wrong"), ("other", "right")):
+        completion = Completion([7] * 5, [-1.0] * 5, True)
+        attempts.append(Attempt(completion, text, "1", verdict))
+    prompt = Prompt(Problem("p", "1", "1"), [1], "")
+    group = train.score(run, SimpleNamespace(level=own, reward=reward), prompt, attempts)
+    assert group.length_reward.tolist() == pytest.approx(expected)
+    assert group.right.tolist() == [True, False]
 
 
 def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(workshop, capsys):

@@ -43,8 +43,10 @@ def sampling(cfg, model, level, prompt, held_out, processes):
     config, (size, wide) = model.config, widths(model)
     draw, held_out = ceil(level.prompts / processes), ceil(held_out / processes)  # prompts
     rows = max(MIN_ROWS, min(cfg.slots, max(draw * level.group_size, held_out)))
-    page = KVCache.PAGE[cfg.device]  # positions
-    pages = rows * ceil(min(prompt + level.max_new_tokens, model.context) / page)
+    page, longest = KVCache.PAGE[cfg.device], level.max_new_tokens  # positions, tokens
+    if held_out:
+        longest = max(longest, cfg.eval_max_new_tokens or 0)
+    pages = rows * ceil(min(prompt + longest, model.context) / page)
     part = {
         "KV cache": pages * page * config.num_hidden_layers * layer_bytes(model)[1],
         # With what is made of them; running the prompts takes less.

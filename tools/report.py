@@ -78,11 +78,12 @@ def draw_panel(ax, metrics, panel, line):
 
 
 def draw_held_out(ax, evaluations, line):
-    for level in sorted({row["level"] for row in evaluations}):
-        colour = f"C{level}"
+    for level in dict.fromkeys(row["level"] for row in evaluations):
+        name = "all problems" if level is None else f"level {level}"
+        colour = f"C{level or 1}"
         rows = [row for row in evaluations if row["level"] == level]
         updates = column(rows, "update")
-        ax.plot(updates, column(rows, "accuracy"), "o" + line, color=colour, label=f"level {level}")
+        ax.plot(updates, column(rows, "accuracy"), "o" + line, color=colour, label=name)
         ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
