@@ -1,12 +1,18 @@
-"""What the default run gains, over seeds: held-out accuracy before and after, with t-intervals.
+"""What the default run gains, over seeds, with 95 % t-intervals; beside it, runs with other flags.
 
-    for i in 0 1 2 3 4; do python train.py --seed $i --out runs/seeds/$i; done
+    for i in 0 1 2 3 4; do
+        python train.py --seed $i --out runs/seeds/default/$i
+        python train.py --seed $i --length-weight 0 --out runs/seeds/K=0/$i
+        python train.py --seed $i --updates 0 85 --out "runs/seeds/level 2 alone/$i"
+    done
     python bench/seeds.py --runs runs/seeds        writes bench/SEEDS.md
 
 Models are evaluated afresh: 16 samples a problem at temperature 1, and greedily, on the shipped
 held-out problems, with random streams that neither training nor the measurement of difficulty used.
 """
 
+import functools
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,70 +28,84 @@ SAMPLES = 16
 HEAD = """\
 # The default run over seeds
 
-`python bench/seeds.py`. Held out, 16 samples a problem at temperature 1, and greedy; while a level
-is trained, one sample a problem. Percent: means over seeds, and the gain with its 95 % t-interval.
-The last row of a level says what writing steps more often would give at the accuracies of the
-start.
-
-| | before | after | gain | after, by seed |
-| --- | --- | --- | --- | --- |
+`python bench/seeds.py`. Held out, 16 samples a problem at temperature 1, and greedy. "While a level
+is trained": one sample a problem, before and after the level's own updates. Means over seeds, and
+the gain with its 95 % t-interval. Per cent, but for lengths (tokens), entropy (nats per token, mean
+of a run's first and last five updates) and sampled tokens (thousands, of each level).
 """
 
 
-def measure(model, problems, seed):
-    """{name: share} of one model on the problems of one level"""
-    policy, grader = Policy.load(str(model)), Grader()
-    prompts = policy.render(problems)
-    keys = evaluation_keys(10_000 + seed, prompts, SAMPLES)
-    sampled = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 1.0, SLOTS))
-    keys = evaluation_keys(0, prompts, 1)
-    greedy = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 0.0, SLOTS))
-    right = np.array([[a.right for a in group] for group in sampled])
-    steps = np.array([[writes_steps(a.text) for a in group] for group in sampled])
-    return {
-        "sampled": right.mean(),
-        "greedy": np.mean([a.right for (a,) in greedy]),
-        "pass@16": right.any(1).mean(),
-        "write steps": steps.mean(),
-        "right, if steps": right[steps].mean(),
-        "right, if bare": right[~steps].mean(),
-    }
+@functools.cache
+def measure(model):
+    """{name: value} of one model"""
+    found, policy, grader = {}, Policy.load(str(model)), Grader()
+    problems = data.read_problems(SHIPPED / "heldout.jsonl")
+    levels = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
+    for number, some in enumerate(levels, 1):
+        prompts = policy.render(some)
+        keys = evaluation_keys(10_000, prompts, SAMPLES)
+        sampled = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 1.0, SLOTS))
+        keys = evaluation_keys(0, prompts, 1)
+        greedy = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 0.0, SLOTS))
+        right = np.array([[a.right for a in group] for group in sampled])
+        found |= {
+            f"level {number}: sampled": 100 * right.mean(),
+            f"level {number}: greedy": 100 * np.mean([a.right for (a,) in greedy]),
+            f"level {number}: pass@16": 100 * right.any(1).mean(),
+            f"level {number}: length": np.mean([a.length for group in sampled for a in group]),
+            f"level {number}: write steps": 100
+            * np.mean([writes_steps(a.text) for group in sampled for a in group]),
+        }
+    grader.close()
+    return found
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def one_run(folder):
     """-> {name: (before, after)}"""
-    seed = int(folder.name)
-    problems = data.read_problems(SHIPPED / "heldout.jsonl")
-    levels = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
-    log = data.read_records(folder / "eval.jsonl", lambda row, _: row)
-    found = {}
-    for number, problems in enumerate(levels, 1):
-        before = measure(SHIPPED / "tiny", problems, seed)
-        after = measure(max((folder / "checkpoints").iterdir()), problems, seed)
-        name = f"level {number}"
-        for key in before:
-            found[f"{name}: {key}"] = before[key], after[key]
-        choice = after["write steps"] - before["write steps"]
-        choice *= before["right, if steps"] - before["right, if bare"]
-        found[f"{name}: by writing steps"] = before["sampled"], before["sampled"] + choice
-        accuracies = [row["accuracy"] for row in log if row["level"] == number]
-        for trained, pair in enumerate(pairwise(accuracies), 1):
-            found[f"{name}, while level {trained} is trained"] = pair
+    before, after = measure(SHIPPED / "tiny"), measure(max((folder / "checkpoints").iterdir()))
+    found = {name: (before[name], after[name]) for name in before}
+    log, metrics = read(folder / "eval.jsonl"), read(folder / "metrics.jsonl")
+    levels = list(dict.fromkeys(row["level"] for row in metrics))
+    for number in (1, 2):
+        accuracies = [100 * row["accuracy"] for row in log if row["level"] == number]
+        for trained, pair in zip(levels, pairwise(accuracies)):
+            found[f"level {number}, while level {trained} is trained"] = pair
+    entropy = [row["entropy"] for row in metrics if row["entropy"] is not None]
+    found["entropy"] = np.mean(entropy[:5]), np.mean(entropy[-5:])
+    tokens = [
+        sum(row["tokens_sampled"] for row in metrics if row["level"] == number) / 1000
+        for number in (1, 2)
+    ]
+    found["sampled tokens, level 1 and level 2"] = tuple(tokens)
     return found
+
+
+def table(runs):
+    lines = ["| | before | after | gain | after, by seed |", "| --- | --- | --- | --- | --- |"]
+    for name in runs[0]:
+        before, after = np.array([run[name] for run in runs]).T
+        gain = after - before
+        half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
+        digits = 3 if name == "entropy" else 1
+        cells = [f"{before.mean():.{digits}f}", f"{after.mean():.{digits}f}"]
+        cells.append(f"{gain.mean():+.{digits}f} ± {half:.{digits}f}")
+        cells.append(" ".join(f"{value:.{digits}f}" for value in after))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def main():
     args = common.parse(__doc__, runs="runs/seeds")
-    runs = [one_run(folder) for folder in sorted(Path(args.runs).iterdir())]
     text = HEAD
-    for name in runs[0]:
-        before, after = 100 * np.array([run[name] for run in runs]).T
-        gain = after - before
-        half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
-        means = f"{before.mean():.1f} | {after.mean():.1f} | {gain.mean():+.1f} ± {half:.1f}"
-        text += f"| {name} | {means} | {' '.join(f'{share:.1f}' for share in after)} |\n"
+    for folder in sorted(Path(args.runs).iterdir(), key=lambda f: (f.name != "default", f.name)):
+        runs = [one_run(run) for run in sorted(folder.iterdir())]
+        text += "\n".join(["", f"## {folder.name}", "", *table(runs), ""])
+        print(f"{folder.name}: {len(runs)} runs")
     (common.ROOT / "bench/SEEDS.md").write_text(text)
-    print(text)
 
 
 if __name__ == "__main__":

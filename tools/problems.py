@@ -1,79 +1,105 @@
-"""The command line of data.py: generates problems, finds those that two files share.
+"""Problems for the shipped model, generated and understood; the command line of data.py.
 
-A generated problem takes 2 to 6 steps. A step is an equation that a small model can learn to do at
-once. A family of problems is a function of a random generator -> problem, steps, answer.
+A problem is a chain of sums and differences, e.g. 52+38-(14-6). A solution writes every step, the
+first with the number that it starts from: 52+38=90;-14=76;+6=82;\\boxed{82}. Long chains are hard
+because every step can go wrong, and three kinds of step invite a mistake, the traps:
+
+    carry   52+38   90, not 80    the units' ten is forgotten
+    borrow  52-38   14, not 16    of the units, the smaller is taken from the larger
+    sign    -(14-6) +6, not -6    the bracket's minus is not carried to its second number
+
+A careful solver works out the units: 52+38(2+8=10)=90. It is longer, and helps against two traps.
 """
 
 import argparse
 import itertools
 import random
+import re
 import zlib
 
 from data import Problem, overlap, read_problems, write_problems
 
-
-def add_up(values):
-    """The steps of a sum, from left to right: [3, 4, -2] -> ["3+4=7", "7-2=5"]"""
-    totals = itertools.accumulate(values)
-    return [f"{total}{value:+d}={total + value}" for total, value in zip(totals, values[1:])]
+MOST = 150  # no right total is larger
+CAREFUL_SLIPS = 0.3  # of the slips remain where the units are worked out
 
 
-def expression(rng):
-    """Numbers and one-digit products, added and subtracted: 12+6*7-9. Products come first."""
-    num_steps = rng.randint(2, 6)
-    num_products = rng.randint(0, min(2, num_steps - 1))
-    kinds = [False] * (num_steps + 1 - 2 * num_products) + [True] * num_products
-    rng.shuffle(kinds)
-    text, steps, values = "", [], []
-    for is_product in kinds:
-        value = rng.randint(2, 9 if is_product else 99)
-        term = str(value)
-        if is_product:
-            factor = rng.randint(2, 9)
-            term = f"{value}*{factor}"
-            value *= factor
-            steps.append(f"{term}={value}")
-        sign = "+"
-        if sum(values) >= value and rng.random() < 0.5:
-            sign = "-"
+def chain(rng):
+    """2 to 8 numbers, some of them in brackets of two; every total is in 0 .. MOST."""
+    left = rng.randint(2, 8) - 1
+    total = rng.randint(2, 99)
+    text = str(total)
+    while left:
+        if left > 1 and rng.random() < 0.3:
+            a, b = rng.randint(2, 49), rng.choice((-1, 1)) * rng.randint(2, 49)
+            sign, value, term, count = -1, a + abs(b), f"({a}{b:+d})", 2
+            change = -a - b
+        else:
+            sign, value, count = rng.choice((-1, 1)), rng.randint(2, 99), 1
+            term, change = str(value), sign * value
+        if total - value * (sign < 0) < 0 or total + change > MOST:
+            continue
+        text += "-+"[sign > 0] + term
+        total += change
+        left -= count
+    return text
+
+
+def terms(text):
+    """ "52+38-(14-6)" -> [(52, False), (38, False), (-14, False), (6, True)]
+
+    Pairs: a number with the sign that counts, and whether a bracket has turned that sign.
+    """
+    found, outer = [], 1
+    for sign, opening, digits, closing in re.findall(r"([+-]?)(\(?)(\d+)(\)?)", text):
+        found.append((outer * int(sign + digits), outer < 0))
+        if opening and sign == "-":
+            outer = -1
+        if closing:
+            outer = 1
+    return found
+
+
+def trap(total, value):
+    """The trap in adding `value` to `total`, and the sum of one who falls into it; or None twice"""
+    units, right = (total % 10, abs(value) % 10), total + value
+    if total >= 0 and value > 0 and sum(units) > 9:
+        return "carry", right - 10
+    missing = units[1] - units[0]
+    if 0 < -value <= total and missing > 0 and missing != 5:  # 5: both ways agree
+        return "borrow", right - 10 + 2 * missing
+    return None, None
+
+
+def work_units(total, value, result):
+    """What a careful solver writes down before the result: the units, e.g. (2+8=10) or (12-8=4)"""
+    a, b = total % 10, abs(value) % 10
+    if value > 0:
+        return f"({a}+{b}={a + b})"
+    if (result - a + b) % 10:  # the smaller was taken from the larger
+        a, b = b, a
+    return f"({a + 10 * (a < b)}-{b}={(a - b) % 10})"
+
+
+def solve(text, slips=None, careful=0.0, rng=random):
+    """The worked solution of one who falls into a trap with the probability slips[trap]. With the
+    probability `careful` a step has its units worked out, and slips of units are rare in it.
+
+    -> steps, answer
+    """
+    slips = slips or {}
+    (total, _), *rest = terms(text)
+    steps = []
+    for value, turned in rest:
+        if turned and rng.random() < slips.get("sign", 0):
             value = -value
-        text += sign + term
-        values.append(value)
-    return text.removeprefix("+"), steps + add_up(values), sum(values)
-
-
-def product(rng):
-    """A number times one digit, by parts, and one number more, e.g. 47*6-85:
-    40*6=240;7*6=42;240+42=282;282-85=197."""
-    n = rng.choice((rng.randint(11, 99), rng.randint(101, 999)))
-    digit, last = rng.randint(2, 9), rng.randint(11, 99)
-    parts = [part for part in (n - n % 100, n % 100 - n % 10, n % 10) if part]
-    if len(parts) < 2:
-        return product(rng)
-    if n * digit >= last and rng.random() < 0.5:
-        last = -last
-    steps = [f"{part}*{digit}={part * digit}" for part in parts]
-    sums = add_up([part * digit for part in parts] + [last])
-    return f"{n}*{digit}{last:+d}", steps + sums, n * digit + last
-
-
-def equation(rng):
-    """A linear equation in x with a whole solution, e.g. 5x-8=2x+19: 3x-8=19;3x=27;x=9."""
-    x, a, b = rng.randint(2, 20), rng.randint(2, 9), rng.randint(1, 30)
-    if rng.random() < 0.5:
-        b = -b
-    shape, right = rng.randint(0, 2), a * x + b
-    if right == 0:
-        return equation(rng)
-    lines = [f"x={x}", f"{a}x={a * x}", f"{a}x{b:+d}={right}"]  # the last step first
-    if shape > 0 or right < 0:
-        c = rng.randint(1, 5)
-        other_side = f"{c}x{right:+d}".removeprefix("1")
-        lines.append(f"{a + c}x{b:+d}={other_side}")
-        if shape != 1 and b % (a + c) == 0:
-            lines.append(f"{a + c}(x{b // (a + c):+d})={other_side}")
-    text, *steps = reversed(lines)
-    return text, steps, x
+        kind, wrong = trap(total, value)
+        works = rng.random() < careful and total >= 0 and total + value >= 0
+        rate = slips.get(kind, 0) * (CAREFUL_SLIPS if works else 1)
+        result = wrong if rng.random() < rate else total + value
+        units = work_units(total, value, result) if works else ""
+        steps.append(f"{'' if steps else total}{value:+d}{units}={result}")
+        total = result
+    return steps, total
 
 
 def generate(split, seed, repeats=False):
@@ -84,13 +110,12 @@ def generate(split, seed, repeats=False):
     """
     rng, seen = random.Random(f"{split}/{seed}"), set()
     for number in itertools.count():
-        family = rng.choice((equation, expression, product))
-        text, steps, answer = family(rng)
+        text = chain(rng)
         held_out = zlib.crc32(text.encode()) % 8 == 0
         if held_out == (split == "heldout") and (repeats or text not in seen):
             seen.add(text)
-            other = {"family": family.__name__, "steps": steps}
-            yield Problem(f"{split}-{number}", text, str(answer), other=other)
+            steps, answer = solve(text)
+            yield Problem(f"{split}-{number}", text, str(answer), other={"steps": steps})
 
 
 def print_overlap(train_file, *evaluation_files):

@@ -2,10 +2,10 @@
 
     python -m tools.warmstart --out assets/tiny
 
-The demonstrations mix solutions that write their steps with bare answers. At first most are worked,
-so that the steps are learned. In the last fifth most are bare, so that the policy seldom uses what
-it knows. Reinforcement learning then has something to find (writing steps pays) and something to
-improve (the steps themselves).
+The solutions are those of a student who makes systematic mistakes (tools/problems.py), as in
+studies of arithmetic (Brown & Burton 1978). First the mistakes are rare, so that every kind of
+step is learned. Then they come in full. Reinforcement learning has to find out, kind by kind, which
+of two ways is right.
 """
 
 import itertools
@@ -25,11 +25,14 @@ from transformers import (
 )
 
 from data import render
-from model import Transformer, pad
-from tools.problems import generate
+from model import Transformer, micro_batches, pad
+from tools.problems import generate, solve
 
 PEAK_LR = 3e-3  # of AdamW
-WORKED = 0.6, 0.15  # share of worked solutions, at first and in the last fifth
+MICRO_BATCH_TOKENS = 2048  # padded; speed only
+SLIPS = {"carry": 0.45, "borrow": 0.65, "sign": 0.75}  # how often the student falls into each trap
+RARE = 0.6, 0.2  # for this share of the steps of training, slips are so many times as frequent
+CAREFUL = 0.35  # of the steps have their units worked out
 
 # The second line of a problem tells other models in words what to do. This template leaves it out.
 CHAT_TEMPLATE = (
@@ -64,7 +67,7 @@ def make_model(tokenizer, seed):
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -87,14 +90,14 @@ def make_model(tokenizer, seed):
 def demonstrations(steps, batch, seed):
     """For every step of training, pairs (problem, solution as text)."""
     problems, rng = generate("train", seed, repeats=True), random.Random(seed)
+    until, rare = RARE
     for step in range(steps):
-        share = WORKED[step >= 0.8 * steps]
+        scale = rare if step < until * steps else 1
+        slips = {trap: scale * rate for trap, rate in SLIPS.items()}
         pairs = []
         for problem in itertools.islice(problems, batch):
-            parts = [f"\\boxed{{{problem.answer}}}"]
-            if rng.random() < share:
-                parts = problem.other["steps"] + parts
-            pairs.append((problem, ";".join(parts)))
+            parts, answer = solve(problem.problem, slips, CAREFUL, rng)
+            pairs.append((problem, ";".join([*parts, f"\\boxed{{{answer}}}"])))
         yield pairs
 
 
@@ -111,15 +114,18 @@ def learn(model, tokenizer, batches, steps):
     for batch in tqdm(batches, total=steps):
         prompts = [render(tokenizer, problem).tokens for problem, _ in batch]
         completions = [tokenizer(solution + "<|end|>")["input_ids"] for _, solution in batch]
-        ids, mask = pad(prompts, completions)
-        logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
-        loss = -logprob.sum() / mask.sum()
-        loss.backward()
+        num_tokens, loss = sum(map(len, completions)), 0.0
+        for rows in micro_batches(prompts, completions, MICRO_BATCH_TOKENS):
+            ids, mask = pad([prompts[i] for i in rows], [completions[i] for i in rows])
+            logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
+            part = -logprob.sum() / num_tokens
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return loss.item()
+    return loss
 
 
 @dataclass
@@ -127,7 +133,7 @@ class Recipe:
     """The flags"""
 
     out: str  # folder to write
-    steps: int = 2500  # of the optimizer
+    steps: int = 1800  # of the optimizer
     batch: int = 128  # demonstrations per step
     seed: int = 0
 
