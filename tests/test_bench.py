@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path += [str(BENCH), str(EXPERIMENTS)]
 
-import compare  # noqa: E402  it is no package
+import arms  # noqa: E402  these are no packages
+import compare  # noqa: E402
+import kinds  # noqa: E402
+import tables  # noqa: E402
+
+from data import Problem  # noqa: E402
 
 
 def test_only_a_peer_may_fail_in_a_comparison(capsys):
@@ -57,3 +63,63 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
     assert 0.9 < rollout["slot_occupancy"] <= 1 <= rollout["cache_over_filled"] < 2
     assert step["tokens_per_step"] == 8 * 16 * 3
     assert step["seconds_per_step"] > step["learn_seconds"] > 0 < step["tokens_per_second"]
+
+
+# ------------------------------------------------------------------------------------- experiments
+
+
+@pytest.mark.parametrize(
+    "response, found",
+    [
+        ("52+38=90;-14=76;+6=82", [("carry", 1), ("borrow", 1), ("sign", 1), ("carry", 1)]),
+        ("52+38(2+8=10)=80;-14=66", [("carry", 0), ("borrow", 1)]),
+        ("52+38=90;-14=86;-6=80", [("carry", 1), ("borrow", 0), ("sign", 0), ("plain", 1)]),
+        ("52+38=91;-41=50;+6=56", [("carry", 0)]),  # it leaves the chain
+        ("", []),
+    ],
+)
+def test_a_step_is_judged_by_what_stands_before_it(response, found):
+    """A mistake counts once, not in all the steps that carry it on."""
+    assert kinds.decisions("52+38-(14-6)", response) == found
+
+
+def result(final, tokens=(0, 200_000, 500_000)):
+    """Of a run that was evaluated three times; level 2 has three times as many problems."""
+    rows = []
+    for update, (sampled, share) in enumerate(zip(tokens, (0.0, 0.5, 1.0))):
+        for level, n in ((1, 100), (2, 300)):
+            accuracy = final * share if level == 2 else 0.8 - 0.1 * share
+            row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
+            rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
+    few = {"level 2": {"pass@16": [0.9, 0.8, 1.0]}}
+    totals = {"groups_drawn": 30, "groups_kept": 10}
+    return {"evaluations": rows, "few": few, "totals": totals}
+
+
+def test_measures_are_taken_at_the_budget_not_at_the_end(monkeypatch):
+    """An arm that overshoots its budget must gain nothing by it."""
+    monkeypatch.setattr(tables, "BUDGET", 400_000)
+    found = tables.measure(result(0.9))
+    level_2 = 45 + 45 * 2 / 3  # two thirds of the way from 200 to 500 thousand
+    assert found["level 2"] == pytest.approx(level_2)
+    assert found["level 1"] == pytest.approx(75 - 5 * 2 / 3)
+    assert found["accuracy"] == pytest.approx((3 * level_2 + found["level 1"]) / 4)
+    assert found["to 50 %"] == pytest.approx(200 + 300 * 5 / 45, abs=4)
+    assert found["forgotten"] == pytest.approx(80 - found["level 1"])
+    assert found["pass@16"] == 90 and found["drawn"] == 3
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 10 points, arms by 1: unpaired, nothing would be seen."""
+    a = {seed: {"accuracy": 10.0 * seed} for seed in range(5)}
+    b = {seed: {"accuracy": 10.0 * seed + 1 + 0.1 * (-1) ** seed} for seed in range(6)}
+    mean, half = tables.difference(b, a)
+    assert mean == pytest.approx(1.02) and 0 < half < 0.2
+
+
+def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
+    problems = [
+        Problem(str(i), "1+" * i + "1", "1", rate) for i, rate in enumerate((0.2, 0.9, 0.5))
+    ]
+    dealt = arms.ranked(problems, lambda p: -len(p.problem))
+    assert {p.id: p.pass_rate for p in dealt} == {"2": 0.9, "1": 0.5, "0": 0.2}

@@ -1,0 +1,133 @@
+"""The arms of every experiment, as flags of train.py. The first arm is what the others are compared
+with. What is common to all stands in BASE; every arm spends BUDGET sampled tokens in all."""
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import data
+from eval import SHIPPED
+from tools.problems import terms
+
+VARIANTS = Path(__file__).resolve().parents[1] / "runs/experiments/data"
+FEW = VARIANTS / "few.jsonl"  # held-out problems of level 2, for pass@16
+BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
+HARD = BUDGET - EASY
+RATES = (1.5e-4, 3e-4, 6e-4)
+BASE = (
+    "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 8 "
+    "--save-every 0"
+)
+TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
+ONE = f"--quality 1.0 --tokens {BUDGET}"
+
+
+def two_levels(file):
+    return f"{TWO} --data {VARIANTS / file}"
+
+
+def length_weight(kind, weight):
+    return f"{TWO} --length-kind {kind} --length-weight 0 {weight}"
+
+
+def clip(low, high):
+    return f"{TWO} --eps-low {low} --eps-high {high}"
+
+
+EXPERIMENTS = {
+    "levels": {
+        "EPRLI": TWO,
+        "L = 1": ONE,
+        "hard only": f"--quality 0.8 1.0 --tokens 0 {BUDGET}",
+        "L = 3": f"--quality 0.6 0.85 1.0 --tokens {EASY // 2} {EASY // 2} {HARD}",
+        "L = 4": f"--quality 0.5 0.7 0.9 1.0 --tokens {EASY // 2} {EASY // 2} "
+        f"{HARD // 2} {HARD // 2}",
+        "hard first": f"--quality 1.0 0.8 --tokens {HARD} {EASY} --length-weight 0.2 0",
+        "interleaved": f"{TWO} --schedule interleaved",
+        "shuffled": two_levels("shuffled.jsonl"),
+        "target 0.5": f"{ONE} --target-pass-rate 0.5",
+    },
+    "sharing": {
+        "shared": TWO,
+        "easy alone": f"--quality 0.8 1.0 --tokens {BUDGET // 2} 0",
+        "hard alone": f"--quality 0.8 1.0 --tokens 0 {BUDGET // 2}",
+    },
+    "length": {
+        "K = 0": length_weight("kimi", 0),
+        "kimi 0.2": length_weight("kimi", 0.2),
+        "kimi 0.5": length_weight("kimi", 0.5),
+        "cosine 0.2": length_weight("cosine", 0.2),
+        "cosine 0.5": length_weight("cosine", 0.5),
+        "overlong 0.2": length_weight("overlong", 0.2),
+        "overlong 0.5": length_weight("overlong", 0.5),
+        "Len falling": f"{TWO} --max-new-tokens 128 96",
+        "Len rising": f"{TWO} --max-new-tokens 96 128",
+        "Len equal": f"{TWO} --max-new-tokens 128",
+    },
+    "buffer": {
+        "keep": TWO,
+        "drop": f"{TWO} --surplus drop",
+        "missing": f"{TWO} --surplus missing",
+        "no filter": f"{TWO} --filter all",
+        "N = 8": f"{TWO} --buffer-groups 8",
+        "N = 32": f"{TWO} --buffer-groups 32",
+    },
+    "clip": {
+        "0.2 / 0.28": clip(0.2, 0.28),
+        "0.1 / 0.1": clip(0.1, 0.1),
+        "0.2 / 0.2": clip(0.2, 0.2),
+        "0.1 / 0.4": clip(0.1, 0.4),
+        "by level": clip("0.2 0.1", "0.28 0.4"),
+    },
+    "norm": {
+        f"{norm}, {std}": f"{TWO} --loss-norm {norm} --adv-std {std}"
+        for norm, std in itertools.product(("sequence", "token", "constant"), ("group", "none"))
+    },
+    "difficulty": {
+        "64 samples": TWO,
+        "4 samples": two_levels("four.jsonl"),
+        "Q = 0.6": f"--quality 0.6 1.0 --tokens {EASY} {HARD}",
+        "Q = 0.9": f"--quality 0.9 1.0 --tokens {EASY} {HARD}",
+        "steps": two_levels("steps.jsonl"),
+        "prompt length": two_levels("length.jsonl"),
+        "random": two_levels("shuffled.jsonl"),
+    },
+    "reward": {
+        "outcome": TWO,
+        "process": f"{TWO} --reward assets/process.py:right_steps",
+        "process, outcome": f"{TWO} --reward assets/process.py:right_steps math",
+    },
+}
+
+
+def ranked(problems, proxy):
+    """The problems with the pass rates of all dealt out anew: the best to the lowest proxy. So that
+    levels cut at the same Q have the same sizes."""
+    rates = sorted((p.pass_rate for p in problems), reverse=True)
+    return [replace(p, pass_rate=rate) for p, rate in zip(sorted(problems, key=proxy), rates)]
+
+
+def prepare():
+    """Write the files of problems that the arms name, unless they are there."""
+    if VARIANTS.exists():
+        return
+    problems = data.read_problems(SHIPPED / "train.jsonl")
+    held_out = data.read_problems(SHIPPED / "heldout.jsonl")
+    rng, four = random.Random(0), []
+    for p in problems:
+        samples = range(p.other["pass_rate_samples"])
+        right = sum(i < p.pass_rate * len(samples) for i in rng.sample(samples, 4))
+        four.append(replace(p, pass_rate=right / 4))
+    files = {
+        "few": data.cut_levels(held_out, data.QUALITY, "pass_rate")[0][1][:128],
+        "four": four,
+        "shuffled": ranked(problems, lambda p: rng.random()),
+        "steps": ranked(problems, lambda p: (len(terms(p.problem)), rng.random())),
+        "length": ranked(problems, lambda p: (len(p.problem), rng.random())),
+    }
+    part = VARIANTS.with_suffix(".part")
+    part.mkdir(parents=True)
+    for name, some in files.items():
+        data.write_problems(part / f"{name}.jsonl", some)
+    part.rename(VARIANTS)

@@ -1,0 +1,166 @@
+"""From the results of an experiment to its measures, table, picture and verdict."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from arms import BUDGET, EXPERIMENTS, RATES
+from matplotlib.figure import Figure
+from scipy import stats
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MEASURES = {  # in the order of the table: what it is, and its unit
+    "accuracy": "held out, all levels, %",
+    "level 1": "held out, %",
+    "level 2": "held out, %",
+    "area": "mean accuracy over the sampled tokens, %",
+    "to 50 %": "sampled tokens until level 2 is at 50 %, thousands",
+    "forgotten": "level 1, from its best to its end, points",
+    "pass@16": "level 2, 128 problems, %",
+    "length": "level 2, tokens",
+    "drawn": "groups drawn for one that was trained on",
+}
+
+
+def curve(run, level):
+    """Sampled tokens and accuracy of every evaluation; level 0: all problems."""
+    tokens, right, n = {}, {}, {}
+    for row in run["evaluations"]:
+        if level in (0, row["level"]):
+            update = row["update"]
+            tokens[update] = row["tokens_sampled"]
+            right[update] = right.get(update, 0) + row["accuracy"] * row["n"]
+            n[update] = n.get(update, 0) + row["n"]
+    updates = sorted(tokens)
+    accuracy = [100 * right[u] / n[u] for u in updates]
+    return np.array([tokens[u] for u in updates], float), np.array(accuracy)
+
+
+def measure(run):
+    """-> {measure: value} of one run, at the budget of sampled tokens"""
+    at = {level: np.interp(BUDGET, *curve(run, level)) for level in (0, 1, 2)}
+    grid = np.linspace(0, BUDGET, 101)
+    level_2 = np.interp(grid, *curve(run, 2))
+    reached = grid[level_2 >= 50]
+    last = [row for row in run["evaluations"] if row["level"] == 2][-1]
+    totals = run["totals"]
+    return {
+        "accuracy": at[0],
+        "level 1": at[1],
+        "level 2": at[2],
+        "area": np.interp(grid, *curve(run, 0)).mean(),
+        "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
+        "forgotten": np.interp(grid, *curve(run, 1)).max() - at[1],
+        "pass@16": 100 * run["few"]["level 2"]["pass@16"][0],
+        "length": last["length_mean"],
+        "drawn": totals["groups_drawn"] / totals["groups_kept"],
+    }
+
+
+def read(folder):
+    """-> {seed: result}"""
+    return {int(p.stem): json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+
+
+def interval(values):
+    """Mean and half of the 95 % t-interval; of a single value: nan"""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(), np.nan
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+
+
+def table(measured, first):
+    """measured  {arm: {seed: {measure: value}}} -> lines of markdown; differences from `first`"""
+    names = list(MEASURES)
+    lines = [f"| arm | seeds | {' | '.join(names)} | accuracy, less {first} |"]
+    lines.append("| --- " * (len(names) + 3) + "|")
+    for arm, by_seed in measured.items():
+        cells = []
+        for name in names:
+            values = [m[name] for m in by_seed.values()]
+            reached = [v for v in values if not np.isnan(v)]
+            mean, half = interval(reached) if reached else (np.nan, np.nan)
+            cell = "never" if not reached else f"{mean:.1f}"
+            cell += f" ± {half:.1f}" if half == half else ""
+            if reached and len(reached) < len(values):
+                cell += f" ({len(reached)} of {len(values)})"
+            cells.append(cell)
+        gain = difference(by_seed, measured[first])
+        cells.append(f"{gain[0]:+.1f} ± {gain[1]:.1f}" if arm != first else "")
+        lines.append(f"| {arm} | {len(by_seed)} | {' | '.join(cells)} |")
+    return lines
+
+
+def difference(by_seed, reference, name="accuracy"):
+    """Paired by seed -> mean, half of its 95 % interval"""
+    seeds = by_seed.keys() & reference.keys()
+    if not seeds:
+        return np.nan, np.nan
+    return interval([by_seed[s][name] - reference[s][name] for s in seeds])
+
+
+def verdict(measured, first):
+    """One sentence an arm."""
+    for arm, by_seed in measured.items():
+        if arm == first:
+            continue
+        words = []
+        for name in ("accuracy", "level 2", "area"):
+            mean, half = difference(by_seed, measured[first], name)
+            told = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
+            words.append(f"{told} in {name} ({mean:+.1f} ± {half:.1f})")
+        yield f"- {arm}, beside {first}: {', '.join(words)}."
+
+
+def draw(runs, path):
+    """runs  {arm: {seed: result}}: accuracy over sampled tokens; a point is the end of a seed."""
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    grid = np.linspace(0, BUDGET, 101)
+    for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
+        ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
+        for i, (arm, by_seed) in enumerate(runs.items()):
+            curves = [np.interp(grid, *curve(run, level)) for run in by_seed.values()]
+            ax.plot(grid / 1000, np.mean(curves, 0), color=f"C{i % 10}", label=arm)
+            x = 1000 + 12 * i + np.zeros(len(curves))
+            x *= BUDGET / 1e6
+            ax.plot(x, [values[-1] for values in curves], ".", color=f"C{i % 10}", alpha=0.6)
+        ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def report(name, choosing=False):
+    """Write the table, verdict and picture of an experiment; or choose the rates of its arms."""
+    if choosing:
+        return choose(name)
+    runs = {arm: read(RESULTS / name / arm) for arm in EXPERIMENTS[name]}
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    measured = {}
+    for arm, by_seed in runs.items():
+        measured[arm] = {seed: measure(run) for seed, run in by_seed.items()}
+    first = next(iter(measured))
+    lines = [*table(measured, first), "", *verdict(measured, first), ""]
+    lines += [f"- {what}: {unit}" for what, unit in MEASURES.items()]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    draw(runs, RESULTS / f"{name}.png")
+    print("\n".join(lines))
+
+
+def choose(name):
+    """The rate of each arm with the best mean accuracy over the choosing seeds -> rates.json"""
+    chosen, lines = {}, ["| arm | " + " | ".join(f"{lr:g}" for lr in RATES) + " |"]
+    lines.append("| --- " * (1 + len(RATES)) + "|")
+    for arm in EXPERIMENTS[name]:
+        means = []
+        for lr in RATES:
+            runs = read(RESULTS / name / f"choose-{lr:g}" / arm)
+            values = [measure(run)["accuracy"] for run in runs.values()]
+            means.append(np.mean(values) if values else np.nan)
+        if not np.isnan(means).all():
+            chosen[arm] = RATES[int(np.nanargmax(means))]
+        lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+    (RESULTS / "rates.json").write_text(json.dumps(chosen, indent=1))
+    (RESULTS / f"{name}-rates.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
