@@ -253,6 +253,11 @@ def cut_levels(problems, qualities, kind):
     return [bins[q] for q in qualities], left_out
 
 
+def name_level(number):
+    """None: difficulty is not known"""
+    return "all problems" if number is None else f"level {number}"
+
+
 def level_names(problems, qualities):
     """{problem id: "level 1"}, for the levels that were measured, or else declared."""
     if all(p.pass_rate is None for p in problems):
@@ -299,7 +304,7 @@ class Order:
             self.drawn += len(some)
         return chosen
 
-    def sampled(self, index, pass_rate):
+    def note(self, index, pass_rate):
         """The pass rate of a prompt's newest group goes into its running mean."""
         if self.target is not None:
             self.rates[index] = (self.rates.pop(index) + pass_rate) / 2  # now the last of all

@@ -26,7 +26,7 @@ itself, this is how we read it. Every departure from the text is in this list:
     not 1 in an update's first step (carried_share; --surplus drop is on-policy). A group that was
     sampled more than one update ago is stale: it is dropped and counted. (So when levels take
     turns, no surplus is used.) A skipped update does not change the policy, and counts neither in
-    M_l nor in the schedule of the learning rate.
+    M_l nor in the schedule of the learning rate (but what it sampled counts in --tokens).
  8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
     completion that ran out of tokens is graded like any other.
  9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a
@@ -40,10 +40,11 @@ itself, this is how we read it. Every departure from the text is in this list:
     over all levels would give the last one the smallest steps.
 14. R_l is a verifier, 1 for a right answer. A user's own R_l calls a completion right from 1 on, as
     the length rewards need to know.
-15. Difficulty is measured once, as 1 - pass rate of the starting policy. It is not measured anew
-    while the policy learns.
-16. "Every hyper-parameter" of a level is every field of Level. One value serves all levels for the
-    rest: learning rate, temperature, loss norm, std, kind of length reward, minibatches, surplus.
+15. Difficulty is 1 - pass rate of the starting policy, measured once with k samples (eval.py
+    --add-pass-rate) that serve neither training nor evaluation. It is not measured anew while the
+    policy learns. What is always solved belongs to no level.
+16. "Every hyper-parameter" of a level is every field of Level but overlong_cache. One value serves
+    all levels for everything else, such as learning rate, temperature and kind of length reward.
 17. K_l = 0 is an ablation of the paper. Its own K_l has no number.
 
 Shapes: P groups, G completions per group, B completions, T tokens.
@@ -58,7 +59,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One rung of the curriculum: every hyper-parameter that the paper indexes by l."""
+    """One rung of the curriculum: what may differ from level to level."""
 
     quality: float  # Q_l    upper bound of difficulty
     prompts: int  # P_l    prompts per draw
@@ -75,8 +76,8 @@ class Level:
     tokens: int | None  # budget of sampled tokens; the level ends where the first bound is reached
 
     @property
-    def on(self):
-        """Whether it is trained at all."""
+    def trains(self):
+        """Whether it has a budget at all."""
         return 0 not in (self.updates, self.tokens)
 
 
@@ -270,12 +271,12 @@ class Buffer:
             else:
                 self.groups.append(group)
 
-    def expire(self, trained, most_age=1):
-        """Drop what was sampled more than most_age updates ago.
+    def expire(self, trained, max_age=1):
+        """Drop what was sampled more than max_age updates ago.
 
         trained  updates that the policy has been trained on by now
         """
-        old = [g for g in self.groups if trained - g.sampled_after > most_age]
+        old = [g for g in self.groups if trained - g.sampled_after > max_age]
         self.remove(old, "stale")
 
     def oldest(self, num_groups):

@@ -43,7 +43,7 @@ def train(run):
         level, buffer = stage.level, stage.buffer
         with run.update(stage) as update:
             # drop groups that were sampled more than one update ago
-            buffer.expire(run.trained, most_age=0 if run.cfg.surplus == "drop" else 1)
+            buffer.expire(run.trained, max_age=0 if run.cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, stage, update)
@@ -62,7 +62,7 @@ def train(run):
 
 
 def draw(run, stage, update):
-    """Draw P_l prompts, sample G_l completions of each from the policy as it is, score them.
+    """Draw at most P_l prompts, sample G_l completions of each from the policy as it is, score.
 
     -> one Group per prompt
     """
@@ -70,7 +70,8 @@ def draw(run, stage, update):
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
         count = min(count, level.buffer_groups - stage.buffer.pending)
-    first, indices = order.drawn, order.draw(min(count, update.prompts_left))
+    first = order.drawn
+    indices = order.draw(min(count, update.prompts_left))
     prompts = [order.prompts[i] for i in indices]
     keys = []
     for i in range(first, order.drawn):
@@ -95,7 +96,7 @@ def draw(run, stage, update):
     scored = run.ranks.spread(list(zip(prompts, keys)), work)  # if one process fails, all raise
     groups = [group for _, group in scored]
     for i, group in zip(indices, groups):
-        order.sampled(i, group.right.double().mean().item())
+        order.note(i, group.right.double().mean().item())
     update.drew(prompts, [attempts for attempts, _ in scored], groups)
     return groups
 
@@ -107,11 +108,12 @@ def score(run, stage, prompt, attempts):
         outcome = [own_reward(stage, prompt.problem, a.text) for a in attempts]
     else:
         outcome = [a.right for a in attempts]
+    outcome = torch.tensor(outcome, dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
     length = length_reward(
         run.cfg.length_kind,
         torch.tensor([a.length for a in attempts], dtype=torch.float64),
-        torch.tensor(outcome) >= 1,
+        outcome >= 1,
         torch.tensor([a.completion.stopped for a in attempts]),
         limit,
         min(level.overlong_cache, limit),
@@ -119,7 +121,7 @@ def score(run, stage, prompt, attempts):
     return Group(
         prompt=prompt.tokens,
         completions=[a.completion for a in attempts],
-        outcome=torch.tensor(outcome, dtype=torch.float64),
+        outcome=outcome,
         length_reward=level.length_weight * length,
         sampled_after=run.trained,
     )
@@ -287,8 +289,8 @@ def cut(samples, max_tokens):
 
 
 def evaluate(run):
-    """Held-out accuracy of every level: one sample a problem at the training temperature, at most
-    --eval-max-new-tokens, whatever level is being trained."""
+    """Held-out accuracy of every bin of difficulty: one sample a problem at the training
+    temperature, at most --eval-max-new-tokens, whatever level is being trained."""
     cfg, ranks = run.cfg, run.ranks
     longest = max(stage.level.max_new_tokens for stage in run.stages)
     sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)

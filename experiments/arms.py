@@ -3,6 +3,7 @@ with. What is common to all stands in BASE; every arm spends BUDGET sampled toke
 
 import itertools
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import data
 from eval import SHIPPED
 from tools.problems import terms
 
-VARIANTS = Path(__file__).resolve().parents[1] / "runs/experiments/data"
+VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
 FEW = VARIANTS / "few.jsonl"  # held-out problems of level 2, for pass@16
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
@@ -21,6 +22,11 @@ BASE = (
 )
 TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
 ONE = f"--quality 1.0 --tokens {BUDGET}"
+
+
+def slug(arm):
+    """The name of an arm as a folder."""
+    return re.sub(r"\W+", "-", arm).strip("-")
 
 
 def two_levels(file):
@@ -99,6 +105,31 @@ EXPERIMENTS = {
         "process, outcome": f"{TWO} --reward assets/process.py:right_steps math",
     },
 }
+
+
+# What the student of another base does differently: tools/warmstart.py --slips carry borrow sign.
+BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "0.45 0.65 1.0"}
+EXPERIMENTS["base"] = {}
+for base in BASES:
+    folder = VARIANTS.parent / base.replace(" ", "-")
+    own = f"--model {folder} --data {folder}.jsonl"
+    for arm in ("EPRLI", "L = 1", "hard only"):
+        EXPERIMENTS["base"][f"{base}: {arm}"] = f"{EXPERIMENTS['levels'][arm]} {own}"
+
+
+def base_commands():
+    """What makes the other bases: some more warm start, and difficulty measured anew."""
+    for base, slips in BASES.items():
+        folder = VARIANTS.parent / base.replace(" ", "-")
+        if not folder.with_suffix(".jsonl").exists():
+            yield (
+                f"-m tools.warmstart --start assets/tiny --rare 0 --steps 300 "
+                f"--slips {slips} --out {folder}"
+            )
+            yield (
+                f"eval.py --model {folder} --data assets/train.jsonl --samples 16 "
+                f"--add-pass-rate {folder}.jsonl --out {folder}-measured"
+            )
 
 
 def ranked(problems, proxy):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from arms import BASE, EXPERIMENTS, FEW, RATES, prepare  # noqa: E402
+from arms import BASE, EXPERIMENTS, FEW, RATES, base_commands, prepare, slug  # noqa: E402
 from tables import report  # noqa: E402
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,12 +38,12 @@ def shell(command, log):
     """Run a command of this project with one thread; its output goes to a file."""
     with open(log, "a") as file:
         words = [sys.executable, *shlex.split(command)]
-        subprocess.run(words, cwd=ROOT, env=ALONE, stdout=file, stderr=file, check=True)
+        subprocess.run(words, env=ALONE, stdout=file, stderr=file, check=True)
 
 
 def one_run(name, arm, flags, seed, result):
     """Train, measure pass@16 on few problems, and write the result."""
-    out = ROOT / "runs/experiments" / name / arm / str(seed)
+    out = Path("runs/experiments", name, arm, str(seed))
     log = out.with_suffix(".log")
     if out.exists():  # of a run that was interrupted
         subprocess.run(["rm", "-r", out], check=True)
@@ -90,14 +90,18 @@ def main():
     parser.add_argument("--choose", action="store_true", help="rates of the arms, on seeds 0-2")
     parser.add_argument("--report", action="store_true", help="no runs: table and picture alone")
     args = parser.parse_args()
+    os.chdir(ROOT)
     prepare()
+    if args.name == "base" and not args.report:
+        for command in base_commands():
+            shell(command, "runs/experiments/bases.log")
     results, tasks = HERE / "results" / args.name, []
     for arm, flags in EXPERIMENTS[args.name].items():
         if args.arms and arm not in args.arms:
             continue
         for seed in range(3) if args.choose else args.seeds:
             for lr in RATES if args.choose else [rate(args.name, arm)]:
-                folder = f"choose-{lr:g}/{arm}" if args.choose else arm
+                folder = f"choose-{lr:g}/{slug(arm)}" if args.choose else slug(arm)
                 result = results / folder / f"{seed}.json"
                 if not result.exists():
                     tasks.append((args.name, folder, f"{flags} --lr {lr:g}", seed, result))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from arms import BUDGET, EXPERIMENTS, RATES
+from arms import BUDGET, EXPERIMENTS, RATES, slug
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -135,7 +135,7 @@ def report(name, choosing=False):
     """Write the table, verdict and picture of an experiment; or choose the rates of its arms."""
     if choosing:
         return choose(name)
-    runs = {arm: read(RESULTS / name / arm) for arm in EXPERIMENTS[name]}
+    runs = {arm: read(RESULTS / name / slug(arm)) for arm in EXPERIMENTS[name]}
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     measured = {}
     for arm, by_seed in runs.items():
@@ -155,7 +155,7 @@ def choose(name):
     for arm in EXPERIMENTS[name]:
         means = []
         for lr in RATES:
-            runs = read(RESULTS / name / f"choose-{lr:g}" / arm)
+            runs = read(RESULTS / name / f"choose-{lr:g}" / slug(arm))
             values = [measure(run)["accuracy"] for run in runs.values()]
             means.append(np.mean(values) if values else np.nan)
         if not np.isnan(means).all():

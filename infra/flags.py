@@ -14,7 +14,13 @@ from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS
 from infra.optimizer import BETAS, WEIGHT_DECAY
 from model import LOGITS_PER_CHUNK
 
-UPDATES = [20, 40]
+# What differs by level: a value for level 1 of several, and one for all others or a single level.
+BY_LEVEL = {
+    "quality": QUALITY,
+    "max_new_tokens": [96, MAX_NEW_TOKENS],
+    "length_weight": [0.0, 0.2],
+    "updates": [20, 40],
+}
 MEMORY_ONLY = "memory only, never changes the result"
 
 
@@ -53,12 +59,15 @@ class Files:
 
 @dataclass(frozen=True)
 class Levels:
-    _argument_group_name = "levels: a list has one value for all, or one per level"
+    _argument_group_name = (
+        "levels: a list has one value for all, or one per level; a default of two, one for level 1 "
+        "and one for all others or for a single level"
+    )
 
     quality: list[float] | None = flag(
         None,
-        f"Q_l, upper bound of difficulty; default {QUALITY}, or one level of everything "
-        "if no problem has a pass rate",
+        f"Q_l, upper bound of difficulty; default {BY_LEVEL['quality']}, or one level of "
+        "everything if no problem has a pass rate",
         "paper: two levels; where they are cut: ours",
     )
     difficulty: Literal["pass_rate", "level"] = flag(
@@ -72,15 +81,17 @@ class Levels:
     buffer_groups: list[int] = flag(
         [16], "N_l, groups that an update trains on", "ours; FastCuRL 64-128"
     )
-    max_new_tokens: list[int] = flag(
-        [96, MAX_NEW_TOKENS], "Len_l, longest completion, tokens", "ours; DeepScaleR 8192-24576"
+    max_new_tokens: list[int] | None = flag(
+        None,
+        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']}",
+        "ours; DeepScaleR 8192-24576",
     )
     reward: list[str] = flag(
         ["math"], "R_l: math, or path.py:function", "paper: verifiable outcome"
     )
-    length_weight: list[float] = flag(
-        [0.0, 0.2],
-        "K_l, weight of the length reward",
+    length_weight: list[float] | None = flag(
+        None,
+        f"K_l, weight of the length reward; default {BY_LEVEL['length_weight']}",
         "ours; paper: K_l > 0, without a number; DAPO: 0.5",
     )
     eps_low: list[float] = flag([0.2], "ratio's lower clip bound is 1 - eps_low", "DAPO")
@@ -90,19 +101,13 @@ class Levels:
     )
     updates: list[int] | None = flag(
         None,
-        f"M_l, updates of the level; 0: it is not trained; default {UPDATES}, or no bound where "
-        "--tokens is given",
+        f"M_l, updates of the level; 0: it is not trained; default {BY_LEVEL['updates']}, or no "
+        "bound where --tokens is given",
     )
     tokens: list[int] | None = flag(
         None,
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
         "with --updates, whichever is used up first ends the level",
-    )
-    target_pass_rate: float | None = flag(
-        None,
-        "within a level, the next problems are those whose running pass rate is nearest to this; "
-        "default: random order",
-        "a control, not the method: AdaRFT 0.5",
     )
 
 
@@ -136,7 +141,8 @@ class Objective:
     surplus: Literal["keep", "drop", "missing"] = flag(
         "keep",
         "groups that an update drew beyond N_l: keep them for the next one; drop them; or draw, "
-        "after the first time, only as many prompts as are missing, and keep the rest",
+        "after the first time, only as many prompts as are missing (--max-draws x P_l in all), "
+        "and keep the rest",
         "ours; DAPO and verl drop",
     )
 
@@ -176,6 +182,12 @@ class SamplingFlags:
     )
     eval_max_new_tokens: int | None = flag(
         None, "longest completion of a held-out problem, tokens; default the largest Len_l"
+    )
+    target_pass_rate: float | None = flag(
+        None,
+        "within a level, the next problems are those whose running pass rate is nearest to this; "
+        "default: random order",
+        "a control, not the method: AdaRFT 0.5",
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
 
@@ -277,10 +289,11 @@ def check(cfg):
 
 def level_values(cfg, measured):
     """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) for name in PER_LEVEL}
+    values = {name: getattr(cfg, name) or BY_LEVEL.get(name) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["updates"] = cfg.updates or ([None] if cfg.tokens else UPDATES)
     values["tokens"] = cfg.tokens or [None]
+    if cfg.tokens and not cfg.updates:
+        values["updates"] = [None]
     if not cfg.quality:
         values["quality"] = default_quality(cfg, measured)
     elif cfg.difficulty == "pass_rate" and not measured:
@@ -293,16 +306,14 @@ def level_values(cfg, measured):
 
 
 def resolve_levels(cfg, measured):
-    """The levels that the per-level flags describe. Each flag has one value, or one per level. A
-    default of two values has one for level 1 of several, and one for all other levels.
+    """The levels that the per-level flags describe. Each flag has one value, or one per level.
 
     measured  whether some training problem has a pass rate
     """
     values = level_values(cfg, measured)
-    default = vars(Config()) | {"updates": UPDATES, "quality": QUALITY}
-    given = [name for name, some in values.items() if some != default[name]]
-    num_levels = max(len(values[name]) for name in [*given, "quality"])
-    for name in [*given, "quality"]:
+    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
+    num_levels = max(len(values[name]) for name in binding)
+    for name in binding:
         if len(values[name]) not in (1, num_levels):
             raise ValueError(
                 f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
@@ -312,9 +323,7 @@ def resolve_levels(cfg, measured):
     for i in range(num_levels):
         own = {}
         for name, some in values.items():
-            own[name] = some[min(i, len(some) - 1)]
-            if name not in given and num_levels == 1:
-                own[name] = some[-1]
+            own[name] = some[-1 if num_levels == 1 else min(i, len(some) - 1)]
         cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
         if cache > own["max_new_tokens"]:
             raise ValueError(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from data import name_level
 from eprli import Buffer, Group, Level
 from infra.optimizer import learning_rate
 from infra.ranks import Stop
@@ -50,11 +51,8 @@ class Stage:
     @property
     def progress(self):
         """Share of the level's budget that is used up: of updates or of tokens, the larger."""
-        level, shares = self.level, []
-        for used, budget in ((self.trained, level.updates), (self.tokens, level.tokens)):
-            if budget is not None:
-                shares.append(min(1.0, used / budget) if budget else 1.0)
-        return max(shares)
+        budgets = (self.trained, self.level.updates), (self.tokens, self.level.tokens)
+        return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
 
     @property
     def over(self):
@@ -69,10 +67,6 @@ def next_stage(stages, schedule):
     return left[0] if left else None
 
 
-def name_level(level):
-    return "all problems" if level is None else f"level {level}"
-
-
 @dataclass
 class Run:
     """All that a run consists of, and where it stands."""
@@ -85,9 +79,8 @@ class Run:
     learner: object
     grader: object
     stages: list
-    held_out: dict  # {number of a level, or None where that is not known: [data.Prompt, ...]}
+    held_out: dict  # {number of a bin of difficulty, None if it is not known: [data.Prompt, ...]}
     turns_taken: int = 0  # updates so far, skipped ones included
-    trained: int = 0  # updates that changed the policy
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
     saved: str | None = None  # name of the newest checkpoint
@@ -96,18 +89,29 @@ class Run:
     first_entropy: float | None = None
 
     @property
+    def trained(self):
+        """Updates that changed the policy."""
+        return sum(stage.trained for stage in self.stages)
+
+    @property
     def tokens(self):
         """Sampled so far, over all levels."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def progress(self):
-        return sum(1 if stage.over else stage.progress for stage in self.stages)
+        """Share of the whole run's budget that is used up."""
+        done = total = 0
+        for stage in self.stages:
+            budget = stage.level.tokens or stage.level.updates or 0
+            done += budget * (stage.over or stage.progress)
+            total += budget
+        return done / total if total else 1
 
     def turns(self, evaluate):
         """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
-        silent, total = not self.ranks.first, len(self.stages)
-        with tqdm(initial=self.progress, total=total, bar_format=BAR, disable=silent) as bar:
+        silent = not self.ranks.first
+        with tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent) as bar:
             while True:
                 if self.evaluation_due and self.cfg.eval_every != 0:
                     evaluate(self)
@@ -158,7 +162,6 @@ class Run:
         stage.last_update = self.turns_taken
         stage.tokens += sum(row["tokens"] for row in update.rows)
         stage.trained += bool(update.steps)
-        self.trained += bool(update.steps)
         if update.fault:
             self.broken += 1
             stage.skips = 0
@@ -208,7 +211,7 @@ class Run:
                 tqdm.write(
                     f"  {name} is being forgotten: it was at {best['accuracy']:.1%} "
                     f"after {best['update']} updates, and the intervals do not meet; give the "
-                    "level that is trained fewer --updates, or take turns (--schedule interleaved)"
+                    "level that is trained a smaller budget, or take turns (--schedule interleaved)"
                 )
 
     def table(self):
@@ -300,7 +303,7 @@ def pack(run):
         level = {name: getattr(stage, name) for name in COUNTERS}
         level |= {"order": stage.order.state(), "counts": stage.buffer.counts}
         levels.append(level | {"groups": groups})
-    progress = {"update": run.turns_taken, "trained": run.trained, "broken": run.broken}
+    progress = {"update": run.turns_taken, "broken": run.broken}
     progress["evaluate"] = run.evaluation_due
     tensors = {
         "tokens": torch.tensor([i for c in waiting for i in c.tokens], dtype=torch.int64),
@@ -310,10 +313,10 @@ def pack(run):
 
 
 def unpack(run, state, tensors):
-    """The inverse of `pack`, into a run that has just begun. Drawn prompts are skipped."""
+    """The inverse of `pack`, into a run that has just begun."""
     progress = state["progress"]
-    run.turns_taken, run.trained = progress["update"], progress["trained"]
-    run.broken, run.evaluation_due = progress["broken"], progress["evaluate"]
+    run.turns_taken, run.broken = progress["update"], progress["broken"]
+    run.evaluation_due = progress["evaluate"]
     tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
     for stage, level in zip(run.stages, state["levels"], strict=True):
         stage.order.restore(level["order"])

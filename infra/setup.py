@@ -120,8 +120,8 @@ def make_stages(cfg, levels, train_set, policy):
     parts, left_out = cut(cfg, cfg.data, train_set, qualities)
     stages, too_long = [], 0
     for number, level in enumerate(levels, 1):
-        own, prompts = parts.get(None) or parts[number], []
-        if level.on:
+        own, prompts = parts.get(None) or parts[number], []  # None: one set for every level
+        if level.trains:
             if not own:
                 raise ValueError(
                     f"level {number} (Q = {level.quality:g}) has no problem: choose another "
@@ -139,7 +139,7 @@ def make_stages(cfg, levels, train_set, policy):
         stages.append(stage)
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
-            f"{'' if level.on else ', not trained'}"
+            f"{'' if level.trains else ', not trained'}"
         )
     if qualities != sorted(qualities):
         tqdm.write(
@@ -154,8 +154,16 @@ def cut_held_out(cfg, levels, held_out, policy):
     if not held_out:
         return {}, {}
     qualities = cfg.eval_quality or [level.quality for level in levels]
-    parts, left_out = cut(cfg, cfg.eval_data, held_out, list(dict.fromkeys(qualities)))
-    prompts = {number: policy.render(own) for number, own in parts.items() if own}
+    parts, left_out = cut(cfg, cfg.eval_data, held_out, qualities)
+    if cfg.eval_quality and None in parts:
+        raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
+    prompts, seen = {}, set()
+    for number, own in parts.items():
+        quality = number and qualities[number - 1]
+        if own and quality not in seen:  # levels may share their problems
+            prompts[number] = policy.render(own)
+            tqdm.write(f"held out, {data.name_level(number)}: {len(own)} problems")
+        seen.add(quality)
     if not prompts:
         raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
     return prompts, {"eval_left_out": left_out}
@@ -267,6 +275,7 @@ def memory_table(cfg):
         held_out = []
     policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
+    levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return plan.table(plan.plan(cfg, levels, policy.model, longest, len(held_out), processes))
 

@@ -39,7 +39,7 @@ class Update:
     def __init__(self, number, stage, lr, max_draws):
         self.number, self.stage, self.lr = number, stage, lr
         self.prompts_left = max_draws * stage.level.prompts  # that may still be drawn
-        self.carried = 0  # groups trained on that an earlier update sampled
+        self.carried = 0  # groups trained on that an older policy sampled
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
         self.rows = []
@@ -157,7 +157,7 @@ class Update:
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:
-            tqdm.write(f"  update {self.number} skipped: {unfilled(row, level, self.draws)}")
+            tqdm.write(f"  update {self.number} skipped: {unfilled(row, level)}")
 
 
 LINE = (
@@ -188,13 +188,13 @@ def peak_memory_mb():
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def unfilled(row, level, draws):
+def unfilled(row, level):
     """What was seen in draws that did not fill the buffer, and what to change."""
     drawn, right, wrong = row["groups_drawn"], row["groups_all_right"], row["groups_all_wrong"]
     cut_off = row["truncated_share"]
     seen = (
-        f"{draws} draws of {level.prompts} prompts did not fill the buffer of "
-        f"{level.buffer_groups}: of {drawn} groups {right} were all right and {wrong} all wrong; "
+        f"{drawn} groups did not fill the buffer of {level.buffer_groups}: {right} were all right "
+        f"and {wrong} all wrong; "
         f"{cut_off:.0%} of the completions were cut off. "
     )
     if right + wrong < drawn / 2:

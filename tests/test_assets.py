@@ -76,7 +76,7 @@ def test_demonstrations_are_right_or_fall_into_a_trap():
     """The grader and the warm start agree on what an answer looks like. Who falls into a trap is
     wrong: slips are rare at first, and come in full at the end."""
     shares = []
-    for batch in warmstart.demonstrations(steps=3, batch=400, seed=0):
+    for batch in warmstart.demonstrations(warmstart.Recipe("", steps=3, batch=400)):
         verdicts = Grader().grade([(p.answer, text) for p, text in batch])
         assert set(verdicts) == {RIGHT, WRONG}
         assert all(text.count("=") >= len(p.other["steps"]) for p, text in batch)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import kinds  # noqa: E402
 import tables  # noqa: E402
 
 from data import Problem  # noqa: E402
+from infra.flags import Config, make_parser, resolve_levels  # noqa: E402
 
 
 def test_only_a_peer_may_fail_in_a_comparison(capsys):
@@ -115,6 +118,19 @@ def test_differences_are_paired_by_seed():
     b = {seed: {"accuracy": 10.0 * seed + 1 + 0.1 * (-1) ** seed} for seed in range(6)}
     mean, half = tables.difference(b, a)
     assert mean == pytest.approx(1.02) and 0 < half < 0.2
+
+
+def test_every_arm_is_a_command_that_train_reads():
+    """A blank or a slash in the name of an arm must not end up in a path."""
+    for name, some in arms.EXPERIMENTS.items():
+        assert len({arms.slug(arm) for arm in some}) == len(some)
+        for arm, flags in some.items():
+            assert re.fullmatch(r"[\w-]+", arms.slug(arm)), (name, arm)
+            words = shlex.split(f"{arms.BASE} {flags} --lr 1e-4")
+            cfg = Config(**vars(make_parser().parse_args(words)))
+            if "--data" not in words:  # files that the experiment makes
+                levels = resolve_levels(cfg, measured=True)
+                assert sum(level.tokens for level in levels) in (arms.BUDGET, arms.BUDGET // 2)
 
 
 def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():

@@ -185,15 +185,15 @@ def test_a_target_draws_what_is_nearest_and_was_not_drawn_for_longest():
     order = make_order(target=0.5)
     first = order.draw(2)
     assert set(first) == {2, 5}  # the unmeasured one, and 0.5
-    order.sampled(2, 0.0)
-    order.sampled(5, 0.5)
+    order.note(2, 0.0)
+    order.note(5, 0.5)
     assert order.rates[2] == 0.25 and order.rates[5] == 0.5
     assert order.draw(1) == [5] and set(order.draw(3)) == {5, 1, 9}
     again = make_order(target=0.5)
     again.restore(json.loads(json.dumps(order.state())))
     for some in (order, again):
-        some.sampled(5, 1.0)
-        some.sampled(1, 0.6)
+        some.note(5, 1.0)
+        some.note(1, 0.6)
     assert order.draw(3) == again.draw(3) and order.state() == again.state()
     assert order.draw(1) == [1]  # 9 is as near
 

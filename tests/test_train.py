@@ -294,6 +294,10 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
         assert len(mine) == 4 * row["groups_drawn"]
         assert row["tokens_sampled"] == sum(c["tokens"] for c in mine)
         assert row["reward_mean"] == pytest.approx(sum(rewards) / len(mine))
+        groups = torch.tensor(rewards, dtype=torch.float64).view(-1, 4)
+        within, between = groups.var(1, correction=0).mean(), groups.mean(1).var(correction=0)
+        assert row["reward_variance_within"] == pytest.approx(within.item())
+        assert row["reward_variance_between"] == pytest.approx(between.item())
         assert row["accuracy"] == sum(right) / len(mine)
         assert row["logprob_gap_max"] < 1e-5 and row["kl_old"] >= 0
         assert 0 < row["entropy"] < math.log(262)
@@ -437,11 +441,16 @@ def test_surplus_that_is_dropped_is_never_trained_on(workshop):
 def test_only_missing_prompts_are_drawn(workshop):
     """Every other group is flat. Later draws are as small as they can be, so surplus is rare;
     all together stay within max_draws x P_l prompts."""
-    flags = {"quality": 1.0, "updates": 1, "prompts": 4, "buffer_groups": 4, "max_draws": 3}
-    out = workshop(surplus="missing", reward="toy_reward.py:sometimes", **flags)
-    (row, *_) = lines(out / "metrics.jsonl")
-    assert row["groups_drawn"] <= 12
-    assert row["groups_drawn"] == 12 or row["groups_pending"] == 0
+    flags = {"quality": 1.0, "updates": 1, "prompts": 4, "buffer_groups": 3, "max_draws": 3}
+    rows = []
+    for surplus in ("missing", "keep"):
+        out = workshop(surplus=surplus, reward="toy_reward.py:sometimes", out=surplus, **flags)
+        rows += lines(out / "metrics.jsonl")
+    assert [row["groups_kept"] for row in rows] == [3, 3]
+    assert rows[0]["groups_stale"] == 0 < rows[1]["groups_stale"]
+    assert rows[0]["groups_drawn"] < rows[1]["groups_drawn"]
+    out = workshop(surplus="missing", reward="toy_reward.py:never", out="never", **flags)
+    assert lines(out / "metrics.jsonl")[0]["groups_drawn"] == 12
 
 
 @pytest.mark.parametrize("tokens, trained", [((0, 40), {2}), ((40, 0), {1}), ((40, 40), {1, 2})])
@@ -469,6 +478,26 @@ def test_a_skipped_update_consumes_neither_updates_nor_the_schedule(workshop):
     assert rates == pytest.approx([1 - sum(trained[:i]) / 3 for i in range(len(metrics))])
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({"updates": 2, "warmup": 2}, [0.5, 0.5, 0.5, 0.5]),
+        ({"updates": 2}, [1, 0.5, 1, 0.5]),
+        ({"updates": 2, "schedule": "interleaved"}, [1, 1, 0.5, 0.5]),
+    ],
+)
+def test_the_rate_warms_up_and_decays_within_each_level(workshop, flags, expected):
+    """One schedule over all levels would give the last one the smallest steps."""
+    metrics = lines(workshop(**flags) / "metrics.jsonl")
+    assert [row["lr"] / 1e-2 for row in metrics] == pytest.approx(expected)
+
+
+def test_levels_may_share_their_problems(workshop):
+    """As when lengths rise on one set of problems; a bin keeps the number of its level."""
+    out = workshop(eval_data="p.jsonl", quality=(0.5, 0.5, 0.9), updates=1)
+    assert [row["level"] for row in lines(out / "eval.jsonl")][:2] == [1, 3]
+
+
 def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
     """One level and two levels are compared on the same bins, the same problems and samples."""
     both = []
@@ -482,9 +511,13 @@ def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
 
 
 def test_the_nearest_pass_rate_is_drawn_next(workshop):
-    out = workshop(quality=1.0, target_pass_rate=0.1, updates=1, buffer_groups=5)
-    drawn = {row["problem_id"] for row in lines(out / "completions.jsonl")}
-    assert drawn <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
+    """Those that were drawn have another running pass rate then, and others come next."""
+    out = workshop(quality=1.0, target_pass_rate=0.1, updates=2, buffer_groups=5)
+    first, second = set(), set()
+    for row in lines(out / "completions.jsonl"):
+        (first if row["update"] == 1 else second).add(row["problem_id"])
+    assert first | second <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
+    assert first and second and not first & second
 
 
 @pytest.mark.parametrize(
@@ -523,7 +556,7 @@ def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, tmp_pat
     assert [(r["level"], r["n"]) for r in lines(out / "eval.jsonl")] == [(None, 3)] * 3
     printed = capsys.readouterr().out
     assert "they are one set" in printed and "overlap_with_eval 1" in printed
-    assert "all problems" in printed.splitlines()[-1] or "all problems" in printed
+    assert "all problems" in printed.split("held-out accuracy")[-1]
 
 
 def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, tmp_path, capsys):

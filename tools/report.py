@@ -13,7 +13,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import read_records
+from data import name_level, read_records
 
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\
@@ -79,11 +79,12 @@ def draw_panel(ax, metrics, panel, line):
 
 def draw_held_out(ax, evaluations, line):
     for level in dict.fromkeys(row["level"] for row in evaluations):
-        name = "all problems" if level is None else f"level {level}"
         colour = f"C{level or 1}"
         rows = [row for row in evaluations if row["level"] == level]
         updates = column(rows, "update")
-        ax.plot(updates, column(rows, "accuracy"), "o" + line, color=colour, label=name)
+        ax.plot(
+            updates, column(rows, "accuracy"), "o" + line, color=colour, label=name_level(level)
+        )
         ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 

@@ -11,7 +11,7 @@ of two ways is right.
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -30,8 +30,8 @@ from tools.problems import generate, solve
 
 PEAK_LR = 3e-3  # of AdamW
 MICRO_BATCH_TOKENS = 2048  # padded; speed only
-SLIPS = {"carry": 0.45, "borrow": 0.65, "sign": 0.75}  # how often the student falls into each trap
-RARE = 0.6, 0.2  # for this share of the steps of training, slips are so many times as frequent
+TRAPS = "carry", "borrow", "sign"
+RARE = 0.2  # at first, slips are so many times as frequent
 CAREFUL = 0.35  # of the steps have their units worked out
 
 # The second line of a problem tells other models in words what to do. This template leaves it out.
@@ -87,15 +87,14 @@ def make_model(tokenizer, seed):
     return model
 
 
-def demonstrations(steps, batch, seed):
-    """For every step of training, pairs (problem, solution as text)."""
-    problems, rng = generate("train", seed, repeats=True), random.Random(seed)
-    until, rare = RARE
-    for step in range(steps):
-        scale = rare if step < until * steps else 1
-        slips = {trap: scale * rate for trap, rate in SLIPS.items()}
+def demonstrations(args):
+    """For every step of training, pairs (problem, solution as text).  args: a Recipe"""
+    problems, rng = generate("train", args.seed, repeats=True), random.Random(args.seed)
+    for step in range(args.steps):
+        scale = RARE if step < args.rare * args.steps else 1
+        slips = {trap: scale * rate for trap, rate in zip(TRAPS, args.slips)}
         pairs = []
-        for problem in itertools.islice(problems, batch):
+        for problem in itertools.islice(problems, args.batch):
             parts, answer = solve(problem.problem, slips, CAREFUL, rng)
             pairs.append((problem, ";".join([*parts, f"\\boxed{{{answer}}}"])))
         yield pairs
@@ -136,14 +135,18 @@ class Recipe:
     steps: int = 1800  # of the optimizer
     batch: int = 128  # demonstrations per step
     seed: int = 0
+    slips: list[float] = field(default_factory=lambda: [0.45, 0.65, 0.75])  # how often, see TRAPS
+    rare: float = 0.6  # share of the steps in which slips are rare
+    start: str | None = None  # checkpoint folder to go on from; default: random weights
 
 
 def main(arguments=None):
     (args,) = HfArgumentParser(Recipe).parse_args_into_dataclasses(arguments)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
-    batches = demonstrations(args.steps, args.batch, args.seed)
-    loss = learn(model, tokenizer, batches, args.steps)
+    if args.start:
+        model = Transformer.from_pretrained(args.start, torch.float32, "cpu")
+    loss = learn(model, tokenizer, demonstrations(args), args.steps)
     stop, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     for part in (model, tokenizer, GenerationConfig(eos_token_id=stop, pad_token_id=padding)):
         part.save_pretrained(args.out)
