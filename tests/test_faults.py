@@ -244,7 +244,7 @@ def sharp(tmp_path, stop_ids=None):
 @pytest.mark.parametrize(
     "reward, flags, said",
     [
-        ("always", {}, "of 4 groups 4 were all right and 0 all wrong; "),
+        ("always", {}, "4 were all right and 0 all wrong; "),
         ("always", {}, "The level is too easy: raise --quality"),
         ("never", {}, "Completions do not come to an end: raise --max-new-tokens (now 6)"),
         (
