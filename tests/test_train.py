@@ -578,8 +578,17 @@ def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind, expected", [("cosine", (0.25, -0.25)), ("overlong", (-0.5, -0.5))])
-def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(kind, expected):
+@pytest.mark.parametrize(
+    "kind, lengths, expected",
+    [
+        ("cosine", (5, 5), (0.25, -0.25)),
+        ("overlong", (5, 5), (-0.5, -0.5)),
+        ("kimi", (5, 10), (0.5, -0.5)),
+    ],
+)
+def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
+    kind, lengths, expected
+):
     """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
     not the grader, says which of two completions is right."""
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
@@ -587,8 +596,8 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(kin
     own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
     reward = lambda problem, text: float(text == "mine")  # noqa: E731
     attempts = []
-    for text, verdict in (("mine", "wrong"), ("other", "right")):
-        completion = Completion([7] * 5, [-1.0] * 5, True)
+    for text, verdict, n in zip(("mine", "other"), ("wrong", "right"), lengths):
+        completion = Completion([7] * n, [-1.0] * n, True)
         attempts.append(Attempt(completion, text, "1", verdict))
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
     group = train.score(run, SimpleNamespace(level=own, reward=reward), prompt, attempts)
