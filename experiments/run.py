@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,11 @@ sys.path.insert(0, str(ROOT))
 from arms import BASE, EXPERIMENTS, FEW, RATES, base_commands, prepare, slug  # noqa: E402
 from tables import report  # noqa: E402
 
+COLUMNS = (
+    "level tokens_sampled tokens_trained groups_drawn groups_kept groups_all_right "
+    "groups_all_wrong groups_stale entropy length_mean carried_share reward_variance_within "
+    "reward_variance_between sample_seconds learn_seconds"
+)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -41,33 +47,31 @@ def shell(command, log):
         subprocess.run(words, env=ALONE, stdout=file, stderr=file, check=True)
 
 
-def one_run(name, arm, flags, seed, result):
-    """Train, measure pass@16 on few problems, and write the result."""
-    out = Path("runs/experiments", name, arm, str(seed))
+def one_run(folder, flags, seed, passes):
+    """Train, and write results/FOLDER/SEED.json; with pass@16 of a few problems, if `passes`."""
+    out, result = (
+        Path("runs/experiments", folder, str(seed)),
+        HERE / f"results/{folder}/{seed}.json",
+    )
     log = out.with_suffix(".log")
-    if out.exists():  # of a run that was interrupted
-        subprocess.run(["rm", "-r", out], check=True)
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
     command = f"train.py {BASE} {flags} --seed {seed}"
     shell(f"{command} --out {out}", log)
-    checkpoint = max((out / "checkpoints").iterdir())
-    few = f"--data {FEW} --samples 16 --seed {seed} --max-new-tokens 128"
-    shell(f"eval.py --model {checkpoint} {few} --out {out / 'few'}", log)
     metrics = read_lines(out / "metrics.jsonl")
-    summary = json.loads((out / "few/summary.json").read_text())["files"]
     found = {"command": command, "evaluations": read_lines(out / "eval.jsonl")}
-    found["few"] = next(iter(summary.values()))
-    names = [key for key in metrics[0] if key.startswith(("groups_", "tokens_sampled"))]
-    names += ["tokens_trained", "sample_seconds", "learn_seconds"]
-    found["totals"] = {key: sum(row[key] for row in metrics) for key in names}
-    columns = ("level", "tokens_sampled", "entropy", "length_mean", "carried_share")
-    columns += ("reward_variance_within", "reward_variance_between")
-    found["updates"] = {key: [row[key] for row in metrics] for key in columns}
+    found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
+    if passes:
+        checkpoint = max((out / "checkpoints").iterdir())
+        few = f"--data {FEW} --samples 16 --seed {seed} --max-new-tokens 128"
+        shell(f"eval.py --model {checkpoint} {few} --out {out / 'few'}", log)
+        summary = json.loads((out / "few/summary.json").read_text())["files"]
+        found["few"] = next(iter(summary.values()))
     result.parent.mkdir(parents=True, exist_ok=True)
     part = result.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(result)
-    subprocess.run(["rm", "-r", out], check=True)
+    shutil.rmtree(out)
 
 
 def rate(name, arm):
@@ -95,18 +99,18 @@ def main():
     if args.name == "base" and not args.report:
         for command in base_commands():
             shell(command, "runs/experiments/bases.log")
-    results, tasks = HERE / "results" / args.name, []
+    tasks = []
     for arm, flags in EXPERIMENTS[args.name].items():
         if args.arms and arm not in args.arms:
             continue
         for seed in range(3) if args.choose else args.seeds:
             for lr in RATES if args.choose else [rate(args.name, arm)]:
-                folder = f"choose-{lr:g}/{slug(arm)}" if args.choose else slug(arm)
-                result = results / folder / f"{seed}.json"
-                if not result.exists():
-                    tasks.append((args.name, folder, f"{flags} --lr {lr:g}", seed, result))
+                folder = f"{args.name}/choose-{lr:g}" if args.choose else args.name
+                folder = f"{folder}/{slug(arm)}"
+                if not (HERE / f"results/{folder}/{seed}.json").exists():
+                    tasks.append((folder, f"{flags} --lr {lr:g}", seed, not args.choose))
     if not args.report:
-        tasks.sort(key=lambda task: task[3])  # all arms of one seed first
+        tasks.sort(key=lambda task: task[2])  # all arms of one seed first
         with ThreadPoolExecutor(args.jobs) as pool:
             list(tqdm(pool.map(lambda task: one_run(*task), tasks), total=len(tasks), unit="run"))
     report(args.name, args.choose)

@@ -43,7 +43,8 @@ def measure(run):
     level_2 = np.interp(grid, *curve(run, 2))
     reached = grid[level_2 >= 50]
     last = [row for row in run["evaluations"] if row["level"] == 2][-1]
-    totals = run["totals"]
+    drawn, kept = (sum(run["updates"][f"groups_{fate}"]) for fate in ("drawn", "kept"))
+    passed = run.get("few", {}).get("level 2", {}).get("pass@16", [np.nan])[0]
     return {
         "accuracy": at[0],
         "level 1": at[1],
@@ -51,9 +52,9 @@ def measure(run):
         "area": np.interp(grid, *curve(run, 0)).mean(),
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
         "forgotten": np.interp(grid, *curve(run, 1)).max() - at[1],
-        "pass@16": 100 * run["few"]["level 2"]["pass@16"][0],
+        "pass@16": 100 * passed,
         "length": last["length_mean"],
-        "drawn": totals["groups_drawn"] / totals["groups_kept"],
+        "drawn": drawn / kept,
     }
 
 

@@ -95,8 +95,8 @@ def result(final, tokens=(0, 200_000, 500_000)):
             row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
     few = {"level 2": {"pass@16": [0.9, 0.8, 1.0]}}
-    totals = {"groups_drawn": 30, "groups_kept": 10}
-    return {"evaluations": rows, "few": few, "totals": totals}
+    updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5]}
+    return {"evaluations": rows, "few": few, "updates": updates}
 
 
 def test_measures_are_taken_at_the_budget_not_at_the_end(monkeypatch):
