@@ -170,7 +170,7 @@ def test_kills_at_random_moments_one_after_the_other(workshop):
     rng, out, kills = random.Random(0), "random", 0
     processes = launch.start(workshop, words(**FLAGS, out=out))
     while kills < 6:
-        time.sleep(rng.uniform(0.2, 1.2))
+        time.sleep(rng.uniform(0.1, 0.6))
         processes[0].kill()
         kills += launch.wait(processes) == [-signal.SIGKILL]
         again = ["--resume", out] if (workshop / out).exists() else words(**FLAGS, out=out)
