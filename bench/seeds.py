@@ -3,7 +3,7 @@
     for i in 0 1 2 3 4; do
         python train.py --seed $i --out runs/seeds/default/$i
         python train.py --seed $i --length-weight 0 --out runs/seeds/K=0/$i
-        python train.py --seed $i --updates 0 85 --out "runs/seeds/level 2 alone/$i"
+        python train.py --seed $i --tokens 0 1000000 --out "runs/seeds/level 2 alone/$i"
     done
     python bench/seeds.py --runs runs/seeds        writes bench/SEEDS.md
 

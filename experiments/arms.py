@@ -15,6 +15,7 @@ VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of 
 FEW = VARIANTS / "few.jsonl"  # held-out problems of level 2, for pass@16
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
+CHOOSING_SEEDS = 3  # from 0
 RATES = (1.5e-4, 3e-4, 6e-4)
 BASE = (
     "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 8 "

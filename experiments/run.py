@@ -25,7 +25,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from arms import BASE, EXPERIMENTS, FEW, RATES, base_commands, prepare, slug  # noqa: E402
+from arms import (  # noqa: E402
+    BASE,
+    CHOOSING_SEEDS,
+    EXPERIMENTS,
+    FEW,
+    RATES,
+    base_commands,
+    prepare,
+    slug,
+)
 from tables import report  # noqa: E402
 
 COLUMNS = (
@@ -49,10 +58,8 @@ def shell(command, log):
 
 def one_run(folder, flags, seed, passes):
     """Train, and write results/FOLDER/SEED.json; with pass@16 of a few problems, if `passes`."""
-    out, result = (
-        Path("runs/experiments", folder, str(seed)),
-        HERE / f"results/{folder}/{seed}.json",
-    )
+    out = Path("runs/experiments", folder, str(seed))
+    result = HERE / f"results/{folder}/{seed}.json"
     log = out.with_suffix(".log")
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ def main():
     for arm, flags in EXPERIMENTS[args.name].items():
         if args.arms and arm not in args.arms:
             continue
-        for seed in range(3) if args.choose else args.seeds:
+        for seed in range(CHOOSING_SEEDS) if args.choose else args.seeds:
             for lr in RATES if args.choose else [rate(args.name, arm)]:
                 folder = f"{args.name}/choose-{lr:g}" if args.choose else args.name
                 folder = f"{folder}/{slug(arm)}"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from arms import BUDGET, EXPERIMENTS, RATES, slug
+from arms import BUDGET, CHOOSING_SEEDS, EXPERIMENTS, RATES, slug
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -150,7 +150,10 @@ def report(name, choosing=False):
 
 
 def choose(name):
-    """The rate of each arm with the best mean accuracy over the choosing seeds -> rates.json"""
+    """The rate of each arm with the best mean accuracy over the choosing seeds -> rates.json
+
+    An arm whose runs are not complete has no rate yet: means over other seeds do not compare.
+    """
     chosen, lines = {}, ["| arm | " + " | ".join(f"{lr:g}" for lr in RATES) + " |"]
     lines.append("| --- " * (1 + len(RATES)) + "|")
     for arm in EXPERIMENTS[name]:
@@ -158,9 +161,9 @@ def choose(name):
         for lr in RATES:
             runs = read(RESULTS / name / f"choose-{lr:g}" / slug(arm))
             values = [measure(run)["accuracy"] for run in runs.values()]
-            means.append(np.mean(values) if values else np.nan)
-        if not np.isnan(means).all():
-            chosen[arm] = RATES[int(np.nanargmax(means))]
+            means.append(np.mean(values) if len(values) == CHOOSING_SEEDS else np.nan)
+        if not np.isnan(means).any():
+            chosen[arm] = RATES[int(np.argmax(means))]
         lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
     (RESULTS / "rates.json").write_text(json.dumps(chosen, indent=1))
     (RESULTS / f"{name}-rates.md").write_text("\n".join(lines) + "\n")
