@@ -57,13 +57,23 @@ def shell(command, log):
 
 
 def one_run(folder, flags, seed, passes):
-    """Train, and write results/FOLDER/SEED.json; with pass@16 of a few problems, if `passes`."""
+    """Train, and write results/FOLDER/SEED.json; with pass@16 of a few problems, if `passes`.
+
+    A run of another experiment with the very same flags is copied: arms that experiments share.
+    """
     out = Path("runs/experiments", folder, str(seed))
     result = HERE / f"results/{folder}/{seed}.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    part = result.with_suffix(".part")
+    command = f"train.py {BASE} {flags} --seed {seed}"
+    for twin in (HERE / "results").glob(f"*/*/{seed}.json"):
+        if json.loads(twin.read_text())["command"] == command:
+            part.write_text(twin.read_text())
+            part.rename(result)
+            return
     log = out.with_suffix(".log")
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = f"train.py {BASE} {flags} --seed {seed}"
     shell(f"{command} --out {out}", log)
     metrics = read_lines(out / "metrics.jsonl")
     found = {"command": command, "evaluations": read_lines(out / "eval.jsonl")}
@@ -74,8 +84,6 @@ def one_run(folder, flags, seed, passes):
         shell(f"eval.py --model {checkpoint} {few} --out {out / 'few'}", log)
         summary = json.loads((out / "few/summary.json").read_text())["files"]
         found["few"] = next(iter(summary.values()))
-    result.parent.mkdir(parents=True, exist_ok=True)
-    part = result.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(result)
     shutil.rmtree(out)
@@ -83,8 +91,11 @@ def one_run(folder, flags, seed, passes):
 
 def rate(name, arm):
     """The learning rate that was chosen for an arm; outside `levels`, that of its first arm."""
-    chosen = json.loads((HERE / "results/rates.json").read_text())
-    return chosen[arm if name == "levels" else "EPRLI"]
+    try:
+        chosen = json.loads((HERE / "results/rates.json").read_text())
+        return chosen[arm if name == "levels" else "EPRLI"]
+    except (FileNotFoundError, KeyError):
+        sys.exit("no learning rate was chosen yet: python experiments/run.py levels --choose")
 
 
 def parse_seeds(text):

@@ -18,7 +18,7 @@ from model import LOGITS_PER_CHUNK
 BY_LEVEL = {
     "quality": QUALITY,
     "max_new_tokens": [96, MAX_NEW_TOKENS],
-    "length_weight": [0.0, 0.2],
+    "length_weight": [0.0, 0.3],
     "updates": [20, 40],
 }
 MEMORY_ONLY = "memory only, never changes the result"
