@@ -156,7 +156,7 @@ def prepare():
         right = sum(i < p.pass_rate * len(samples) for i in rng.sample(samples, 4))
         four.append(replace(p, pass_rate=right / 4))
     files = {
-        "few": data.cut_levels(held_out, data.QUALITY, "pass_rate")[0][1][:128],
+        "few": data.cut_levels(held_out, data.QUALITY, "pass_rate")[0][1][:64],
         "four": four,
         "shuffled": ranked(problems, lambda p: rng.random()),
         "steps": ranked(problems, lambda p: (len(terms(p.problem)), rng.random())),

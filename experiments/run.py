@@ -126,7 +126,8 @@ def main():
                 folder = f"{args.name}/choose-{lr:g}" if args.choose else args.name
                 folder = f"{folder}/{slug(arm)}"
                 if not (HERE / f"results/{folder}/{seed}.json").exists():
-                    tasks.append((folder, f"{flags} --lr {lr:g}", seed, not args.choose))
+                    more = f"--lr {lr:g}" + " --eval-every 1000" * args.choose  # the end alone
+                    tasks.append((folder, f"{flags} {more}", seed, not args.choose))
     if not args.report:
         tasks.sort(key=lambda task: task[2])  # all arms of one seed first
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -16,7 +16,7 @@ MEASURES = {  # in the order of the table: what it is, and its unit
     "area": "mean accuracy over the sampled tokens, %",
     "to 50 %": "sampled tokens until level 2 is at 50 %, thousands",
     "forgotten": "level 1, from its best to its end, points",
-    "pass@16": "level 2, 128 problems, %",
+    "pass@16": "level 2, 64 problems, %",
     "length": "level 2, tokens",
     "drawn": "groups drawn for one that was trained on",
 }
