@@ -3,7 +3,6 @@ with; TWO alone has the defaults by level: kimi with K_2 = 0.3, eps 0.2 and 0.28
 std. What is common to all stands in BASE; every arm spends BUDGET sampled tokens in all."""
 
 import random
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from eval import SHIPPED
 from tools.problems import terms
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
-FEW = VARIANTS / "few.jsonl"  # held-out problems of level 2, for pass@16
+PASS = f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens 128"  # of level 2
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
-CHOOSING_SEEDS = 3  # from 0
 RATES = (3e-4, 5e-4, 8e-4)
 BASE = (
     "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 8 "
@@ -23,11 +21,6 @@ BASE = (
 )
 TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
 ONE = f"--quality 1.0 --tokens {BUDGET}"
-
-
-def slug(arm):
-    """The name of an arm as a folder."""
-    return re.sub(r"\W+", "-", arm).strip("-")
 
 
 def two_levels(file):
@@ -110,6 +103,11 @@ EXPERIMENTS = {
         "process, outcome": f"{TWO} --reward assets/process.py:right_steps math",
     },
 }
+
+EXPERIMENTS["rates"] = {}
+for arm, flags in EXPERIMENTS["levels"].items():
+    for lr in RATES:
+        EXPERIMENTS["rates"][f"{arm}, {lr:g}"] = f"{flags} --lr {lr:g} --eval-every 1000"
 
 
 # What the student of another base does differently: tools/warmstart.py --slips carry borrow sign.

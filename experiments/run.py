@@ -1,8 +1,8 @@
 """Experiments on the shipped task: arms that differ in flags, paired by seed.
 
-    python experiments/run.py levels --choose             rates of the arms, on seeds 0-2
+    python experiments/run.py rates --seeds 0-2           learning rates of the arms of `levels`
     python experiments/run.py levels --seeds 10-19        runs what is missing, then the report
-    python experiments/run.py levels --report             the table and the picture alone
+    python experiments/run.py levels --seeds none         the table, the verdict, the picture alone
 
 Arms are the tables in experiments/arms.py; experiments/PROTOCOL.md says what is measured, and was
 written before the seeds that are reported. Every run is a process of its own with one thread:
@@ -22,21 +22,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from arms import (  # noqa: E402
-    BASE,
-    CHOOSING_SEEDS,
-    EXPERIMENTS,
-    FEW,
-    RATES,
-    base_commands,
-    prepare,
-    slug,
-)
-from tables import report  # noqa: E402
+import arms  # noqa: E402
+from tables import RESULTS, best_rate, report, result_file  # noqa: E402
 
+RUNS = Path("runs/experiments")
 COLUMNS = (
     "level tokens_sampled tokens_trained groups_drawn groups_kept groups_all_right "
     "groups_all_wrong groups_stale entropy length_mean carried_share reward_variance_within "
@@ -53,24 +44,21 @@ def shell(command, log):
     """Run a command of this project with one thread; its output goes to a file."""
     with open(log, "a") as file:
         words = [sys.executable, *shlex.split(command)]
-        subprocess.run(words, env=ALONE, stdout=file, stderr=file, check=True)
+        if subprocess.run(words, env=ALONE, stdout=file, stderr=file).returncode:
+            raise SystemExit(f"python {command}\nfailed: see {log}")
 
 
-def one_run(folder, flags, seed, passes):
-    """Train, and write results/FOLDER/SEED.json; with pass@16 of a few problems, if `passes`.
-
-    A run of another experiment with the very same flags is copied: arms that experiments share.
-    """
-    out = Path("runs/experiments", folder, str(seed))
-    result = HERE / f"results/{folder}/{seed}.json"
+def one_run(name, command, seed, result):
+    """Train, measure pass@16, and write the result. A run with the very same command that another
+    experiment has made is taken over: arms that experiments share are run once."""
     result.parent.mkdir(parents=True, exist_ok=True)
     part = result.with_suffix(".part")
-    command = f"train.py {BASE} {flags} --seed {seed}"
-    for twin in (HERE / "results").glob(f"*/*/{seed}.json"):
+    for twin in RESULTS.glob(f"*/*/{seed}.json"):
         if json.loads(twin.read_text())["command"] == command:
-            part.write_text(twin.read_text())
+            shutil.copy(twin, part)
             part.rename(result)
             return
+    out = RUNS / result.relative_to(RESULTS).with_suffix("")
     log = out.with_suffix(".log")
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,61 +66,53 @@ def one_run(folder, flags, seed, passes):
     metrics = read_lines(out / "metrics.jsonl")
     found = {"command": command, "evaluations": read_lines(out / "eval.jsonl")}
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
-    if passes:
-        checkpoint = max((out / "checkpoints").iterdir())
-        few = f"--data {FEW} --samples 16 --seed {seed} --max-new-tokens 128"
-        shell(f"eval.py --model {checkpoint} {few} --out {out / 'few'}", log)
-        summary = json.loads((out / "few/summary.json").read_text())["files"]
-        found["few"] = next(iter(summary.values()))
+    if name != "rates":
+        (checkpoint,) = (out / "checkpoints").iterdir()
+        shell(f"eval.py --model {checkpoint} {arms.PASS} --seed {seed} --out {out / 'few'}", log)
+        (files,) = json.loads((out / "few/summary.json").read_text())["files"].values()
+        found["pass@16"] = files["all"]["pass@16"][0]
     part.write_text(json.dumps(found))
     part.rename(result)
     shutil.rmtree(out)
 
 
-def rate(name, arm):
-    """The learning rate that was chosen for an arm; outside `levels`, that of its first arm."""
-    try:
-        chosen = json.loads((HERE / "results/rates.json").read_text())
-        return chosen[arm if name == "levels" else "EPRLI"]
-    except (FileNotFoundError, KeyError):
-        sys.exit("no learning rate was chosen yet: python experiments/run.py levels --choose")
+def missing(name, chosen, seeds):
+    """-> the arguments of `one_run` for every run without a result, all arms of one seed first"""
+    tasks = []
+    for seed in seeds:
+        for arm in chosen or arms.EXPERIMENTS[name]:
+            result = result_file(name, arm, seed)
+            if not result.exists():
+                flags = arms.EXPERIMENTS[name][arm]
+                if name != "rates":
+                    flags += f" --lr {best_rate(arm if name == 'levels' else 'EPRLI'):g}"
+                command = f"train.py {arms.BASE} {flags} --seed {seed}"
+                tasks.append((name, command, seed, result))
+    return tasks
 
 
 def parse_seeds(text):
+    """'3' or '10-19' or 'none'"""
     first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    return [] if text == "none" else range(int(first), int(last or first) + 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("name", choices=arms.EXPERIMENTS)
     parser.add_argument("--arms", nargs="+", help="default: all")
-    parser.add_argument("--seeds", type=parse_seeds, default=range(10, 20))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--choose", action="store_true", help="rates of the arms, on seeds 0-2")
-    parser.add_argument("--report", action="store_true", help="no runs: table and picture alone")
+    parser.add_argument("--seeds", type=parse_seeds, required=True)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     os.chdir(ROOT)
-    prepare()
-    if args.name == "base" and not args.report:
-        for command in base_commands():
-            shell(command, "runs/experiments/bases.log")
-    tasks = []
-    for arm, flags in EXPERIMENTS[args.name].items():
-        if args.arms and arm not in args.arms:
-            continue
-        for seed in range(CHOOSING_SEEDS) if args.choose else args.seeds:
-            for lr in RATES if args.choose else [rate(args.name, arm)]:
-                folder = f"{args.name}/choose-{lr:g}" if args.choose else args.name
-                folder = f"{folder}/{slug(arm)}"
-                if not (HERE / f"results/{folder}/{seed}.json").exists():
-                    more = f"--lr {lr:g}" + " --eval-every 1000" * args.choose  # the end alone
-                    tasks.append((folder, f"{flags} {more}", seed, not args.choose))
-    if not args.report:
-        tasks.sort(key=lambda task: task[2])  # all arms of one seed first
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(tqdm(pool.map(lambda task: one_run(*task), tasks), total=len(tasks), unit="run"))
-    report(args.name, args.choose)
+    arms.prepare()
+    tasks = missing(args.name, args.arms, args.seeds)
+    if args.name == "base" and tasks:
+        for command in arms.base_commands():
+            shell(command, RUNS / "bases.log")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(tqdm(pool.map(lambda task: one_run(*task), tasks), total=len(tasks), unit="run"))
+    report(args.name)
 
 
 if __name__ == "__main__":

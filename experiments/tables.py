@@ -1,10 +1,12 @@
 """From the results of an experiment to its measures, table, picture and verdict."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
-from arms import BUDGET, CHOOSING_SEEDS, EXPERIMENTS, RATES, slug
+from arms import BUDGET, EXPERIMENTS, RATES
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -14,7 +16,7 @@ MEASURES = {  # in the order of the table: what it is, and its unit
     "level 1": "held out, %",
     "level 2": "held out, %",
     "area": "mean accuracy over the sampled tokens, %",
-    "to 50 %": "sampled tokens until level 2 is at 50 %, thousands",
+    "to 50 %": "sampled tokens until level 2 is at 50 %, thousands; -: it never is",
     "forgotten": "level 1, from its best to its end, points",
     "pass@16": "level 2, 64 problems, %",
     "length": "level 2, tokens",
@@ -44,7 +46,6 @@ def measure(run):
     reached = grid[level_2 >= 50]
     last = [row for row in run["evaluations"] if row["level"] == 2][-1]
     drawn, kept = (sum(run["updates"][f"groups_{fate}"]) for fate in ("drawn", "kept"))
-    passed = run.get("few", {}).get("level 2", {}).get("pass@16", [np.nan])[0]
     return {
         "accuracy": at[0],
         "level 1": at[1],
@@ -52,15 +53,38 @@ def measure(run):
         "area": np.interp(grid, *curve(run, 0)).mean(),
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
         "forgotten": np.interp(grid, *curve(run, 1)).max() - at[1],
-        "pass@16": 100 * passed,
+        "pass@16": 100 * run.get("pass@16", np.nan),
         "length": last["length_mean"],
         "drawn": drawn / kept,
     }
 
 
-def read(folder):
-    """-> {seed: result}"""
-    return {int(p.stem): json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+def result_file(name, arm, seed):
+    return RESULTS / name / re.sub(r"\W+", "-", arm).strip("-") / f"{seed}.json"
+
+
+def read(name, arm):
+    """-> {seed: result} of the runs that are there"""
+    found = {}
+    for path in result_file(name, arm, 0).parent.glob("*.json"):
+        found[int(path.stem)] = json.loads(path.read_text())
+    return dict(sorted(found.items()))
+
+
+def measures(name, arm):
+    """-> {seed: {measure: value}}"""
+    return {seed: measure(run) for seed, run in read(name, arm).items()}
+
+
+def best_rate(arm):
+    """The learning rate of an arm of `levels`, by mean accuracy over its choosing seeds."""
+    means = {}
+    for lr in RATES:
+        by_seed = measures("rates", f"{arm}, {lr:g}")
+        if len(by_seed) < 3:
+            sys.exit(f"{arm}: first choose its rate, python experiments/run.py rates --seeds 0-2")
+        means[lr] = np.mean([m["accuracy"] for m in by_seed.values()])
+    return max(means, key=means.get)
 
 
 def interval(values):
@@ -82,7 +106,7 @@ def table(measured, first):
             values = [m[name] for m in by_seed.values()]
             reached = [v for v in values if not np.isnan(v)]
             mean, half = interval(reached) if reached else (np.nan, np.nan)
-            cell = "never" if not reached else f"{mean:.1f}"
+            cell = "-" if not reached else f"{mean:.1f}"
             cell += f" ± {half:.1f}" if half == half else ""
             if reached and len(reached) < len(values):
                 cell += f" ({len(reached)} of {len(values)})"
@@ -132,39 +156,17 @@ def draw(runs, path):
     figure.savefig(path, dpi=100)
 
 
-def report(name, choosing=False):
-    """Write the table, verdict and picture of an experiment; or choose the rates of its arms."""
-    if choosing:
-        return choose(name)
-    runs = {arm: read(RESULTS / name / slug(arm)) for arm in EXPERIMENTS[name]}
-    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
-    measured = {}
-    for arm, by_seed in runs.items():
-        measured[arm] = {seed: measure(run) for seed, run in by_seed.items()}
+def report(name):
+    """Write the table, verdict and picture of an experiment, as far as its runs are there."""
+    measured = {arm: measures(name, arm) for arm in EXPERIMENTS[name]}
+    measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
+    if not measured:
+        sys.exit(f"{name}: there is no result yet")
     first = next(iter(measured))
-    lines = [*table(measured, first), "", *verdict(measured, first), ""]
-    lines += [f"- {what}: {unit}" for what, unit in MEASURES.items()]
+    lines = table(measured, first)
+    if name != "rates":
+        lines += ["", *verdict(measured, first)]
+        draw({arm: read(name, arm) for arm in measured}, RESULTS / f"{name}.png")
+    lines += ["", *(f"- {what}: {unit}" for what, unit in MEASURES.items())]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    draw(runs, RESULTS / f"{name}.png")
-    print("\n".join(lines))
-
-
-def choose(name):
-    """The rate of each arm with the best mean accuracy over the choosing seeds -> rates.json
-
-    An arm whose runs are not complete has no rate yet: means over other seeds do not compare.
-    """
-    chosen, lines = {}, ["| arm | " + " | ".join(f"{lr:g}" for lr in RATES) + " |"]
-    lines.append("| --- " * (1 + len(RATES)) + "|")
-    for arm in EXPERIMENTS[name]:
-        means = []
-        for lr in RATES:
-            runs = read(RESULTS / name / f"choose-{lr:g}" / slug(arm))
-            values = [measure(run)["accuracy"] for run in runs.values()]
-            means.append(np.mean(values) if len(values) == CHOOSING_SEEDS else np.nan)
-        if not np.isnan(means).any():
-            chosen[arm] = RATES[int(np.argmax(means))]
-        lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
-    (RESULTS / "rates.json").write_text(json.dumps(chosen, indent=1))
-    (RESULTS / f"{name}-rates.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
