@@ -94,9 +94,8 @@ def result(final, tokens=(0, 200_000, 500_000)):
             accuracy = final * share if level == 2 else 0.8 - 0.1 * share
             row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
-    few = {"level 2": {"pass@16": [0.9, 0.8, 1.0]}}
     updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5]}
-    return {"evaluations": rows, "few": few, "updates": updates}
+    return {"evaluations": rows, "pass@16": 0.9, "updates": updates}
 
 
 def test_measures_are_taken_at_the_budget_not_at_the_end(monkeypatch):
@@ -123,14 +122,31 @@ def test_differences_are_paired_by_seed():
 def test_every_arm_is_a_command_that_train_reads():
     """A blank or a slash in the name of an arm must not end up in a path."""
     for name, some in arms.EXPERIMENTS.items():
-        assert len({arms.slug(arm) for arm in some}) == len(some)
-        for arm, flags in some.items():
-            assert re.fullmatch(r"[\w-]+", arms.slug(arm)), (name, arm)
+        folders = {tables.result_file(name, arm, 0).parent for arm in some}
+        assert len(folders) == len(some)
+        for folder in folders:
+            assert re.fullmatch(r"[\w-]+", folder.name) and folder.parent.name == name
+        for flags in some.values():
             words = shlex.split(f"{arms.BASE} {flags} --lr 1e-4")
             cfg = Config(**vars(make_parser().parse_args(words)))
             if "--data" not in words:  # files that the experiment makes
                 levels = resolve_levels(cfg, measured=True)
                 assert sum(level.tokens for level in levels) in (arms.BUDGET, arms.BUDGET // 2)
+
+
+def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch, tmp_path):
+    """The best single run must not decide, nor a mean over two seeds."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    finals = {3e-4: (0.5, 0.5, 0.5), 5e-4: (0.9, 0.2, 0.2), 8e-4: (0.6, 0.4, 0.6)}
+    for lr, by_seed in finals.items():
+        for seed, final in enumerate(by_seed):
+            path = tables.result_file("rates", f"L = 1, {lr:g}", seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result(final)))
+    assert tables.best_rate("L = 1") == 8e-4
+    path.unlink()
+    with pytest.raises(SystemExit, match="L = 1: first choose its rate"):
+        tables.best_rate("L = 1")
 
 
 def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
