@@ -11,12 +11,12 @@ from eval import SHIPPED
 from tools.problems import terms
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
-PASS = f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens 128"  # of level 2
+FEW = {"levels": f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens 128"}  # pass@16
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
 RATES = (3e-4, 5e-4, 8e-4)
 BASE = (
-    "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 8 "
+    "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 10 "
     "--save-every 0"
 )
 TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
@@ -102,6 +102,20 @@ EXPERIMENTS = {
         "process": f"{TWO} --reward assets/process.py:right_steps",
         "process, outcome": f"{TWO} --reward assets/process.py:right_steps math",
     },
+}
+# A real model, with data that `runs/experiments/smollm2` must hold: see RESULTS.md
+real = VARIANTS.parent / "smollm2"
+prompting = "--examples assets/word_examples.jsonl --temperature 0.6 --max-new-tokens 64"
+REAL = (
+    f"--model {real / 'model'} --data {real / 'pool.jsonl'} --eval-data {real / 'heldout.jsonl'} "
+    f"{prompting} --eval-max-new-tokens 64 --eval-quality 0.9 1.0 --eval-every 10 --prompts 8 "
+    "--group-size 8 --buffer-groups 4 --slots 64 --length-weight 0 --lr 3e-5"
+)
+FEW["smollm2"] = f"--data {real / 'few.jsonl'} --samples 16 {prompting}"
+EXPERIMENTS["smollm2"] = {
+    "EPRLI": f"{REAL} --quality 0.9 1.0 --tokens 40000 80000",
+    "L = 1": f"{REAL} --quality 1.0 --tokens 120000",
+    "hard only": f"{REAL} --quality 0.9 1.0 --tokens 0 120000",
 }
 
 EXPERIMENTS["rates"] = {}

@@ -64,11 +64,14 @@ def one_run(name, command, seed, result):
     out.parent.mkdir(parents=True, exist_ok=True)
     shell(f"{command} --out {out}", log)
     metrics = read_lines(out / "metrics.jsonl")
-    found = {"command": command, "evaluations": read_lines(out / "eval.jsonl")}
+    levels = json.loads((out / "config.json").read_text())["levels"]
+    found = {"command": command, "budget": sum(level["tokens"] for level in levels)}
+    found["evaluations"] = read_lines(out / "eval.jsonl")
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
     if name != "rates":
         (checkpoint,) = (out / "checkpoints").iterdir()
-        shell(f"eval.py --model {checkpoint} {arms.PASS} --seed {seed} --out {out / 'few'}", log)
+        few = arms.FEW.get(name, arms.FEW["levels"])
+        shell(f"eval.py --model {checkpoint} {few} --seed {seed} --out {out / 'few'}", log)
         (files,) = json.loads((out / "few/summary.json").read_text())["files"].values()
         found["pass@16"] = files["all"]["pass@16"][0]
     part.write_text(json.dumps(found))
@@ -84,7 +87,7 @@ def missing(name, chosen, seeds):
             result = result_file(name, arm, seed)
             if not result.exists():
                 flags = arms.EXPERIMENTS[name][arm]
-                if name != "rates":
+                if "--lr" not in flags:
                     flags += f" --lr {best_rate(arm if name == 'levels' else 'EPRLI'):g}"
                 command = f"train.py {arms.BASE} {flags} --seed {seed}"
                 tasks.append((name, command, seed, result))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from arms import BUDGET, EXPERIMENTS, RATES
+from arms import EXPERIMENTS, RATES
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -40,8 +40,8 @@ def curve(run, level):
 
 def measure(run):
     """-> {measure: value} of one run, at the budget of sampled tokens"""
-    at = {level: np.interp(BUDGET, *curve(run, level)) for level in (0, 1, 2)}
-    grid = np.linspace(0, BUDGET, 101)
+    at = {level: np.interp(run["budget"], *curve(run, level)) for level in (0, 1, 2)}
+    grid = np.linspace(0, run["budget"], 101)
     level_2 = np.interp(grid, *curve(run, 2))
     reached = grid[level_2 >= 50]
     last = [row for row in run["evaluations"] if row["level"] == 2][-1]
@@ -141,14 +141,14 @@ def verdict(measured, first):
 def draw(runs, path):
     """runs  {arm: {seed: result}}: accuracy over sampled tokens; a point is the end of a seed."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    grid = np.linspace(0, BUDGET, 101)
+    budget = max(run["budget"] for by_seed in runs.values() for run in by_seed.values())
+    grid = np.linspace(0, budget, 101)
     for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
         ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
         for i, (arm, by_seed) in enumerate(runs.items()):
             curves = [np.interp(grid, *curve(run, level)) for run in by_seed.values()]
             ax.plot(grid / 1000, np.mean(curves, 0), color=f"C{i % 10}", label=arm)
-            x = 1000 + 12 * i + np.zeros(len(curves))
-            x *= BUDGET / 1e6
+            x = np.full(len(curves), budget / 1000 * (1 + 0.012 * i))
             ax.plot(x, [values[-1] for values in curves], ".", color=f"C{i % 10}", alpha=0.6)
         ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
         ax.spines[["top", "right"]].set_visible(False)
