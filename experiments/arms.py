@@ -125,7 +125,7 @@ for arm, flags in EXPERIMENTS["levels"].items():
 
 
 # What the student of another base does differently: tools/warmstart.py --slips carry borrow sign.
-BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "0.45 0.65 1.0"}
+BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "0.95 0.98 0.95"}
 EXPERIMENTS["base"] = {}
 for base in BASES:
     folder = VARIANTS.parent / base.replace(" ", "-")
