@@ -96,6 +96,7 @@ EXPERIMENTS = {
         "steps": two_levels("steps.jsonl"),
         "prompt length": two_levels("length.jsonl"),
         "random": two_levels("shuffled.jsonl"),
+        "L = 1, 2x": f"--quality 1.0 --tokens {2 * BUDGET}",  # what 4 samples of all problems cost
     },
     "reward": {
         "outcome": TWO,
@@ -103,19 +104,20 @@ EXPERIMENTS = {
         "process, outcome": f"{TWO} --reward assets/process.py:right_steps math",
     },
 }
+
 # A real model, with data that `runs/experiments/smollm2` must hold: see RESULTS.md
 real = VARIANTS.parent / "smollm2"
 prompting = "--examples assets/word_examples.jsonl --temperature 0.6 --max-new-tokens 64"
 REAL = (
     f"--model {real / 'model'} --data {real / 'pool.jsonl'} --eval-data {real / 'heldout.jsonl'} "
-    f"{prompting} --eval-max-new-tokens 64 --eval-quality 0.9 1.0 --eval-every 10 --prompts 8 "
-    "--group-size 8 --buffer-groups 4 --slots 64 --length-weight 0 --lr 3e-5"
+    f"{prompting} --eval-max-new-tokens 64 --eval-quality 0.95 1.0 --eval-every 10 --prompts 8 "
+    "--group-size 8 --buffer-groups 4 --slots 64 --length-weight 0 --lr 3e-5 --warmup 2"
 )
 FEW["smollm2"] = f"--data {real / 'few.jsonl'} --samples 16 {prompting}"
 EXPERIMENTS["smollm2"] = {
-    "EPRLI": f"{REAL} --quality 0.9 1.0 --tokens 40000 80000",
+    "EPRLI": f"{REAL} --quality 0.95 1.0 --tokens 40000 80000",
     "L = 1": f"{REAL} --quality 1.0 --tokens 120000",
-    "hard only": f"{REAL} --quality 0.9 1.0 --tokens 0 120000",
+    "hard only": f"{REAL} --quality 0.95 1.0 --tokens 0 120000",
 }
 
 EXPERIMENTS["rates"] = {}
