@@ -17,7 +17,7 @@ HARD = BUDGET - EASY
 RATES = (3e-4, 5e-4, 8e-4)
 BASE = (
     "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 10 "
-    "--save-every 0"
+    "--save-every 0 --eval-data assets/heldout.jsonl"
 )
 TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
 ONE = f"--quality 1.0 --tokens {BUDGET}"

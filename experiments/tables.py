@@ -19,8 +19,12 @@ MEASURES = {  # in the order of the table: what it is, and its unit
     "to 50 %": "sampled tokens until level 2 is at 50 %, thousands; -: it never is",
     "forgotten": "level 1, from its best to its end, points",
     "pass@16": "level 2, 64 problems, %",
-    "length": "level 2, tokens",
+    "length 1": "completions of level 1, tokens",
+    "length 2": "completions of level 2, tokens",
     "drawn": "groups drawn for one that was trained on",
+    "entropy": "last five updates, nats a token",
+    "within": "variance of reward within groups drawn, mean over updates",
+    "between": "variance of a group's mean reward between groups, mean over updates",
 }
 
 
@@ -44,8 +48,8 @@ def measure(run):
     grid = np.linspace(0, run["budget"], 101)
     level_2 = np.interp(grid, *curve(run, 2))
     reached = grid[level_2 >= 50]
-    last = [row for row in run["evaluations"] if row["level"] == 2][-1]
-    drawn, kept = (sum(run["updates"][f"groups_{fate}"]) for fate in ("drawn", "kept"))
+    length = {row["level"]: row["length_mean"] for row in run["evaluations"]}  # the last of each
+    updates = run["updates"]
     return {
         "accuracy": at[0],
         "level 1": at[1],
@@ -54,8 +58,12 @@ def measure(run):
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
         "forgotten": np.interp(grid, *curve(run, 1)).max() - at[1],
         "pass@16": 100 * run.get("pass@16", np.nan),
-        "length": last["length_mean"],
-        "drawn": drawn / kept,
+        "length 1": length[1],
+        "length 2": length[2],
+        "drawn": sum(updates["groups_drawn"]) / sum(updates["groups_kept"]),
+        "entropy": np.mean([x for x in updates["entropy"] if x is not None][-5:]),
+        "within": np.mean(updates["reward_variance_within"]),
+        "between": np.mean(updates["reward_variance_between"]),
     }
 
 
@@ -95,24 +103,24 @@ def interval(values):
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
+def cell(values):
+    """Mean and half of its interval, over the seeds that have the measure."""
+    there = [value for value in values if not np.isnan(value)]
+    if not there:
+        return "-"
+    mean, half = interval(there)
+    text = f"{mean:.3g}" if np.isnan(half) else f"{mean:.3g} ± {half:.2g}"
+    return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
+
+
 def table(measured, first):
     """measured  {arm: {seed: {measure: value}}} -> lines of markdown; differences from `first`"""
-    names = list(MEASURES)
-    lines = [f"| arm | seeds | {' | '.join(names)} | accuracy, less {first} |"]
-    lines.append("| --- " * (len(names) + 3) + "|")
+    lines = [f"| arm | seeds | {' | '.join(MEASURES)} | accuracy, less {first} |"]
+    lines.append("| --- " * (len(MEASURES) + 3) + "|")
     for arm, by_seed in measured.items():
-        cells = []
-        for name in names:
-            values = [m[name] for m in by_seed.values()]
-            reached = [v for v in values if not np.isnan(v)]
-            mean, half = interval(reached) if reached else (np.nan, np.nan)
-            cell = "-" if not reached else f"{mean:.1f}"
-            cell += f" ± {half:.1f}" if half == half else ""
-            if reached and len(reached) < len(values):
-                cell += f" ({len(reached)} of {len(values)})"
-            cells.append(cell)
-        gain = difference(by_seed, measured[first])
-        cells.append(f"{gain[0]:+.1f} ± {gain[1]:.1f}" if arm != first else "")
+        cells = [cell([m[name] for m in by_seed.values()]) for name in MEASURES]
+        mean, half = difference(by_seed, measured[first])
+        cells.append(f"{mean:+.1f} ± {half:.1f}" if arm != first else "")
         lines.append(f"| {arm} | {len(by_seed)} | {' | '.join(cells)} |")
     return lines
 
