@@ -94,7 +94,8 @@ def result(final, tokens=(0, 200_000, 500_000)):
             accuracy = final * share if level == 2 else 0.8 - 0.1 * share
             row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
-    updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5]}
+    updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5], "entropy": [0.2, None, 0.1]}
+    updates |= {"reward_variance_within": [0.2, 0.1], "reward_variance_between": [0.1, 0.0]}
     return {"evaluations": rows, "pass@16": 0.9, "updates": updates, "budget": 400_000}
 
 
@@ -108,6 +109,7 @@ def test_measures_are_taken_at_the_budget_not_at_the_end():
     assert found["to 50 %"] == pytest.approx(200 + 300 * 5 / 45, abs=4)
     assert found["forgotten"] == pytest.approx(80 - found["level 1"])
     assert found["pass@16"] == 90 and found["drawn"] == 3
+    assert [found[x] for x in ("entropy", "within", "between")] == pytest.approx([0.15, 0.15, 0.05])
 
 
 def test_differences_are_paired_by_seed():
@@ -128,6 +130,7 @@ def test_every_arm_is_a_command_that_train_reads():
         for arm, flags in some.items():
             words = shlex.split(f"{arms.BASE} {flags} --lr 1e-4")
             cfg = Config(**vars(make_parser().parse_args(words)))
+            assert cfg.eval_data, (name, arm)
             budget = 120_000 if name == "smollm2" else arms.BUDGET
             budget *= {"easy alone": 0.5, "hard alone": 0.5, "L = 1, 2x": 2}.get(arm, 1)
             assert sum(level.tokens for level in resolve_levels(cfg, measured=True)) == budget
