@@ -158,13 +158,15 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clock=None):
-    """Complete prompts[i] once per key in keys[i], and grade: one list of Attempt per prompt.
+def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
+    """Complete every prompt once per key, and grade: one list of Attempt per prompt.
 
     A completion ends where the context ends; a prompt that fills the context gets empty ones.
+    work   pairs of a prompt and the keys of its completions, see rollout.stream
     clock  a Counter to which the seconds `sample` and `grade` are added
     """
     start = time.perf_counter()
+    prompts, keys = [prompt for prompt, _ in work], [own for _, own in work]
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
     with tqdm(
         desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
@@ -172,15 +174,15 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
         groups = sample(
             policy.model,
             [p.tokens for p in prompts],
-            [own if limit else [] for own, limit in zip(keys, limits)],
+            keys,
             **vars(replace(sampling, max_new_tokens=limits)),
             stop_ids=policy.stop_ids,
             on_finished=bar.update,
         )
     sampled = time.perf_counter()
     parts, pairs = [], []
-    for prompt, own, group in zip(prompts, keys, groups):
-        for completion in group or [Completion([], [], False)] * len(own):
+    for prompt, group in zip(prompts, groups):
+        for completion in group:
             text = policy.text(completion)
             answer = grader.extract(prompt.opening + text)
             parts.append((completion, text, answer))
@@ -192,15 +194,18 @@ def attempt(policy, grader, prompts, keys, sampling, *, show_progress=False, clo
     return [[next(attempts) for _ in own] for own in keys]
 
 
-def evaluation_keys(seed, prompts, samples, purpose=EVALUATION):
-    """A random stream for every sample, a function of the problem's id.
+def requests(seed, prompts, samples, purpose=EVALUATION):
+    """Every prompt with a random stream for each of its samples, a function of the problem's id.
 
     Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
     the measurement of difficulty use others: problems that were called hard after unlucky samples
     look easier with new samples, even without any training.
     """
-    numbers = [zlib.crc32(prompt.problem.id.encode()) for prompt in prompts]
-    return [[stream(seed, purpose, number, k) for k in range(samples)] for number in numbers]
+    found = []
+    for prompt in prompts:
+        number = zlib.crc32(prompt.problem.id.encode())
+        found.append((prompt, [stream(seed, purpose, number, k) for k in range(samples)]))
+    return found
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -389,15 +394,15 @@ def sample_file(args, policy, grader, path, prompts):
     """Sample, grade and append to completions.jsonl -> for each problem, its rows there"""
     levels = data.level_names([p.problem for p in prompts], args.quality)
     purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
-    keys = evaluation_keys(args.seed, prompts, args.samples, purpose)
+    work = requests(args.seed, prompts, args.samples, purpose)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
     size = max(1, 8 * args.slots // args.samples)  # problems between two writes
     result = []
     with open(args.out / "completions.jsonl", "a", buffering=1, encoding="utf-8") as log:
         for start in tqdm(range(0, len(prompts), size), desc=path):
-            some = slice(start, start + size)
-            done = attempt(policy, grader, prompts[some], keys[some], sampling, show_progress=True)
-            for prompt, attempts in zip(prompts[some], done):
+            some = work[start : start + size]
+            done = attempt(policy, grader, some, sampling, show_progress=True)
+            for (prompt, _), attempts in zip(some, done):
                 name = prompt.problem.id
                 level = levels.get(name)
                 rows = [make_row(path, name, level, i, a) for i, a in enumerate(attempts)]

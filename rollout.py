@@ -329,7 +329,7 @@ class Slots:
         for tokens, streams, limit in zip(prompts, keys, max_new_tokens):
             prompt, limits = SharedPrompt(tokens), np.broadcast_to(limit, len(streams)).tolist()
             self.groups.append([Sequence(prompt, *each) for each in zip(streams, limits)])
-        self.waiting = deque(chain(*self.groups))
+        self.waiting = deque(sample for sample in chain(*self.groups) if sample.limit)
         self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
         longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)

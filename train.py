@@ -24,7 +24,7 @@ from eprli import (
     length_reward,
     loss_weight,
 )
-from eval import TRAINING, Sampling, attempt, evaluation_keys, interval
+from eval import TRAINING, Sampling, attempt, interval, requests
 from infra.ranks import Stop
 from infra.setup import carry_out
 from infra.update import NotFinite
@@ -72,32 +72,30 @@ def draw(run, stage, update):
         count = min(count, level.buffer_groups - stage.buffer.pending)
     first = order.drawn
     indices = order.draw(min(count, update.prompts_left))
-    prompts = [order.prompts[i] for i in indices]
-    keys = []
-    for i in range(first, order.drawn):
-        keys.append(
-            [stream(cfg.seed, TRAINING, stage.number, i, g) for g in range(level.group_size)]
-        )
+    work = []
+    for number, i in enumerate(indices, first):
+        streams = [
+            stream(cfg.seed, TRAINING, stage.number, number, g) for g in range(level.group_size)
+        ]
+        work.append((order.prompts[i], streams))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
-    def work(share):
-        own_prompts, own_keys = [p for p, _ in share], [k for _, k in share]
+    def sample_and_score(share):
         done = attempt(
             run.policy,
             run.grader,
-            own_prompts,
-            own_keys,
+            share,
             sampling,
             show_progress=run.ranks.first,
             clock=update.seconds,
         )
-        return [(a, score(run, stage, p, a)) for p, a in zip(own_prompts, done)]
+        return [(a, score(run, stage, prompt, a)) for (prompt, _), a in zip(share, done)]
 
-    scored = run.ranks.spread(list(zip(prompts, keys)), work)  # if one process fails, all raise
+    scored = run.ranks.spread(work, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
     for i, group in zip(indices, groups):
         order.note(i, group.right.double().mean().item())
-    update.drew(prompts, [attempts for attempts, _ in scored], groups)
+    update.drew([prompt for prompt, _ in work], [attempts for attempts, _ in scored], groups)
     return groups
 
 
@@ -231,7 +229,7 @@ def accumulate_gradient(run, level, step):
             peaks[name] = max(peaks[name], found[name])
         for name in sums:
             sums[name] += found[name]
-    return ranks.sum(sums), ranks.max(peaks)
+    return ranks.reduce(sum, sums), ranks.reduce(max, peaks)
 
 
 def objective(run, level, micro, counts):
@@ -245,11 +243,9 @@ def objective(run, level, micro, counts):
         [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
     )
     logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature, cfg.logits_per_chunk)
-    sampled = [x for s in micro for x in s.completion.logprobs]
-    sampled = torch.tensor(sampled, dtype=logprob.dtype, device=mask.device)
+    sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
-    advantage = [s.advantage for s in micro]
-    advantage = torch.tensor(advantage, dtype=logprob.dtype, device=mask.device)
+    advantage = logprob.new_tensor([s.advantage for s in micro])
     length = mask.sum(1).to(logprob)
     weight = loss_weight(cfg.loss_norm, length, *counts, level.max_new_tokens)
     bounds = level.eps_low, level.eps_high
@@ -261,7 +257,7 @@ def objective(run, level, micro, counts):
             )
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
     found = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
-    fresh = torch.tensor([[s.fresh] for s in micro], device=mask.device)
+    fresh = mask.new_tensor([[s.fresh] for s in micro])
     gap = (logprob - logprob_old).detach().abs()[mask & fresh]
     found |= {"objective": J.item(), "gap": gap.sum().item(), "fresh": gap.numel()}
     found["gap_max"] = gap.max().item() if gap.numel() else 0.0
@@ -296,13 +292,11 @@ def evaluate(run):
     sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)
 
     def work(share):
-        prompts, keys = [p for p, _ in share], [k for _, k in share]
-        done = attempt(run.policy, run.grader, prompts, keys, sampling, show_progress=ranks.first)
+        done = attempt(run.policy, run.grader, share, sampling, show_progress=ranks.first)
         return [(a.right, a.length, writes_steps(a.text)) for (a,) in done]
 
     prompts = [prompt for some in run.held_out.values() for prompt in some]
-    keys = evaluation_keys(cfg.seed, prompts, 1)
-    done = iter(ranks.spread(list(zip(prompts, keys)), work))
+    done = iter(ranks.spread(requests(cfg.seed, prompts, 1), work))
     rows = []
     for level, some in run.held_out.items():
         right, lengths, steps = zip(*itertools.islice(done, len(some)))

@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 import data
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, Policy, Sampling, attempt, evaluation_keys
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, Policy, Sampling, attempt, requests
 from rewards import Grader, writes_steps
 
 SAMPLES = 16
@@ -43,10 +43,10 @@ def measure(model):
     levels = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
     for number, some in enumerate(levels, 1):
         prompts = policy.render(some)
-        keys = evaluation_keys(10_000, prompts, SAMPLES)
-        sampled = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 1.0, SLOTS))
-        keys = evaluation_keys(0, prompts, 1)
-        greedy = attempt(policy, grader, prompts, keys, Sampling(MAX_NEW_TOKENS, 0.0, SLOTS))
+        work = requests(10_000, prompts, SAMPLES)
+        sampled = attempt(policy, grader, work, Sampling(MAX_NEW_TOKENS, 1.0, SLOTS))
+        work = requests(0, prompts, 1)
+        greedy = attempt(policy, grader, work, Sampling(MAX_NEW_TOKENS, 0.0, SLOTS))
         right = np.array([[a.right for a in group] for group in sampled])
         found |= {
             f"level {number}: sampled": 100 * right.mean(),

@@ -115,18 +115,10 @@ class Ranks:
 
     # ---------------------------------------------------------------------------------- numbers
 
-    def sum(self, numbers):
-        """{name: number} -> the sums over all processes, float64."""
-        if self.size == 1:
-            return dict(numbers)
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
-        dist.all_reduce(values)
-        return dict(zip(numbers, values.tolist()))
-
-    def max(self, numbers):
-        """{name: number} -> the largest of all processes."""
+    def reduce(self, function, numbers):
+        """{name: number} -> {name: function (sum or max) of the numbers of all processes}"""
         everyone = self.gather(numbers)
-        return {name: max(each[name] for each in everyone) for name in numbers}
+        return {name: function(each[name] for each in everyone) for name in numbers}
 
     def sum_gradients(self, parameters):
         """Every gradient becomes the sum over all processes (FSDP's backward pass has done it)."""

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
-from eval import SHIPPED, Policy, Sampling, attempt, evaluation_keys
+from eval import SHIPPED, Policy, Sampling, attempt, requests
 from model import Transformer
 from rewards import RIGHT, WRONG, Grader, writes_steps
 from tools import report, warmstart
@@ -51,8 +51,8 @@ def test_fresh_samples_confirm_the_levels():
     for level in cut_levels(HELD_OUT, QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
         for temperature in (1.0, 0.0):
-            keys = evaluation_keys(7, prompts, 2)
-            done = attempt(policy, grader, prompts, keys, Sampling(128, temperature, slots=256))
+            sampling = Sampling(128, temperature, slots=256)
+            done = attempt(policy, grader, requests(7, prompts, 2), sampling)
             attempts = [a for group in done for a in group]
             assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
             found.append(sum(a.right for a in attempts) / len(attempts))

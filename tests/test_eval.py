@@ -15,11 +15,11 @@ from eval import (
     Attempt,
     Sampling,
     attempt,
-    evaluation_keys,
     interval,
     majority,
     make_row,
     pass_at_k,
+    requests,
     wilson,
 )
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
@@ -108,7 +108,7 @@ TEN = Sampling(max_new_tokens=10, temperature=1.0, slots=8)
 
 
 def try_one(policy, prompt, seed=0):
-    (attempts,) = attempt(policy, Grader(), [prompt], evaluation_keys(seed, [prompt], 2), TEN)
+    (attempts,) = attempt(policy, Grader(), requests(seed, [prompt], 2), TEN)
     return attempts
 
 
@@ -116,8 +116,8 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
     prompts = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
-    keys = evaluation_keys(0, prompts, 2)
-    long, short = attempt(toy_policy, Grader(), prompts, keys, replace(TEN, max_new_tokens=500))
+    work = requests(0, prompts, 2)
+    long, short = attempt(toy_policy, Grader(), work, replace(TEN, max_new_tokens=500))
     assert [(a.length, a.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].verdict == NO_ANSWER
@@ -131,16 +131,16 @@ def test_streams_of_random_numbers(toy_policy):
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
     purposes = evaluation.TRAINING, evaluation.DIFFICULTY, evaluation.EVALUATION
-    streams = [evaluation_keys(0, [prompt], 4, purpose)[0] for purpose in purposes]
+    streams = [requests(0, [prompt], 4, purpose)[0][1] for purpose in purposes]
     assert len({*streams[0], *streams[1], *streams[2]}) == 12
-    assert evaluation_keys(0, [prompt], 4)[0] == streams[2]
+    assert requests(0, [prompt], 4) == [(prompt, streams[2])]
 
 
 def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
     """Else two arms whose levels differ would be compared on different samples."""
     prompts = toy_policy.render([Problem(name, "1+1", "2") for name in "abc"])
-    a, b, c = evaluation_keys(0, prompts, 2)
-    assert evaluation_keys(0, [prompts[2], prompts[0]], 2) == [c, a] and a != b
+    a, b, c = requests(0, prompts, 2)
+    assert requests(0, [prompts[2], prompts[0]], 2) == [c, a] and a[1] != b[1]
 
 
 @pytest.mark.parametrize(
