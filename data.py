@@ -84,7 +84,7 @@ def explained(words):
         raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
 
 
-def read_records(path, parse):
+def read_records(path, parse=lambda record, name: record):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
     try:

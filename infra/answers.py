@@ -751,10 +751,10 @@ def same(gold, answer):
         return same_relation(gold, answer)
     if "union" in kinds:
         return "list" not in kinds and same_union(gold, answer)
-    if kinds & {"list", "set"} and kinds <= {"value", "list", "set"}:
-        return same_items(items_of(gold), items_of(answer))
     if kinds == {"value"}:
         return same_value(gold.text, answer.text)
+    if kinds <= {"value", "list", "set"}:
+        return same_items(items_of(gold), items_of(answer))
     return same_tuple(gold, answer)
 
 

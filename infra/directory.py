@@ -5,7 +5,7 @@
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
-        buffer.safetensors, state.json  the groups that wait; all other state, and the sizes of logs
+        state.json                      all other state, waiting groups, and the sizes of the logs
         checksums.json                  SHA-256 of all of these; a folder without it is not whole
 
 A checkpoint is written beside its place, forced to the disk and renamed, so a kill at any moment
@@ -15,7 +15,6 @@ leaves the last one. Tensors are whole, whatever number of processes wrote them.
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from infra.ranks import Stop
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-CHECKED = {"model.safetensors", "optimizer.safetensors", "buffer.safetensors", "state.json"}
+CHECKED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 class RunDirectory:
@@ -61,13 +60,6 @@ class RunDirectory:
         except OSError as error:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
 
-    def read(self, name):
-        """The rows of a log."""
-        path = self.out / name
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-
     def log_sizes(self):
         """Bytes of every log, once they are on the disk."""
         sizes = {}
@@ -88,10 +80,7 @@ class RunDirectory:
                     f"written after {size}: lines were lost"
                 )
         for name in found:  # once all are known to be long enough
-            if name in sizes:
-                os.truncate(self.out / name, sizes[name])
-            else:
-                (self.out / name).unlink()
+            os.truncate(self.out / name, sizes.get(name, 0))
 
     # ------------------------------------------------------------------------------ checkpoints
 
@@ -171,11 +160,7 @@ def create(out, config):
 
 def finite(row):
     """JSON has neither nan nor infinity: None stands for them."""
-    result = dict(row)
-    for name, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            result[name] = None
-    return result
+    return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
 def damage(path):

@@ -6,7 +6,6 @@ counts and logs. A number that is not finite ends the update and no more. A sign
 sampling takes back all that the update did. Signals take no effect while learning.
 """
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -32,6 +31,7 @@ MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, b
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
 COUNTERS = ("trained", "tokens", "skips", "last_update")  # of a Stage
+PROGRESS = ("turns_taken", "broken", "evaluation_due", "evaluations", "first_entropy")  # of a Run
 
 
 @dataclass
@@ -268,68 +268,45 @@ class Run:
         stops, padding = list(policy.stop_ids), policy.tokenizer.pad_token_id
         GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
-        state, waiting = pack(self)
-        save_file(waiting, folder / "buffer.safetensors")
-        state["sizes"] = self.directory.log_sizes()
-        (folder / "state.json").write_text(json.dumps(state, default=torch.Tensor.tolist))
+        state = pack(self) | {"sizes": self.directory.log_sizes()}
+        (folder / "state.json").write_text(json.dumps(state, default=plain))
 
     def resume(self, checkpoint):
         """Take up the state of a checkpoint (None: the beginning), and cut the logs back to it."""
         sizes = {}
         if checkpoint:
             state = json.loads((checkpoint / "state.json").read_text())
-            unpack(self, state, load_file(checkpoint / "buffer.safetensors"))
+            unpack(self, state)
             self.learner.load(load_file(checkpoint / "optimizer.safetensors"))
             self.saved, sizes = checkpoint.name, state["sizes"]
-        self.ranks.from_first(lambda: self.directory.cut_logs(sizes))  # before the others read
-        self.evaluations = self.directory.read("eval.jsonl")
-        for row in reversed(self.directory.read("metrics.jsonl")):
-            self.first_entropy = row["entropy"] or self.first_entropy
+        self.ranks.from_first(lambda: self.directory.cut_logs(sizes))
 
 
 def pack(run):
-    """Everything but weights and optimizer -> what JSON holds, tensors
-
-    Tokens and log-probs of all waiting completions stand in the tensors, one completion after the
-    other; their lengths are in the JSON.
-    """
-    levels, waiting = [], []
+    """Everything but weights, optimizer and logs, for json.dumps(..., default=plain)."""
+    levels = []
     for stage in run.stages:
-        groups = []
-        for group in stage.buffer.groups:
-            waiting += group.completions
-            lengths = [(len(c.tokens), c.stopped) for c in group.completions]
-            groups.append(vars(group) | {"completions": lengths})
         level = {name: getattr(stage, name) for name in COUNTERS}
         level |= {"order": stage.order.state(), "counts": stage.buffer.counts}
-        levels.append(level | {"groups": groups})
-    progress = {"update": run.turns_taken, "broken": run.broken}
-    progress["evaluate"] = run.evaluation_due
-    tensors = {
-        "tokens": torch.tensor([i for c in waiting for i in c.tokens], dtype=torch.int64),
-        "logprobs": torch.tensor([x for c in waiting for x in c.logprobs], dtype=torch.float64),
-    }
-    return {"progress": progress, "levels": levels}, tensors
+        levels.append(level | {"groups": stage.buffer.groups})
+    return {"progress": {name: getattr(run, name) for name in PROGRESS}, "levels": levels}
 
 
-def unpack(run, state, tensors):
+def plain(value):
+    """What JSON holds of a Group, its tensors and completions; a float comes back bit by bit."""
+    return value.tolist() if isinstance(value, torch.Tensor) else vars(value)
+
+
+def unpack(run, state):
     """The inverse of `pack`, into a run that has just begun."""
-    progress = state["progress"]
-    run.turns_taken, run.broken = progress["update"], progress["broken"]
-    run.evaluation_due = progress["evaluate"]
-    tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
+    vars(run).update(state["progress"])
     for stage, level in zip(run.stages, state["levels"], strict=True):
         stage.order.restore(level["order"])
         for name in COUNTERS:
             setattr(stage, name, level[name])
         stage.buffer.counts = Counter(level["counts"])
         for row in level["groups"]:
-            completions = []
-            for length, stopped in row["completions"]:
-                own_tokens = list(itertools.islice(tokens, length))
-                own_logprobs = list(itertools.islice(logprobs, length))
-                completions.append(Completion(own_tokens, own_logprobs, stopped))
-            row["completions"] = completions
+            row["completions"] = [Completion(**completion) for completion in row["completions"]]
             for name in ("outcome", "length_reward"):
                 row[name] = torch.tensor(row[name], dtype=torch.float64)
             stage.buffer.groups.append(Group(**row))

@@ -13,7 +13,7 @@ from eval import interval
 from infra.directory import RunDirectory
 from infra.optimizer import Learner
 from infra.ranks import Ranks
-from infra.run import Run
+from infra.run import Run, pack, plain, unpack
 from rollout import choose
 from tools.warmstart import make_tokenizer
 
@@ -305,9 +305,9 @@ def test_a_collapse_of_entropy_is_warned_of(run, capsys, monkeypatch):
     assert len(warned) == 2 and "(80%) update 4 " in printed[warned[0] - 1]
 
 
-def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run, monkeypatch):
-    entropies = [None, 1.5, 0.5]
-    idle_run.directory.append("metrics.jsonl", [{"entropy": e} for e in entropies])
-    monkeypatch.setattr(RunDirectory, "cut_logs", lambda self, sizes: None)
-    idle_run.resume(None)
+def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
+    idle_run.first_entropy = 1.5
+    state = json.dumps(pack(idle_run), default=plain)
+    idle_run.first_entropy = 0.5
+    unpack(idle_run, json.loads(state))
     assert idle_run.first_entropy == 1.5

@@ -18,7 +18,7 @@ LINE = (
 def read(folder):
     """{(name of the file, problem id): its rows of completions.jsonl, in the order of sampling}"""
     path = Path(folder) / "completions.jsonl"
-    rows = read_records(path, lambda row, _: row)
+    rows = read_records(path)
     result = defaultdict(list)
     with explained(f"{path}: not what eval.py writes"):
         for row in rows:

@@ -45,7 +45,7 @@ def read_log(path):
     """The rows of a log. No file, or an empty one: no rows."""
     if not path.is_file() or not path.stat().st_size:
         return []
-    return read_records(path, lambda row, _: row)
+    return read_records(path)
 
 
 def column(rows, key):
