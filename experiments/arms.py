@@ -15,12 +15,18 @@ FEW = {"levels": f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
 RATES = (3e-4, 5e-4, 8e-4)
+LOWER = {"L = 1": (1.5e-4,), "target 0.5": (1.5e-4,)}  # where the best of RATES is the lowest
 BASE = (
     "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 10 "
     "--save-every 0 --eval-data assets/heldout.jsonl"
 )
 TWO = f"--quality 0.8 1.0 --tokens {EASY} {HARD}"
 ONE = f"--quality 1.0 --tokens {BUDGET}"
+
+
+def rates(arm):
+    """The learning rates that are tried for an arm of `levels`."""
+    return LOWER.get(arm, ()) + RATES
 
 
 def two_levels(file):
@@ -122,7 +128,7 @@ EXPERIMENTS["smollm2"] = {
 
 EXPERIMENTS["rates"] = {}
 for arm, flags in EXPERIMENTS["levels"].items():
-    for lr in RATES:
+    for lr in rates(arm):
         EXPERIMENTS["rates"][f"{arm}, {lr:g}"] = f"{flags} --lr {lr:g} --eval-every 1000"
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from arms import EXPERIMENTS, RATES
+from arms import EXPERIMENTS, rates
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -87,7 +87,7 @@ def measures(name, arm):
 def best_rate(arm):
     """The learning rate of an arm of `levels`, by mean accuracy over its choosing seeds."""
     means = {}
-    for lr in RATES:
+    for lr in rates(arm):
         by_seed = measures("rates", f"{arm}, {lr:g}")
         if len(by_seed) < 3:
             sys.exit(f"{arm}: first choose its rate, python experiments/run.py rates --seeds 0-2")
