@@ -142,13 +142,13 @@ def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch
     finals = {3e-4: (0.5, 0.5, 0.5), 5e-4: (0.9, 0.2, 0.2), 8e-4: (0.6, 0.4, 0.6)}
     for lr, by_seed in finals.items():
         for seed, final in enumerate(by_seed):
-            path = tables.result_file("rates", f"L = 1, {lr:g}", seed)
+            path = tables.result_file("rates", f"EPRLI, {lr:g}", seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result(final)))
-    assert tables.best_rate("L = 1") == 8e-4
+    assert tables.best_rate("EPRLI") == 8e-4
     path.unlink()
-    with pytest.raises(SystemExit, match="L = 1: first choose its rate"):
-        tables.best_rate("L = 1")
+    with pytest.raises(SystemExit, match="EPRLI: first choose its rate"):
+        tables.best_rate("EPRLI")
 
 
 def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
