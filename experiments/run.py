@@ -107,6 +107,9 @@ def main():
     parser.add_argument("--seeds", type=parse_seeds, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
+    unknown = set(args.arms or ()) - arms.EXPERIMENTS[args.name].keys()
+    if unknown:
+        parser.error(f"--arms: {args.name} has no {', '.join(sorted(unknown))}")
     os.chdir(ROOT)
     arms.prepare()
     tasks = missing(args.name, args.arms, args.seeds)
