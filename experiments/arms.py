@@ -113,7 +113,9 @@ EXPERIMENTS = {
 
 # A real model, with data that `runs/experiments/smollm2` must hold: see RESULTS.md
 real = VARIANTS.parent / "smollm2"
-prompting = "--examples assets/word_examples.jsonl --temperature 0.6 --max-new-tokens 64"
+prompting = (
+    "--examples assets/word_examples.jsonl --temperature 0.6 --max-new-tokens 64 --dtype bfloat16"
+)
 REAL = (
     f"--model {real / 'model'} --data {real / 'pool.jsonl'} --eval-data {real / 'heldout.jsonl'} "
     f"{prompting} --eval-max-new-tokens 64 --eval-quality 0.95 1.0 --eval-every 10 --prompts 8 "

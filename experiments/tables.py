@@ -11,21 +11,24 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MEASURES = {  # in the order of the table: what it is, and its unit
-    "accuracy": "held out, all levels, %",
-    "level 1": "held out, %",
-    "level 2": "held out, %",
-    "area": "mean accuracy over the sampled tokens, %",
-    "to 50 %": "sampled tokens until level 2 is at 50 %, thousands; -: it never is",
-    "forgotten": "level 1, from its best to its end, points",
-    "pass@16": "level 2, 64 problems, %",
-    "length 1": "completions of level 1, tokens",
-    "length 2": "completions of level 2, tokens",
-    "drawn": "groups drawn for one that was trained on",
-    "entropy": "last five updates, nats a token",
-    "within": "variance of reward within groups drawn, mean over updates",
-    "between": "variance of a group's mean reward between groups, mean over updates",
+OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
+    "accuracy": (1, "held out, all levels, %"),
+    "level 1": (1, "held out, %"),
+    "level 2": (1, "held out, %"),
+    "area": (1, "mean accuracy over the sampled tokens, %"),
+    "to 50 %": (0, "sampled tokens until level 2 is at 50 %, thousands; -: it never is"),
+    "forgotten": (1, "level 1, from its best to its end, points"),
+    "pass@16": (1, "level 2, 64 problems, %"),
 }
+COURSE = {  # of the second
+    "length 1": (1, "completions of level 1 at the end, tokens"),
+    "length 2": (1, "completions of level 2 at the end, tokens"),
+    "drawn": (2, "groups drawn for one that was trained on"),
+    "entropy": (3, "last five updates, nats a token"),
+    "within": (3, "variance of reward within groups drawn, mean over updates"),
+    "between": (3, "variance of a group's mean reward between groups, mean over updates"),
+}
+COMPARED = ("accuracy", "level 1", "level 2", "area", "pass@16")
 
 
 def curve(run, level):
@@ -103,26 +106,31 @@ def interval(values):
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
-def cell(values):
+def cell(values, decimals):
     """Mean and half of its interval, over the seeds that have the measure."""
     there = [value for value in values if not np.isnan(value)]
     if not there:
         return "-"
     mean, half = interval(there)
-    text = f"{mean:.3g}" if np.isnan(half) else f"{mean:.3g} ± {half:.2g}"
+    text = f"{mean:.{decimals}f}"
+    if not np.isnan(half):
+        text += f" ± {half:.{decimals}f}"
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
-def table(measured, first):
-    """measured  {arm: {seed: {measure: value}}} -> lines of markdown; differences from `first`"""
-    lines = [f"| arm | seeds | {' | '.join(MEASURES)} | accuracy, less {first} |"]
-    lines.append("| --- " * (len(MEASURES) + 3) + "|")
+def table(measured, columns):
+    """measured  {arm: {seed: {measure: value}}} -> lines of markdown, a line for each arm"""
+    yield f"| arm | seeds | {' | '.join(columns)} |"
+    yield "| --- " * (len(columns) + 2) + "|"
     for arm, by_seed in measured.items():
-        cells = [cell([m[name] for m in by_seed.values()]) for name in MEASURES]
-        mean, half = difference(by_seed, measured[first])
-        cells.append(f"{mean:+.1f} ± {half:.1f}" if arm != first else "")
-        lines.append(f"| {arm} | {len(by_seed)} | {' | '.join(cells)} |")
-    return lines
+        cells = [arm, str(len(by_seed))]
+        for name, (decimals, _) in columns.items():
+            cells.append(cell([m[name] for m in by_seed.values()], decimals))
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    for name, (_, meaning) in columns.items():
+        yield f"- {name}: {meaning}"
+    yield ""
 
 
 def difference(by_seed, reference, name="accuracy"):
@@ -133,17 +141,25 @@ def difference(by_seed, reference, name="accuracy"):
     return interval([by_seed[s][name] - reference[s][name] for s in seeds])
 
 
-def verdict(measured, first):
-    """One sentence an arm."""
+def compare(measured):
+    """Paired differences and the verdict on accuracy, beside the first arm; in `base` beside the
+    first arm with the same base."""
+    yield f"| arm, less the first | {' | '.join(COMPARED)} |"
+    yield "| --- " * (len(COMPARED) + 1) + "|"
+    firsts, told = {}, {"better": [], "worse": [], "not told apart": []}
     for arm, by_seed in measured.items():
+        first = firsts.setdefault(arm.rpartition(": ")[0], arm)
         if arm == first:
             continue
-        words = []
-        for name in ("accuracy", "level 2", "area"):
-            mean, half = difference(by_seed, measured[first], name)
-            told = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
-            words.append(f"{told} in {name} ({mean:+.1f} ± {half:.1f})")
-        yield f"- {arm}, beside {first}: {', '.join(words)}."
+        found = [difference(by_seed, measured[first], name) for name in COMPARED]
+        cells = [f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
+        yield f"| {arm}, less {first} | {' | '.join(cells)} |"
+        mean, half = found[0]
+        word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
+        told[word].append(f"{arm} ({cells[0]})")
+    yield f"\nIn {COMPARED[0]}, beside {', '.join(firsts.values())}:\n"
+    for word, arms in told.items():
+        yield f"- {word}: {', '.join(arms) or 'none'}"
 
 
 def draw(runs, path):
@@ -170,11 +186,9 @@ def report(name):
     measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
     if not measured:
         sys.exit(f"{name}: there is no result yet")
-    first = next(iter(measured))
-    lines = table(measured, first)
+    lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
-        lines += ["", *verdict(measured, first)]
+        lines += compare(measured)
         draw({arm: read(name, arm) for arm in measured}, RESULTS / f"{name}.png")
-    lines += ["", *(f"- {what}: {unit}" for what, unit in MEASURES.items())]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
