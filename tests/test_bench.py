@@ -120,6 +120,21 @@ def test_differences_are_paired_by_seed():
     assert mean == pytest.approx(1.02) and 0 < half < 0.2
 
 
+def test_arms_are_compared_with_the_first_of_their_base():
+    """Beside the other base, every arm of a bad one would be worse."""
+    measured = {}
+    for base, start in (("good", 50), ("bad", 10)):
+        for arm, gain in (("EPRLI", 0), ("L = 1", 4), ("hard only", -2)):
+            by_seed = {}
+            for seed in range(3):
+                by_seed[seed] = dict.fromkeys(tables.COMPARED, start + gain + 0.1 * gain * seed)
+            measured[f"{base}: {arm}"] = by_seed
+    lines = list(tables.compare(measured))
+    assert lines[-3] == "- better: good: L = 1 (+4.4 ± 1.0), bad: L = 1 (+4.4 ± 1.0)"
+    assert lines[-2] == "- worse: good: hard only (-2.2 ± 0.5), bad: hard only (-2.2 ± 0.5)"
+    assert lines[-1] == "- not told apart: none"
+
+
 def test_every_arm_is_a_command_that_train_reads():
     """A blank or a slash in the name of an arm must not end up in a path."""
     for name, some in arms.EXPERIMENTS.items():
