@@ -26,7 +26,7 @@ itself, this is how we read it. Every departure from the text is in this list:
     not 1 in an update's first step (carried_share; --surplus drop is on-policy). A group that was
     sampled more than one update ago is stale: it is dropped and counted. (So when levels take
     turns, no surplus is used.) A skipped update does not change the policy, and counts neither in
-    M_l nor in the schedule of the learning rate (but what it sampled counts in --tokens).
+    M_l nor in the schedule of the learning rate. Under --tokens, what it sampled counts in both.
  8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
     completion that ran out of tokens is graded like any other.
  9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a

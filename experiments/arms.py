@@ -15,7 +15,7 @@ FEW = {"levels": f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens
 BUDGET, EASY = 400_000, 120_000  # sampled tokens of a run; of them in level 1
 HARD = BUDGET - EASY
 RATES = (3e-4, 5e-4, 8e-4)
-LOWER = {"L = 1": (1.5e-4,), "target 0.5": (1.5e-4,)}  # where the best of RATES is the lowest
+EDGES = {"L = 1": 1.5e-4, "target 0.5": 1.5e-4, "L = 4": 1.2e-3}  # tried too: see PROTOCOL.md
 BASE = (
     "--eval-quality 0.8 1.0 --max-new-tokens 128 --eval-max-new-tokens 128 --eval-every 10 "
     "--save-every 0 --eval-data assets/heldout.jsonl"
@@ -26,7 +26,7 @@ ONE = f"--quality 1.0 --tokens {BUDGET}"
 
 def rates(arm):
     """The learning rates that are tried for an arm of `levels`."""
-    return LOWER.get(arm, ()) + RATES
+    return (*RATES, EDGES[arm]) if arm in EDGES else RATES
 
 
 def two_levels(file):
@@ -51,8 +51,20 @@ EXPERIMENTS = {
         f"{HARD // 2} {HARD // 2}",
         "hard first": f"--quality 1.0 0.8 --tokens {HARD} {EASY} --length-weight 0.3 0",
         "interleaved": f"{TWO} --schedule interleaved",
-        "shuffled": two_levels("shuffled.jsonl"),
+        "shuffled": two_levels("random.jsonl"),
         "target 0.5": f"{ONE} --target-pass-rate 0.5",
+    },
+    "controls": {  # of levels: what else differs between its arms
+        "EPRLI": TWO,
+        "EPRLI, K = 0.3": f"{TWO} --length-weight 0.3",
+        "EPRLI, warmup 1": f"{TWO} --warmup 1",
+        "L = 1": ONE,
+        "L = 1, warmup 1": f"{ONE} --warmup 1",
+        "hard only": f"--quality 0.8 1.0 --tokens 0 {BUDGET}",
+        "interleaved": f"{TWO} --schedule interleaved",
+        "interleaved, missing": f"{TWO} --schedule interleaved --surplus missing",
+        "shuffled": two_levels("random.jsonl"),
+        "shuffled, with solved": two_levels("shuffled.jsonl"),
     },
     "sharing": {
         "shared": TWO,
@@ -65,10 +77,10 @@ EXPERIMENTS = {
         "kimi 0.6": length_weight("kimi", 0.6),
         "cosine 0.3": length_weight("cosine", 0.3),
         "cosine 0.6": length_weight("cosine", 0.6),
-        "overlong 0.3": length_weight("overlong", 0.3),
-        "overlong 0.6": length_weight("overlong", 0.6),
-        "Len falling": f"{TWO} --max-new-tokens 128 96",
-        "Len rising": f"{TWO} --max-new-tokens 96 128",
+        "overlong 0.3": length_weight("overlong", 0.3) + " --overlong-cache 64",
+        "overlong 0.6": length_weight("overlong", 0.6) + " --overlong-cache 64",
+        "Len falling": f"{TWO} --max-new-tokens 128 64",
+        "Len rising": f"{TWO} --max-new-tokens 48 128",
         "Len equal": TWO,
     },
     "buffer": {
@@ -101,7 +113,7 @@ EXPERIMENTS = {
         "Q = 0.9": f"--quality 0.9 1.0 --tokens {EASY} {HARD}",
         "steps": two_levels("steps.jsonl"),
         "prompt length": two_levels("length.jsonl"),
-        "random": two_levels("shuffled.jsonl"),
+        "random": two_levels("random.jsonl"),
         "L = 1, 2x": f"--quality 1.0 --tokens {2 * BUDGET}",  # what 4 samples of all problems cost
     },
     "reward": {
@@ -135,7 +147,7 @@ for arm, flags in EXPERIMENTS["levels"].items():
 
 
 # What the student of another base does differently: tools/warmstart.py --slips carry borrow sign.
-BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "0.95 0.98 0.95"}
+BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "1 1 1"}
 EXPERIMENTS["base"] = {}
 for base in BASES:
     folder = VARIANTS.parent / base.replace(" ", "-")
@@ -155,7 +167,7 @@ def base_commands():
             )
             yield (
                 f"eval.py --model {folder} --data assets/train.jsonl --samples 16 "
-                f"--add-pass-rate {folder}.jsonl --out {folder}-measured"
+                f"--add-pass-rate {folder}.jsonl"
             )
 
 
@@ -168,8 +180,6 @@ def ranked(problems, proxy):
 
 def prepare():
     """Write the files of problems that the arms name, unless they are there."""
-    if VARIANTS.exists():
-        return
     problems = data.read_problems(SHIPPED / "train.jsonl")
     held_out = data.read_problems(SHIPPED / "heldout.jsonl")
     rng, four = random.Random(0), []
@@ -183,9 +193,13 @@ def prepare():
         "shuffled": ranked(problems, lambda p: rng.random()),
         "steps": ranked(problems, lambda p: (len(terms(p.problem)), rng.random())),
         "length": ranked(problems, lambda p: (len(p.problem), rng.random())),
+        "random": ranked([p for p in problems if p.pass_rate < 1], lambda p: rng.random()),
     }
-    part = VARIANTS.with_suffix(".part")
-    part.mkdir(parents=True)
+    VARIANTS.mkdir(parents=True, exist_ok=True)
     for name, some in files.items():
-        data.write_problems(part / f"{name}.jsonl", some)
-    part.rename(VARIANTS)
+        path = VARIANTS / f"{name}.jsonl"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            part.unlink(missing_ok=True)  # of a run that was interrupted
+            data.write_problems(part, some)
+            part.rename(path)

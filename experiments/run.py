@@ -2,7 +2,8 @@
 
     python experiments/run.py rates --seeds 0-2           learning rates of the arms of `levels`
     python experiments/run.py levels --seeds 10-19        runs what is missing, then the report
-    python experiments/run.py levels --seeds none         the table, the verdict, the picture alone
+    python experiments/run.py levels --seeds none         the report alone: tables and picture
+    python experiments/run.py levels --seeds 20-22        fresh seeds: do they agree with it?
 
 Arms are the tables in experiments/arms.py; experiments/PROTOCOL.md says what is measured, and was
 written before the seeds that are reported. Every run is a process of its own with one thread:
@@ -25,19 +26,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import arms  # noqa: E402
-from tables import RESULTS, best_rate, report, result_file  # noqa: E402
+from tables import FRESH, RESULTS, agreement, best_rate, report, result_file  # noqa: E402
+
+from data import read_records  # noqa: E402
 
 RUNS = Path("runs/experiments")
 COLUMNS = (
     "level tokens_sampled tokens_trained groups_drawn groups_kept groups_all_right "
-    "groups_all_wrong groups_stale entropy length_mean carried_share reward_variance_within "
-    "reward_variance_between sample_seconds learn_seconds"
+    "groups_all_wrong groups_stale entropy length_mean truncated_share carried_share "
+    "clip_low_share clip_high_share reward_variance_within reward_variance_between "
+    "sample_seconds learn_seconds"
 )
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def shell(command, log):
@@ -63,10 +63,10 @@ def one_run(name, command, seed, result):
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
     shell(f"{command} --out {out}", log)
-    metrics = read_lines(out / "metrics.jsonl")
+    metrics = read_records(out / "metrics.jsonl")
     levels = json.loads((out / "config.json").read_text())["levels"]
     found = {"command": command, "budget": sum(level["tokens"] for level in levels)}
-    found["evaluations"] = read_lines(out / "eval.jsonl")
+    found["evaluations"] = read_records(out / "eval.jsonl")
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
     if name != "rates":
         (checkpoint,) = (out / "checkpoints").iterdir()
@@ -88,7 +88,7 @@ def missing(name, chosen, seeds):
             if not result.exists():
                 flags = arms.EXPERIMENTS[name][arm]
                 if "--lr" not in flags:
-                    flags += f" --lr {best_rate(arm if name == 'levels' else 'EPRLI'):g}"
+                    flags += f" --lr {best_rate(arm):g}"
                 command = f"train.py {arms.BASE} {flags} --seed {seed}"
                 tasks.append((name, command, seed, result))
     return tasks
@@ -118,7 +118,10 @@ def main():
             shell(command, RUNS / "bases.log")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(lambda task: one_run(*task), tasks), total=len(tasks), unit="run"))
-    report(args.name)
+    if any(seed >= FRESH for seed in args.seeds):
+        agreement(args.name)
+    else:
+        report(args.name)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,16 @@ COURSE = {  # of the second
     "length 1": (1, "completions of level 1 at the end, tokens"),
     "length 2": (1, "completions of level 2 at the end, tokens"),
     "drawn": (2, "groups drawn for one that was trained on"),
+    "all right": (1, "of the groups drawn, %: dropped"),
+    "all wrong": (1, "of the groups drawn, %: dropped"),
+    "carried": (1, "of the groups trained on, %: sampled by the update before"),
+    "clipped": (2, "of the tokens trained on, %: without gradient; -: not kept"),
     "entropy": (3, "last five updates, nats a token"),
     "within": (3, "variance of reward within groups drawn, mean over updates"),
     "between": (3, "variance of a group's mean reward between groups, mean over updates"),
 }
-COMPARED = ("accuracy", "level 1", "level 2", "area", "pass@16")
+COMPARED = ("accuracy", "level 1", "level 2", "area", "pass@16", "length 2")
+FRESH = 20  # runs of this seed and of later ones check what is reported
 
 
 def curve(run, level):
@@ -45,6 +50,11 @@ def curve(run, level):
     return np.array([tokens[u] for u in updates], float), np.array(accuracy)
 
 
+def average(values, last=0):
+    """Over updates, or the last of them; None: the update was skipped."""
+    return np.mean([x for x in values if x is not None][-last:])
+
+
 def measure(run):
     """-> {measure: value} of one run, at the budget of sampled tokens"""
     at = {level: np.interp(run["budget"], *curve(run, level)) for level in (0, 1, 2)}
@@ -53,6 +63,10 @@ def measure(run):
     reached = grid[level_2 >= 50]
     length = {row["level"]: row["length_mean"] for row in run["evaluations"]}  # the last of each
     updates = run["updates"]
+    drawn = sum(updates["groups_drawn"])
+    clipped = np.nan
+    if "clip_low_share" in updates:
+        clipped = average(updates["clip_low_share"]) + average(updates["clip_high_share"])
     return {
         "accuracy": at[0],
         "level 1": at[1],
@@ -63,8 +77,12 @@ def measure(run):
         "pass@16": 100 * run.get("pass@16", np.nan),
         "length 1": length[1],
         "length 2": length[2],
-        "drawn": sum(updates["groups_drawn"]) / sum(updates["groups_kept"]),
-        "entropy": np.mean([x for x in updates["entropy"] if x is not None][-5:]),
+        "drawn": drawn / sum(updates["groups_kept"]),
+        "all right": 100 * sum(updates["groups_all_right"]) / drawn,
+        "all wrong": 100 * sum(updates["groups_all_wrong"]) / drawn,
+        "carried": 100 * average(updates["carried_share"]),
+        "clipped": 100 * clipped,
+        "entropy": average(updates["entropy"], last=5),
         "within": np.mean(updates["reward_variance_within"]),
         "between": np.mean(updates["reward_variance_between"]),
     }
@@ -74,21 +92,39 @@ def result_file(name, arm, seed):
     return RESULTS / name / re.sub(r"\W+", "-", arm).strip("-") / f"{seed}.json"
 
 
-def read(name, arm):
-    """-> {seed: result} of the runs that are there"""
+def read(name, arm, fresh=False):
+    """-> {seed: result} of the runs that are there: those that are reported, or the fresh ones"""
     found = {}
     for path in result_file(name, arm, 0).parent.glob("*.json"):
-        found[int(path.stem)] = json.loads(path.read_text())
+        seed = int(path.stem)
+        if (seed >= FRESH) == fresh:
+            found[seed] = json.loads(path.read_text())
     return dict(sorted(found.items()))
 
 
-def measures(name, arm):
+def measures(name, arm, fresh=False):
     """-> {seed: {measure: value}}"""
-    return {seed: measure(run) for seed, run in read(name, arm).items()}
+    return {seed: measure(run) for seed, run in read(name, arm, fresh).items()}
+
+
+def one_per_level(measured):
+    """Of `sharing`: each level's accuracy is that of the policy trained on this level alone."""
+    easy, hard = measured["easy alone"], measured["hard alone"]
+    joined = {}
+    for seed, run in read("sharing", "easy alone").items():
+        sizes = {row["level"]: row["n"] for row in run["evaluations"]}
+        own = {"level 1": easy[seed]["level 1"], "level 2": hard[seed]["level 2"]}
+        own["accuracy"] = np.average([own["level 1"], own["level 2"]], weights=[sizes[1], sizes[2]])
+        joined[seed] = dict.fromkeys((*OUTCOME, *COURSE), np.nan) | own
+    return joined
 
 
 def best_rate(arm):
-    """The learning rate of an arm of `levels`, by mean accuracy over its choosing seeds."""
+    """The learning rate of an arm of `levels`, by mean accuracy over its choosing seeds. Other
+    arms, "BASE: ARM" and "ARM, VARIANT", take that of ARM, or else of EPRLI."""
+    arm = arm.rpartition(": ")[2].partition(", ")[0]
+    if arm not in EXPERIMENTS["levels"]:
+        arm = "EPRLI"
     means = {}
     for lr in rates(arm):
         by_seed = measures("rates", f"{arm}, {lr:g}")
@@ -144,7 +180,7 @@ def difference(by_seed, reference, name="accuracy"):
 def compare(measured):
     """Paired differences and the verdict on accuracy, beside the first arm; in `base` beside the
     first arm with the same base."""
-    yield f"| arm, less the first | {' | '.join(COMPARED)} |"
+    yield f"| difference | {' | '.join(COMPARED)} |"
     yield "| --- " * (len(COMPARED) + 1) + "|"
     firsts, told = {}, {"better": [], "worse": [], "not told apart": []}
     for arm, by_seed in measured.items():
@@ -152,7 +188,7 @@ def compare(measured):
         if arm == first:
             continue
         found = [difference(by_seed, measured[first], name) for name in COMPARED]
-        cells = [f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
+        cells = ["-" if np.isnan(mean) else f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
         yield f"| {arm}, less {first} | {' | '.join(cells)} |"
         mean, half = found[0]
         word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
@@ -162,14 +198,17 @@ def compare(measured):
         yield f"- {word}: {', '.join(arms) or 'none'}"
 
 
-def draw(runs, path):
-    """runs  {arm: {seed: result}}: accuracy over sampled tokens; a point is the end of a seed."""
+def draw(name):
+    """Accuracy over sampled tokens, means over seeds; a point is the end of a seed."""
+    runs = {arm: read(name, arm) for arm in EXPERIMENTS[name]}
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    budget = max(run["budget"] for by_seed in runs.values() for run in by_seed.values())
-    grid = np.linspace(0, budget, 101)
     for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
         ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
         for i, (arm, by_seed) in enumerate(runs.items()):
+            if not by_seed:
+                continue
+            budget = next(iter(by_seed.values()))["budget"]
+            grid = np.linspace(0, budget, 101)
             curves = [np.interp(grid, *curve(run, level)) for run in by_seed.values()]
             ax.plot(grid / 1000, np.mean(curves, 0), color=f"C{i % 10}", label=arm)
             x = np.full(len(curves), budget / 1000 * (1 + 0.012 * i))
@@ -177,7 +216,7 @@ def draw(runs, path):
         ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
         ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(RESULTS / f"{name}.png", dpi=100)
 
 
 def report(name):
@@ -186,9 +225,26 @@ def report(name):
     measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
     if not measured:
         sys.exit(f"{name}: there is no result yet")
+    if name == "sharing":
+        measured["one per level"] = one_per_level(measured)
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
         lines += compare(measured)
-        draw({arm: read(name, arm) for arm in measured}, RESULTS / f"{name}.png")
+        draw(name)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def agreement(name):
+    """Is the mean over fresh seeds in the 95 % prediction interval that the reported ones give?"""
+    for arm in EXPERIMENTS[name]:
+        reported = [m["accuracy"] for m in measures(name, arm).values()]
+        fresh = [m["accuracy"] for m in measures(name, arm, fresh=True).values()]
+        if reported and fresh:
+            mean, half = interval(reported)
+            half *= np.sqrt(1 + len(reported) / len(fresh))  # of a mean over that many new seeds
+            where = "inside" if abs(np.mean(fresh) - mean) <= half else "OUTSIDE"
+            print(
+                f"{arm}: {np.mean(fresh):.1f} % over {len(fresh)} fresh seeds, expected "
+                f"{mean - half:.1f} to {mean + half:.1f}: {where}"
+            )

@@ -13,7 +13,7 @@ def learning_rate(cfg, trained, progress):
     """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
     trained   updates of the level that changed the policy so far
-    progress  share of the level's budget that they used up, in [0, 1)
+    progress  share of the level's budget that is used up, in [0, 1)
     """
     rate = cfg.lr * min(1.0, (trained + 1) / max(cfg.warmup, 1))
     if cfg.lr_decay == "none":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -20,7 +21,7 @@ import compare  # noqa: E402
 import kinds  # noqa: E402
 import tables  # noqa: E402
 
-from data import Problem  # noqa: E402
+from data import Problem, read_problems  # noqa: E402
 from infra.flags import Config, make_parser, resolve_levels  # noqa: E402
 
 
@@ -95,6 +96,7 @@ def result(final, tokens=(0, 200_000, 500_000)):
             row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
     updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5], "entropy": [0.2, None, 0.1]}
+    updates |= {"groups_all_right": [3, 3], "groups_all_wrong": [0, 3], "carried_share": [0, 0.5]}
     updates |= {"reward_variance_within": [0.2, 0.1], "reward_variance_between": [0.1, 0.0]}
     return {"evaluations": rows, "pass@16": 0.9, "updates": updates, "budget": 400_000}
 
@@ -109,6 +111,7 @@ def test_measures_are_taken_at_the_budget_not_at_the_end():
     assert found["to 50 %"] == pytest.approx(200 + 300 * 5 / 45, abs=4)
     assert found["forgotten"] == pytest.approx(80 - found["level 1"])
     assert found["pass@16"] == 90 and found["drawn"] == 3
+    assert found["all right"] == 20 and found["all wrong"] == 10 and found["carried"] == 25
     assert [found[x] for x in ("entropy", "within", "between")] == pytest.approx([0.15, 0.15, 0.05])
 
 
@@ -151,19 +154,56 @@ def test_every_arm_is_a_command_that_train_reads():
             assert sum(level.tokens for level in resolve_levels(cfg, measured=True)) == budget
 
 
+def write_result(name, arm, seed, final):
+    path = tables.result_file(name, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result(final)))
+    return path
+
+
 def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch, tmp_path):
     """The best single run must not decide, nor a mean over two seeds."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     finals = {3e-4: (0.5, 0.5, 0.5), 5e-4: (0.9, 0.2, 0.2), 8e-4: (0.6, 0.4, 0.6)}
     for lr, by_seed in finals.items():
         for seed, final in enumerate(by_seed):
-            path = tables.result_file("rates", f"EPRLI, {lr:g}", seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result(final)))
+            path = write_result("rates", f"EPRLI, {lr:g}", seed, final)
     assert tables.best_rate("EPRLI") == 8e-4
+    for other in ("lost at level 2: EPRLI", "EPRLI, K = 0.3", "kimi 0.6"):
+        assert tables.best_rate(other) == 8e-4
+    for other in ("good at level 1: L = 1", "L = 1, 2x"):
+        with pytest.raises(SystemExit, match="L = 1: first choose its rate"):
+            tables.best_rate(other)
     path.unlink()
     with pytest.raises(SystemExit, match="EPRLI: first choose its rate"):
         tables.best_rate("EPRLI")
+
+
+def test_one_policy_per_level_is_judged_on_its_own_level(monkeypatch, tmp_path):
+    """On the other's level it would lose what it was never taught."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    measured = {}
+    for arm, final in (("easy alone", 0.3), ("hard alone", 0.9)):
+        write_result("sharing", arm, 10, final)
+        measured[arm] = tables.measures("sharing", arm)
+    (joined,) = tables.one_per_level(measured).values()
+    level_1, level_2 = 80 - 5 - 5 * 2 / 3, 45 + 45 * 2 / 3
+    assert joined["accuracy"] == pytest.approx((level_1 + 3 * level_2) / 4)
+
+
+def test_fresh_seeds_are_checked_and_not_reported(monkeypatch, tmp_path, capsys):
+    """A check that entered the report would agree with itself. The interval is by hand: the 97.5 %
+    point of t with 3 degrees of freedom is 3.182."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, final in ((10, 0.8), (11, 0.82), (12, 0.84), (13, 0.86), (20, 0.98), (21, 0.98)):
+        write_result("levels", "EPRLI", seed, final)
+    assert list(tables.measures("levels", "EPRLI")) == [10, 11, 12, 13]
+    reported = [m["accuracy"] for m in tables.measures("levels", "EPRLI").values()]
+    half = 3.182 * np.std(reported, ddof=1) * (1 / 4 + 1 / 2) ** 0.5
+    tables.agreement("levels")
+    low, high = np.mean(reported) - half, np.mean(reported) + half
+    line = capsys.readouterr().out
+    assert f"2 fresh seeds, expected {low:.1f} to {high:.1f}: OUTSIDE" in line
 
 
 def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
@@ -172,3 +212,13 @@ def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
     ]
     dealt = arms.ranked(problems, lambda p: -len(p.problem))
     assert {p.id: p.pass_rate for p in dealt} == {"2": 0.9, "1": 0.5, "0": 0.2}
+
+
+def test_random_levels_hold_the_problems_of_the_others(monkeypatch, tmp_path):
+    """Problems that are always solved teach nothing: no level may have them but by measurement."""
+    monkeypatch.setattr(arms, "VARIANTS", tmp_path / "data")
+    arms.prepare()
+    shipped = [p for p in read_problems(arms.SHIPPED / "train.jsonl") if p.pass_rate < 1]
+    dealt = read_problems(tmp_path / "data/random.jsonl")
+    assert {p.id for p in dealt} == {p.id for p in shipped}
+    assert sorted(p.pass_rate for p in dealt) == sorted(p.pass_rate for p in shipped)
