@@ -50,7 +50,7 @@ def count(folder):
     config = json.loads((folder / "config.json").read_text())
     problems = {p.id: p.problem for p in data.read_problems(config["data"])}
     counts, levels = {kind: defaultdict(lambda: [0, 0]) for kind in KINDS}, {}
-    for row in data.read_records(folder / "completions.jsonl", lambda row, _: row):
+    for row in data.read_records(folder / "completions.jsonl"):
         levels[row["update"]] = row["level"]
         for kind, right in decisions(problems[row["problem_id"]], row["text"]):
             counts[kind][row["update"]][0] += right

@@ -12,7 +12,6 @@ held-out problems, with random streams that neither training nor the measurement
 """
 
 import functools
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,15 +59,12 @@ def measure(model):
     return found
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def one_run(folder):
     """-> {name: (before, after)}"""
     before, after = measure(SHIPPED / "tiny"), measure(max((folder / "checkpoints").iterdir()))
     found = {name: (before[name], after[name]) for name in before}
-    log, metrics = read(folder / "eval.jsonl"), read(folder / "metrics.jsonl")
+    log = data.read_records(folder / "eval.jsonl")
+    metrics = data.read_records(folder / "metrics.jsonl")
     levels = list(dict.fromkeys(row["level"] for row in metrics))
     for number in (1, 2):
         accuracies = [100 * row["accuracy"] for row in log if row["level"] == number]
