@@ -5,8 +5,8 @@ group is prefilled once, and its part of the KV cache copied. Every random numbe
 its sample's key and the position in the completion. So the number of slots, the other rows of the
 batch and the order of the prompts change nothing (beyond rounding).
 
-Shapes: R rows, T tokens, V vocabulary, H heads, K key/value heads, D head size,
-P positions of a page.
+Shapes: B or R rows, T tokens, V vocabulary, H heads, K key/value heads, D head size, S positions of
+the KV cache.
 """
 
 from collections import defaultdict, deque
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from model import additive_mask, log_softmax, scaled_dot_product
 
 PREFILL_TOKENS = 8192  # padded prompt tokens that go through the model at once (memory only)
+ROOM = 32  # the room of the KV cache is a multiple of it, in positions
 MIN_ROWS = 8  # matrix products of fewer rows may round differently
 
 
@@ -96,168 +97,85 @@ def round_up(count, multiple):
 
 
 class KVCache:
-    """Keys and values of every layer for independent rows, each with as many pages as it needs.
+    """Keys and values of every layer for independent rows.
 
-    k, v   one tensor per layer, (pages, K, D, P) and (pages, K, P, D): the order in which products
-           with queries and weights read them
-    table  (rows, most pages of a row) on the host: the pages of each row in order, then zeros.
-           Page 0 is a dummy. Idle rows and prompt padding write to it; attention never reads it.
-    width  columns of the table that the device knows
+    k, v   one tensor per layer, (rows, K, S, D): every row has room for S positions
+    room   S. It follows the longest row, up and down
 
-    A query at position q sees position p of its row iff p <= q. What a page holds beyond that (the
-    padding of a prefill, tokens of an earlier row) is overwritten before it can be seen.
+    A query at position q sees position p of its row iff p <= q. What a row holds beyond that (the
+    padding of a prefill, tokens of an earlier completion) is overwritten before it can be seen.
     """
-
-    # Positions of a page. Small pages waste less, large ones make less work. MIN_ROWS divides them.
-    PAGE = {"cpu": 32, "cuda": 256}
-    # (s, w): the pool of pages grows by at least 1/s of itself, and the width is a multiple of w.
-    # Both change rarely on a GPU, since each time the decoding step must be captured again.
-    GROWTH = {"cpu": (8, 1), "cuda": (2, 4)}
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
-        kind, layers = model.device.type, model.config.num_hidden_layers
-        self.page, self.growth = self.PAGE[kind], self.GROWTH[kind]
-        self.heads, self.device = model.config.num_attention_heads, model.device
-        size = 1, model.config.num_key_value_heads, model.head_dim, self.page
-        empty = model.lm_head.weight.new_zeros(size)
-        self.k = [empty.clone() for _ in range(layers)]
-        self.v = [empty.mT.contiguous() for _ in range(layers)]
-        self.table, self.width = np.zeros((rows, self.num_pages(longest)), np.int64), 0
-        self.layout, self.changed = (), True
+        config, layers = model.config, range(model.config.num_hidden_layers)
+        size = rows, config.num_key_value_heads, 0, model.head_dim
+        self.k = [model.lm_head.weight.new_zeros(size) for _ in layers]
+        self.v = [k.clone() for k in self.k]
+        self.longest = longest
 
-    def num_pages(self, tokens):
-        return round_up(tokens, self.page) // self.page
+    @property
+    def room(self):
+        return self.k[0].shape[2]
 
-    # Pages are given and taken on the host; `arrange` tells the device.
-
-    def reserve(self, rows, lengths):
-        """Make room for positions below lengths (one per row), keeping what is stored."""
-        slack, wider = self.growth
-        needed = self.num_pages(lengths)
-        self.width = max(self.width, round_up(needed.max(), wider))
-        pages = self.table[rows]
-        new = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
-        if not new.any():
+    def fit(self, length):
+        """Make room for positions below length, or less room, if it was for twice as many."""
+        if length <= self.room <= max(ROOM, 2 * length):
             return
-        in_pool = len(self.k[0])
-        held = np.append(0, self.table)
-        free = np.flatnonzero(np.bincount(held, minlength=in_pool) == 0)
-        wanted = new.sum() - len(free)
-        if wanted > 0:
-            more = max(wanted, min(in_pool // slack, 1 + self.table.size - in_pool))
-            free = np.append(free, np.arange(in_pool, in_pool + wanted))
-            # Copies of the dummy, since what is not seen must be finite too: 0 * nan is nan.
-            self.gather_pages(np.append(np.arange(in_pool), np.zeros(more, int)))
-        pages[new] = free[: new.sum()]
-        self.table[rows] = pages
-        self.changed = True
-
-    def cut(self, row, length):
-        """Take back the pages of this row beyond length."""
-        self.table[row, self.num_pages(length) :] = 0
-        self.changed = True
+        change = round_up(min(length + length // 8, self.longest), ROOM) - self.room
+        self.replace(lambda x: F.pad(x, (0, 0, 0, change)))  # a negative number cuts
 
     def copy(self, source, targets, length):
         """Copy the first `length` positions of row source to the rows targets."""
-        self.reserve(targets, np.full(len(targets), length))
-        pages = self.num_pages(length)
-        old = self.to_device(self.table[source, :pages])
-        new = self.to_device(self.table[targets, :pages])
-        for pool in self.k + self.v:
-            pool[new] = pool[old]
+        for x in self.k + self.v:
+            x[targets, :, :length] = x[source, :, :length]
 
     def keep(self, rows):
-        """Keep only these rows, renumbered in this order, and the pages that they hold."""
-        table = self.table[rows]
-        pages = np.unique(np.append(0, table))
-        self.gather_pages(pages)
-        self.table = np.searchsorted(pages, table)
-        self.width, self.changed = table.any(0).sum(), True
+        """Keep only these rows, in this order."""
+        self.replace(lambda x: x[rows])
 
-    def gather_pages(self, pages):
-        """Make new pools, in which page i is a copy of the old page pages[i]."""
-        pages = self.to_device(pages)
-        for pools in (self.k, self.v):
-            for layer, pool in enumerate(pools):
-                pools[layer] = pool[pages]
-
-    def to_device(self, array):
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-    def arrange(self):
-        """Send the index tensors of attention to the device, if the table has changed.
-
-        As long as `layout` is the same object, neither these tensors nor the pools have moved in
-        memory (a pool that moves has another number of pages), so a captured step may be replayed.
-        """
-        if not self.changed:
-            return
-        table = self.table[:, : self.width].copy()
-        owner, number = np.zeros((2, len(self.k[0])), np.int64)  # of each page: row, place in it
-        row, place = np.nonzero(table)
-        owner[table[row, place]] = row
-        number[table[row, place]] = place
-        table, owner, number = map(self.to_device, (table, owner, number))
-        head = torch.arange(self.heads, device=self.device)
-        # Scores are (pages * H, P). Which of them are those of (rows * H, width), and back:
-        to_rows = (table[:, None] * self.heads + head[:, None]).flatten(0, 1)
-        to_pages = (owner[:, None] * self.heads + head) * table.shape[1] + number[:, None]
-        layout = table, owner, number * self.page, to_rows, to_pages
-        if [x.shape for x in layout] == [x.shape for x in self.layout]:
-            for old, new in zip(self.layout, layout):
-                old.copy_(new)
-        else:
-            self.layout = layout
-        self.changed = False
+    def replace(self, change):
+        """Replace tensor by tensor: two caches would not fit where one does."""
+        for tensors in (self.k, self.v):
+            for layer, x in enumerate(tensors):
+                tensors[layer] = change(x)
 
     def prefilling(self, positions, rows):
         """-> attend, see Body.forward: row b of the tokens, at positions (B, T), is rows[b]."""
-        table = self.layout[0][rows, : int(positions.max()) // self.page + 1]
-        place = table.gather(1, positions // self.page), positions % self.page
-        key_position = torch.arange(table.shape[1] * self.page, device=self.device)
-        mask = additive_mask(key_position <= positions[:, None, :, None], self.k[0].dtype)
+        width = int(positions.max()) + 1
+        mask = self.mask(positions, width)
 
         def attend(layer, q, k, v):
-            self.store(layer, place, k, v)
-            k = self.k[layer][table].permute(0, 2, 1, 4, 3).flatten(2, 3)
-            v = self.v[layer][table].transpose(1, 2).flatten(2, 3)
+            self.store(layer, rows, positions, k, v)
+            k = self.k[layer][rows, :, :width]
+            v = self.v[layer][rows, :, :width]
             return scaled_dot_product(q, k, v, mask)
 
         return attend
 
-    def store(self, layer, place, k, v):
-        self.k[layer].permute(0, 3, 1, 2)[place] = k.transpose(1, 2)
-        self.v[layer].transpose(1, 2)[place] = v.transpose(1, 2)
-
     def decoding(self, positions):
-        """-> attend for one token per row, at positions (rows, 1), or idle at -1.
+        """-> attend for one token of every row, at positions (rows, 1).
 
-        Each page is multiplied in place by the query of the row that owns it; softmax is over all
-        pages of a row. Only filled pages are read. For long completions that is nearly all that a
-        step costs beyond the weights.
+        Heads that share a key are several queries of it: no key is copied to them.
         """
-        table, owner, start, to_rows, to_pages = self.layout
-        pages, kv_heads, head_dim, page = self.k[0].shape
-        own_page = table.gather(1, positions.clamp(min=0) // page)
-        place = own_page * (positions >= 0), positions % page  # idle rows write to the dummy
-        seen = start[:, None] + torch.arange(page, device=self.device) <= positions[owner]
-        seen[0] = False  # the dummy
-        hidden = additive_mask(seen, self.k[0].dtype)
-        hidden = hidden.repeat_interleave(kv_heads, 0)[:, None]
+        rows = torch.arange(len(positions), device=positions.device)
+        mask = self.mask(positions, self.room)
 
-        def attend(layer, q, k, v):  # F.embedding(index, x) gathers rows of x
-            self.store(layer, place, k, v)
-            q = F.embedding(owner, q.flatten(1)).view(pages * kv_heads, -1, head_dim)
-            score = torch.baddbmm(hidden, q, self.k[layer].flatten(0, 1), alpha=head_dim**-0.5)
-            weight = F.embedding(to_rows, score.view(-1, page)).flatten(1)
-            weight = weight.softmax(-1).view(-1, page)  # in float32 inside
-            weight = F.embedding(to_pages, weight).view_as(score)
-            out = torch.bmm(weight, self.v[layer].flatten(0, 1)).view(pages, -1)
-            out[0] = 0  # the dummy
-            return F.embedding(table, out).sum(1, keepdim=True)
+        def attend(layer, q, k, v):
+            self.store(layer, rows, positions, k, v)
+            q = q.view(*k.shape[:2], -1, k.shape[3])
+            out = F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], mask)
+            return out.reshape(len(q), 1, -1)
 
         return attend
+
+    def store(self, layer, rows, positions, k, v):
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[layer][rows[:, None], :, positions] = new.transpose(1, 2)
+
+    def mask(self, positions, width):
+        seen = torch.arange(width, device=positions.device) <= positions[:, None, :, None]
+        return additive_mask(seen, self.k[0].dtype)
 
 
 # ---------------------------------------------------------------------------------------- slots
@@ -318,6 +236,8 @@ class Slots:
     groups   the samples of each prompt
     running  a Sequence per slot, or None where it is idle
     waiting  samples without a slot, group by group
+    fed      (2, rows): what the model is fed next, a token and its position. What an idle row is
+             fed does no harm: it stands behind the prompt that the row may keep
 
     The cache and the next-token logits (rows, V) stay on the device; each token costs one small
     copy to the host.
@@ -335,16 +255,12 @@ class Slots:
         longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
-        self.captured = None  # the layout of the cache for which `replay` stands
+        self.fed = np.zeros((2, rows), np.int64)
+        self.captured = None  # a tensor of the cache for which `replay` stands
 
     @property
     def live(self):
         return [slot for slot, sample in enumerate(self.running) if sample]
-
-    @property
-    def filled(self):
-        """Tokens of prompt and completion so far, of each live slot."""
-        return np.array([self.running[slot].filled for slot in self.live])
 
     def refill(self):
         """Give every idle slot the next waiting sample."""
@@ -385,11 +301,9 @@ class Slots:
 
     def extend(self, rows, tokens, start):
         """Run token lists into these cache rows from `start`; -> hidden states (B, T, C)."""
-        lengths = np.array([len(row) for row in tokens])
-        width = round_up(lengths.max(), MIN_ROWS)
-        self.cache.reserve(rows, start + lengths)
-        self.cache.arrange()
-        device = self.cache.device
+        width = round_up(max(map(len, tokens)), MIN_ROWS)
+        self.cache.fit(max(self.cache.room, start + width))
+        device = self.logits.device
         ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)
         positions = torch.arange(start, start + width, device=device).expand(ids.shape)
         attend = self.cache.prefilling(positions, torch.tensor(rows, device=device))
@@ -400,7 +314,7 @@ class Slots:
         samples = [sample or Sequence(None, 0, 0) for sample in self.running]
         keys = np.array([sample.key for sample in samples], np.uint64)
         positions = np.array([len(sample.tokens) for sample in samples])
-        u = self.cache.to_device(uniforms(keys, positions))
+        u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
         tokens, logprobs = choose(self.logits, u, temperature, top_k, top_p)
         chosen = torch.stack([tokens.double(), logprobs.double()]).tolist()  # one GPU sync
         for sample, token, logprob in zip(samples, *chosen):
@@ -415,8 +329,7 @@ class Slots:
             if sample.stopped or len(sample.tokens) == sample.limit:
                 yield sample
                 self.running[slot] = None
-                keeps_prompt = sample.prompt.slot == slot
-                self.cache.cut(slot, len(sample.prompt.tokens) if keeps_prompt else 0)
+                self.fed[1, slot] = len(sample.prompt.tokens)
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
@@ -425,28 +338,26 @@ class Slots:
             return
         kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
         self.running = [self.running[slot] for slot in kept]
-        self.logits = self.logits[kept]
+        self.logits, self.fed = self.logits[kept], self.fed[:, kept]
         self.cache.keep(kept)
 
     def decode(self):
         """Feed every slot its last token."""
-        live = self.live
-        # The last token of each slot, and its position (-1: idle).
-        fed = np.array([[0], [-1]]).repeat(len(self.running), 1)
-        fed[0, live] = [self.running[slot].tokens[-1] for slot in live]
-        fed[1, live] = self.filled - 1
-        self.cache.reserve(live, self.filled)
-        self.cache.arrange()
-        if self.captured is not self.cache.layout:  # the first step, or tensors have moved
+        for slot in self.live:
+            sample = self.running[slot]
+            self.fed[:, slot] = sample.tokens[-1], sample.filled - 1
+        self.cache.fit(self.fed[1].max() + 1)
+        fed = torch.from_numpy(self.fed)
+        if self.captured is not self.cache.k[0]:  # the first step, or tensors have moved
             self.logits = self.replay = None  # frees their memory first
-            self.fed = self.cache.to_device(fed)
-            self.replay = capture(self.forward, self.fed.device)
-            self.captured = self.cache.layout
-        self.fed.copy_(torch.from_numpy(fed), non_blocking=True)
+            self.inputs = fed.to(self.model.device, copy=True)
+            self.replay = capture(self.forward, self.model.device)
+            self.captured = self.cache.k[0]
+        self.inputs.copy_(fed, non_blocking=True)
         self.logits = self.replay()
 
     def forward(self):
-        last, positions = self.fed[..., None]
+        last, positions = self.inputs[..., None]
         return self.model(last, positions, self.cache.decoding(positions))[:, 0]
 
 

@@ -133,8 +133,7 @@ def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     """Of a 1.5 B model: only with activation checkpointing."""
     model = shape(1536, 8960, 28, 12, 2, True)
     parts = long_run(model)
-    pages = 16 * 97  # of 256 tokens, for 24,576 + 256
-    cache = pages * 256 * 28 * 2 * 2 * 128 * 2
+    cache = 16 * (24_576 + 256) * 28 * 2 * 2 * 128 * 2
     assert parts["sampling"]["KV cache"] == cache
     evaluation = long_run(model, held_out=1000, slots=64)  # fills the slots
     assert evaluation["sampling"]["KV cache"] == 4 * cache

@@ -33,72 +33,63 @@ def tokens_of(done):
 
 def store(model, cache, ids, rows, lengths):
     """Prefill these rows of ids (B, T), right-padded, into their cache rows."""
-    cache.reserve(rows, np.array(lengths))
-    cache.arrange()
     width = -(-max(lengths) // 8) * 8
+    cache.fit(max(cache.room, width))
     positions = torch.arange(width).expand(len(rows), -1)
     model(ids[:, :width], positions, cache.prefilling(positions, torch.tensor(rows)))
 
 
 def step(model, cache, ids, positions):
-    """Decode one token per row: row b of ids at positions[b]; -1: idle."""
-    live = np.flatnonzero(positions >= 0)
-    cache.reserve(live, positions[live] + 1)
-    cache.arrange()
-    ids, positions = ids[range(len(ids)), positions][:, None], torch.from_numpy(positions)[:, None]
+    """Decode one token per row: row b of ids at positions[b]."""
+    cache.fit(max(positions) + 1)
+    ids, positions = ids[range(len(ids)), positions][:, None], torch.tensor(positions)[:, None]
     return model(ids, positions, cache.decoding(positions))[:, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_cached_equals_uncached_for_rows_of_different_length(family):
-    """Positions off by one, a row that sees its neighbour, another's page or the padding of its
-    prefill, pages summed in the wrong order: all move these logits."""
+    """Positions off by one, a row that sees its neighbour or the padding of its prefill, a cache
+    that loses tokens when it grows: all move these logits."""
     model = random_model(family, torch.float64)
     ids, lengths = torch.randint(0, 97, (4, 120)), np.array([3, 17, 40, 32])
     with torch.no_grad():
         full, cache = model(ids), KVCache(model, 4, 120)
         order = [2, 0, 3, 1]  # stored in another order
         store(model, cache, ids[order], order, lengths[order])
-        for i in range(45):  # each row crosses borders of pages at another step
+        for i in range(45):
             logits = step(model, cache, ids, lengths + i)
             assert torch.allclose(logits, full[range(4), lengths + i], atol=1e-10)
 
 
 @torch.no_grad()
 def test_rows_idle_return_copy_and_leave(monkeypatch):
-    """What the sampler does to a cache, with pages of 8: a row that idles writes nowhere, its pages
-    go to others, a prompt is copied without its completion, rows are dropped and renumbered."""
-    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
+    """What the sampler does to a cache: a row that idles writes behind its prompt only, a prompt is
+    copied without its completion, rows are dropped and renumbered, and the room that the longest
+    row leaves is given back."""
+    monkeypatch.setattr(rollout, "ROOM", 8)
     model = random_model("qwen2", torch.float64)
     ids, cache = torch.randint(0, 97, (4, 60)), KVCache(model, 4, 60)
 
-    def check(rows, positions, steps):
+    def check(rows, positions, steps, idle=()):
         for _ in range(steps):
-            positions = np.array(positions)
             got = step(model, cache, rows, positions)
-            for b in np.flatnonzero(positions >= 0):
+            for b in {*range(len(rows))} - {*idle}:
                 expected = model(rows[b : b + 1, : positions[b] + 1])[0, -1]
                 assert torch.allclose(got[b], expected, atol=1e-10)
-            pages = cache.table[cache.table > 0]
-            assert len(set(pages)) == len(pages)  # no page has two owners
-            positions = positions + (positions >= 0)
+                positions[b] += 1
 
     store(model, cache, ids, [0, 1, 2, 3], [16, 20, 5, 16])
-    check(ids, [16, 20, 5, -1], 12)  # row 3 idles behind its prompt of two whole pages
+    check(ids, [16, 20, 5, 16], 25, idle=[3])
+    assert 45 <= cache.room <= 56
     ids[1, :16] = ids[3, :16]
-    cache.cut(1, 0)
     cache.copy(3, [1], 16)
-    check(ids, [28, 16, 17, 16], 8)
-    assert len(cache.k[0]) == 1 + 5 + 3 + 4 + 3  # what was given back was used again
-    cache.cut(0, 0)
-    cache.cut(2, 8)
+    check(ids, [0, 16, 0, 16], 3, idle=[0, 2])
+    assert 19 <= cache.room <= 24
     cache.keep([3, 1])
-    assert len(cache.k[0]) == 1 + 3 + 3
-    check(ids[[3, 1]], [24, 24], 12)
+    check(ids[[3, 1]], [19, 19], 12)
 
 
-@pytest.mark.parametrize("growth", KVCache.GROWTH.values())
-def test_a_captured_step_is_the_step(monkeypatch, growth):
+def test_a_captured_step_is_the_step(monkeypatch):
     """What a GPU does, with torch.fx in the place of a CUDA graph: a trace of the operations of the
     step on the tensors that it met, blind to everything in Python. A trace that is replayed after
     the cache has moved, or is fed elsewhere, samples other tokens."""
@@ -109,8 +100,7 @@ def test_a_captured_step_is_the_step(monkeypatch, growth):
         captured.append(len(result))
         return lambda: result.copy_(graph())
 
-    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
-    monkeypatch.setattr(KVCache, "GROWTH", {"cpu": growth})
+    monkeypatch.setattr(rollout, "ROOM", 8)
     model = random_model(dtype=torch.float64, num_hidden_layers=1)
     expected = complete(model, PROMPTS[:2], samples=12, slots=16)
     monkeypatch.setattr(rollout, "capture", trace)
@@ -120,22 +110,23 @@ def test_a_captured_step_is_the_step(monkeypatch, growth):
     assert len(captured) < steps  # but not at every step
 
 
-def test_a_slot_holds_the_pages_that_its_tokens_need(monkeypatch):
-    """Not those of its last occupant: else long completions would hold memory for short ones."""
-    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})
-    decode, held = rollout.Slots.decode, []
+def test_room_follows_the_longest_completion(monkeypatch):
+    """Up, and down again: else one long completion would make all steps after it slow."""
+    monkeypatch.setattr(rollout, "ROOM", 8)
+    decode, rooms = rollout.Slots.decode, []
 
     def watch(slots):
         decode(slots)
-        pages = (slots.cache.table > 0).sum(1)
-        for slot in slots.live:
-            assert pages[slot] == -(-slots.running[slot].filled // 8)
-        held.append(pages.sum())
+        longest = max(slots.running[slot].filled for slot in slots.live)
+        assert longest <= slots.cache.room <= max(8, 2 * longest)
+        rooms.append(slots.cache.room)
 
     monkeypatch.setattr(rollout.Slots, "decode", watch)
-    prompts = [[10 + r] for r in range(12)]
-    complete(random_model(), prompts, samples=5, limit=[40, 3, 3, 40, 9], stop_ids=())
-    assert max(held) > 20 and len(held) > 100
+    keys = [[stream(0, i, k) for k in range(5)] for i in range(40)]
+    limits = [[40, 3, 3, 3, 3]] + [3] * 39
+    settings = dict(slots=8, stop_ids=(), temperature=1.0)
+    sample(random_model(), [[10 + i] for i in range(40)], keys, limits, **settings)
+    assert max(rooms) == 40 > 20 > rooms[-1]
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -258,9 +249,8 @@ def test_limits_and_equal_prompts():
     assert all(a.tokens != b.tokens for a, b in zip(done[0], done[2]))
 
 
-def test_prompts_and_what_they_share_are_prefilled_once(monkeypatch):
+def test_prompts_and_what_they_share_are_prefilled_once():
     """However many completions follow, in however few slots. They are those of a prompt alone."""
-    monkeypatch.setattr(KVCache, "PAGE", {"cpu": 8})  # the beginning has several pages
     model, shapes = random_model(dtype=torch.float64), []
     alike = [list(range(3, 43)) + [50 + i] * (i + 1) for i in range(4)]
     alone = complete(model, alike[:1], samples=6)

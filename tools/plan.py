@@ -10,7 +10,7 @@ and on a GPU, under a mask, to every head.)
 from math import ceil
 
 from infra import kernels
-from rollout import MIN_ROWS, KVCache
+from rollout import MIN_ROWS, ROOM, round_up
 
 
 def total(part):
@@ -43,12 +43,12 @@ def sampling(cfg, model, level, prompt, held_out, processes):
     config, (size, wide) = model.config, widths(model)
     draw, held_out = ceil(level.prompts / processes), ceil(held_out / processes)  # prompts
     rows = max(MIN_ROWS, min(cfg.slots, max(draw * level.group_size, held_out)))
-    page, longest = KVCache.PAGE[cfg.device], level.max_new_tokens  # positions, tokens
+    longest = level.max_new_tokens
     if held_out:
         longest = max(longest, cfg.eval_max_new_tokens or 0)
-    pages = rows * ceil(min(prompt + longest, model.context) / page)
+    room = round_up(min(prompt + longest, model.context), ROOM)
     part = {
-        "KV cache": pages * page * config.num_hidden_layers * layer_bytes(model)[1],
+        "KV cache": rows * room * config.num_hidden_layers * layer_bytes(model)[1],
         # With what is made of them; running the prompts takes less.
         "logits": rows * config.vocab_size * (size + 4 * wide),
     }
