@@ -135,9 +135,9 @@ REAL = (
 )
 FEW["smollm2"] = f"--data {real / 'few.jsonl'} --samples 16 {prompting}"
 EXPERIMENTS["smollm2"] = {
-    "EPRLI": f"{REAL} --quality 0.95 1.0 --tokens 40000 80000",
-    "L = 1": f"{REAL} --quality 1.0 --tokens 120000",
-    "hard only": f"{REAL} --quality 0.95 1.0 --tokens 0 120000",
+    "EPRLI": f"{REAL} --quality 0.95 1.0 --tokens 30000 60000",
+    "L = 1": f"{REAL} --quality 1.0 --tokens 90000",
+    "hard only": f"{REAL} --quality 0.95 1.0 --tokens 0 90000",
 }
 
 EXPERIMENTS["rates"] = {}

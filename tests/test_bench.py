@@ -149,7 +149,7 @@ def test_every_arm_is_a_command_that_train_reads():
             words = shlex.split(f"{arms.BASE} {flags} --lr 1e-4")
             cfg = Config(**vars(make_parser().parse_args(words)))
             assert cfg.eval_data, (name, arm)
-            budget = 120_000 if name == "smollm2" else arms.BUDGET
+            budget = 90_000 if name == "smollm2" else arms.BUDGET
             budget *= {"easy alone": 0.5, "hard alone": 0.5, "L = 1, 2x": 2}.get(arm, 1)
             assert sum(level.tokens for level in resolve_levels(cfg, measured=True)) == budget
 

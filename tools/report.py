@@ -20,7 +20,8 @@ PANELS = """\
 accuracy in training, held out (dots) | share right, 95 % intervals | accuracy
 groups drawn, by their fate           | groups per update       | groups_kept groups_all_right \
 groups_all_wrong groups_stale groups_broken
-reward, and the length reward in it   | mean over completions   | reward_mean length_reward_mean
+reward, and the length reward in it   | mean, variance          | reward_mean length_reward_mean \
+reward_variance_within reward_variance_between
 shares of completions                 | share                   | writes_steps_share truncated_share
 completion length                     | tokens                  | length_mean
 entropy of the policy                 | nats per token          | entropy
