@@ -156,15 +156,17 @@ class KVCache:
     def decoding(self, positions):
         """-> attend for one token of every row, at positions (rows, 1).
 
-        Heads that share a key are several queries of it: no key is copied to them.
+        Heads that share a key are several queries of it: no key is copied to them. On a CPU two
+        products are faster here than the fused attention.
         """
         rows = torch.arange(len(positions), device=positions.device)
         mask = self.mask(positions, self.room)
 
         def attend(layer, q, k, v):
             self.store(layer, rows, positions, k, v)
-            q = q.view(*k.shape[:2], -1, k.shape[3])
-            out = F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], mask)
+            q = q.view(*k.shape[:2], -1, k.shape[3]) * k.shape[3] ** -0.5
+            score = q @ self.k[layer].mT + mask
+            out = score.softmax(-1) @ self.v[layer]  # float32 inside the softmax
             return out.reshape(len(q), 1, -1)
 
         return attend
