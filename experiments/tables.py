@@ -51,7 +51,7 @@ def curve(run, level):
 
 
 def average(values, last=0):
-    """Over updates, or the last of them; None: the update was skipped."""
+    """Over updates, or the last of them; None: the update drew nothing, or was skipped."""
     return np.mean([x for x in values if x is not None][-last:])
 
 
@@ -83,8 +83,8 @@ def measure(run):
         "carried": 100 * average(updates["carried_share"]),
         "clipped": 100 * clipped,
         "entropy": average(updates["entropy"], last=5),
-        "within": np.mean(updates["reward_variance_within"]),
-        "between": np.mean(updates["reward_variance_between"]),
+        "within": average(updates["reward_variance_within"]),
+        "between": average(updates["reward_variance_between"]),
     }
 
 

@@ -97,7 +97,8 @@ def result(final, tokens=(0, 200_000, 500_000)):
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
     updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5], "entropy": [0.2, None, 0.1]}
     updates |= {"groups_all_right": [3, 3], "groups_all_wrong": [0, 3], "carried_share": [0, 0.5]}
-    updates |= {"reward_variance_within": [0.2, 0.1], "reward_variance_between": [0.1, 0.0]}
+    updates |= {"reward_variance_within": [0.2, 0.1, None]}
+    updates |= {"reward_variance_between": [0.1, None, 0.0]}
     return {"evaluations": rows, "pass@16": 0.9, "updates": updates, "budget": 400_000}
 
 
