@@ -188,7 +188,7 @@ def compare(measured):
         if arm == first:
             continue
         found = [difference(by_seed, measured[first], name) for name in COMPARED]
-        cells = ["-" if np.isnan(mean) else f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
+        cells = [f"{mean:+.1f} ± {half:.1f}".replace(" ± nan", "") for mean, half in found]
         yield f"| {arm}, less {first} | {' | '.join(cells)} |"
         mean, half = found[0]
         word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
