@@ -108,10 +108,15 @@ def measures(name, arm, fresh=False):
 
 
 def one_per_level(measured):
-    """Of `sharing`: each level's accuracy is that of the policy trained on this level alone."""
-    easy, hard = measured["easy alone"], measured["hard alone"]
+    """Of `sharing`: each level's accuracy is that of the policy trained on this level alone.
+
+    measured  see `table`  -> {seed: {measure: value}} of the seeds that both policies have
+    """
+    easy, hard = measured.get("easy alone", {}), measured.get("hard alone", {})
     joined = {}
     for seed, run in read("sharing", "easy alone").items():
+        if seed not in hard:
+            continue
         sizes = {row["level"]: row["n"] for row in run["evaluations"]}
         own = {"level 1": easy[seed]["level 1"], "level 2": hard[seed]["level 2"]}
         own["accuracy"] = np.average([own["level 1"], own["level 2"]], weights=[sizes[1], sizes[2]])
@@ -225,8 +230,9 @@ def report(name):
     measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
     if not measured:
         sys.exit(f"{name}: there is no result yet")
-    if name == "sharing":
-        measured["one per level"] = one_per_level(measured)
+    joined = one_per_level(measured)
+    if joined:
+        measured["one per level"] = joined
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
         lines += compare(measured)

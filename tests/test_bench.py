@@ -188,6 +188,7 @@ def test_one_policy_per_level_is_judged_on_its_own_level(monkeypatch, tmp_path):
         write_result("sharing", arm, 10, final)
         measured[arm] = tables.measures("sharing", arm)
     (joined,) = tables.one_per_level(measured).values()
+    assert not tables.one_per_level({"easy alone": measured["easy alone"]})  # the other is to come
     level_1, level_2 = 80 - 5 - 5 * 2 / 3, 45 + 45 * 2 / 3
     assert joined["accuracy"] == pytest.approx((level_1 + 3 * level_2) / 4)
 
@@ -216,7 +217,7 @@ def test_dealt_out_pass_rates_keep_the_sizes_of_the_levels():
 
 
 def test_random_levels_hold_the_problems_of_the_others(monkeypatch, tmp_path):
-    """Problems that are always solved teach nothing: no level may have them but by measurement."""
+    """With problems that are always solved among them, they would waste tokens by construction."""
     monkeypatch.setattr(arms, "VARIANTS", tmp_path / "data")
     arms.prepare()
     shipped = [p for p in read_problems(arms.SHIPPED / "train.jsonl") if p.pass_rate < 1]
