@@ -10,6 +10,7 @@ and grader.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -22,15 +23,17 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
 
 import data
 from infra.answers import canonical
+from infra.directory import sha256
 from model import Transformer
 from rewards import RIGHT, Grader, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # a tiny checkpoint, and its problems with pass rates
+TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS, SLOTS = 128, 256  # defaults that fit the shipped model
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
@@ -46,30 +49,28 @@ class Policy:
     tokenizer: object
     stop_ids: tuple
     folder: Path  # where it was read
-    examples: list  # worked examples in front of every problem
-    suffix: str  # behind every problem
+    prompting: dict  # keyword arguments of data.render
 
     @classmethod
-    def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
+    def load(cls, name, dtype="float32", device="cpu", flags=data.Prompting()):  # noqa: B008 frozen
         """From a checkpoint folder or a hub name. Raises ValueError saying what is wrong."""
         folder = find_folder(name, device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-        examples = data.read_records(examples_file, data.parse_example) if examples_file else []
+        prompting = data.Prompting.read(flags)
         model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
-            )
+            tokenizer.chat_template = data.PLAIN_TEMPLATE
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
-        return cls(model, tokenizer, stop_ids, folder, examples, suffix)
+        stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
+        return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
         with data.explained("the tokenizer's chat template fails"):
-            prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
+            prompts = [data.render(self.tokenizer, p, **self.prompting) for p in problems]
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
             if not prompt.tokens:
@@ -83,13 +84,41 @@ class Policy:
                 )
         return prompts
 
+    def show(self, prompts):
+        """Print two examples as the model sees them."""
+        for prompt in prompts[:2]:
+            text = self.tokenizer.decode(prompt.tokens)
+            tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
+
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
+    def measuring(self, temperature, max_new_tokens):
+        """What pass rates depend on, beside the problem; JSON."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*model*.safetensors")):
+            digest.update(sha256(path).encode())
+        return {
+            "weights": digest.hexdigest()[:12],
+            "prompt": hashlib.sha256(json.dumps(self.prompting).encode()).hexdigest()[:12],
+            "examples": len(self.prompting["examples"]),
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+        }
+
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)
+
+
+def is_shipped(model):
+    """Whether defaults that were chosen for the shipped model fit."""
+    return Path(model).resolve() == TINY.resolve()
+
+
+def default_dtype(model, device):
+    return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
 
 
 def find_folder(name, device):
@@ -104,7 +133,8 @@ def find_folder(name, device):
 
 
 def read_stop_ids(folder, tokenizer, config):
-    """Tokens that end a completion: eos_token_id of tokenizer, config and generation config."""
+    """-> {id} of the tokens that end a completion: eos_token_id of tokenizer, config and generation
+    config."""
     named = [tokenizer.eos_token_id, config.eos_token_id]
     path = folder / "generation_config.json"
     if path.is_file():
@@ -120,10 +150,26 @@ def read_stop_ids(folder, tokenizer, config):
                     "the tokenizer), so no completion would stop"
                 )
             stop_ids.add(i)
-    stop_ids.discard(None)
-    if not stop_ids:
+    if stop_ids == {None}:
         raise ValueError(f"{folder}: neither tokenizer nor config names a stop token")
-    return tuple(sorted(stop_ids))
+    return stop_ids
+
+
+def end_of_turn(tokenizer):
+    """The token that the chat template puts behind an assistant's turn, if it is a special one. A
+    base model may name another end, and would run on into a question that it invents."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
+    with data.explained("the tokenizer's chat template fails"):
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
+
+
+def stop_token(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1:
+        raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
+    return tokens[0]
 
 
 # --------------------------------------------------------------------------------------- attempts
@@ -295,7 +341,7 @@ def shown(name, measure):
 NUMBERS = f"""
 --samples         16       1      completions per problem
 --k               0        0      k of pass@k; 0: as many as --samples
---max-new-tokens  {MAX_NEW_TOKENS}       1      longest completion, tokens
+--max-new-tokens  0       0      longest completion, tokens; shipped model: {MAX_NEW_TOKENS}
 --temperature     1.0      0      0 is greedy; 1 as in training
 --top-p           1.0      0      nucleus, above 0; 1 is off, as in training
 --top-k           0        0      likeliest tokens; 0 is off, as in training
@@ -304,8 +350,8 @@ NUMBERS = f"""
 """
 # What summary.json says of how a result was sampled.
 SETTINGS = (
-    "model protocol samples k temperature top_k top_p max_new_tokens suffix examples "
-    "allow_last_number dtype seed"
+    "model protocol samples k temperature top_k top_p max_new_tokens examples system suffix "
+    "template_kwargs stop allow_last_number dtype seed"
 )
 
 
@@ -322,14 +368,16 @@ def at_least(least, kind):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
+    parser = HfArgumentParser(
+        data.Prompting,
         description=__doc__.split("\n")[0],
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
-    problems = "JSONL files of problems, or names of benchmarks"
+    problems = "files of problems, data sets of the hub (infra/sources.py), or names of benchmarks"
+    add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
     published = "published defaults of flags and suffix"
     add("--protocol", choices=("deepscaler", "fastcurl"), help=published)
@@ -342,11 +390,10 @@ def make_parser():
     add("--out", type=Path, default=by_time, help="folder to write; default runs/eval-<date-time>")
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
-    add("--examples", help="JSONL of worked examples {problem, solution} to put in front")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
-    parser.set_defaults(suffix=data.SUFFIX)
+    dtype = "default float32, on a GPU bfloat16 for any model but the shipped one"
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help=dtype)
     return parser
 
 
@@ -360,6 +407,9 @@ def parse_args(arguments):
         parser.set_defaults(**PROTOCOLS[args.protocol])
         args = parser.parse_args(arguments)
     args.k = args.k or args.samples
+    args.dtype = args.dtype or default_dtype(args.model, args.device)
+    if is_shipped(args.model):
+        args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     return parser, args
 
 
@@ -367,6 +417,11 @@ def check(args):
     """Raise ValueError for flags that do not go together."""
     if args.k > args.samples or not 0 < args.top_p <= 1:
         raise ValueError("--k must be at most --samples, and --top-p in (0, 1]")
+    if not args.max_new_tokens:
+        raise ValueError(
+            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
+            "it, or a --protocol"
+        )
     names = {Path(path).stem for path in args.data}
     if len(names) < len(args.data):
         raise ValueError("--data: results are known by the names of files, and one stands twice")
@@ -425,14 +480,16 @@ def summarise(result, k):
     return summary
 
 
-def add_pass_rates(path, prompts, result):
-    """Write the problems back with the share of their samples that is right."""
+def add_pass_rates(args, policy, prompts, result):
+    """Write the problems with the share of their samples that is right, and what measured it."""
     problems = []
+    measured = policy.measuring(args.temperature, args.max_new_tokens)
+    measured |= {"model": Path(args.model).name, "date": time.strftime("%Y-%m-%d")}
     for prompt, rows in zip(prompts, result):
         rate = np.mean([row["verdict"] == RIGHT for row in rows])
-        other = prompt.problem.other | {"pass_rate_samples": len(rows)}
+        other = prompt.problem.other | {"measured": measured | {"samples": len(rows)}}
         problems.append(replace(prompt.problem, pass_rate=rate, other=other))
-    data.write_problems(path, problems)
+    data.write_problems(args.add_pass_rate, problems)
 
 
 def evaluate(args, policy, files):
@@ -448,7 +505,7 @@ def evaluate(args, policy, files):
         print(f"\n{path}: {how}, at most {args.max_new_tokens} tokens a completion")
         summary["files"][path] = summarise(result, args.k)
         if args.add_pass_rate:
-            add_pass_rates(args.add_pass_rate, prompts, result)
+            add_pass_rates(args, policy, prompts, result)
     summary["verdicts"] = dict(grader.counts)
     papers.print_table(summary)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -463,8 +520,13 @@ def run(parser, args):
 
             return compare(*args.compare)
         check(args)
-        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
-        files = {path: policy.render(data.read_problems(path)) for path in args.data}
+        policy = Policy.load(args.model, args.dtype, args.device, args)
+        files = {}
+        for path in args.data:
+            problems = data.read_problems(path, args.columns)
+            data.gradable(path, problems)  # as others count them: those that fail it stay
+            files[path] = policy.render(problems)
+            policy.show(files[path])
         args.out.mkdir(parents=True)
     except (ValueError, OSError) as error:
         parser.error(data.squash(str(error)))

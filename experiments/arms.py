@@ -184,7 +184,7 @@ def prepare():
     held_out = data.read_problems(SHIPPED / "heldout.jsonl")
     rng, four = random.Random(0), []
     for p in problems:
-        samples = range(p.other["pass_rate_samples"])
+        samples = range(p.other["measured"]["samples"])
         right = sum(i < p.pass_rate * len(samples) for i in rng.sample(samples, 4))
         four.append(replace(p, pass_rate=right / 4))
     files = {

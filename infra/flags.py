@@ -2,17 +2,18 @@
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
 from transformers import HfArgumentParser
 
-from data import QUALITY
+from data import QUALITY, Prompting
 from eprli import Level
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, default_dtype, is_shipped
 from infra.optimizer import BETAS, WEIGHT_DECAY
 from model import LOGITS_PER_CHUNK
+from tools.papers import PRESETS
 
 # What differs by level: a value for level 1 of several, and one for all others or a single level.
 BY_LEVEL = {
@@ -21,6 +22,7 @@ BY_LEVEL = {
     "length_weight": [0.0, 0.3],
     "updates": [20, 40],
 }
+LR = 3e-4
 MEMORY_ONLY = "memory only, never changes the result"
 
 
@@ -35,17 +37,18 @@ def flag(default, help, source="ours"):
 class Files:
     _argument_group_name = "files"
 
-    model: str = flag(
-        str(SHIPPED / "tiny"), "checkpoint folder or hub name (Llama, Qwen2 or Qwen3)"
-    )
+    model: str = flag(str(TINY), "checkpoint folder or hub name[@revision] (Llama, Qwen2 or Qwen3)")
     data: str = flag(
-        str(SHIPPED / "train.jsonl"), 'training problems, JSONL of {"problem", "answer"}'
+        str(SHIPPED / "train.jsonl"),
+        "training problems: a JSON-lines or parquet file, or a data set of the hub, "
+        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: infra/sources.py",
     )
     eval_data: str | None = flag(
         None, "held-out problems; default: the shipped ones for the shipped data, else none"
     )
-    examples: str | None = flag(
-        None, "JSONL of worked examples {problem, solution} to put in front of every problem"
+    columns: list[str] = flag([], "columns of another layout, problem=NAME answer=NAME")
+    preset: Literal[tuple(PRESETS)] | None = flag(
+        None, "fill in what a source states; flags that are given win; --explain tells them apart"
     )
     out: str | None = flag(None, "run directory to create; default runs/<date-time>")
     resume: str | None = flag(
@@ -83,7 +86,8 @@ class Levels:
     )
     max_new_tokens: list[int] | None = flag(
         None,
-        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']}",
+        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']} for the shipped "
+        "model, none for others",
         "ours; DeepScaleR 8192-24576",
     )
     reward: list[str] = flag(
@@ -151,9 +155,10 @@ class Objective:
 class Optimizer:
     _argument_group_name = "optimizer"
 
-    lr: float = flag(
-        3e-4,
-        "learning rate of AdamW; within each level times warm-up and decay",
+    lr: float | None = flag(
+        None,
+        "learning rate of AdamW; within each level times warm-up and decay; default "
+        f"{LR:g} for the shipped model, none for others",
         "ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B",
     )
     warmup: int = flag(5, "updates of linear warm-up, in each level", "ours; DAPO 10 steps")
@@ -199,8 +204,10 @@ class Memory:
     device: Literal["cpu", "cuda"] = flag(
         "cuda" if torch.cuda.is_available() else "cpu", "where the model lives"
     )
-    dtype: Literal["float32", "bfloat16", "float64"] = flag(
-        "float32", "of the weights; bfloat16 has float32 masters"
+    dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
+        None,
+        "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
+        "model but the shipped one",
     )
     slots: int = flag(SLOTS, "completions decoded together, on each process; memory and speed only")
     micro_batch_tokens: int = flag(2048, f"padded tokens per backward pass; {MEMORY_ONLY}")
@@ -216,11 +223,19 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
+class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Prompting, Files):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
 
-SECTIONS = (Levels, Objective, Optimizer, SamplingFlags, Memory, Files)  # as --help shows them
+SECTIONS = (
+    Levels,
+    Objective,
+    Optimizer,
+    SamplingFlags,
+    Prompting,
+    Memory,
+    Files,
+)  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
@@ -272,6 +287,29 @@ def given_flags(parser, arguments):
     return vars(parser.parse_args(arguments))
 
 
+def parse(parser, arguments):
+    """-> Config of the command line. A preset stands in front of it, so that what is given wins."""
+    cfg = Config(**vars(parser.parse_args(arguments)))
+    if cfg.preset:
+        words = [*PRESETS[cfg.preset][0].split(), *arguments]
+        cfg = Config(**vars(parser.parse_args(words)))
+    return cfg
+
+
+def fill(cfg):
+    """The Config with defaults that depend on the model. Raises ValueError where there is none."""
+    own = {"lr": LR, "max_new_tokens": BY_LEVEL["max_new_tokens"]}
+    missing = [name for name in own if getattr(cfg, name) is None]
+    if missing and not is_shipped(cfg.model):
+        names = " and ".join(map(option, missing))
+        raise ValueError(
+            f"{names}: our defaults fit the shipped model alone; give them for {cfg.model}, or a "
+            f"--preset that states them ({', '.join(PRESETS)})"
+        )
+    dtype = cfg.dtype or default_dtype(cfg.model, cfg.device)
+    return replace(cfg, dtype=dtype, lr=cfg.lr or LR)
+
+
 def check(cfg):
     """Raise ValueError for what no data can make right."""
     enough = f"at least --minibatches ({cfg.minibatches})"
@@ -296,7 +334,7 @@ def level_values(cfg, measured):
         values["updates"] = [None]
     if not cfg.quality:
         values["quality"] = default_quality(cfg, measured)
-    elif cfg.difficulty == "pass_rate" and not measured:
+    elif cfg.difficulty == "pass_rate" and not measured and set(cfg.quality) != {1.0}:
         raise ValueError(
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
             f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
@@ -353,13 +391,17 @@ def explain(cfg, levels):
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
         f"with {len(levels)} level(s), values level by level:",
     ]
-    default = Config()
+    default, stated = fill(Config()), {}
+    if cfg.preset:
+        words, missing = PRESETS[cfg.preset]
+        stated = given_flags(make_parser(), words.split())
+        lines.append(f"  --preset {cfg.preset}: {missing}")
     for section in (Levels, Objective, Optimizer, SamplingFlags):
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]
-            if value != getattr(default, f.name):
-                source = "given]"
+            if value != getattr(default, f.name) or f.name in stated:
+                source = f"{cfg.preset}]" if stated.get(f.name) == value else "given]"
             if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")

@@ -23,9 +23,11 @@ from infra.flags import (
     Config,
     check,
     explain,
+    fill,
     given_flags,
     make_parser,
     option,
+    parse,
     resolve_levels,
 )
 from infra.optimizer import Learner
@@ -38,10 +40,11 @@ from rewards import Grader, load_reward
 
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
-    cfg, config = Config(**vars(parser.parse_args(arguments))), None
+    cfg, config = parse(parser, arguments), None
     if cfg.resume is not None:
         cfg, config = as_started(given_flags(parser, arguments))
     check(cfg)
+    cfg = fill(cfg)
     shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
     if shipped and not cfg.eval_data:
         cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
@@ -80,13 +83,16 @@ def read_data(cfg):
 
     -> the levels, training problems, held-out problems, {fact: what config.json says of them}
     """
-    found = data.read_problems(cfg.data)
-    train_set = data.without_repeats(found)
-    held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
+    found = data.read_problems(cfg.data, cfg.columns)
+    usable = data.gradable(cfg.data, found)
+    train_set = data.without_repeats(usable)
+    held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
+    data.gradable(cfg.eval_data, held_out)  # as others count them: those that fail it stay
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     exact, near = data.overlap(train_set, held_out)
     facts = {
-        "repeats_removed": len(found) - len(train_set),
+        "ungradable_left_out": len(found) - len(usable),
+        "repeats_removed": len(usable) - len(train_set),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
     }
@@ -112,6 +118,24 @@ def fitting(policy, problems):
         context = f"the context of {policy.model.context} tokens"
         raise ValueError(f"every prompt is longer than {context}")
     return prompts
+
+
+def check_measured(cfg, levels, train_set, policy):
+    """Say what was other when the pass rates that cut the levels were measured."""
+    if cfg.difficulty != "pass_rate":
+        return
+    now = policy.measuring(cfg.temperature, max(level.max_new_tokens for level in levels))
+    kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
+    for measured in map(json.loads, sorted(kinds)):
+        if not measured:
+            tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
+            continue
+        other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
+        if other:
+            words = "; ".join(other)
+            tqdm.write(f"{cfg.data}: measured with {measured.get('model')} otherwise: {words}")
+        if measured.get("samples", 0) < 16:
+            tqdm.write(f"{cfg.data}: measured with {measured.get('samples')} samples, few of 16")
 
 
 def make_stages(cfg, levels, train_set, policy):
@@ -251,8 +275,10 @@ def go_on(cfg, config, ranks):
 def load(cfg, model, device):
     """Read and check everything. -> stages, held-out prompts, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
-    policy = Policy.load(str(model), cfg.dtype, device, cfg.examples)
+    policy = Policy.load(str(model), cfg.dtype, device, cfg)
+    check_measured(cfg, levels, train_set, policy)
     stages, cut_facts = make_stages(cfg, levels, train_set, policy)
+    policy.show(stages[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
     return stages, prompts, policy, facts | cut_facts | eval_facts
 
@@ -273,7 +299,7 @@ def memory_table(cfg):
     levels, train_set, held_out, _ = read_data(cfg)
     if cfg.eval_every == 0:
         held_out = []
-    policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
+    policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg)
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))

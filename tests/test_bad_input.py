@@ -21,7 +21,7 @@ from infra.flags import Config
 pytestmark = pytest.mark.faults
 
 BASE = """--model toy --data good.jsonl --quality 1 --group-size 2 --buffer-groups 2 --updates 1
---max-new-tokens 4 --out run --device cpu"""
+--max-new-tokens 4 --lr 1e-3 --out run --device cpu"""
 GOOD = '{"problem": "1", "answer": "1", "pass_rate": 0.5}'
 BESIDE = {  # what stands beside the model and the problems
     "good.jsonl": GOOD,
@@ -90,11 +90,13 @@ GOOD\n[1, 2] | x.jsonl, line 2: expected a JSON object, found list
 \n \n | x.jsonl: nothing in it
 problem,answer\n1,1 | x.jsonl, line 1: Expecting value
 [\nGOOD\n] | x.jsonl, line 1
-GOOD\n{"problem": "1"} | x.jsonl, line 2: no "answer" (has: problem)
-{"question": "1", "answer": "1"} | x.jsonl, line 1: no "problem" (has: question, answer)
+GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
+{"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
+{"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
+{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1: 
 {"problem": " ", "answer": "1"} | "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
-{"problem": "1", "answer": null} | "answer" must be a text or a number
+{"problem": "1", "answer": null} | no problem and answer in columns that are known
 {"problem": "1", "answer": true} | "answer" must be a text or a number
 {"problem": "1", "answer": ["1"]} | "answer" must be a text or a number
 {"problem": "1", "answer": NaN} | "answer" must be a text or a number
@@ -180,6 +182,11 @@ FLAGS = """
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
+--columns problem=a | --columns problem=a: expected problem=NAME answer=NAME
+--data owner/name:train | owner/name:train: cannot be read
+--model toy --template-kwargs [1 | --template-kwargs [1: not a JSON object
+--model toy --stop 'two tokens' | --stop 'two tokens': is 10 tokens of this tokenizer, not one
+--preset grpo | invalid choice: 'grpo'
 --reward good.jsonl:f | good.jsonl is not a Python file
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
@@ -205,6 +212,22 @@ def test_bad_flags(refused, words, message):
     refused(message, [*BASE.split(), *shlex.split(words)])
 
 
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("", "--lr and --max-new-tokens"),
+        ("--lr 1e-6", "--max-new-tokens"),
+        ("--max-new-tokens 9", "--lr"),
+        ("--preset paper", "--lr and --max-new-tokens"),
+    ],
+)
+def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):
+    """3e-4 would ruin a model of 1.5 B without a word."""
+    refused(
+        f"{named}: our defaults fit the shipped model alone", ["--model", "toy", *words.split()]
+    )
+
+
 def test_declared_levels_need_their_highest_numbers(refused):
     words = BASE.replace("--quality 1", "--difficulty level").split()
     refused("--difficulty level needs --quality", words)
@@ -224,7 +247,7 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     flags = [f"--{name.replace('_', '-')}" for name in vars(Config())]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
-    assert " ".join(found) == "options levels objective optimizer sampling memory files"
+    assert " ".join(found) == "options levels objective optimizer sampling prompts memory files"
 
 
 def test_underscores_and_a_flag_that_stands_twice(folder, capsys):
@@ -284,7 +307,6 @@ generation_config.json {"eos_token_id": "</s>"} | stop token '</s>'
 generation_config.json = { | generation_config.json: not a JSON object
 tokenizer.json = { | its tokenizer cannot be loaded
 tokenizer.json | tokenizer
-chat_template.jinja | its tokenizer has no chat template
 chat_template.jinja = {% for %} | chat template fails (TemplateSyntaxError
 chat_template.jinja = {{ 1 / 0 }} | chat template fails (ZeroDivisionError
 chat_template.jinja = {{ raise_exception('no system turns') }} | no system turns
