@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from infra import kernels
 
@@ -46,6 +47,7 @@ ROPE = {  # the rotary scalings that we know, and the numbers that each needs
     "default": "rope_theta",
     "linear": "rope_theta factor",
     "llama3": "rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "rope_theta factor original_max_position_embeddings",
 }
 
 
@@ -83,22 +85,13 @@ def check_supported(config):
             raise ValueError(message)
 
 
-def inverse_frequencies(rope, head_dim, device):
-    """Radians per position of each pair of channels, (D/2,) float32.
-
-    rope: config.rope_parameters. The scaling of Llama 3 is from arXiv 2407.21783.
-    """
+def rotary(config, head_dim, device):
+    """-> radians per position of each pair of channels, (D/2,) float32; a factor of cos and sin"""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device)
     exponents = -torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        # Rotations within the original context. Fast channels stay, slow ones are interpolated.
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        share_kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (share_kept + (1 - share_kept) / rope["factor"])
-    return frequencies
+    return rope["rope_theta"] ** exponents, 1.0
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -291,7 +284,8 @@ class Body(nn.Module):
 
     def __init__(self, config, head_dim):
         super().__init__()
-        self.rope, self.head_dim = config.rope_parameters, head_dim
+        self.config, self.head_dim = config, head_dim
+        self.rotary = {}  # device -> see `rotary`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, head_dim, i) for i in range(config.num_hidden_layers)
@@ -309,9 +303,11 @@ class Body(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.embed_tokens(ids)
-        frequencies = inverse_frequencies(self.rope, self.head_dim, ids.device)
+        if ids.device not in self.rotary:
+            self.rotary[ids.device] = rotary(self.config, self.head_dim, ids.device)
+        frequencies, factor = self.rotary[ids.device]
         angle = positions[:, None, :, None] * torch.cat([-frequencies, frequencies])
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (B, 1, T, D)
+        cos, sin = ((factor * y).to(x.dtype) for y in (angle.cos(), angle.sin()))  # (B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
@@ -397,7 +393,10 @@ class Transformer(nn.Module):
     @property
     def context(self):
         """Longest sequence, prompt and completion together, in tokens."""
-        return self.config.max_position_embeddings
+        rope, longest = self.config.rope_parameters, self.config.max_position_embeddings
+        if rope["rope_type"] == "yarn":  # Qwen2.5's configs leave the number as it was
+            longest = max(longest, int(rope["factor"] * rope["original_max_position_embeddings"]))
+        return longest
 
     @property
     def device(self):

@@ -56,6 +56,9 @@ class Files:
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    tracker: Literal["wandb", "trackio"] | None = flag(
+        None, "send config, metrics and some completions to this tracker too"
+    )
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
     plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
 
@@ -239,7 +242,8 @@ SECTIONS = (
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
+    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
+    "tracker"
 )
 RULES = (
     ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),

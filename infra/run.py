@@ -87,6 +87,7 @@ class Run:
     ahead: bool = False  # weights or logs hold what the counters do not yet: no saving now
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
+    tracker: object = None  # of the first process, with --tracker
 
     @property
     def trained(self):
@@ -180,6 +181,8 @@ class Run:
         row = update.row()
         self.directory.append("completions.jsonl", update.rows)
         self.directory.append("metrics.jsonl", [row])
+        if self.tracker:
+            self.tracker.send(update.number, row, update.rows)
         update.tell(row, self.directory.out)
         if stage.skips == MOST_SKIPS:
             tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
@@ -199,6 +202,9 @@ class Run:
         rows = [{"update": self.turns_taken, "tokens_sampled": self.tokens, **row} for row in rows]
         self.ahead = True
         self.directory.append("eval.jsonl", rows)
+        if self.tracker:
+            held_out = {f"held out, {name_level(r['level'])}": r["accuracy"] for r in rows}
+            self.tracker.send(self.turns_taken, held_out)
         self.ahead = False
         self.evaluations += rows
         for row in rows:

@@ -33,6 +33,7 @@ from infra.flags import (
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop
 from infra.run import Run, Stage
+from infra.tracker import Tracker
 from rewards import Grader, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
@@ -289,7 +290,10 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    return Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
+    run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
+    if cfg.tracker and ranks.first:
+        run.tracker = Tracker(cfg.tracker, directory.out, asdict(cfg))
+    return run
 
 
 def memory_table(cfg):
@@ -356,6 +360,8 @@ def conduct(train, run):
         except Stop as stop:
             code, ended = 1, str(stop)
     run.grader.close()
+    if run.tracker:
+        run.tracker.library.finish()
     return code, ended
 
 

@@ -93,7 +93,7 @@ problem,answer\n1,1 | x.jsonl, line 1: Expecting value
 GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
 {"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
-{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1: 
+{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1:
 {"problem": " ", "answer": "1"} | "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
 {"problem": "1", "answer": null} | no problem and answer in columns that are known
@@ -287,7 +287,7 @@ config.json {"rms_norm_eps": -1.0} | rms_norm_eps -1.0 must be above 0
 config.json {"rope_parameters": {"rope_theta": 0}} | rope_theta 0 of the rotary
 config.json {"rope_parameters": {"rope_theta": "big"}} | config.json
 config.json {"rope_parameters": {"rope_type": "linear", "rope_theta": 9, "factor": 0}} | factor 0
-config.json {"rope_parameters": {"rope_type": "yarn", "rope_theta": 9, "factor": 2}} | 'yarn' is
+config.json {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 9, "factor": 2}} | 'dynamic'
 config.json {"max_position_embeddings": 0} | max_position_embeddings 0 must be above 0
 config.json {"model_type": "gpt2"} | 'gpt2' is not supported (llama, qwen2, qwen3 are)
 config.json {"model_type": "nonsense"} | config.json

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 from data import Problem, read_problems
 from eval import (
@@ -167,6 +168,44 @@ def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
 
 
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
+    """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
+    they invent, and the box of its answer is graded. More stops are given as text."""
+    policy = evaluation.Policy.load(str(toy_folder))
+    tokenizer = policy.tokenizer
+    assert evaluation.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    assert tokenizer.decode(evaluation.end_of_turn(tokenizer)) == "<|im_end|>"
+    tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
+    assert evaluation.end_of_turn(tokenizer) is None
+    policy = evaluation.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_path):
+    """Base models have none. Their prompt is the problem, the suffix and a new line."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    policy = evaluation.Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
+    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
+    policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
+    assert (tmp_path / "saved/chat_template.jinja").read_text() == data.PLAIN_TEMPLATE
+
+
+def test_a_template_takes_arguments(toy_folder):
+    """Qwen3 thinks unless the template hears enable_thinking=False."""
+    flags = data.Prompting(template_kwargs='{"enable_thinking": false}')
+    policy = evaluation.Policy.load(str(toy_folder), flags=flags)
+    policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
+    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    assert policy.tokenizer.decode(prompt.tokens) == "no"
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -208,8 +247,10 @@ def test_command_line_writes_what_it_prints(tmp_path, run):
     run(*flags.split()[:-2], "--out", "again")  # no longer measures difficulty
     assert (tmp_path / "again/completions.jsonl").read_text().splitlines() != lines
     for p in read_problems(tmp_path / "g.jsonl"):
-        assert p.other == {"source": "s", "pass_rate_samples": 3}
-        assert p.pass_rate is not None
+        assert p.other["source"] == "s" and p.pass_rate is not None
+        measured = p.other["measured"]
+        assert (measured["samples"], measured["temperature"], measured["examples"]) == (3, 1.0, 0)
+        assert measured["max_new_tokens"] == 8
 
 
 def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
@@ -262,6 +303,10 @@ def test_published_means_are_those_of_their_rows():
         ("--model no/such/folder/anywhere", "neither a folder nor"),
         ("--data none.jsonl", "cannot be read"),
         ("--data p.jsonl sub/p.jsonl", "stands twice"),
+        ("--max-new-tokens 0", "--max-new-tokens: our default fits the shipped model alone"),
+        ("--template-kwargs {", "--template-kwargs {: not a JSON object"),
+        ("--stop ab", "--stop 'ab': is 2 tokens of this tokenizer, not one"),
+        ("--columns problem=q", "expected problem=NAME answer=NAME"),
         ("--samples 0", "argument --samples: must be at least 1"),
         ("--samples 2 --k 3", "--k must be"),
         ("--top-p 0", "--top-p"),
@@ -283,7 +328,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_p
     (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        run("--data", "p.jsonl", *flags.split())
+        run("--data", "p.jsonl", "--max-new-tokens", 4, *flags.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

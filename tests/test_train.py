@@ -3,6 +3,7 @@ what they say."""
 
 import json
 import math
+import sqlite3
 from collections import Counter
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import train
 from data import Problem, Prompt
 from eprli import Buffer, Group, Level
 from eval import Attempt
-from infra.flags import Config
+from infra.flags import Config, fill
 from infra.optimizer import Learner, learning_rate
 from infra.ranks import Ranks
 from infra.run import Stage
@@ -97,7 +98,7 @@ def off_policy_samples(model, n=7):
 
 def a_run(model, reference=None, learner=None, **flags):
     learner = learner or SimpleNamespace(model=model)
-    cfg = Config(temperature=0.8, **flags)
+    cfg = fill(Config(temperature=0.8, **flags))
     return SimpleNamespace(cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), trained=2)
 
 
@@ -279,6 +280,27 @@ def workshop(tmp_path, toy_folder, monkeypatch):
 
 def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, capsys):
+    """For real, offline. A tracker that fails later costs its own rows, not the run."""
+    trackio = pytest.importorskip("trackio", reason="needs the library trackio")
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "tracked")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "tracked")
+    out = workshop(eval_data="p.jsonl", tracker="trackio")
+    (run,) = trackio.Api().runs("eprli")
+    assert run.name == "run" and run.config["lr"] == 1e-2
+    with sqlite3.connect(tmp_path / "tracked/eprli.db") as file:
+        rows = [json.loads(text) for (text,) in file.execute("select metrics from metrics")]
+    sent = [row for row in rows if "reward_mean" in row]
+    for row, logged in zip(sent, lines(out / "metrics.jsonl"), strict=True):
+        assert row["reward_mean"] == pytest.approx(logged["reward_mean"])
+        assert row["completions"]["_type"] == "trackio.table"
+    ends = [row["held out, level 1"] for row in rows if "held out, level 1" in row]
+    assert len(ends) == 3
+    monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
+    workshop(tracker="trackio", out="second")
+    assert "--tracker: update 4 is not sent (ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_a_run_leaves_its_numbers_in_plain_files(workshop):
