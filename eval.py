@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import data
+from infra import lora
 from infra.answers import canonical
 from model import Transformer
 from rewards import RIGHT, Grader, writes_steps
@@ -51,12 +52,20 @@ class Policy:
 
     @classmethod
     def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
-        """From a checkpoint folder or a hub name. Raises ValueError saying what is wrong."""
-        folder = find_folder(name, device)
+        """From a checkpoint folder or a hub name. An adapter is put on the base that it names.
+
+        Raises ValueError saying what is wrong.
+        """
+        folder = base = find_folder(name, device)
+        adapter = lora.read_config(folder)
+        if adapter:
+            base = find_folder(adapter["base_model_name_or_path"], device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         examples = data.read_records(examples_file, data.parse_example) if examples_file else []
-        model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
+        model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
+        if adapter:
+            lora.load(model, adapter, folder, base)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.chat_template is None:
@@ -65,6 +74,12 @@ class Policy:
             )
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         return cls(model, tokenizer, stop_ids, folder, examples, suffix)
+
+    def save(self, folder):
+        """Write what stands beside the weights in a folder that `load` reads."""
+        self.tokenizer.save_pretrained(folder)
+        stops, padding = list(self.stop_ids), self.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
@@ -341,6 +356,8 @@ def make_parser():
     by_time = time.strftime("runs/eval-%Y%m%d-%H%M%S")
     add("--out", type=Path, default=by_time, help="folder to write; default runs/eval-<date-time>")
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
+    merge = "write --model, an adapter, and its base as one checkpoint, and stop"
+    add("--merge", type=Path, metavar="FOLDER", help=merge)
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
     add("--examples", help="JSONL of worked examples {problem, solution} to put in front")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
@@ -463,7 +480,10 @@ def run(parser, args):
 
             return compare(*args.compare)
         check(args)
-        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
+        dtype = "float32" if args.merge else args.dtype
+        policy = Policy.load(args.model, dtype, args.device, args.examples, args.suffix)
+        if args.merge:
+            return lora.merge(policy, args.merge)
         files = {path: policy.render(data.read_problems(path)) for path in args.data}
         args.out.mkdir(parents=True)
     except (ValueError, OSError) as error:
