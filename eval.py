@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import data
+from infra import lora
 from infra.answers import canonical
 from infra.directory import sha256
 from model import Transformer
@@ -53,12 +54,20 @@ class Policy:
 
     @classmethod
     def load(cls, name, dtype="float32", device="cpu", flags=data.Prompting()):  # noqa: B008 frozen
-        """From a checkpoint folder or a hub name. Raises ValueError saying what is wrong."""
-        folder = find_folder(name, device)
+        """From a checkpoint folder or a hub name. An adapter is put on the base that it names.
+
+        Raises ValueError saying what is wrong.
+        """
+        folder = base = find_folder(name, device)
+        adapter = lora.read_config(folder)
+        if adapter:
+            base = find_folder(adapter["base_model_name_or_path"], device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         prompting = data.Prompting.read(flags)
-        model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
+        model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
+        if adapter:
+            lora.load(model, adapter, folder, base)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.chat_template is None:
@@ -66,6 +75,12 @@ class Policy:
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
+
+    def save(self, folder):
+        """Write what stands beside the weights in a folder that `load` reads."""
+        self.tokenizer.save_pretrained(folder)
+        stops, padding = list(self.stop_ids), self.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
@@ -389,6 +404,8 @@ def make_parser():
     by_time = time.strftime("runs/eval-%Y%m%d-%H%M%S")
     add("--out", type=Path, default=by_time, help="folder to write; default runs/eval-<date-time>")
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
+    merge = "write --model, an adapter, and its base as one checkpoint, and stop"
+    add("--merge", type=Path, metavar="FOLDER", help=merge)
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -520,7 +537,9 @@ def run(parser, args):
 
             return compare(*args.compare)
         check(args)
-        policy = Policy.load(args.model, args.dtype, args.device, args)
+        policy = Policy.load(args.model, "float32" if args.merge else args.dtype, args.device, args)
+        if args.merge:
+            return lora.merge(policy, args.merge)
         files = {}
         for path in args.data:
             problems = data.read_problems(path, args.columns)

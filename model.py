@@ -192,11 +192,22 @@ class PromptCache:
 class Linear(nn.Linear):
     joined = ()  # further layers that read the same input: see `project`
     packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
+    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where infra/lora.py adds them
 
     def forward(self, x):
+        return self.add_factors(x, self.product(x))
+
+    def product(self, x):
         if self.packed is None:
             return kernels.linear(x, self.weight, self.bias)
         return kernels.onednn_linear(x, *self.packed)
+
+    def add_factors(self, x, out):
+        """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
+        if self.scale is None:
+            return out
+        low_rank = self.scale * kernels.linear(x, self.lora_A.to(x.dtype))
+        return out + kernels.linear(low_rank, self.lora_B.to(x.dtype))
 
     def pack(self, rows):
         layers, bias = (self, *self.joined), None
@@ -207,9 +218,11 @@ class Linear(nn.Linear):
 
 def project(x, first, *joined):
     """The outputs of layers that read the same input: one product while they are packed."""
+    layers = first, *joined
     if first.packed is None:
-        return [layer(x) for layer in (first, *joined)]
-    return first(x).split([layer.out_features for layer in (first, *joined)], -1)
+        return [layer(x) for layer in layers]
+    outputs = first.product(x).split([layer.out_features for layer in layers], -1)
+    return [layer.add_factors(x, out) for layer, out in zip(layers, outputs)]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -499,7 +512,8 @@ class ChosenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens from hidden states and the head, `size` tokens at a time.
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
-    gradient. The logits of all tokens never exist, and one buffer takes the gradient of the head.
+    gradient. The logits of all tokens never exist, and one buffer takes the gradient of the head,
+    unless it is frozen.
     """
 
     @staticmethod
@@ -522,8 +536,9 @@ class ChosenLogprobs(torch.autograd.Function):
         # In bfloat16 a sum over a thousand chunks would stop growing. Eight chunks lose nothing
         # yet, so that only every eighth passes over the large sum in float32.
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=wide)
-        narrow = weight.dtype != wide
+        learned = ctx.needs_input_grad[1]
+        weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
+        narrow = learned and weight.dtype != wide
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         chunks = zip(*(x.split(ctx.size) for x in (hidden, targets, grad, hidden_grad)))
         for i, (h, target, g, out) in enumerate(chunks):
@@ -533,7 +548,8 @@ class ChosenLogprobs(torch.autograd.Function):
             logits_grad[torch.arange(len(h), device=h.device), target] += g
             logits_grad = logits_grad.to(weight.dtype)
             out.copy_(kernels.linear(logits_grad, weight.t()))
-            partial_sum.addmm_(logits_grad.t(), h)
+            if learned:
+                partial_sum.addmm_(logits_grad.t(), h)
             if narrow and i % 8 == 7:
                 weight_grad += partial_sum
                 partial_sum.zero_()

@@ -3,7 +3,8 @@
     config.json                         every flag, resolved; it comes into being with the directory
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
     checkpoints/000123/                 after 123 updates
-        config.json, model.safetensors, tokenizer ...   a Hugging Face folder
+        config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
+        adapter_config.json, adapter_model.safetensors, base.json ...   PEFT's, see infra/lora.py
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
         state.json                      all other state, waiting groups, and the sizes of the logs
         checksums.json                  SHA-256 of all of these; a folder without it is not whole
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from infra.ranks import Stop
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-CHECKED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names
 
 
 class RunDirectory:
@@ -43,6 +44,7 @@ class RunDirectory:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{out}: another process is writing to this run") from error
+        self.config = json.load(self.lock)
 
     # ------------------------------------------------------------------------------------- logs
 

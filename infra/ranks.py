@@ -109,7 +109,14 @@ class Ranks:
         """An exception as it travels to other processes: its kind and its message."""
         if failure is None:
             return None
-        for kind in (KeyboardInterrupt, Stop, ValueError, OSError, Exception):
+        for kind in (
+            KeyboardInterrupt,
+            Stop,
+            ValueError,
+            OSError,
+            torch.OutOfMemoryError,
+            Exception,
+        ):
             if isinstance(failure, kind):
                 return kind, f"process {self.rank}: {failure}"
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from data import name_level
 from eprli import Buffer, Group, Level
+from infra import lora
 from infra.optimizer import learning_rate
 from infra.ranks import Stop
 from infra.update import NotFinite, Update
@@ -268,11 +268,11 @@ class Run:
 
     def write(self, folder, optimizer_tensors):
         """The files of a checkpoint, but for their checksums."""
-        policy = self.policy
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-        stops, padding = list(policy.stop_ids), policy.tokenizer.pad_token_id
-        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
+        if self.cfg.lora_rank:
+            lora.save(self.policy.model, folder, self.directory.config)
+        else:
+            self.policy.model.save_pretrained(folder)
+        self.policy.save(folder)
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
         state = pack(self) | {"sizes": self.directory.log_sizes()}
         (folder / "state.json").write_text(json.dumps(state, default=plain))

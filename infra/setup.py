@@ -16,7 +16,7 @@ from tqdm import tqdm
 import data
 from eprli import Buffer
 from eval import SHIPPED, Policy
-from infra import kernels
+from infra import kernels, lora
 from infra.directory import RunDirectory, sha256
 from infra.flags import (
     MAY_CHANGE,
@@ -276,18 +276,36 @@ def go_on(cfg, config, ranks):
 def load(cfg, model, device):
     """Read and check everything. -> stages, held-out prompts, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
-    policy = Policy.load(str(model), cfg.dtype, device, cfg)
-    check_measured(cfg, levels, train_set, policy)
+    policy = load_policy(cfg, model, device)
+    if model == cfg.model:
+        check_measured(cfg, levels, train_set, policy)
     stages, cut_facts = make_stages(cfg, levels, train_set, policy)
     policy.show(stages[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
     return stages, prompts, policy, facts | cut_facts | eval_facts
 
 
+def load_policy(cfg, model, device):
+    """The policy of a checkpoint of this run, or the one that the run starts from (cfg.model)."""
+    policy = Policy.load(str(model), cfg.dtype, device, cfg)
+    if model == cfg.model and lora.read_config(policy.folder):
+        raise ValueError(
+            f"--model {model} is an adapter: make a whole checkpoint of it first (python eval.py "
+            f"--model {model} --merge FOLDER)"
+        )
+    if model == cfg.model and cfg.lora_rank:
+        lora.add(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    return policy
+
+
 def make_run(cfg, directory, ranks, stages, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
-        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
+        device = "meta" if cfg.lora_rank else ranks.device
+        reference = Policy.load(cfg.model, cfg.dtype, device).model
+        if cfg.lora_rank:  # it has the same frozen weights
+            weights = policy.model.state_dict()
+            reference.load_state_dict(weights, strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
     run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
@@ -303,7 +321,7 @@ def memory_table(cfg):
     levels, train_set, held_out, _ = read_data(cfg)
     if cfg.eval_every == 0:
         held_out = []
-    policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg)
+    policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -311,6 +329,28 @@ def memory_table(cfg):
 
 
 # ----------------------------------------------------------------------------------------- the end
+
+# Functions in which memory may run out, and what the run does there; elsewhere it is setting up.
+PHASES = {"draw": "sampling", "learn": "learning", "evaluate": "evaluating", "save": "saving"}
+
+
+@contextlib.contextmanager
+def memory_explained(run=None):
+    """Within the block, a GPU whose memory is full is a Stop: what the run did, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        phase = next((PHASES[f.name] for f in frames if f.name in PHASES), "setting up")
+        words = (
+            f"out of memory while {phase}: lower --slots (sampling, "
+            "evaluating), --micro-batch-tokens or --logits-per-chunk (learning), or use "
+            "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
+        )
+        if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
+            run.ahead = True
+            print(words, file=sys.stderr)
+        raise Stop(words) from None
 
 
 def carry_out(train, arguments):
@@ -326,8 +366,11 @@ def carry_out(train, arguments):
                 return print(memory_table(cfg))
             if cfg.explain:
                 return print(explain(cfg, read_data(cfg)[0]))
-            ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
-            run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
+            ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
+            with memory_explained():
+                run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
+        except Stop as stop:
+            parser.exit(1, f"{parser.prog}: {stop}\n")
         except (ValueError, OSError) as error:
             words = f"{parser.prog}: error: {data.squash(str(error))}\n"
             parser.exit(2, words if first else None)
@@ -346,7 +389,8 @@ def conduct(train, run):
     code, ended = 0, None
     with run.ranks.signals():
         try:
-            train(run)
+            with memory_explained(run):
+                train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
             ended = f"interrupted: the state is saved, --resume {run.directory.out} goes on"
@@ -356,7 +400,8 @@ def conduct(train, run):
                 traceback.print_exception(stop.__cause__)
         try:
             if code != 1 or not run.broken:  # else the last good checkpoint is better
-                run.save()
+                with memory_explained(run):
+                    run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
     run.grader.close()

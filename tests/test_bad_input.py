@@ -176,6 +176,9 @@ FLAGS = """
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
 --seed -1 | --seed must be at least 0
+--lora-rank -1 | --lora-rank must be at least 0
+--lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0
+--lora-rank 2 --lora-targets q_proj lm_head | must be among q_proj k_proj v_proj o_proj
 --reward none.py:f | there is no file none.py
 --reward maths | reward 'maths': expected math, or path.py:function
 --reward broken.py:f | importing broken.py failed (SyntaxError
