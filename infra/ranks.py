@@ -16,11 +16,27 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from data import squash
+
 # A process whose completions are short waits for the others. If one dies, torchrun ends all.
 PATIENCE = timedelta(days=1)
 # Before torch 2.9 gloo sums where FSDP2 asks for a mean. 2.9 rounds the factor that clips.
 FSDP_ON_CPU = torch.__version__ >= (2, 10)
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
+
+
+def one_speaks():
+    """Whether this is the process that speaks; the others print nothing from now on."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    return first
+
+
+def refuse(parser, error):
+    """Bad input ends the program with one line of one process, and exit code 2."""
+    words = f"{parser.prog}: error: {squash(str(error))}\n"
+    parser.exit(2, words if one_speaks() else None)
 
 
 class Stop(Exception):

@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import data
 from eprli import Buffer
 from eval import SHIPPED, Policy
 from infra import kernels
-from infra.directory import RunDirectory, sha256
+from infra.directory import RunDirectory, create, sha256
 from infra.flags import (
     MAY_CHANGE,
     Config,
@@ -29,7 +28,7 @@ from infra.flags import (
     resolve_levels,
 )
 from infra.optimizer import Learner
-from infra.ranks import Ranks, Stop
+from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
 from rewards import Grader, load_reward
 
@@ -205,9 +204,10 @@ def begin(cfg, ranks):
 
     Raises ValueError or OSError, on all processes.
     """
-    out = cfg.out or ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if ranks.from_first(lambda: os.path.lexists(out)):
-        raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
+    if cfg.out and ranks.from_first(lambda: os.path.lexists(cfg.out)):
+        raise ValueError(
+            f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
+        )
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -215,14 +215,14 @@ def begin(cfg, ranks):
     config = {
         **with_full_paths(cfg),
         **facts,
-        "out": out,
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
         "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
         "model_files": hashes(policy.folder.iterdir()),
     }
-    directory = ranks.together(lambda: RunDirectory(out, ranks, config))
+    out = ranks.from_first(lambda: create(cfg.out, config))
+    directory = ranks.together(lambda: RunDirectory(out, ranks))
     return make_run(cfg, directory, ranks, stages, held_out, policy)
 
 
@@ -286,9 +286,7 @@ def memory_table(cfg):
 def carry_out(train, arguments):
     """Set a run up, let `train` work on it, and leave with an exit code that says how it ended."""
     parser = make_parser()
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:  # one process speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    first = one_speaks()
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
@@ -299,8 +297,7 @@ def carry_out(train, arguments):
             ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
             run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
         except (ValueError, OSError) as error:
-            words = f"{parser.prog}: error: {data.squash(str(error))}\n"
-            parser.exit(2, words if first else None)
+            refuse(parser, error)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted before the run began\n"
             parser.exit(128 + signal.SIGINT, words if first else None)
