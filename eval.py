@@ -391,21 +391,17 @@ def parse_args(arguments):
 
 def flags_of(run):
     """{flag: value} with which a training run evaluates its newest checkpoint. Raises ValueError"""
-    path = Path(run) / "config.json"
-    with data.explained(f"--like {run}: {path} is not that of a training run"):
-        config = json.loads(path.read_text())
-        flags = {name: config[name] for name in LIKE.split() if name in config}
+    with data.explained(f"--like {run}: it is not the folder of a training run"):
+        config = json.loads((Path(run) / "config.json").read_text())
+        found = [*checkpoints(run), Path(run) / "checkpoints"]  # the last one is refused as a model
         longest = max(level["max_new_tokens"] for level in config["levels"])
+        flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
-    newest = checkpoints(run)[:1]
-    flags["model"] = str(newest[0]) if newest else None
-    return flags
+    return flags | {"model": str(found[0])}
 
 
 def check(args):
     """Raise ValueError for flags that do not go together."""
-    if args.model is None:
-        raise ValueError(f"--like {args.like}: it has no checkpoint yet; name a --model")
     if args.k > args.samples or not 0 < args.top_p <= 1:
         raise ValueError("--k must be at most --samples, and --top-p in (0, 1]")
     names = {Path(path).stem for path in args.data}

@@ -4,7 +4,8 @@
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder
-        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
+        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
+                                        what is large stands in several files, as the model's is
         state.json                      all other state, waiting groups, and the sizes of the logs
         checksums.json                  SHA-256 of all of these; a folder without it is not whole
 
@@ -27,7 +28,7 @@ from data import write_records
 from infra.ranks import Stop
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-CHECKED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+CHECKED = {"optimizer.safetensors", "state.json"}
 
 
 class RunDirectory:
@@ -50,6 +51,13 @@ class RunDirectory:
             self.ranks.from_first(lambda: write_records(path, rows, "a"), interruptible=False)
         except OSError as error:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
+
+    def replace_config(self, config):
+        """Write config.json anew. If another process locks the new file first, it has the run."""
+        part, path = self.out / "config.part", self.out / "config.json"
+        part.write_text(json.dumps(config, indent=1))
+        part.rename(path)
+        self.lock = lock(path)
 
     def log_sizes(self):
         """Bytes of every log, once they are on the disk."""
@@ -93,6 +101,8 @@ class RunDirectory:
             force_to_disk(self.out / "checkpoints")
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
+            if isinstance(error, Stop):
+                raise
             reason = f"checkpoint {name} cannot be written ({error})"
             raise Stop(f"{reason}; {self.advice()}") from None
 

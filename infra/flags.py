@@ -190,6 +190,9 @@ class SamplingFlags:
         "a control, not the method: AdaRFT 0.5",
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
+    reward_timeout: float = flag(
+        60.0, "seconds that a call of your own --reward may take; a later one breaks its group"
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ MAY_CHANGE = (
     "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
 )
 RULES = (
-    ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
+    ("lr temperature max_grad_norm reward_timeout", lambda v: 0 < v < math.inf, "above 0"),
     ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens",

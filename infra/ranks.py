@@ -49,8 +49,9 @@ class Ranks:
     size, rank  from torchrun's environment; 1 and 0 without it
     first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
-    signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
-                `together`, elsewhere at the next call of it, so that no update is left half done.
+    signal      number of the SIGINT, SIGTERM or SIGHUP that came, or None. It takes effect at once
+                inside `together`, elsewhere at the next call of it, so that no update is left half
+                done.
                 A second signal, a second later, leaves at once without saving.
     """
 
@@ -147,9 +148,12 @@ class Ranks:
 
     @contextmanager
     def signals(self):
-        """Ctrl-C and SIGTERM end the block by a KeyboardInterrupt, on all processes, where the
-        state is whole."""
-        before = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        """Ctrl-C, SIGTERM and SIGHUP (unless nohup has it ignored) end the block by a
+        KeyboardInterrupt, on all processes, where the state is whole."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {n: signal.signal(n, self.receive) for n in numbers}
         try:
             yield
         finally:
@@ -160,6 +164,8 @@ class Ranks:
         if self.signal and time.monotonic() - self.signal_time > SECOND_SIGNAL:
             os.write(2, b"a second signal: left at once, the last checkpoint is what remains\n")
             os._exit(128 + number)
+        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
         if self.interruptible:

@@ -30,7 +30,7 @@ from infra.flags import (
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
-from rewards import Grader, load_reward
+from rewards import Grader, import_file, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
 
@@ -62,11 +62,11 @@ def as_started(given):
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
     may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*may_change, "resume"):
+        if name not in (*may_change, "resume", "updates"):
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
-                f"from a checkpoint (--model {run}/checkpoints/...)"
+                f"differ ({' '.join(map(option, may_change))} --updates): leave it out, or start a "
+                f"new run from a checkpoint (--model {run}/checkpoints/...)"
             )
     return Config(**{**flags, **given, "out": run}), config
 
@@ -211,14 +211,16 @@ def begin(cfg, ranks):
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
+    inputs = [cfg.data, cfg.eval_data, cfg.examples]
+    for path in {reward.rpartition(":")[0] for reward in cfg.reward} - {""}:
+        inputs += import_file(Path(path).resolve())[1]
     config = {
         **with_full_paths(cfg),
         **facts,
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
-        "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
+        "inputs": hashes(inputs),
         "model_files": hashes(policy.folder.iterdir()),
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
@@ -244,8 +246,31 @@ def go_on(cfg, config, ranks):
     stages, held_out, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
     run = make_run(cfg, directory, ranks, stages, held_out, policy)
     run.resume(checkpoint)
+    extend(run, config)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
+
+
+def extend(run, config):
+    """Give the last level of a resumed run its larger --updates, and write that down.
+
+    config  its config.json, as it was.  Raises ValueError
+    """
+    last = run.stages[-1]
+    last.extended_after = config.get("extended_after", 0)
+    before = [level["updates"] for level in config["levels"]]
+    now = [stage.level.updates for stage in run.stages]
+    if now == before:
+        return
+    if run.cfg.tokens or now[:-1] != before[:-1] or now[-1] < before[-1] or last.over:
+        raise ValueError(
+            f"--updates {now}: with --resume it extends the last level, which must not have ended "
+            f"early, or by --tokens; {run.directory.out} has {before}"
+        )
+    last.extended_after = before[-1]
+    levels = [asdict(stage.level) for stage in run.stages]
+    changes = {"updates": now, "levels": levels, "extended_after": before[-1]}
+    run.ranks.from_first(lambda: run.directory.replace_config(config | changes))
 
 
 def load(cfg, model, device):
@@ -263,6 +288,14 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
+    size = 0  # GB
+    for weight, master in zip(learner.weights, learner.masters):  # and its two moments
+        size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
+    most = cfg.keep_checkpoints + 1
+    tqdm.write(
+        f"a checkpoint of model and optimizer, every --save-every {cfg.save_every} updates, takes "
+        f"{size:.3f} GB; --keep-checkpoints and one that is being written, {most * size:.3f} GB"
+    )
     return Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
 
 

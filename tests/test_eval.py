@@ -281,9 +281,9 @@ def test_published_means_are_those_of_their_rows():
         ("--add-pass-rate p.jsonl", "p.jsonl: needs"),
         ("--out taken", "--out taken: exists already, and is no evaluation to go on with"),
         ("--out run", "--out run: exists already, and is no evaluation to go on with"),
-        ("--like none", "none/config.json is not that of a training run"),
-        ("--like taken", "taken/config.json is not that of a training run"),
-        ("--like a", "a/config.json is not that of a training run"),
+        ("--like none", "--like none: it is not the folder of a training run (FileNotFound"),
+        ("--like taken", "--like taken: it is not the folder of a training run (FileNotFound"),
+        ("--like a", "--like a: it is not the folder of a training run ("),
         ("--compare a q", "no problem in common"),
         ("--compare a none", "cannot be read"),
         ("--compare a taken", "cannot be read"),
@@ -486,8 +486,8 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     like = ["--like", str(tmp_path / "run")]
     (tmp_path / "run/checkpoints").mkdir()
     with pytest.raises(SystemExit):
-        evaluation.main(like)
-    assert "it has no checkpoint yet; name a --model" in capsys.readouterr().err
+        evaluation.main([*like, "--examples", ""])
+    assert "run/checkpoints: no config.json, so this is not a" in capsys.readouterr().err
     for name in ("000099", "000100", "000200.damaged"):
         (tmp_path / "run/checkpoints" / name).mkdir()
     _, args = evaluation.parse_args(like)

@@ -26,8 +26,9 @@ from train import Sample, accumulate_gradient, learn
 METRICS = (
     "update level accuracy reward_mean reward_variance_within reward_variance_between "
     "outcome_mean length_reward_mean length_mean truncated_share writes_steps_share "
-    "grader_timeouts grader_errors groups_drawn groups_kept groups_all_right groups_all_wrong "
-    "groups_broken groups_stale groups_pending carried_share objective entropy clip_low_share "
+    "grader_timeouts grader_errors reward_timeouts "
+    "groups_drawn groups_kept groups_all_right groups_all_wrong groups_broken groups_stale "
+    "groups_pending carried_share objective entropy clip_low_share "
     "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
     "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
     "peak_memory_mb"
