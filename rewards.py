@@ -265,7 +265,7 @@ def import_file(path):
     What stands beside it is found by `import helper`, before other modules of that name that are
     not imported yet, and by `from .helper import f`.
     """
-    name, folder, before = str(path), str(path.parent), set(sys.modules)
+    name, folder, before = str(path).replace(".", "_"), str(path.parent), set(sys.modules)
     # As if it were a package, so that it may import relatively.
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
