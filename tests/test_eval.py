@@ -391,8 +391,8 @@ def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
     log = folder / "o/completions.jsonl"
     assert len(log.read_text().splitlines()) == 4 * done
     torn = (whole / "o/completions.jsonl").read_text().splitlines(keepends=True)[4 * done :]
-    with open(log, "a") as file:  # of the next problem two samples and a half
-        file.write("".join(torn[:2]) + torn[2][:30])
+    with open(log, "a") as file:  # of the next problem, 2.5 of 4 samples or 3.5
+        file.write("".join(torn[: before + 1]) + torn[before + 1][:30])
     _, codes = evaluated(name, after)
     assert codes == [0] * after, launch.said(folder)
     assert f"{done} problems are done, {19 - done} are left" in launch.said(folder)

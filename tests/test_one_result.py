@@ -209,6 +209,8 @@ def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
 
 
 ZERO = ZeroDivisionError("nobody expected this")
+# Before the shards of the optimizer are gathered, for which the other process waits.
+UNSAVED = partial(at_call, "infra.run.Run.write", 1, partial(fail, ZERO))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,7 @@ ZERO = ZeroDivisionError("nobody expected this")
     [
         ("--reward r.py:raises", None, 1, "process 1: --reward r.py:raises"),
         ("", partial(at_call, "train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
+        ("--fsdp", UNSAVED, 1, "checkpoint 000002 cannot be written (nobody expected this)"),
         ("--data none.jsonl", None, 2, "none.jsonl: cannot be read"),
     ],
 )
