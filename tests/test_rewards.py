@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,8 @@ def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
     (folder / "plistlib.py").write_text("raise ValueError")  # is imported later
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
+    ours = types.SimpleNamespace(__file__=str(folder / "train.py"))  # as where it stands in a clone
+    monkeypatch.setitem(sys.modules, "a module that is imported already", ours)
     names = ("one", "three")
     one, three = (load_reward(f"v1.2/eval.py:{name}") for name in names)
     assert (one({}, ""), three({}, "")) == (1, 3)
