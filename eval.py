@@ -3,7 +3,11 @@
     python eval.py --model M --data F.jsonl [G.jsonl ...] --samples K     accuracies with intervals
     python eval.py --model M --data F.jsonl --add-pass-rate G.jsonl       measures difficulty
     python eval.py --model M --protocol deepscaler --data aime24 math500  benchmarks of the papers
+    python eval.py --like RUN                              as a training run samples
     python eval.py --compare A B                           tests the difference of two --out folders
+
+`torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
+evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its state.
 
 Training, evaluation and the measurement of difficulty share `attempt`: the same template, sampler
 and grader.
@@ -494,8 +498,8 @@ def sample_rest(args, policy, files, log, ranks):
         groups = []
         for (path, levels, (prompt, _)), attempts in zip(share, done):
             name = prompt.problem.id
-            level = levels.get(name)
-            groups.append([make_row(path, name, level, i, a) for i, a in enumerate(attempts)])
+            rows = [make_row(path, name, levels.get(name), *each) for each in enumerate(attempts)]
+            groups.append(rows)
         return groups
 
     done = ranks.from_first(lambda: finished(log, args.samples))
@@ -573,7 +577,8 @@ def main(arguments=None):
         try:
             sample_rest(args, policy, files, out / "completions.jsonl", ranks)
         except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted; the same flags with --out {out} go on\n")
+            words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
+            parser.exit(130, words if ranks.first else None)
         if ranks.first:
             print(json.dumps(conclude(args, files, out)))
 

@@ -49,7 +49,9 @@ class Files:
     )
     out: str | None = flag(None, "run directory to create; default runs/<date-time>")
     resume: str | None = flag(
-        None, "run directory to go on with, whatever ended it, with the flags it was started with"
+        None,
+        "run directory to go on with, whatever ended it, with the flags it was started with; "
+        "--updates may give its last level more",
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
