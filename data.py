@@ -167,9 +167,13 @@ def gradable(name, problems):
 
 def write_problems(path, problems):
     """To a new file, so that read_problems reads them back."""
-    with open(path, "x", encoding="utf-8") as file:
-        for p in problems:
-            file.write(json.dumps(p.record(), ensure_ascii=False) + "\n")
+    write_records(path, (p.record() for p in problems), "x")
+
+
+def write_records(path, records, mode="w"):
+    """JSON lines, as read_records reads them back.  mode  of `open`"""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def squash(text):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of che
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 # Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
 # float32.
+PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
 
 
@@ -453,7 +455,8 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write config.json and model.safetensors; transformers loads the folder as it is."""
+        """Write config.json and model.safetensors, or several such files and their index, if it is
+        large; transformers loads the folder as it is."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         config = self.config
@@ -463,7 +466,7 @@ class Transformer(nn.Module):
         tensors = self.state_dict()
         if config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        save_torch_state_dict(tensors, path, max_shard_size=PART_BYTES)
 
 
 def read_tensors(path):

@@ -52,7 +52,9 @@ class Files:
     )
     out: str | None = flag(None, "run directory to create; default runs/<date-time>")
     resume: str | None = flag(
-        None, "run directory to go on with, whatever ended it, with the flags it was started with"
+        None,
+        "run directory to go on with, whatever ended it, with the flags it was started with; "
+        "--updates may give its last level more",
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
@@ -217,6 +219,9 @@ class SamplingFlags:
         "a control, not the method: AdaRFT 0.5",
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
+    reward_timeout: float = flag(
+        60.0, "seconds that a call of your own --reward may take; a later one breaks its group"
+    )
 
 
 @dataclass(frozen=True)
@@ -273,7 +278,11 @@ MAY_CHANGE = (
     "tracker"
 )
 RULES = (
-    ("lr temperature max_grad_norm lora_alpha", lambda v: 0 < v < math.inf, "above 0"),
+    (
+        "lr temperature max_grad_norm lora_alpha reward_timeout",
+        lambda v: 0 < v < math.inf,
+        "above 0",
+    ),
     ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "

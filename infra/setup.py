@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import data
 from eprli import Buffer
 from eval import SHIPPED, Policy
 from infra import kernels, lora
-from infra.directory import RunDirectory, sha256
+from infra.directory import RunDirectory, create, sha256
 from infra.flags import (
     MAY_CHANGE,
     Config,
@@ -31,10 +30,10 @@ from infra.flags import (
     resolve_levels,
 )
 from infra.optimizer import Learner
-from infra.ranks import Ranks, Stop
+from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
 from infra.tracker import Tracker
-from rewards import Grader, load_reward
+from rewards import Grader, import_file, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
 
@@ -67,11 +66,11 @@ def as_started(given):
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
     may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*may_change, "resume"):
+        if name not in (*may_change, "resume", "updates"):
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
-                f"from a checkpoint (--model {run}/checkpoints/...)"
+                f"differ ({' '.join(map(option, may_change))} --updates): leave it out, or start a "
+                f"new run from a checkpoint (--model {run}/checkpoints/...)"
             )
     return Config(**{**flags, **given, "out": run}), config
 
@@ -230,24 +229,27 @@ def begin(cfg, ranks):
 
     Raises ValueError or OSError, on all processes.
     """
-    out = cfg.out or ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if ranks.from_first(lambda: os.path.lexists(out)):
-        raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
+    if cfg.out and ranks.from_first(lambda: os.path.lexists(cfg.out)):
+        raise ValueError(
+            f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
+        )
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
+    inputs = [cfg.data, cfg.eval_data, cfg.examples]
+    for path in {reward.rpartition(":")[0] for reward in cfg.reward} - {""}:
+        inputs += import_file(Path(path).resolve())[1]
     config = {
         **with_full_paths(cfg),
         **facts,
-        "out": out,
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
-        "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
+        "inputs": hashes(inputs),
         "model_files": hashes(policy.folder.iterdir()),
     }
-    directory = ranks.together(lambda: RunDirectory(out, ranks, config))
+    out = ranks.from_first(lambda: create(cfg.out, config))
+    directory = ranks.together(lambda: RunDirectory(out, ranks))
     return make_run(cfg, directory, ranks, stages, held_out, policy)
 
 
@@ -269,8 +271,31 @@ def go_on(cfg, config, ranks):
     stages, held_out, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
     run = make_run(cfg, directory, ranks, stages, held_out, policy)
     run.resume(checkpoint)
+    extend(run, config)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
+
+
+def extend(run, config):
+    """Give the last level of a resumed run its larger --updates, and write that down.
+
+    config  its config.json, as it was.  Raises ValueError
+    """
+    last = run.stages[-1]
+    last.extended_after = config.get("extended_after", 0)
+    before = [level["updates"] for level in config["levels"]]
+    now = [stage.level.updates for stage in run.stages]
+    if now == before:
+        return
+    if run.cfg.tokens or now[:-1] != before[:-1] or now[-1] < before[-1] or last.over:
+        raise ValueError(
+            f"--updates {now}: with --resume it extends the last level, which must not have ended "
+            f"early, or by --tokens; {run.directory.out} has {before}"
+        )
+    last.extended_after = before[-1]
+    levels = [asdict(stage.level) for stage in run.stages]
+    changes = {"updates": now, "levels": levels, "extended_after": before[-1]}
+    run.ranks.from_first(lambda: run.directory.replace_config(config | changes))
 
 
 def load(cfg, model, device):
@@ -308,6 +333,14 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
             reference.load_state_dict(weights, strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
+    size = 0  # GB
+    for weight, master in zip(learner.weights, learner.masters):  # and its two moments
+        size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
+    most = cfg.keep_checkpoints + 1
+    tqdm.write(
+        f"a checkpoint of model and optimizer, every --save-every {cfg.save_every} updates, takes "
+        f"{size:.3f} GB; --keep-checkpoints and one that is being written, {most * size:.3f} GB"
+    )
     run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
     if cfg.tracker and ranks.first:
         run.tracker = Tracker(cfg.tracker, directory.out, asdict(cfg))
@@ -356,9 +389,7 @@ def memory_explained(run=None):
 def carry_out(train, arguments):
     """Set a run up, let `train` work on it, and leave with an exit code that says how it ended."""
     parser = make_parser()
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:  # one process speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    first = one_speaks()
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
@@ -372,8 +403,7 @@ def carry_out(train, arguments):
         except Stop as stop:
             parser.exit(1, f"{parser.prog}: {stop}\n")
         except (ValueError, OSError) as error:
-            words = f"{parser.prog}: error: {data.squash(str(error))}\n"
-            parser.exit(2, words if first else None)
+            refuse(parser, error)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted before the run began\n"
             parser.exit(128 + signal.SIGINT, words if first else None)

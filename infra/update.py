@@ -43,6 +43,8 @@ class Update:
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
         self.rows = []
+        self.scored = []  # those of groups whose R_l came in time
+        self.late = 0  # the other groups
         self.rewards = []
         self.steps = []
         self.seconds = Counter()
@@ -53,7 +55,8 @@ class Update:
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
         self.prompts_left -= len(prompts)
-        self.rewards += [group.reward for group in groups]
+        self.rewards += [group.reward for group in groups if not group.late]
+        self.late += sum(group.late for group in groups)
         for prompt, some, group in zip(prompts, attempts, groups):
             scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
             for i, (a, outcome, length_reward) in enumerate(scored):
@@ -70,6 +73,8 @@ class Update:
                     "text": a.text,
                 }
                 self.rows.append(row)
+                if not group.late:
+                    self.scored.append(row)
 
         if self.draws == 1 and self.number % SHOW_EVERY == 1:
             for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
@@ -78,12 +83,12 @@ class Update:
 
     def check_drawn(self):
         """Raise NotFinite if a group was drawn that holds a number that is not finite."""
-        for row in self.rows:
+        for row in self.scored:
             reward = row["outcome"] + row["length_reward"]
             if not math.isfinite(reward):
                 name = f"--reward {self.stage.level.reward}"
                 raise NotFinite(f"{name} returned, for problem {row['problem_id']}, {reward}")
-        if self.count("broken"):
+        if self.count("broken") > self.late:
             raise NotFinite("log-probs sampled from the policy are not finite")
 
     def count(self, fate):
@@ -101,10 +106,11 @@ class Update:
 
     def row(self):
         """Its line of metrics.jsonl. A value that does not exist is nan."""
-        rows, steps, seconds = self.rows, self.steps, time.perf_counter() - self.start
+        rows, scored, steps = self.rows, self.scored, self.steps
+        seconds = time.perf_counter() - self.start
         gap = steps[0] if steps else {"fresh": 0}  # later the learner is not the sampler any more
         tokens = [row["tokens"] for row in rows]
-        reward = [row["outcome"] + row["length_reward"] for row in rows]
+        reward = [row["outcome"] + row["length_reward"] for row in scored]
         verdicts = Counter(row["verdict"] for row in rows)
         kept = self.count("kept")
         row = {
@@ -114,13 +120,14 @@ class Update:
             "reward_mean": mean(reward),
             "reward_variance_within": mean([r.var(correction=0).item() for r in self.rewards]),
             "reward_variance_between": variance([r.mean().item() for r in self.rewards]),
-            "outcome_mean": mean([row["outcome"] for row in rows]),
-            "length_reward_mean": mean([row["length_reward"] for row in rows]),
+            "outcome_mean": mean([row["outcome"] for row in scored]),
+            "length_reward_mean": mean([row["length_reward"] for row in scored]),
             "length_mean": mean(tokens),
             "truncated_share": mean([not row["stopped"] for row in rows]),
             "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
+            "reward_timeouts": self.late,
             "groups_pending": self.stage.buffer.pending,
             "carried_share": self.carried / kept if kept else math.nan,
             "objective": mean([step["objective"] for step in steps]),
@@ -154,6 +161,8 @@ class Update:
                 f'as wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
                 f"{folder / 'completions.jsonl'}"
             )
+        if self.late:
+            tqdm.write(f"  {self.late} groups broken: --reward took longer than --reward-timeout")
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:

@@ -160,6 +160,7 @@ FLAGS = """
 --eval-quality 80 | --eval-quality must be in (0, 1]
 --eval-data plain.jsonl --eval-quality 0.5 | no problem of plain.jsonl has a pass_rate
 --eval-max-new-tokens 0 | --eval-max-new-tokens must be at least 1
+--reward-timeout 0 | --reward-timeout must be above 0, found 0.0
 --length-weight -1 | --length-weight must be at least 0
 --overlong-cache 7 | --overlong-cache 7 exceeds --max-new-tokens
 --overlong-cache 0 | --overlong-cache must be at least 1
@@ -385,6 +386,6 @@ def test_bad_run_directories(begun, refused):
 def test_what_a_run_directory_is_never_used_for(begun, refused):
     """Another run does not write to it, and a resumed run has the flags that it began with."""
     refused("--out run: exists already", BASE.split())
-    for words in ("--lr 0.1", "--out other", "--explain"):
+    for words in ("--lr 0.1", "--out other", "--explain", "--reward-timeout 9"):
         message = f"the flags of run, and {words.split()[0]} is not one that may differ"
         refused(message, ["--resume", "run", *words.split()])

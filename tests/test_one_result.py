@@ -39,9 +39,16 @@ FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --g
 --warmup 2 --device cpu --length-weight 0.3 --kl-coef 0.05 --dtype float64 --eval-every 2
 --save-every 2 --max-grad-norm 0.1"""
 REWARD = """
+import time
+
 def some(problem, response):
     share = sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
     return 1 if int(problem['id']) % 2 else share
+
+def late(problem, response):
+    if problem['id'] in ('3', '11'):
+        time.sleep(60)
+    return some(problem, response)
 
 def raises(problem, response):
     import os
@@ -208,7 +215,19 @@ def to_second(number, original):
     return original()
 
 
+def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
+    """One that knows the group as broken and one that waits for it would part for ever."""
+    flags = "--reward r.py:late --reward-timeout 1 --prompts 20"
+    one, two = (run(workshop, f"{world} {flags}") for world in (1, 2))
+    assert_equal(one, two)
+    rows = without_time(two / "metrics.jsonl")
+    for name in ("reward_timeouts", "groups_broken"):  # the second update trains on a surplus
+        assert [row[name] for row in rows] == [2, 0, 2]
+
+
 ZERO = ZeroDivisionError("nobody expected this")
+# Before the shards of the optimizer are gathered, for which the other process waits.
+UNSAVED = partial(at_call, "infra.run.Run.write", 1, partial(fail, ZERO))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +235,7 @@ ZERO = ZeroDivisionError("nobody expected this")
     [
         ("--reward r.py:raises", None, 1, "process 1: --reward r.py:raises"),
         ("", partial(at_call, "train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
+        ("--fsdp", UNSAVED, 1, "checkpoint 000002 cannot be written (nobody expected this)"),
         ("--data none.jsonl", None, 2, "none.jsonl: cannot be read"),
     ],
 )

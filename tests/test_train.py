@@ -5,6 +5,7 @@ import json
 import math
 import sqlite3
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,9 @@ from train import Sample, accumulate_gradient, learn
 METRICS = (
     "update level accuracy reward_mean reward_variance_within reward_variance_between "
     "outcome_mean length_reward_mean length_mean truncated_share writes_steps_share "
-    "grader_timeouts grader_errors groups_drawn groups_kept groups_all_right groups_all_wrong "
-    "groups_broken groups_stale groups_pending carried_share objective entropy clip_low_share "
+    "grader_timeouts grader_errors reward_timeouts "
+    "groups_drawn groups_kept groups_all_right groups_all_wrong groups_broken groups_stale "
+    "groups_pending carried_share objective entropy clip_low_share "
     "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
     "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
     "peak_memory_mb"
@@ -227,6 +229,7 @@ def test_a_step_without_signal_moves_nothing():
 # --------------------------------------------------------------------------------------- whole runs
 
 REWARDS = """
+import time
 def even(problem, response):
     return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
 def sometimes(problem, response):
@@ -237,6 +240,10 @@ def always(problem, response):
     return 1.0
 def crash(problem, response):
     return problem['nothing']
+def slow(problems, responses):
+    if problems[0]["id"] in ("p0", "p4", "p8"):
+        time.sleep(60)
+    return [even(*pair) for pair in zip(problems, responses)]
 """
 DEFAULTS = {
     "data": "p.jsonl",
@@ -633,3 +640,21 @@ def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(works
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "--reward toy_reward.py:crash, problem p" in error
     assert "KeyError: 'nothing'" in error
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["000000"]
+
+
+def test_a_reward_that_takes_too_long_costs_its_group_alone(workshop, capsys):
+    """Not the update, as a nan does; its groups are counted, and no mean holds them."""
+    flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "length_weight": 0.5}
+    (row, _) = lines(workshop(reward="toy_reward.py:slow", **flags) / "metrics.jsonl")
+    assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
+    assert row["groups_kept"] == 2 and row["grad_norm"] > 0
+    drawn = [c for c in lines(Path("run/completions.jsonl")) if c["update"] == 1]
+    on_time = [c for c in drawn if c["problem_id"] not in ("p0", "p4", "p8")]
+    assert len(drawn) == 80 and all(c["outcome"] is None for c in drawn if c not in on_time)
+    outcomes = [c["outcome"] for c in on_time]
+    assert row["outcome_mean"] == pytest.approx(sum(outcomes) / 68)
+    total = sum(outcomes) + sum(c["length_reward"] for c in on_time)
+    assert row["reward_mean"] == pytest.approx(total / 68)
+    assert row["tokens_sampled"] == sum(c["tokens"] for c in drawn)
+    assert "3 groups broken: --reward took longer" in capsys.readouterr().out
