@@ -53,6 +53,9 @@ class Files:
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    keep_completions: int = flag(
+        16, "groups of each update whose completions are written down; 0: all"
+    )
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
     plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
 
@@ -224,13 +227,15 @@ SECTIONS = (Levels, Objective, Optimizer, SamplingFlags, Memory, Files)  # as --
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
+    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
+    "keep_completions"
 )
 RULES = (
     ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
     ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
-        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens",
+        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
+        "keep_completions",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),
