@@ -96,7 +96,7 @@ class Update:
                 row |= {"group": i, "advantage": A}
                 if i == shown:
                     row["pieces"] = policy.pieces(completion)
-                    row["logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
+                    row["logprobs"] = [round(x, 3) + 0.0 for x in completion.logprobs]  # no -0.0
                 rows.append(row)
         return rows
 

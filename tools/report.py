@@ -36,8 +36,9 @@ largest gap of learner from sampler   | nats, log scale         | logprob_gap_ma
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
 # The page shows groups of so many updates, spread over the run, and at most so many bytes of them.
-TIMES, GROUPS_PER_TIME, MOST_BYTES = 12, 3, 4_000_000
-LONGEST = {"problem": 2000, "text": 4000, "pieces": 800, "logprobs": 800}  # beyond: without middle
+# What is longer than LONGEST (characters, tokens) loses its middle.
+TIMES, GROUPS_PER_TIME, MOST_BYTES = 13, 3, 4_200_000
+LONGEST = {"problem": 2000, "answer": 400, "text": 3000, "pieces": 600, "logprobs": 600}
 STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -177,13 +178,15 @@ def read_completions(path, updates):
             if first and row["update"] in times:
                 rows.append(shorten(row))
     while len(encode(rows)) > MOST_BYTES:
-        del times[::2]
+        times = times[::2] if len(times) > 1 else []
         rows = [row for row in rows if row["update"] in times]
     return rows
 
 
 def shorten(row):
-    """Its long values as (beginning, number of items left out, end)."""
+    """Its long values as (beginning, number of items left out, end); pieces stand for the text."""
+    if "pieces" in row:
+        del row["text"]
     for name in LONGEST.keys() & row.keys():
         value, half = row[name], LONGEST[name] // 2
         left_out = max(0, len(value) - 2 * half)

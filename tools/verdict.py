@@ -5,7 +5,6 @@ of metrics.jsonl or eval.jsonl: it returns a short answer and its reason.
 """
 
 import numpy as np
-from scipy.stats import ttest_ind
 
 from data import name_level
 
@@ -36,9 +35,11 @@ def moved(metrics):
 def starved(metrics):
     """Could an update not fill the buffer, so that it was skipped?"""
     skipped = sum(not row["groups_kept"] + row["groups_broken"] for row in metrics)
-    counts = [(r["groups_drawn"], r["groups_all_right"], r["groups_all_wrong"]) for r in metrics]
-    drawn, right, wrong = map(sum, zip(*counts))
+    fates = ("groups_drawn", "groups_all_right", "groups_all_wrong")
+    drawn, right, wrong = (sum(row[fate] for row in metrics) for fate in fates)
     answer = "yes, it is too hard" if wrong > right else "yes, it is too easy"
+    if right + wrong < drawn / 2:  # as infra/update.py says while it runs
+        answer = "yes, too few groups are drawn"
     reason = f"{skipped} of {len(metrics)} updates were skipped; of {drawn} groups drawn "
     return answer if skipped else "no", f"{reason}{right} were all right and {wrong} all wrong"
 
@@ -69,15 +70,16 @@ def spell(row):
 
 
 def hacked(metrics):
-    """Did R_l rise from the first third of the updates to the last, and the grader's accuracy not?
-    Welch's t-test over updates, one-sided, 2.5 %."""
+    """Did R_l rise from the first third of the updates to the last, by more than three standard
+    errors, and the grader's accuracy not?"""
     values = np.array([(row["outcome_mean"], row["accuracy"]) for row in metrics], float)
     values = values[np.isfinite(values).all(1)]  # (updates, 2)
     third = len(values) // 3
     if third < 2:
         return "not known", "there are too few updates to compare"
     early, late = values[:third], values[-third:]
-    up = ttest_ind(late, early, equal_var=False, alternative="greater").pvalue < 0.025
+    error = np.sqrt((early.var(0, ddof=1) + late.var(0, ddof=1)) / third)
+    up = late.mean(0) - early.mean(0) > 3 * error
     (R, right), (late_R, late_right) = early.mean(0), late.mean(0)
     reason = f"R_l went from {R:.2f} to {late_R:.2f}, "
     reason += f"the grader's accuracy from {right:.2f} to {late_right:.2f}"
