@@ -85,16 +85,16 @@ class Update:
         The first of them is the first drawn whose outcomes differ, if there is one, and shows its
         tokens. The others are the first drawn.
         """
-        useful = (i for i, group in enumerate(self.groups) if group.finite and not group.flat)
-        shown, rows = next(useful, 0), []
-        order = sorted(range(len(self.groups)), key=lambda i: i != shown)
+        teaching = [i for i, group in enumerate(self.groups) if group.finite and not group.flat]
+        order = list(dict.fromkeys([*teaching[:1], *range(len(self.groups))]))
+        rows = []
         for i in order[: cfg.keep_completions or None]:
             group = self.groups[i]
             advantage = group_advantage(group.reward, cfg.adv_std).tolist()
             own = self.rows[i * len(advantage) :]
             for row, A, completion in zip(own, advantage, group.completions):
                 row |= {"group": i, "advantage": A}
-                if i == shown:
+                if i == order[0]:
                     row["pieces"] = policy.pieces(completion)
                     row["logprobs"] = [round(x, 3) + 0.0 for x in completion.logprobs]  # no -0.0
                 rows.append(row)
