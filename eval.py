@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 
@@ -132,6 +133,18 @@ class Policy:
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)
+
+    def pieces(self, completion):
+        """The text of each token, the stop token included. A character of several tokens is the
+        last one's, and the others have none."""
+        stream, found = DecodeStream(skip_special_tokens=False), []
+        for token in completion.tokens:
+            try:
+                piece = stream.step(self.tokenizer.backend_tokenizer, token)
+            except Exception:  # bytes that spell nothing, or a tokenizer of plain Python
+                piece = self.tokenizer.decode([token])
+            found.append(piece or "")
+        return found
 
 
 def is_shipped(model):

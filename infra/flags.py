@@ -58,6 +58,9 @@ class Files:
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    keep_completions: int = flag(
+        16, "groups of each update whose completions are written down; 0: all"
+    )
     tracker: Literal["wandb", "trackio"] | None = flag(
         None, "send config, metrics and some completions to this tracker too"
     )
@@ -275,7 +278,7 @@ PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
     "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
-    "tracker"
+    "keep_completions tracker"
 )
 RULES = (
     (
@@ -286,7 +289,7 @@ RULES = (
     ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
-        "lora_rank",
+        "lora_rank keep_completions",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),

@@ -191,8 +191,9 @@ class Run:
 
     def log(self, stage, update):
         """Write one update down, and tell of it."""
-        row = update.row()
-        self.directory.append("completions.jsonl", update.rows)
+        row, written = update.row(), update.written(self.cfg, self.policy)
+        row["completions_left_out"] = len(update.rows) - len(written)
+        self.directory.append("completions.jsonl", written)
         self.directory.append("metrics.jsonl", [row])
         if self.tracker:
             self.tracker.send(update.number, row, update.rows)

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -242,6 +243,10 @@ def begin(cfg, ranks):
     config = {
         **with_full_paths(cfg),
         **facts,
+        "began": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "problems": [len(stage.order.prompts) for stage in stages],
+        "objective": explain(cfg, [stage.level for stage in stages]),
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
@@ -453,3 +458,7 @@ def conclude(run, ended):
         from tools import report  # matplotlib takes a second to import
 
         print(f"picture: {report.draw([out])}")
+        print(f"page:    {report.write_page([out])}")
+        metrics = report.read_log(out / "metrics.jsonl")
+        if left_out := sum(row["completions_left_out"] for row in metrics):
+            print(f"{left_out:,} completions were not written down (--keep-completions)")

@@ -176,6 +176,7 @@ FLAGS = """
 --logits-per-chunk 0 | --logits-per-chunk must be at least 1
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
+--keep-completions -1 | --keep-completions must be at least 0
 --seed -1 | --seed must be at least 0
 --lora-rank -1 | --lora-rank must be at least 0
 --lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0

@@ -33,7 +33,7 @@ METRICS = (
     "groups_pending carried_share objective entropy clip_low_share "
     "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
     "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
-    "peak_memory_mb"
+    "peak_memory_mb completions_left_out"
 )
 
 
@@ -320,7 +320,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
         mine = [c for c in completions if c["update"] == row["update"]]
         rewards = [c["outcome"] + c["length_reward"] for c in mine]
         right = [c["verdict"] == "right" for c in mine]  # the grader's word, not R_l
-        assert len(mine) == 4 * row["groups_drawn"]
+        assert len(mine) == 4 * row["groups_drawn"] and row["completions_left_out"] == 0
         assert row["tokens_sampled"] == sum(c["tokens"] for c in mine)
         assert row["reward_mean"] == pytest.approx(sum(rewards) / len(mine))
         groups = torch.tensor(rewards, dtype=torch.float64).view(-1, 4)
@@ -337,6 +337,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
     assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
     assert (out / "report.png").stat().st_size > 10_000
+    assert (out / "report.html").stat().st_size > 25_000
     last = out / "checkpoints/000004"
     assert AutoModelForCausalLM.from_pretrained(last).config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(last).chat_template
@@ -349,6 +350,24 @@ def test_fifteen_updates_raise_the_reward(workshop, seed):
     out = workshop(updates=15, quality=1.0, group_size=8, buffer_groups=4, seed=seed)
     rewards = [row["reward_mean"] for row in lines(out / "metrics.jsonl")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+
+
+def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, capsys):
+    """A bound that cut a group, or that reached the statistics, would pass unseen: they must be of
+    all completions drawn."""
+    every, some = (
+        workshop(out=f"keep{keep}", reward="toy_reward.py:sometimes", keep_completions=keep)
+        for keep in (0, 1)
+    )
+    left_out = 0
+    for row, whole in zip(lines(some / "metrics.jsonl"), lines(every / "metrics.jsonl")):
+        mine = [c for c in lines(some / "completions.jsonl") if c["update"] == row["update"]]
+        assert [c["sample"] for c in mine] == [0, 1, 2, 3] and all("pieces" in c for c in mine)
+        assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
+        left_out += row["completions_left_out"]
+        for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
+            assert row[name] == whole[name]
+    assert f"{left_out} completions were not written down" in capsys.readouterr().out
 
 
 def test_the_seed_decides(workshop):
