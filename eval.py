@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 
@@ -77,7 +76,7 @@ class Policy:
         if adapter:
             lora.load(model, adapter, folder, base)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = data.PLAIN_TEMPLATE
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
@@ -135,16 +134,8 @@ class Policy:
         return self.tokenizer.decode(tokens)
 
     def pieces(self, completion):
-        """The text of each token, the stop token included. A character of several tokens is the
-        last one's, and the others have none."""
-        stream, found = DecodeStream(skip_special_tokens=False), []
-        for token in completion.tokens:
-            try:
-                piece = stream.step(self.tokenizer.backend_tokenizer, token)
-            except Exception:  # bytes that spell nothing, or a tokenizer of plain Python
-                piece = self.tokenizer.decode([token])
-            found.append(piece or "")
-        return found
+        """The text of each token, the stop token included."""
+        return [self.tokenizer.decode([token]) for token in completion.tokens]
 
 
 def is_shipped(model):
@@ -157,14 +148,16 @@ def default_dtype(model, device):
 
 
 def find_folder(name, device):
-    """A folder as it is; a name of the hub is downloaded, for the meta device without weights."""
+    """A folder as it is; NAME[@REVISION] of the hub is downloaded, for the meta device without
+    weights."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.jinja", "tokenizer*"]
     if device != "meta":
         patterns.append("*.safetensors")
+    name, _, revision = name.partition("@")
     with data.explained(f"model {name!r} is neither a folder nor to be had from the hub"):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
 
 def read_stop_ids(folder, tokenizer, config):

@@ -431,7 +431,7 @@ class Transformer(nn.Module):
             )
         try:
             with torch.device("meta"):  # allocates nothing that the file will replace
-                model = cls(AutoConfig.from_pretrained(path))
+                model = cls(AutoConfig.from_pretrained(path, trust_remote_code=False))
         except Exception as error:  # transformers and arithmetic raise many types for a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         if device == "meta":
