@@ -154,6 +154,7 @@ for base in BASES:
     own = f"--model {folder} --data {folder}.jsonl"
     for arm in ("EPRLI", "L = 1", "hard only"):
         EXPERIMENTS["base"][f"{base}: {arm}"] = f"{EXPERIMENTS['levels'][arm]} {own}"
+    EXPERIMENTS["base"][f"{base}: L = 1, 5e-4"] = f"{ONE} {own} --lr 5e-4"  # EPRLI's rate
 
 
 def base_commands():
