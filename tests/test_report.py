@@ -321,7 +321,7 @@ def test_a_browser_draws_the_page(tmp_path, text):
     first = make_run(tmp_path / "run", 6, text=text, pieces=[text])
     page = report.write_page([first, make_run(tmp_path / "other", 9)])
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout
     dom = re.sub(r"<script.*?</script>", "", dom, flags=re.S)
     assert "<title>run: training report</title>" in dom and "<img" not in dom
     assert dom.count("<figure>") == 13 and dom.count('role="img"') == 13
