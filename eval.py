@@ -529,10 +529,11 @@ def open_folder(args, policy, files):
     -> its path.  Raises ValueError
     """
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
-    settings["measured"] = policy.measuring(args.temperature, args.max_new_tokens)
+    measured = policy.measuring(args.temperature, args.max_new_tokens)
+    settings["weights"] = measured["weights"]
     settings["prompts"] = hashlib.sha256(repr((files, policy.stop_ids)).encode()).hexdigest()
     if not (out and out.exists()):
-        return create(out, settings, "eval-")
+        return create(out, settings | {"measured": measured}, "eval-")
     with data.explained(f"--out {out}: exists already, and is no evaluation to go on with"):
         began_with = json.loads((out / "config.json").read_text())
         differ = [name for name in settings if began_with[name] != settings[name]]

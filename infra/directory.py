@@ -23,6 +23,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data import write_records
@@ -103,7 +104,7 @@ class RunDirectory:
             force_to_disk(self.out / "checkpoints")
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
-            if isinstance(error, Stop):
+            if isinstance(error, (Stop, torch.OutOfMemoryError)):
                 raise
             reason = f"checkpoint {name} cannot be written ({error})"
             raise Stop(f"{reason}; {self.advice()}") from None

@@ -87,7 +87,7 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     torch.manual_seed(0)
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
     shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
-    flags = {"micro_batch_tokens": 500, "logits_per_chunk": 1 << 17, **flags}
+    flags = {"dtype": "float32", "micro_batch_tokens": 500, "logits_per_chunk": 1 << 17, **flags}
     cfg = Config(minibatches=1, device="cpu", **shape, **flags)
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
@@ -192,7 +192,8 @@ def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkey
     (tmp_path / "config/model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    train.main(["--plan", "--model", "config", "--device", "cuda", "--fsdp", "--recompute"])
+    words = "--plan --model config --device cuda --fsdp --recompute --lr 1 --max-new-tokens 96"
+    train.main(words.split())
     printed = capsys.readouterr().out
     assert "KV cache" in printed and "gathered layers" in printed and "at its peak" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["config"]

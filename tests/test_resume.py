@@ -315,8 +315,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(workshop):
 
 def hang_up(ignored):
     """A signal of a terminal that has gone, while an update learns. ignored: by nohup"""
-    if ignored:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     at_call("train.accumulate_gradient", 6, functools.partial(tell, signal.SIGHUP))
 
 
@@ -331,6 +330,7 @@ def test_a_dropped_connection_saves_unless_nohup_ignores_it(workshop, ignored, c
 def lose_terminal():
     """Let a terminal be what controls this process, and then take it away."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     master, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSCTTY)
     sys.stdout = sys.stderr = open(terminal, "w", buffering=1)  # noqa: SIM115

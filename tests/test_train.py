@@ -665,6 +665,7 @@ def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(works
 def test_a_reward_that_takes_too_long_costs_its_group_alone(workshop, capsys):
     """Not the update, as a nan does; its groups are counted, and no mean holds them."""
     flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "length_weight": 0.5}
+    flags["keep_completions"] = 0
     (row, _) = lines(workshop(reward="toy_reward.py:slow", **flags) / "metrics.jsonl")
     assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
     assert row["groups_kept"] == 2 and row["grad_norm"] > 0
