@@ -168,7 +168,7 @@ def base_commands():
             )
             yield (
                 f"eval.py --model {folder} --data assets/train.jsonl --samples 16 "
-                f"--add-pass-rate {folder}.jsonl"
+                f"--max-new-tokens 128 --add-pass-rate {folder}.jsonl"
             )
 
 
