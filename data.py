@@ -1,4 +1,4 @@
-"""Problems in, prompts out: JSON lines, the one prompt template, levels of difficulty, their order.
+"""Problems in, prompts out: one reader, one prompt template, levels of difficulty, their order.
 
 python data.py --split train --count 4096 --seed 0 --out pool.jsonl   generates problems
 python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]      finds what both have
@@ -13,6 +13,10 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
+
+from infra import answers
 
 # Of DeepScaleR and FastCuRL. Their protocols put a blank before it (tools/papers.py).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -45,11 +49,6 @@ KNOWN = ("id", "problem", "answer", "pass_rate", "level")
 
 def parse_problem(record, default_id):
     """One JSON object to a Problem; raises ValueError saying what is wrong with it."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    for name in ("problem", "answer"):
-        if name not in record:
-            raise ValueError(f'no "{name}" (has: {", ".join(record)})')
     other = dict(record)
     name, problem, answer, pass_rate, level = (other.pop(key, None) for key in KNOWN)
     if not is_text(problem):
@@ -62,6 +61,8 @@ def parse_problem(record, default_id):
         raise ValueError('"level" must be a number')
     if name is None:
         name = default_id
+    if isinstance(answer, float) and answer.is_integer():  # 142.0
+        answer = int(answer)
     return Problem(str(name), problem, str(answer), pass_rate, level, other)
 
 
@@ -109,29 +110,70 @@ def read_records(path, parse=lambda record, name: record):
     return records
 
 
-def read_problems(path):
-    """Problems of a JSONL file of {"problem", "answer"} and, if known, id, pass_rate, level.
+def read_problems(name, columns=()):
+    """Problems of a file or data set (infra/sources.py) with columns of problem and answer and, if
+    known, id, pass_rate, level. A benchmark (tools/papers.py) has a short name.
 
-    The name of a benchmark (tools/papers.py), where there is no such file, stands for its data set
-    on the hub.
+    columns  of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
     """
-    if not Path(path).exists():
-        from tools import papers
+    from infra import sources
+    from tools import papers
 
-        if path in papers.BENCHMARKS:
-            return papers.read_hub(path)
-    problems = read_records(path, parse_problem)
-    name, times = Counter(p.id for p in problems).most_common(1)[0]
+    columns, layouts = sources.parse_columns(columns), Counter()
+
+    def parse(record, default_id):
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        record, layout = sources.in_our_columns(record, columns)
+        layouts[" and ".join(layout)] += 1
+        return parse_problem(record, default_id)
+
+    where = str(name if Path(name).exists() else papers.BENCHMARKS.get(name, name))
+    if sources.is_elsewhere(where):
+        problems = []
+        with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
+            rows = list(sources.load_rows(where))
+        for number, row in enumerate(rows):
+            with explained(f"{name}, row {number}"):
+                problems.append(parse(row, f"{Path(name).stem}-{number}"))
+    else:
+        problems = read_records(name, parse)
+    twice, times = Counter(p.id for p in problems).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{path}: the id {name!r} stands twice")
+        raise ValueError(f"{name}: the id {twice!r} stands twice")
+    tqdm.write(f"{name}: {len(problems)} problems, columns {'; '.join(layouts)}")
     return problems
+
+
+MOST_UNGRADABLE = 0.01  # share of a file's gold answers
+
+
+def gradable(name, problems):
+    """-> the problems whose gold answer other answers can be compared with; the others are listed.
+    Raises ValueError where they are many: then a column of something else was read."""
+    bad = [p for p in problems if not answers.gradable(p.answer)]
+    if not bad:
+        return problems
+    seen = "; ".join(f"{p.id}: {squash(p.answer)[-60:]!r}" for p in bad[:5])
+    words = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be graded ({seen})"
+    if len(bad) > MOST_UNGRADABLE * len(problems):
+        raise ValueError(
+            f"{words}: name the column of final answers, --columns problem=NAME answer=NAME (of "
+            "named columns, the text behind #### or in the last box is taken)"
+        )
+    tqdm.write(words)
+    return [p for p in problems if answers.gradable(p.answer)]
 
 
 def write_problems(path, problems):
     """To a new file, so that read_problems reads them back."""
-    with open(path, "x", encoding="utf-8") as file:
-        for p in problems:
-            file.write(json.dumps(p.record(), ensure_ascii=False) + "\n")
+    write_records(path, (p.record() for p in problems), "x")
+
+
+def write_records(path, records, mode="w"):
+    """JSON lines, as read_records reads them back.  mode  of `open`"""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def squash(text):
@@ -191,24 +233,75 @@ def ngrams(text):
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """How a problem becomes a prompt, and what ends a completion: flags of train.py and eval.py."""
+
+    _argument_group_name = "prompts"
+
+    examples: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL of worked examples {problem, solution} to put in front of every problem"
+        },
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "text of a system turn in front of all others"}
+    )
+    suffix: str = field(
+        default=SUFFIX,
+        metadata={"help": f"text behind every problem; default a new line and: {INSTRUCTION}"},
+    )
+    template_kwargs: str = field(
+        default="{}",
+        metadata={
+            "help": "JSON object for the chat template, such as '{\"enable_thinking\": false}'"
+        },
+    )
+    stop: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further tokens that end a completion, as text, one token each"},
+    )
+
+    def read(self):
+        """-> keyword arguments of `render`. Raises ValueError"""
+        with explained(f"--template-kwargs {self.template_kwargs}: not a JSON object"):
+            template = dict(json.loads(self.template_kwargs))
+        examples = read_records(self.examples, parse_example) if self.examples else []
+        return {
+            "examples": examples,
+            "system": self.system,
+            "suffix": self.suffix,
+            "template": template,
+        }
+
+
+@dataclass(frozen=True)
 class Prompt:
     problem: Problem
     tokens: list  # ids
     opening: str  # "<think>" if the template opened one that the completion has to close, else ""
 
 
-def render(tokenizer, problem, examples=(), suffix=SUFFIX):
+# Of a base model whose tokenizer has no chat template: every turn ends its line.
+PLAIN_TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
+
+
+def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template=None):
     """A problem as the policy sees it, in training and evaluation alike.
 
     examples  records {"problem", "solution"}, shown before it as earlier turns of the chat
     suffix    what is put behind every problem
+    system    text of a first turn, or None
+    template  what the chat template takes, by name
     """
-    turns = []
+    turns = [{"role": "system", "content": system}] if system else []
     for example in examples:
         turns.append({"role": "user", "content": example["problem"] + suffix})
         turns.append({"role": "assistant", "content": example["solution"]})
     turns.append({"role": "user", "content": problem.problem + suffix})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, **(template or {})
+    )
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
     return Prompt(problem, tokens, opening)

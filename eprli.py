@@ -220,6 +220,7 @@ class Group:
     outcome: torch.Tensor  # (G,)  R_l of each completion
     length_reward: torch.Tensor  # (G,)  K_l x length term
     sampled_after: int  # updates that its policy had been trained on when it sampled the group
+    late: bool = False  # R_l took too long: no number, and no fault of the policy's
 
     @property
     def reward(self):

@@ -3,34 +3,45 @@
     python eval.py --model M --data F.jsonl [G.jsonl ...] --samples K     accuracies with intervals
     python eval.py --model M --data F.jsonl --add-pass-rate G.jsonl       measures difficulty
     python eval.py --model M --protocol deepscaler --data aime24 math500  benchmarks of the papers
+    python eval.py --like RUN                              as a training run samples
     python eval.py --compare A B                           tests the difference of two --out folders
+
+`torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
+evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its state.
 
 Training, evaluation and the measurement of difficulty share `attempt`: the same template, sampler
 and grader.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import data
+from infra import lora
 from infra.answers import canonical
+from infra.directory import checkpoints, create, lock, sha256
+from infra.ranks import Ranks, one_speaks, refuse
 from model import Transformer
 from rewards import RIGHT, Grader, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = Path(__file__).parent / "assets"  # a tiny checkpoint, and its problems with pass rates
+TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS, SLOTS = 128, 256  # defaults that fit the shipped model
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
@@ -46,30 +57,42 @@ class Policy:
     tokenizer: object
     stop_ids: tuple
     folder: Path  # where it was read
-    examples: list  # worked examples in front of every problem
-    suffix: str  # behind every problem
+    prompting: dict  # keyword arguments of data.render
 
     @classmethod
-    def load(cls, name, dtype="float32", device="cpu", examples_file=None, suffix=data.SUFFIX):
-        """From a checkpoint folder or a hub name. Raises ValueError saying what is wrong."""
-        folder = find_folder(name, device)
+    def load(cls, name, dtype="float32", device="cpu", flags=data.Prompting()):  # noqa: B008 frozen
+        """From a checkpoint folder or a hub name. An adapter is put on the base that it names.
+
+        Raises ValueError saying what is wrong.
+        """
+        folder = base = find_folder(name, device)
+        adapter = lora.read_config(folder)
+        if adapter:
+            base = find_folder(adapter["base_model_name_or_path"], device)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-        examples = data.read_records(examples_file, data.parse_example) if examples_file else []
-        model = Transformer.from_pretrained(folder, getattr(torch, dtype), device)
+        prompting = data.Prompting.read(flags)
+        model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
+        if adapter:
+            lora.load(model, adapter, folder, base)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{folder}: its tokenizer has no chat template, which turns a problem into a prompt"
-            )
+            tokenizer.chat_template = data.PLAIN_TEMPLATE
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
-        return cls(model, tokenizer, stop_ids, folder, examples, suffix)
+        stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
+        return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
+
+    def save(self, folder):
+        """Write what stands beside the weights in a folder that `load` reads."""
+        self.tokenizer.save_pretrained(folder)
+        stops, padding = list(self.stop_ids), self.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
         with data.explained("the tokenizer's chat template fails"):
-            prompts = [data.render(self.tokenizer, p, self.examples, self.suffix) for p in problems]
+            prompts = [data.render(self.tokenizer, p, **self.prompting) for p in problems]
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
             if not prompt.tokens:
@@ -83,28 +106,63 @@ class Policy:
                 )
         return prompts
 
+    def show(self, prompts):
+        """Print two examples as the model sees them."""
+        for prompt in prompts[:2]:
+            text = self.tokenizer.decode(prompt.tokens)
+            tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
+
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
+
+    def measuring(self, temperature, max_new_tokens):
+        """What pass rates depend on, beside the problem; JSON."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*model*.safetensors")):
+            digest.update(sha256(path).encode())
+        return {
+            "weights": digest.hexdigest()[:12],
+            "prompt": hashlib.sha256(json.dumps(self.prompting).encode()).hexdigest()[:12],
+            "examples": len(self.prompting["examples"]),
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+        }
 
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)
 
+    def pieces(self, completion):
+        """The text of each token, the stop token included."""
+        return [self.tokenizer.decode([token]) for token in completion.tokens]
+
+
+def is_shipped(model):
+    """Whether defaults that were chosen for the shipped model fit."""
+    return Path(model).resolve() == TINY.resolve()
+
+
+def default_dtype(model, device):
+    return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
+
 
 def find_folder(name, device):
-    """A folder as it is; a name of the hub is downloaded, for the meta device without weights."""
+    """A folder as it is; NAME[@REVISION] of the hub is downloaded, for the meta device without
+    weights."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.jinja", "tokenizer*"]
     if device != "meta":
         patterns.append("*.safetensors")
+    name, _, revision = name.partition("@")
     with data.explained(f"model {name!r} is neither a folder nor to be had from the hub"):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
 
 def read_stop_ids(folder, tokenizer, config):
-    """Tokens that end a completion: eos_token_id of tokenizer, config and generation config."""
+    """-> {id} of the tokens that end a completion: eos_token_id of tokenizer, config and generation
+    config."""
     named = [tokenizer.eos_token_id, config.eos_token_id]
     path = folder / "generation_config.json"
     if path.is_file():
@@ -120,10 +178,26 @@ def read_stop_ids(folder, tokenizer, config):
                     "the tokenizer), so no completion would stop"
                 )
             stop_ids.add(i)
-    stop_ids.discard(None)
-    if not stop_ids:
+    if stop_ids == {None}:
         raise ValueError(f"{folder}: neither tokenizer nor config names a stop token")
-    return tuple(sorted(stop_ids))
+    return stop_ids
+
+
+def end_of_turn(tokenizer):
+    """The token that the chat template puts behind an assistant's turn, if it is a special one. A
+    base model may name another end, and would run on into a question that it invents."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
+    with data.explained("the tokenizer's chat template fails"):
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
+
+
+def stop_token(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1:
+        raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
+    return tokens[0]
 
 
 # --------------------------------------------------------------------------------------- attempts
@@ -268,17 +342,28 @@ def interval(values):
     return values.mean(), low, high
 
 
-def measure(rows, k):
-    """{measure: value} of one problem, from the rows of its samples"""
-    n = len(rows)
+def result_of(rows):
+    """A line of results.jsonl: what became of one problem, from the rows of its samples."""
     right = [row["verdict"] == RIGHT for row in rows]
-    return {
-        f"avg@{n}": np.mean(right),
-        f"pass@{k}": pass_at_k(n, sum(right), k),
-        f"maj@{n}": majority([row["answer"] for row in rows], right),
+    return {name: rows[0][name] for name in ("file", "problem_id", "level")} | {
+        "n": len(rows),
+        "right": sum(right),
+        "majority": int(majority([row["answer"] for row in rows], right)),
         "length": np.mean([row["tokens"] for row in rows]),
         "cut_off": 1 - np.mean([row["stopped"] for row in rows]),
         "writes_steps": np.mean([writes_steps(row["text"]) for row in rows]),
+        "verdicts": Counter(row["verdict"] for row in rows),
+    }
+
+
+def measure(result, k):
+    """{measure: value} of one problem, from its line of results.jsonl"""
+    n, right = result["n"], result["right"]
+    return {
+        f"avg@{n}": right / n,
+        f"pass@{k}": pass_at_k(n, right, k),
+        f"maj@{n}": result["majority"],
+        **{name: result[name] for name in ("length", "cut_off", "writes_steps")},
     }
 
 
@@ -295,18 +380,20 @@ def shown(name, measure):
 NUMBERS = f"""
 --samples         16       1      completions per problem
 --k               0        0      k of pass@k; 0: as many as --samples
---max-new-tokens  {MAX_NEW_TOKENS}       1      longest completion, tokens
+--max-new-tokens  0       0      longest completion, tokens; shipped model: {MAX_NEW_TOKENS}
 --temperature     1.0      0      0 is greedy; 1 as in training
 --top-p           1.0      0      nucleus, above 0; 1 is off, as in training
 --top-k           0        0      likeliest tokens; 0 is off, as in training
 --seed            0        0      of the random streams
 --slots           {SLOTS}      1      completions decoded at once (memory and speed only)
 """
-# What summary.json says of how a result was sampled.
+# All that a result depends on, beside the bytes of files. The purpose is that of random streams.
 SETTINGS = (
-    "model protocol samples k temperature top_k top_p max_new_tokens suffix examples "
-    "allow_last_number dtype seed"
+    "model data columns purpose protocol samples k temperature top_k top_p max_new_tokens examples "
+    "system suffix template_kwargs stop allow_last_number dtype seed quality"
 )
+# What --like takes of a training run, beside its lengths and newest checkpoint.
+LIKE = "temperature examples system suffix template_kwargs stop allow_last_number dtype"
 
 
 def at_least(least, kind):
@@ -322,14 +409,18 @@ def at_least(least, kind):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
+    parser = HfArgumentParser(
+        data.Prompting,
         description=__doc__.split("\n")[0],
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
-    problems = "JSONL files of problems, or names of benchmarks"
+    add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
+    like = "training run: its temperature, length, prompt, dtype and newest checkpoint are defaults"
+    add("--like", metavar="RUN", help=like)
+    problems = "files of problems, data sets of the hub (infra/sources.py), or names of benchmarks"
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
     published = "published defaults of flags and suffix"
     add("--protocol", choices=("deepscaler", "fastcurl"), help=published)
@@ -338,35 +429,61 @@ def make_parser():
         kind = float if "." in default else int
         add(name, type=at_least(int(least), kind), default=kind(default), help=meaning)
     add("--compare", nargs=2, metavar="DIR", help="test the difference of two results")
-    by_time = time.strftime("runs/eval-%Y%m%d-%H%M%S")
-    add("--out", type=Path, default=by_time, help="folder to write; default runs/eval-<date-time>")
+    out = "folder to write, or of a stopped evaluation to go on with; default runs/eval-<date-time>"
+    add("--out", type=Path, help=out)
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
+    merge = "write --model, an adapter, and its base as one checkpoint, and stop"
+    add("--merge", type=Path, metavar="FOLDER", help=merge)
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
-    add("--examples", help="JSONL of worked examples {problem, solution} to put in front")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
-    parser.set_defaults(suffix=data.SUFFIX)
+    dtype = "default float32, on a GPU bfloat16 for any model but the shipped one"
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help=dtype)
     return parser
 
 
 def parse_args(arguments):
-    """-> parser, flags. A protocol sets those that are not given."""
+    """-> parser, flags. A training run, then a protocol, set those that are not given."""
     parser = make_parser()
     args = parser.parse_args(arguments)
+    if args.like:
+        try:
+            parser.set_defaults(**flags_of(args.like))
+        except ValueError as error:
+            refuse(parser, error)
     if args.protocol:
         from tools.papers import PROTOCOLS
 
         parser.set_defaults(**PROTOCOLS[args.protocol])
-        args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     args.k = args.k or args.samples
+    args.dtype = args.dtype or default_dtype(args.model, args.device)
+    if is_shipped(args.model):
+        args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
+    args.purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     return parser, args
+
+
+def flags_of(run):
+    """{flag: value} with which a training run evaluates its newest checkpoint. Raises ValueError"""
+    with data.explained(f"--like {run}: it is not the folder of a training run"):
+        config = json.loads((Path(run) / "config.json").read_text())
+        found = [*checkpoints(run), Path(run) / "checkpoints"]  # the last one is refused as a model
+        longest = max(level["max_new_tokens"] for level in config["levels"])
+        flags = {name: config[name] for name in LIKE.split() if name in config}
+        flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
+    return flags | {"model": str(found[0])}
 
 
 def check(args):
     """Raise ValueError for flags that do not go together."""
     if args.k > args.samples or not 0 < args.top_p <= 1:
         raise ValueError("--k must be at most --samples, and --top-p in (0, 1]")
+    if not args.max_new_tokens:
+        raise ValueError(
+            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
+            "it, or a --protocol"
+        )
     names = {Path(path).stem for path in args.data}
     if len(names) < len(args.data):
         raise ValueError("--data: results are known by the names of files, and one stands twice")
@@ -390,97 +507,164 @@ def make_row(path, problem_id, level, sample, attempt):
     }
 
 
-def sample_file(args, policy, grader, path, prompts):
-    """Sample, grade and append to completions.jsonl -> for each problem, its rows there"""
-    levels = data.level_names([p.problem for p in prompts], args.quality)
-    purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
-    work = requests(args.seed, prompts, args.samples, purpose)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
-    size = max(1, 8 * args.slots // args.samples)  # problems between two writes
-    result = []
-    with open(args.out / "completions.jsonl", "a", buffering=1, encoding="utf-8") as log:
-        for start in tqdm(range(0, len(prompts), size), desc=path):
-            some = work[start : start + size]
-            done = attempt(policy, grader, some, sampling, show_progress=True)
-            for (prompt, _), attempts in zip(some, done):
-                name = prompt.problem.id
-                level = levels.get(name)
-                rows = [make_row(path, name, level, i, a) for i, a in enumerate(attempts)]
-                result.append(rows)
-                for row in rows:
-                    print(json.dumps(row, ensure_ascii=False), file=log)
-    return result
-
-
-def summarise(result, k):
-    """Print and return {level, or "all": {measure: (mean, low, high)}}."""
-    print(f"{len(result[0])} samples a problem, 95 % intervals over problems")
-    levels = {rows[0]["level"] for rows in result} - {None}
-    summary = {}
-    for level in [*sorted(levels), "all"]:
-        part = [measure(rows, k) for rows in result if level in (rows[0]["level"], "all")]
-        summary[level] = {name: interval([values[name] for values in part]) for name in part[0]}
-        cells = [f"{name} {shown(name, some)}" for name, some in summary[level].items()]
-        print(f"  {level:8} {len(part):5} problems   " + "   ".join(cells))
-    return summary
-
-
-def add_pass_rates(path, prompts, result):
-    """Write the problems back with the share of their samples that is right."""
-    problems = []
-    for prompt, rows in zip(prompts, result):
-        rate = np.mean([row["verdict"] == RIGHT for row in rows])
-        other = prompt.problem.other | {"pass_rate_samples": len(rows)}
-        problems.append(replace(prompt.problem, pass_rate=rate, other=other))
-    data.write_problems(path, problems)
-
-
-def evaluate(args, policy, files):
-    """Fill the folder --out and print tables -> what summary.json holds"""
-    from tools import papers
-
-    print(f"every completion with its verdict: {args.out / 'completions.jsonl'}")
-    grader = Grader(allow_last_number=args.allow_last_number)
-    summary = {name: getattr(args, name) for name in SETTINGS.split()} | {"files": {}}
-    for path, prompts in files.items():
-        result = sample_file(args, policy, grader, path, prompts)
-        how = f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-        print(f"\n{path}: {how}, at most {args.max_new_tokens} tokens a completion")
-        summary["files"][path] = summarise(result, args.k)
-        if args.add_pass_rate:
-            add_pass_rates(args.add_pass_rate, prompts, result)
-    summary["verdicts"] = dict(grader.counts)
-    papers.print_table(summary)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
-    return summary
-
-
-def run(parser, args):
-    """-> what the last line prints"""
-    try:
-        if args.compare:
-            from tools.compare import compare
-
-            return compare(*args.compare)
-        check(args)
-        policy = Policy.load(args.model, args.dtype, args.device, args.examples, args.suffix)
-        files = {path: policy.render(data.read_problems(path)) for path in args.data}
-        args.out.mkdir(parents=True)
-    except (ValueError, OSError) as error:
-        parser.error(data.squash(str(error)))
+def load(args, device):
+    """Read and check everything. -> Policy, {file: prompts}.  Raises ValueError or OSError"""
+    check(args)
+    policy, files = Policy.load(args.model, args.dtype, device, args), {}
+    for path in args.data:
+        problems = data.read_problems(path, args.columns)
+        data.gradable(path, problems)  # as others count them: those that fail it stay
+        files[path] = policy.render(problems)
+        policy.show(files[path])
     for path, prompts in files.items():
         too_long = sum(not policy.room(p) for p in prompts)
         if too_long:
             print(f"{path}: {too_long} prompts fill the context and count as wrong")
-    return evaluate(args, policy, files)
+    return policy, files
+
+
+def open_folder(args, policy, files):
+    """Make --out with all that its completions depend on, or go on with one that has the same.
+
+    -> its path.  Raises ValueError
+    """
+    out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
+    measured = policy.measuring(args.temperature, args.max_new_tokens)
+    settings["weights"] = measured["weights"]
+    settings["prompts"] = hashlib.sha256(repr((files, policy.stop_ids)).encode()).hexdigest()
+    if not (out and out.exists()):
+        return create(out, settings | {"measured": measured}, "eval-")
+    with data.explained(f"--out {out}: exists already, and is no evaluation to go on with"):
+        began_with = json.loads((out / "config.json").read_text())
+        differ = [name for name in settings if began_with[name] != settings[name]]
+    if differ:
+        raise ValueError(
+            f"--out {out}: its evaluation began with other settings ({', '.join(differ)}); "
+            "name a new folder, or go on with the same ones"
+        )
+    return out
+
+
+def finished(log, samples):
+    """How many problems stand in completions.jsonl. What a kill left half written is cut off."""
+    ends = [0]  # of whole lines, in bytes
+    with open(log, "a+b") as file:
+        file.seek(0)
+        for line in file:
+            if line.endswith(b"\n"):
+                ends.append(ends[-1] + len(line))
+        whole = (len(ends) - 1) // samples
+        file.truncate(ends[whole * samples])
+    return whole
+
+
+def sample_rest(args, policy, files, log, ranks):
+    """Sample and grade the problems that completions.jsonl lacks, and append them block by block.
+
+    Each process takes a share of a block; the first one writes, in the order of problems.
+    """
+    grader = Grader(allow_last_number=args.allow_last_number)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
+    work = []  # (file, {problem id: name of its level}, request)
+    for path, prompts in files.items():
+        levels = data.level_names([p.problem for p in prompts], args.quality)
+        asked = requests(args.seed, prompts, args.samples, args.purpose)
+        work += [(path, levels, request) for request in asked]
+
+    def sample_share(share):
+        asked = [request for _, _, request in share]
+        done = attempt(policy, grader, asked, sampling, show_progress=ranks.first)
+        groups = []
+        for (path, levels, (prompt, _)), attempts in zip(share, done):
+            name = prompt.problem.id
+            rows = [make_row(path, name, levels.get(name), *each) for each in enumerate(attempts)]
+            groups.append(rows)
+        return groups
+
+    done = ranks.from_first(lambda: finished(log, args.samples))
+    print(f"{log}: {done} problems are done, {len(work) - done} are left")
+    size = max(1, 8 * args.slots // args.samples) * ranks.size  # problems between two writes
+    for start in tqdm(range(done, len(work), size), disable=not ranks.first):
+        rows = chain(*ranks.spread(work[start : start + size], sample_share))
+        ranks.from_first(lambda rows=rows: data.write_records(log, rows, "a"))
+    grader.close()
+
+
+def summarise(results, k):
+    """Print and return {level, or "all": {measure: (mean, low, high)}}."""
+    print(f"{results[0]['n']} samples a problem, 95 % intervals over problems")
+    levels = {result["level"] for result in results} - {None}
+    summary = {}
+    for level in [*sorted(levels), "all"]:
+        part = [measure(some, k) for some in results if level in (some["level"], "all")]
+        summary[level] = {name: interval([values[name] for values in part]) for name in part[0]}
+        cells = [f"{name} {shown(name, values)}" for name, values in summary[level].items()]
+        print(f"  {level:8} {len(part):5} problems   " + "   ".join(cells))
+    return summary
+
+
+def add_pass_rates(path, prompts, results, measured):
+    """Write the problems back with the share of their samples that is right, and what measured."""
+    problems = []
+    for prompt, result in zip(prompts, results):
+        other = prompt.problem.other | {"measured": measured | {"samples": result["n"]}}
+        rate = result["right"] / result["n"]
+        problems.append(replace(prompt.problem, pass_rate=rate, other=other))
+    data.write_problems(path, problems)
+
+
+def conclude(args, files, out):
+    """Write results.jsonl and summary.json, print tables -> what summary.json holds"""
+    from tools import papers
+
+    summary = json.loads((out / "config.json").read_text())
+    results = []
+    with open(out / "completions.jsonl", encoding="utf-8") as lines:
+        while rows := [json.loads(line) for line in islice(lines, args.samples)]:
+            results.append(result_of(rows))
+    data.write_records(out / "results.jsonl", [{"settings": summary}, *results])
+    summary |= {"files": {}, "verdicts": Counter()}
+    for path, prompts in files.items():
+        some = [result for result in results if result["file"] == path]
+        how = f"temperature {args.temperature:g}, top-p {args.top_p:g}"
+        print(f"\n{path}: {how}, at most {args.max_new_tokens} tokens a completion")
+        summary["files"][path] = summarise(some, args.k)
+        for result in some:
+            summary["verdicts"] += result["verdicts"]
+        if args.add_pass_rate:
+            measured = {"model": Path(args.model).name, **summary["measured"]}
+            measured["date"] = time.strftime("%Y-%m-%d")
+            add_pass_rates(args.add_pass_rate, prompts, some, measured)
+    papers.print_table(summary)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
 
 
 def main(arguments=None):
     parser, args = parse_args(arguments)
-    try:
-        print(json.dumps(run(parser, args)))
-    except KeyboardInterrupt:
-        parser.exit(130, "eval.py: interrupted; completions.jsonl keeps what was graded before\n")
+    one_speaks()
+    with contextlib.ExitStack() as stack:
+        try:
+            if args.compare:
+                from tools.compare import compare
+
+                return print(json.dumps(compare(*args.compare)))
+            if args.merge:
+                policy = Policy.load(args.model, "float32", args.device, args)
+                return print(json.dumps(lora.merge(policy, args.merge)))
+            ranks = stack.enter_context(Ranks(args.device))
+            policy, files = ranks.together(lambda: load(args, ranks.device))
+            out = ranks.from_first(lambda: open_folder(args, policy, files))
+            _lock = ranks.together(lambda: ranks.first and lock(out / "config.json"))
+        except (ValueError, OSError) as error:
+            refuse(parser, error)
+        try:
+            sample_rest(args, policy, files, out / "completions.jsonl", ranks)
+        except KeyboardInterrupt:
+            words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
+            parser.exit(130, words if ranks.first else None)
+        if ranks.first:
+            print(json.dumps(conclude(args, files, out)))
 
 
 if __name__ == "__main__":

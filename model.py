@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from infra import kernels
 
@@ -28,6 +30,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of che
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 # Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
 # float32.
+PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
 
 
@@ -46,6 +49,7 @@ ROPE = {  # the rotary scalings that we know, and the numbers that each needs
     "default": "rope_theta",
     "linear": "rope_theta factor",
     "llama3": "rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "rope_theta factor original_max_position_embeddings",
 }
 
 
@@ -83,22 +87,13 @@ def check_supported(config):
             raise ValueError(message)
 
 
-def inverse_frequencies(rope, head_dim, device):
-    """Radians per position of each pair of channels, (D/2,) float32.
-
-    rope: config.rope_parameters. The scaling of Llama 3 is from arXiv 2407.21783.
-    """
+def rotary(config, head_dim, device):
+    """-> radians per position of each pair of channels, (D/2,) float32; a factor of cos and sin"""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device)
     exponents = -torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        # Rotations within the original context. Fast channels stay, slow ones are interpolated.
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        share_kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (share_kept + (1 - share_kept) / rope["factor"])
-    return frequencies
+    return rope["rope_theta"] ** exponents, 1.0
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -199,11 +194,22 @@ class PromptCache:
 class Linear(nn.Linear):
     joined = ()  # further layers that read the same input: see `project`
     packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
+    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where infra/lora.py adds them
 
     def forward(self, x):
+        return self.add_factors(x, self.product(x))
+
+    def product(self, x):
         if self.packed is None:
             return kernels.linear(x, self.weight, self.bias)
         return kernels.onednn_linear(x, *self.packed)
+
+    def add_factors(self, x, out):
+        """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
+        if self.scale is None:
+            return out
+        low_rank = self.scale * kernels.linear(x, self.lora_A.to(x.dtype))
+        return out + kernels.linear(low_rank, self.lora_B.to(x.dtype))
 
     def pack(self, rows):
         layers, bias = (self, *self.joined), None
@@ -214,9 +220,11 @@ class Linear(nn.Linear):
 
 def project(x, first, *joined):
     """The outputs of layers that read the same input: one product while they are packed."""
+    layers = first, *joined
     if first.packed is None:
-        return [layer(x) for layer in (first, *joined)]
-    return first(x).split([layer.out_features for layer in (first, *joined)], -1)
+        return [layer(x) for layer in layers]
+    outputs = first.product(x).split([layer.out_features for layer in layers], -1)
+    return [layer.add_factors(x, out) for layer, out in zip(layers, outputs)]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -291,7 +299,8 @@ class Body(nn.Module):
 
     def __init__(self, config, head_dim):
         super().__init__()
-        self.rope, self.head_dim = config.rope_parameters, head_dim
+        self.config, self.head_dim = config, head_dim
+        self.rotary = {}  # device -> see `rotary`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, head_dim, i) for i in range(config.num_hidden_layers)
@@ -309,9 +318,11 @@ class Body(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.embed_tokens(ids)
-        frequencies = inverse_frequencies(self.rope, self.head_dim, ids.device)
+        if ids.device not in self.rotary:
+            self.rotary[ids.device] = rotary(self.config, self.head_dim, ids.device)
+        frequencies, factor = self.rotary[ids.device]
         angle = positions[:, None, :, None] * torch.cat([-frequencies, frequencies])
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (B, 1, T, D)
+        cos, sin = ((factor * y).to(x.dtype) for y in (angle.cos(), angle.sin()))  # (B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
@@ -397,7 +408,10 @@ class Transformer(nn.Module):
     @property
     def context(self):
         """Longest sequence, prompt and completion together, in tokens."""
-        return self.config.max_position_embeddings
+        rope, longest = self.config.rope_parameters, self.config.max_position_embeddings
+        if rope["rope_type"] == "yarn":  # Qwen2.5's configs leave the number as it was
+            longest = max(longest, int(rope["factor"] * rope["original_max_position_embeddings"]))
+        return longest
 
     @property
     def device(self):
@@ -417,7 +431,7 @@ class Transformer(nn.Module):
             )
         try:
             with torch.device("meta"):  # allocates nothing that the file will replace
-                model = cls(AutoConfig.from_pretrained(path))
+                model = cls(AutoConfig.from_pretrained(path, trust_remote_code=False))
         except Exception as error:  # transformers and arithmetic raise many types for a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         if device == "meta":
@@ -441,7 +455,8 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write config.json and model.safetensors; transformers loads the folder as it is."""
+        """Write config.json and model.safetensors, or several such files and their index, if it is
+        large; transformers loads the folder as it is."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         config = self.config
@@ -451,7 +466,7 @@ class Transformer(nn.Module):
         tensors = self.state_dict()
         if config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        save_torch_state_dict(tensors, path, max_shard_size=PART_BYTES)
 
 
 def read_tensors(path):
@@ -500,7 +515,8 @@ class ChosenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens from hidden states and the head, `size` tokens at a time.
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
-    gradient. The logits of all tokens never exist, and one buffer takes the gradient of the head.
+    gradient. The logits of all tokens never exist, and one buffer takes the gradient of the head,
+    unless it is frozen.
     """
 
     @staticmethod
@@ -523,8 +539,9 @@ class ChosenLogprobs(torch.autograd.Function):
         # In bfloat16 a sum over a thousand chunks would stop growing. Eight chunks lose nothing
         # yet, so that only every eighth passes over the large sum in float32.
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=wide)
-        narrow = weight.dtype != wide
+        learned = ctx.needs_input_grad[1]
+        weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
+        narrow = learned and weight.dtype != wide
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         chunks = zip(*(x.split(ctx.size) for x in (hidden, targets, grad, hidden_grad)))
         for i, (h, target, g, out) in enumerate(chunks):
@@ -534,7 +551,8 @@ class ChosenLogprobs(torch.autograd.Function):
             logits_grad[torch.arange(len(h), device=h.device), target] += g
             logits_grad = logits_grad.to(weight.dtype)
             out.copy_(kernels.linear(logits_grad, weight.t()))
-            partial_sum.addmm_(logits_grad.t(), h)
+            if learned:
+                partial_sum.addmm_(logits_grad.t(), h)
             if narrow and i % 8 == 7:
                 weight_grad += partial_sum
                 partial_sum.zero_()

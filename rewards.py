@@ -12,7 +12,9 @@ long operation.
 import argparse
 import atexit
 import contextlib
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import queue
@@ -233,9 +235,7 @@ class Grader:
 def load_reward(name):
     """R_l by name: None for "math" (the grader's outcome), else the function of "path.py:function".
 
-    The function is called as reward(problem, response) with the problem's record (a dict: problem,
-    answer and the other fields of its file) and the text of a completion. It returns a finite
-    number.
+    Raises ValueError. `outcomes` says how the function is called.
     """
     if name == "math":
         return None
@@ -244,12 +244,10 @@ def load_reward(name):
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
     if not Path(path).is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None:
+    if Path(path).suffix != ".py":
         raise ValueError(f"reward {name!r}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module, _ = import_file(Path(path).resolve())
         reward = getattr(module, function, None)
     except (Exception, SystemExit) as error:  # any error in the user's code is told in one line
         raise ValueError(
@@ -258,6 +256,66 @@ def load_reward(name):
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return reward
+
+
+@functools.cache
+def import_file(path):
+    """Import a Python file, once.  path  absolute -> module, the files of its folder that it needs
+
+    What stands beside it is found by `import helper`, before other modules of that name that are
+    not imported yet, and by `from .helper import f`.
+    """
+    name, folder, before = str(path).replace(".", "_"), str(path.parent), set(sys.modules)
+    # As if it were a package, so that it may import relatively.
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, folder)
+    spec.loader.exec_module(module)
+    sys.path.append(sys.path.pop(0))  # the modules that we import later come first
+    files = []
+    for new in sys.modules.keys() - before:
+        file = getattr(sys.modules[new], "__file__", None) or ""
+        if file.startswith(folder + os.sep) and "site-packages" not in file:
+            files.append(file)
+    return module, files
+
+
+class TooLate(BaseException):
+    """A reward took too long. Its own `except Exception` does not catch this."""
+
+
+def call_within(seconds, function, *arguments):
+    """function(*arguments); raises TooLate in it when that time is over."""
+
+    def stop(*_):
+        raise TooLate
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return function(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcomes(reward, problem, responses, seconds):
+    """R_l of a group: [a number for each response].  Raises TooLate, and what the function raises
+
+    reward   called as reward(problem, response) with the problem's record (a dict: problem, answer
+             and the other fields of its file) and the text of a completion, it returns a number.
+             If its first parameters are named `problems` and `responses` it is called once, with
+             lists of equal length, and returns as many numbers.
+    seconds  that a call may take
+    """
+    records = [problem.record() for _ in responses]
+    if list(inspect.signature(reward).parameters)[:2] == ["problems", "responses"]:
+        values = list(call_within(seconds, reward, records, responses))
+        if len(values) != len(responses):
+            raise ValueError(f"{len(values)} numbers for {len(responses)} responses")
+    else:
+        values = [call_within(seconds, reward, *each) for each in zip(records, responses)]
+    return [float(value) for value in values]
 
 
 # ----------------------------------------------------------------------------------- command line

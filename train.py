@@ -29,7 +29,7 @@ from infra.ranks import Stop
 from infra.setup import carry_out
 from infra.update import NotFinite
 from model import micro_batches, pad
-from rewards import writes_steps
+from rewards import TooLate, outcomes, writes_steps
 from rollout import Completion, stream
 
 # Mean difference of learner and sampler that is still rounding, nats per token.
@@ -102,10 +102,9 @@ def draw(run, stage, update):
 def score(run, stage, prompt, attempts):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, as a Group."""
     level = stage.level
+    outcome, late = [a.right for a in attempts], False
     if stage.reward:
-        outcome = [own_reward(stage, prompt.problem, a.text) for a in attempts]
-    else:
-        outcome = [a.right for a in attempts]
+        outcome, late = own_reward(run.cfg, stage, prompt.problem, [a.text for a in attempts])
     outcome = torch.tensor(outcome, dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
     length = length_reward(
@@ -122,13 +121,19 @@ def score(run, stage, prompt, attempts):
         outcome=outcome,
         length_reward=level.length_weight * length,
         sampled_after=run.trained,
+        late=late,
     )
 
 
-def own_reward(stage, problem, response):
-    """The user's R_l of one completion; an error in it ends the run and names the problem."""
+def own_reward(cfg, stage, problem, responses):
+    """The user's R_l of a group's completions -> numbers, whether it took too long
+
+    An error in it ends the run and names the problem.
+    """
     try:
-        return float(stage.reward(problem.record(), response))
+        return outcomes(stage.reward, problem, responses, cfg.reward_timeout), False
+    except TooLate:
+        return [math.nan] * len(responses), True
     except (Exception, SystemExit) as error:
         name = type(error).__name__
         where = f"--reward {stage.level.reward}, problem {problem.id}"

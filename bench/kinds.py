@@ -2,11 +2,10 @@
 
     python bench/kinds.py --run runs/NAME [--picture kinds.png]
 
-Every completion that was drawn is followed step by step. Of each kind of step, the share that is
-right is shown over the updates, and as a table for the ends of the levels.
+Every completion in completions.jsonl is followed step by step. Of each kind of step, the share that
+is right is shown over the updates, and as a table for the ends of the levels.
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -47,12 +46,10 @@ def decisions(text, response):
 
 def count(folder):
     """-> {kind: {update: [right, all]}}, {update: level}"""
-    config = json.loads((folder / "config.json").read_text())
-    problems = {p.id: p.problem for p in data.read_problems(config["data"])}
     counts, levels = {kind: defaultdict(lambda: [0, 0]) for kind in KINDS}, {}
     for row in data.read_records(folder / "completions.jsonl"):
         levels[row["update"]] = row["level"]
-        for kind, right in decisions(problems[row["problem_id"]], row["text"]):
+        for kind, right in decisions(row["problem"], row["text"]):
             counts[kind][row["update"]][0] += right
             counts[kind][row["update"]][1] += 1
     return counts, levels

@@ -168,7 +168,7 @@ def base_commands():
             )
             yield (
                 f"eval.py --model {folder} --data assets/train.jsonl --samples 16 "
-                f"--add-pass-rate {folder}.jsonl"
+                f"--max-new-tokens 128 --add-pass-rate {folder}.jsonl"
             )
 
 
@@ -185,7 +185,7 @@ def prepare():
     held_out = data.read_problems(SHIPPED / "heldout.jsonl")
     rng, four = random.Random(0), []
     for p in problems:
-        samples = range(p.other["pass_rate_samples"])
+        samples = range(p.other["measured"]["samples"])
         right = sum(i < p.pass_rate * len(samples) for i in rng.sample(samples, 4))
         four.append(replace(p, pass_rate=right / 4))
     files = {

@@ -870,6 +870,31 @@ def same_equation(gold, answer):
     return same_expression(*texts)
 
 
+# ------------------------------------------------------------------------------------- gold answers
+
+MOST_WORDS = (
+    6  # of a value in words. Longer ones are prose: a right answer would be worded otherwise
+)
+
+
+def gradable(gold):
+    """Whether another answer can be found equal to this gold answer: it is no worked solution, its
+    brackets pair, and none of its values is prose. It takes little time for any text."""
+    if "####" in gold or r"\boxed" in gold or not equal(gold, gold):
+        return False
+    try:
+        return all(len(WORDS.findall(value)) <= MOST_WORDS for value in values(read(tidy(gold))))
+    except Unreadable:
+        return False
+
+
+def values(shape):
+    """The texts of all values within a shape."""
+    if not shape.parts:
+        return [shape.text]
+    return [text for part in shape.parts for text in values(part)]
+
+
 # -------------------------------------------------------------------------------------------- votes
 
 

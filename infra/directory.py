@@ -3,8 +3,10 @@
     config.json                         every flag, resolved; it comes into being with the directory
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
     checkpoints/000123/                 after 123 updates
-        config.json, model.safetensors, tokenizer ...   a Hugging Face folder
-        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
+        config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
+        adapter_config.json, adapter_model.safetensors ...   PEFT's, see infra/lora.py
+        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
+                                        what is large stands in several files, as the model's is
         state.json                      all other state, waiting groups, and the sizes of the logs
         checksums.json                  SHA-256 of all of these; a folder without it is not whole
 
@@ -14,51 +16,51 @@ leaves the last one. Tensors are whole, whatever number of processes wrote them.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from data import write_records
 from infra.ranks import Stop
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-CHECKED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names
 
 
 class RunDirectory:
     """A run's directory, owned by one run at a time. The first process writes; others follow."""
 
-    def __init__(self, out, ranks, config=None):
-        """config  of a new run: makes the directory. Else it must exist. Raises ValueError"""
+    def __init__(self, out, ranks):
+        """The directory must exist, see `create`. Raises ValueError if another process has it."""
         self.out, self.ranks = Path(out), ranks
-        if not ranks.first:
-            return
-        if config:
-            create(self.out, config)
-        # The lock is held until this process ends, however it ends.
-        self.lock = open(self.out / "config.json")  # noqa: SIM115 stays open, see above
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another process is writing to this run") from error
+        if ranks.first:
+            self.lock = lock(self.out / "config.json")
+            self.config = json.load(self.lock)
+            (self.out / "checkpoints").mkdir(exist_ok=True)
 
     # ------------------------------------------------------------------------------------- logs
 
     def append(self, name, rows):
         """Append JSON lines, all at once; what goes wrong ends the run on all processes."""
         path = self.out / name
-        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
-
-        def work():
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(lines)
-
+        rows = [finite(row) for row in rows]
         try:
-            self.ranks.from_first(work, interruptible=False)
+            self.ranks.from_first(lambda: write_records(path, rows, "a"), interruptible=False)
         except OSError as error:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
+
+    def replace_config(self, config):
+        """Write config.json anew. If another process locks the new file first, it has the run."""
+        part, path = self.out / "config.part", self.out / "config.json"
+        part.write_text(json.dumps(config, indent=1))
+        part.rename(path)
+        self.lock = lock(path)
 
     def log_sizes(self):
         """Bytes of every log, once they are on the disk."""
@@ -85,9 +87,7 @@ class RunDirectory:
     # ------------------------------------------------------------------------------ checkpoints
 
     def checkpoints(self):
-        """Folders of checkpoints, newest first; whether they are whole is another question."""
-        found = [p for p in (self.out / "checkpoints").iterdir() if p.name.isdecimal()]
-        return sorted(found, key=lambda p: int(p.name), reverse=True)
+        return checkpoints(self.out)
 
     def write_checkpoint(self, name, write_files):
         """write_files(folder) fills a folder, which becomes checkpoints/NAME. Raises Stop."""
@@ -104,6 +104,8 @@ class RunDirectory:
             force_to_disk(self.out / "checkpoints")
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
+            if isinstance(error, (Stop, torch.OutOfMemoryError)):
+                raise
             reason = f"checkpoint {name} cannot be written ({error})"
             raise Stop(f"{reason}; {self.advice()}") from None
 
@@ -146,16 +148,41 @@ class RunDirectory:
             tqdm.write(f"{path}: skipped, it is damaged ({reason}); it is now {renamed.name}")
 
 
-def create(out, config):
-    """Make the directory with its config.json, both or neither."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.parent / f".{out.name}.{os.getpid()}"
+def checkpoints(run):
+    """Folders of checkpoints, newest first; whether they are whole is another question."""
+    found = [p for p in (Path(run) / "checkpoints").iterdir() if p.name.isdecimal()]
+    return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def create(out, config, kind=""):
+    """Make a folder with its config.json, both or neither -> its path
+
+    out  None: runs/<kind><date-time>, and if another process took that name, <...>-2, <...>-3
+    """
+    stem = Path(out or f"runs/{kind}{datetime.now():%Y%m%d-%H%M%S}")
+    for number in itertools.count(1):
+        path = stem if number == 1 else Path(f"{stem}-{number}")
+        part = path.parent / f".{path.name}.{os.getpid()}"
+        try:
+            part.mkdir(parents=True)
+            (part / "config.json").write_text(json.dumps(config | {"out": str(path)}, indent=1))
+            part.rename(path)
+            return path
+        except OSError:
+            if out or not path.exists():
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def lock(path):
+    """-> an open file; until it is closed, no other process gets it. Raises ValueError"""
+    file = open(path)  # noqa: SIM115 stays open, see above
     try:
-        (part / "checkpoints").mkdir(parents=True)
-        (part / "config.json").write_text(json.dumps(config, indent=1))
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path.parent}: another process is writing to it") from error
+    return file
 
 
 def finite(row):

@@ -2,17 +2,18 @@
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
 from transformers import HfArgumentParser
 
-from data import QUALITY
+from data import QUALITY, Prompting
 from eprli import Level
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS
+from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, default_dtype, is_shipped
 from infra.optimizer import BETAS, WEIGHT_DECAY
 from model import LOGITS_PER_CHUNK
+from tools.papers import PRESETS
 
 # What differs by level: a value for level 1 of several, and one for all others or a single level.
 BY_LEVEL = {
@@ -21,6 +22,7 @@ BY_LEVEL = {
     "length_weight": [0.0, 0.3],
     "updates": [20, 40],
 }
+LR = 3e-4
 MEMORY_ONLY = "memory only, never changes the result"
 
 
@@ -35,24 +37,33 @@ def flag(default, help, source="ours"):
 class Files:
     _argument_group_name = "files"
 
-    model: str = flag(
-        str(SHIPPED / "tiny"), "checkpoint folder or hub name (Llama, Qwen2 or Qwen3)"
-    )
+    model: str = flag(str(TINY), "checkpoint folder or hub name[@revision] (Llama, Qwen2 or Qwen3)")
     data: str = flag(
-        str(SHIPPED / "train.jsonl"), 'training problems, JSONL of {"problem", "answer"}'
+        str(SHIPPED / "train.jsonl"),
+        "training problems: a JSON-lines or parquet file, or a data set of the hub, "
+        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: infra/sources.py",
     )
     eval_data: str | None = flag(
         None, "held-out problems; default: the shipped ones for the shipped data, else none"
     )
-    examples: str | None = flag(
-        None, "JSONL of worked examples {problem, solution} to put in front of every problem"
+    columns: list[str] = flag([], "columns of another layout, problem=NAME answer=NAME")
+    preset: Literal[tuple(PRESETS)] | None = flag(
+        None, "fill in what a source states; flags that are given win; --explain tells them apart"
     )
     out: str | None = flag(None, "run directory to create; default runs/<date-time>")
     resume: str | None = flag(
-        None, "run directory to go on with, whatever ended it, with the flags it was started with"
+        None,
+        "run directory to go on with, whatever ended it, with the flags it was started with; "
+        "--updates may give its last level more",
     )
     save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    keep_completions: int = flag(
+        16, "groups of each update whose completions are written down; 0: all"
+    )
+    tracker: Literal["wandb", "trackio"] | None = flag(
+        None, "send config, metrics and some completions to this tracker too"
+    )
     explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
     plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
 
@@ -83,7 +94,8 @@ class Levels:
     )
     max_new_tokens: list[int] | None = flag(
         None,
-        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']}",
+        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']} for the shipped "
+        "model, none for others",
         "ours; DeepScaleR 8192-24576",
     )
     reward: list[str] = flag(
@@ -151,9 +163,11 @@ class Objective:
 class Optimizer:
     _argument_group_name = "optimizer"
 
-    lr: float = flag(
-        3e-4,
-        "learning rate of AdamW; within each level times warm-up and decay",
+    lr: float | None = flag(
+        None,
+        "learning rate of AdamW; within each level times warm-up and decay; default "
+        f"{LR:g} for the shipped model, none for others; with --lora-rank the best one is about "
+        "ten times that of full training (Schulman et al. 2025)",
         "ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B",
     )
     warmup: int = flag(5, "updates of linear warm-up, in each level", "ours; DAPO 10 steps")
@@ -164,6 +178,24 @@ class Optimizer:
         2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts"
     )
     max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
+    lora_rank: int = flag(
+        0,
+        "LoRA: freeze the weights and learn factors B A of this rank; 0: learn the weights. In RL "
+        "small ranks, even 1, do as well as full training: an episode teaches few bits",
+        "arXiv 2106.09685; Schulman et al. 2025, LoRA Without Regret",
+    )
+    lora_alpha: float = flag(
+        32.0,
+        "B A is scaled by alpha / rank, and the best --lr hardly depends on the rank; for rsLoRA "
+        "(arXiv 2312.03732) give its alpha times the root of the rank",
+        "Schulman et al. 2025",
+    )
+    lora_targets: list[str] | None = flag(
+        None,
+        "linear layers with factors, such as q_proj v_proj; default all of the decoder's blocks, "
+        "which does better than attention alone at equal numbers of parameters",
+        "Schulman et al. 2025",
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +222,9 @@ class SamplingFlags:
         "a control, not the method: AdaRFT 0.5",
     )
     allow_last_number: bool = flag(False, "without a box, grade the last number")
+    reward_timeout: float = flag(
+        60.0, "seconds that a call of your own --reward may take; a later one breaks its group"
+    )
 
 
 @dataclass(frozen=True)
@@ -199,8 +234,10 @@ class Memory:
     device: Literal["cpu", "cuda"] = flag(
         "cuda" if torch.cuda.is_available() else "cpu", "where the model lives"
     )
-    dtype: Literal["float32", "bfloat16", "float64"] = flag(
-        "float32", "of the weights; bfloat16 has float32 masters"
+    dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
+        None,
+        "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
+        "model but the shipped one",
     )
     slots: int = flag(SLOTS, "completions decoded together, on each process; memory and speed only")
     micro_batch_tokens: int = flag(2048, f"padded tokens per backward pass; {MEMORY_ONLY}")
@@ -211,26 +248,48 @@ class Memory:
         False, "activation checkpointing: compute a layer again in the backward pass; memory only"
     )
     fsdp: bool = flag(
-        False, "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only"
+        False,
+        "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
+        "--lora-rank nothing is cut",
     )
 
 
 @dataclass(frozen=True)
-class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Files):
+class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Prompting, Files):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
+    @property
+    def sharded(self):
+        """With LoRA there is nothing to cut: frozen weights are whole on every process, to sample
+        from, and factors are small."""
+        return self.fsdp and not self.lora_rank
 
-SECTIONS = (Levels, Objective, Optimizer, SamplingFlags, Memory, Files)  # as --help shows them
+
+SECTIONS = (
+    Levels,
+    Objective,
+    Optimizer,
+    SamplingFlags,
+    Prompting,
+    Memory,
+    Files,
+)  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints"
+    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
+    "keep_completions tracker"
 )
 RULES = (
-    ("lr temperature max_grad_norm", lambda v: 0 < v < math.inf, "above 0"),
+    (
+        "lr temperature max_grad_norm lora_alpha reward_timeout",
+        lambda v: 0 < v < math.inf,
+        "above 0",
+    ),
     ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
-        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens",
+        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
+        "lora_rank keep_completions",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),
@@ -272,6 +331,29 @@ def given_flags(parser, arguments):
     return vars(parser.parse_args(arguments))
 
 
+def parse(parser, arguments):
+    """-> Config of the command line. A preset stands in front of it, so that what is given wins."""
+    cfg = Config(**vars(parser.parse_args(arguments)))
+    if cfg.preset:
+        words = [*PRESETS[cfg.preset][0].split(), *arguments]
+        cfg = Config(**vars(parser.parse_args(words)))
+    return cfg
+
+
+def fill(cfg):
+    """The Config with defaults that depend on the model. Raises ValueError where there is none."""
+    own = {"lr": LR, "max_new_tokens": BY_LEVEL["max_new_tokens"]}
+    missing = [name for name in own if getattr(cfg, name) is None]
+    if missing and not is_shipped(cfg.model):
+        names = " and ".join(map(option, missing))
+        raise ValueError(
+            f"{names}: our defaults fit the shipped model alone; give them for {cfg.model}, or a "
+            f"--preset that states them ({', '.join(PRESETS)})"
+        )
+    dtype = cfg.dtype or default_dtype(cfg.model, cfg.device)
+    return replace(cfg, dtype=dtype, lr=cfg.lr or LR)
+
+
 def check(cfg):
     """Raise ValueError for what no data can make right."""
     enough = f"at least --minibatches ({cfg.minibatches})"
@@ -296,7 +378,7 @@ def level_values(cfg, measured):
         values["updates"] = [None]
     if not cfg.quality:
         values["quality"] = default_quality(cfg, measured)
-    elif cfg.difficulty == "pass_rate" and not measured:
+    elif cfg.difficulty == "pass_rate" and not measured and set(cfg.quality) != {1.0}:
         raise ValueError(
             f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
             f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
@@ -353,13 +435,17 @@ def explain(cfg, levels):
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
         f"with {len(levels)} level(s), values level by level:",
     ]
-    default = Config()
+    default, stated = fill(Config()), {}
+    if cfg.preset:
+        words, missing = PRESETS[cfg.preset]
+        stated = given_flags(make_parser(), words.split())
+        lines.append(f"  --preset {cfg.preset}: {missing}")
     for section in (Levels, Objective, Optimizer, SamplingFlags):
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]
-            if value != getattr(default, f.name):
-                source = "given]"
+            if value != getattr(default, f.name) or f.name in stated:
+                source = f"{cfg.preset}]" if stated.get(f.name) == value else "given]"
             if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")

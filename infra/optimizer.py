@@ -24,7 +24,7 @@ def learning_rate(cfg, trained, progress):
 
 
 class Learner:
-    """The optimizer of one policy.
+    """The optimizer of one policy: of those of its weights that are not frozen.
 
     Weights of less than float32 have float32 masters, which own gradients and moments: an update
     of 1e-6 of a weight would vanish in bfloat16.
@@ -36,10 +36,11 @@ class Learner:
 
     def __init__(self, policy_model, ranks, recompute=False):
         self.ranks = ranks
-        self.names, self.weights = zip(*policy_model.named_parameters())
+        named = policy_model.named_parameters()
+        self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
         self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
         self.model.model.recompute = recompute
-        self.masters = list(self.model.parameters())
+        self.masters = [p for p in self.model.parameters() if p.requires_grad]
         self.has_copies = not ranks.sharded and self.weights[0].dtype.itemsize < 4
         if self.has_copies:
             self.masters = [weight.detach().float() for weight in self.weights]

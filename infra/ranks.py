@@ -16,11 +16,27 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from data import squash
+
 # A process whose completions are short waits for the others. If one dies, torchrun ends all.
 PATIENCE = timedelta(days=1)
 # Before torch 2.9 gloo sums where FSDP2 asks for a mean. 2.9 rounds the factor that clips.
 FSDP_ON_CPU = torch.__version__ >= (2, 10)
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
+
+
+def one_speaks():
+    """Whether this is the process that speaks; the others print nothing from now on."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    return first
+
+
+def refuse(parser, error):
+    """Bad input ends the program with one line of one process, and exit code 2."""
+    words = f"{parser.prog}: error: {squash(str(error))}\n"
+    parser.exit(2, words if one_speaks() else None)
 
 
 class Stop(Exception):
@@ -33,8 +49,9 @@ class Ranks:
     size, rank  from torchrun's environment; 1 and 0 without it
     first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
-    signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
-                `together`, elsewhere at the next call of it, so that no update is left half done.
+    signal      number of the SIGINT, SIGTERM or SIGHUP that came, or None. It takes effect at once
+                inside `together`, elsewhere at the next call of it, so that no update is left half
+                done.
                 A second signal, a second later, leaves at once without saving.
     """
 
@@ -109,7 +126,14 @@ class Ranks:
         """An exception as it travels to other processes: its kind and its message."""
         if failure is None:
             return None
-        for kind in (KeyboardInterrupt, Stop, ValueError, OSError, Exception):
+        for kind in (
+            KeyboardInterrupt,
+            Stop,
+            ValueError,
+            OSError,
+            torch.OutOfMemoryError,
+            Exception,
+        ):
             if isinstance(failure, kind):
                 return kind, f"process {self.rank}: {failure}"
 
@@ -131,9 +155,12 @@ class Ranks:
 
     @contextmanager
     def signals(self):
-        """Ctrl-C and SIGTERM end the block by a KeyboardInterrupt, on all processes, where the
-        state is whole."""
-        before = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        """Ctrl-C, SIGTERM and SIGHUP (unless nohup has it ignored) end the block by a
+        KeyboardInterrupt, on all processes, where the state is whole."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {n: signal.signal(n, self.receive) for n in numbers}
         try:
             yield
         finally:
@@ -144,6 +171,8 @@ class Ranks:
         if self.signal and time.monotonic() - self.signal_time > SECOND_SIGNAL:
             os.write(2, b"a second signal: left at once, the last checkpoint is what remains\n")
             os._exit(128 + number)
+        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
         if self.interruptible:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from data import name_level
 from eprli import Buffer, Group, Level
+from infra import lora
 from infra.optimizer import learning_rate
 from infra.ranks import Stop
 from infra.update import NotFinite, Update
+from model import PART_BYTES
 from rollout import Completion
 
 MOST_SKIPS = (
@@ -47,12 +48,24 @@ class Stage:
     tokens: int = 0  # sampled in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
+    extended_after: int = 0  # M_l before --resume --updates raised it; 0: it did not
 
     @property
     def progress(self):
         """Share of the level's budget that is used up: of updates or of tokens, the larger."""
         budgets = (self.trained, self.level.updates), (self.tokens, self.level.tokens)
         return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
+
+    @property
+    def schedule(self):
+        """(updates so far, progress) as the learning rate sees them: its schedule begins anew
+        where the budget ended before it was extended, and then has no warm-up."""
+        begin = self.extended_after
+        if not begin:
+            return self.trained, self.progress
+        if self.trained < begin:
+            return self.trained, self.trained / begin
+        return math.inf, (self.trained - begin) / (self.level.updates - begin)
 
     @property
     def over(self):
@@ -87,6 +100,7 @@ class Run:
     ahead: bool = False  # weights or logs hold what the counters do not yet: no saving now
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
+    tracker: object = None  # of the first process, with --tracker
 
     @property
     def trained(self):
@@ -132,7 +146,7 @@ class Run:
     @contextmanager
     def update(self, stage):
         """One update of a level. Raises Stop after MOST_BROKEN updates that met bad numbers."""
-        lr = learning_rate(self.cfg, stage.trained, stage.progress)
+        lr = learning_rate(self.cfg, *stage.schedule)
         update = Update(self.turns_taken + 1, stage, lr, self.cfg.max_draws)
         order, buffer = stage.order.state(), stage.buffer
         before = list(buffer.groups), Counter(buffer.counts)
@@ -177,9 +191,12 @@ class Run:
 
     def log(self, stage, update):
         """Write one update down, and tell of it."""
-        row = update.row()
-        self.directory.append("completions.jsonl", update.rows)
+        row, written = update.row(), update.written(self.cfg, self.policy)
+        row["completions_left_out"] = len(update.rows) - len(written)
+        self.directory.append("completions.jsonl", written)
         self.directory.append("metrics.jsonl", [row])
+        if self.tracker:
+            self.tracker.send(update.number, row, update.rows)
         update.tell(row, self.directory.out)
         if stage.skips == MOST_SKIPS:
             tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
@@ -199,6 +216,9 @@ class Run:
         rows = [{"update": self.turns_taken, "tokens_sampled": self.tokens, **row} for row in rows]
         self.ahead = True
         self.directory.append("eval.jsonl", rows)
+        if self.tracker:
+            held_out = {f"held out, {name_level(r['level'])}": r["accuracy"] for r in rows}
+            self.tracker.send(self.turns_taken, held_out)
         self.ahead = False
         self.evaluations += rows
         for row in rows:
@@ -239,35 +259,39 @@ class Run:
         name = f"{self.turns_taken:06d}"
         if name == self.saved or self.ahead:
             return
-        optimizer_state = {}
-        for key, tensor in self.learner.tensors():  # shards are gathered by all, kept by one
-            if self.ranks.first:
-                optimizer_state[key] = tensor.cpu()
+        parts = in_parts(self.learner.tensors())
 
         def work():
-            self.check_weights(optimizer_state)
-            self.directory.write_checkpoint(name, lambda f: self.write(f, optimizer_state))
-            self.directory.delete_old(self.cfg.keep_checkpoints)
+            try:
+                if self.ranks.first:
+                    self.directory.write_checkpoint(name, lambda f: self.write(f, parts))
+                    self.directory.delete_old(self.cfg.keep_checkpoints)
+            finally:  # shards are gathered by all, whatever goes wrong on the first
+                for _ in parts:
+                    pass
 
-        self.ranks.from_first(work, interruptible=False)
+        self.ranks.together(work, interruptible=False)
         self.saved = name
 
-    def check_weights(self, optimizer_state):
-        for name, tensor in (*self.policy.model.named_parameters(), *optimizer_state.items()):
+    def check_weights(self, tensors):
+        for name, tensor in tensors:
             if not tensor.isfinite().all():
                 raise Stop(
                     f"the weights are no longer finite ({name}), so they are not saved; "
                     f"{self.directory.last_good()}"
                 )
 
-    def write(self, folder, optimizer_tensors):
+    def write(self, folder, optimizer_parts):
         """The files of a checkpoint, but for their checksums."""
-        policy = self.policy
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-        stops, padding = list(policy.stop_ids), policy.tokenizer.pad_token_id
-        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
-        save_file(optimizer_tensors, folder / "optimizer.safetensors")
+        self.check_weights(self.policy.model.named_parameters())
+        for number, tensors in enumerate(optimizer_parts):
+            self.check_weights(tensors.items())
+            save_file(tensors, folder / f"optimizer{number or ''}.safetensors")
+        if self.cfg.lora_rank:
+            lora.save(self.policy.model, folder, self.directory.config)
+        else:
+            self.policy.model.save_pretrained(folder)
+        self.policy.save(folder)
         state = pack(self) | {"sizes": self.directory.log_sizes()}
         (folder / "state.json").write_text(json.dumps(state, default=plain))
 
@@ -277,9 +301,22 @@ class Run:
         if checkpoint:
             state = json.loads((checkpoint / "state.json").read_text())
             unpack(self, state)
-            self.learner.load(load_file(checkpoint / "optimizer.safetensors"))
+            for path in checkpoint.glob("optimizer*.safetensors"):
+                self.learner.load(load_file(path))
             self.saved, sizes = checkpoint.name, state["sizes"]
         self.ranks.from_first(lambda: self.directory.cut_logs(sizes))
+
+
+def in_parts(tensors):
+    """(name, tensor) pairs -> dicts of about PART_BYTES on the CPU: few are held at a time."""
+    part, size = {}, 0
+    for name, tensor in tensors:  # shards are gathered here, from all processes
+        part[name] = tensor.cpu()
+        size += tensor.nbytes
+        if size >= PART_BYTES:
+            yield part
+            part, size = {}, 0
+    yield part
 
 
 def pack(run):

@@ -16,32 +16,36 @@ from tqdm import tqdm
 import data
 from eprli import Buffer
 from eval import SHIPPED, Policy
-from infra import kernels
-from infra.directory import RunDirectory, sha256
+from infra import kernels, lora
+from infra.directory import RunDirectory, create, sha256
 from infra.flags import (
     MAY_CHANGE,
     Config,
     check,
     explain,
+    fill,
     given_flags,
     make_parser,
     option,
+    parse,
     resolve_levels,
 )
 from infra.optimizer import Learner
-from infra.ranks import Ranks, Stop
+from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
-from rewards import Grader, load_reward
+from infra.tracker import Tracker
+from rewards import Grader, import_file, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
 
 
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
-    cfg, config = Config(**vars(parser.parse_args(arguments))), None
+    cfg, config = parse(parser, arguments), None
     if cfg.resume is not None:
         cfg, config = as_started(given_flags(parser, arguments))
     check(cfg)
+    cfg = fill(cfg)
     shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
     if shipped and not cfg.eval_data:
         cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
@@ -63,11 +67,11 @@ def as_started(given):
         raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
     may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*may_change, "resume"):
+        if name not in (*may_change, "resume", "updates"):
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
-                f"from a checkpoint (--model {run}/checkpoints/...)"
+                f"differ ({' '.join(map(option, may_change))} --updates): leave it out, or start a "
+                f"new run from a checkpoint (--model {run}/checkpoints/...)"
             )
     return Config(**{**flags, **given, "out": run}), config
 
@@ -80,13 +84,16 @@ def read_data(cfg):
 
     -> the levels, training problems, held-out problems, {fact: what config.json says of them}
     """
-    found = data.read_problems(cfg.data)
-    train_set = data.without_repeats(found)
-    held_out = data.read_problems(cfg.eval_data) if cfg.eval_data else []
+    found = data.read_problems(cfg.data, cfg.columns)
+    usable = data.gradable(cfg.data, found)
+    train_set = data.without_repeats(usable)
+    held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
+    data.gradable(cfg.eval_data, held_out)  # as others count them: those that fail it stay
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     exact, near = data.overlap(train_set, held_out)
     facts = {
-        "repeats_removed": len(found) - len(train_set),
+        "ungradable_left_out": len(found) - len(usable),
+        "repeats_removed": len(usable) - len(train_set),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
     }
@@ -112,6 +119,24 @@ def fitting(policy, problems):
         context = f"the context of {policy.model.context} tokens"
         raise ValueError(f"every prompt is longer than {context}")
     return prompts
+
+
+def check_measured(cfg, levels, train_set, policy):
+    """Say what was other when the pass rates that cut the levels were measured."""
+    if cfg.difficulty != "pass_rate":
+        return
+    now = policy.measuring(cfg.temperature, max(level.max_new_tokens for level in levels))
+    kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
+    for measured in map(json.loads, sorted(kinds)):
+        if not measured:
+            tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
+            continue
+        other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
+        if other:
+            words = "; ".join(other)
+            tqdm.write(f"{cfg.data}: measured with {measured.get('model')} otherwise: {words}")
+        if measured.get("samples", 0) < 16:
+            tqdm.write(f"{cfg.data}: measured with {measured.get('samples')} samples, few of 16")
 
 
 def make_stages(cfg, levels, train_set, policy):
@@ -205,24 +230,31 @@ def begin(cfg, ranks):
 
     Raises ValueError or OSError, on all processes.
     """
-    out = cfg.out or ranks.from_first(lambda: f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if ranks.from_first(lambda: os.path.lexists(out)):
-        raise ValueError(f"--out {out}: exists already; name a new folder, or go on with --resume")
+    if cfg.out and ranks.from_first(lambda: os.path.lexists(cfg.out)):
+        raise ValueError(
+            f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
+        )
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    rewards = [reward.rpartition(":")[0] for reward in cfg.reward]
+    inputs = [cfg.data, cfg.eval_data, cfg.examples]
+    for path in {reward.rpartition(":")[0] for reward in cfg.reward} - {""}:
+        inputs += import_file(Path(path).resolve())[1]
     config = {
         **with_full_paths(cfg),
         **facts,
-        "out": out,
+        "began": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "problems": [len(stage.order.prompts) for stage in stages],
+        "objective": explain(cfg, [stage.level for stage in stages]),
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
-        "inputs": hashes([cfg.data, cfg.eval_data, cfg.examples, *rewards]),
+        "inputs": hashes(inputs),
         "model_files": hashes(policy.folder.iterdir()),
     }
-    directory = ranks.together(lambda: RunDirectory(out, ranks, config))
+    out = ranks.from_first(lambda: create(cfg.out, config))
+    directory = ranks.together(lambda: RunDirectory(out, ranks))
     return make_run(cfg, directory, ranks, stages, held_out, policy)
 
 
@@ -244,26 +276,80 @@ def go_on(cfg, config, ranks):
     stages, held_out, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
     run = make_run(cfg, directory, ranks, stages, held_out, policy)
     run.resume(checkpoint)
+    extend(run, config)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
+
+
+def extend(run, config):
+    """Give the last level of a resumed run its larger --updates, and write that down.
+
+    config  its config.json, as it was.  Raises ValueError
+    """
+    last = run.stages[-1]
+    last.extended_after = config.get("extended_after", 0)
+    before = [level["updates"] for level in config["levels"]]
+    now = [stage.level.updates for stage in run.stages]
+    if now == before:
+        return
+    if run.cfg.tokens or now[:-1] != before[:-1] or now[-1] < before[-1] or last.over:
+        raise ValueError(
+            f"--updates {now}: with --resume it extends the last level, which must not have ended "
+            f"early, or by --tokens; {run.directory.out} has {before}"
+        )
+    last.extended_after = before[-1]
+    levels = [asdict(stage.level) for stage in run.stages]
+    changes = {"updates": now, "levels": levels, "extended_after": before[-1]}
+    run.ranks.from_first(lambda: run.directory.replace_config(config | changes))
 
 
 def load(cfg, model, device):
     """Read and check everything. -> stages, held-out prompts, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
-    policy = Policy.load(str(model), cfg.dtype, device, cfg.examples)
+    policy = load_policy(cfg, model, device)
+    if model == cfg.model:
+        check_measured(cfg, levels, train_set, policy)
     stages, cut_facts = make_stages(cfg, levels, train_set, policy)
+    policy.show(stages[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
     return stages, prompts, policy, facts | cut_facts | eval_facts
+
+
+def load_policy(cfg, model, device):
+    """The policy of a checkpoint of this run, or the one that the run starts from (cfg.model)."""
+    policy = Policy.load(str(model), cfg.dtype, device, cfg)
+    if model == cfg.model and lora.read_config(policy.folder):
+        raise ValueError(
+            f"--model {model} is an adapter: make a whole checkpoint of it first (python eval.py "
+            f"--model {model} --merge FOLDER)"
+        )
+    if model == cfg.model and cfg.lora_rank:
+        lora.add(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    return policy
 
 
 def make_run(cfg, directory, ranks, stages, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
-        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
+        device = "meta" if cfg.lora_rank else ranks.device
+        reference = Policy.load(cfg.model, cfg.dtype, device).model
+        if cfg.lora_rank:  # it has the same frozen weights
+            weights = policy.model.state_dict()
+            reference.load_state_dict(weights, strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
-    return Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
+    size = 0  # GB
+    for weight, master in zip(learner.weights, learner.masters):  # and its two moments
+        size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
+    most = cfg.keep_checkpoints + 1
+    tqdm.write(
+        f"a checkpoint of model and optimizer, every --save-every {cfg.save_every} updates, takes "
+        f"{size:.3f} GB; --keep-checkpoints and one that is being written, {most * size:.3f} GB"
+    )
+    run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
+    if cfg.tracker and ranks.first:
+        run.tracker = Tracker(cfg.tracker, directory.out, asdict(cfg))
+    return run
 
 
 def memory_table(cfg):
@@ -273,7 +359,7 @@ def memory_table(cfg):
     levels, train_set, held_out, _ = read_data(cfg)
     if cfg.eval_every == 0:
         held_out = []
-    policy = Policy.load(cfg.model, cfg.dtype, "meta", cfg.examples)
+    policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -282,13 +368,33 @@ def memory_table(cfg):
 
 # ----------------------------------------------------------------------------------------- the end
 
+# Functions in which memory may run out, and what the run does there; elsewhere it is setting up.
+PHASES = {"draw": "sampling", "learn": "learning", "evaluate": "evaluating", "save": "saving"}
+
+
+@contextlib.contextmanager
+def memory_explained(run=None):
+    """Within the block, a GPU whose memory is full is a Stop: what the run did, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        phase = next((PHASES[f.name] for f in frames if f.name in PHASES), "setting up")
+        words = (
+            f"out of memory while {phase}: lower --slots (sampling, "
+            "evaluating), --micro-batch-tokens or --logits-per-chunk (learning), or use "
+            "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
+        )
+        if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
+            run.ahead = True
+            print(words, file=sys.stderr)
+        raise Stop(words) from None
+
 
 def carry_out(train, arguments):
     """Set a run up, let `train` work on it, and leave with an exit code that says how it ended."""
     parser = make_parser()
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:  # one process speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    first = one_speaks()
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
@@ -296,11 +402,13 @@ def carry_out(train, arguments):
                 return print(memory_table(cfg))
             if cfg.explain:
                 return print(explain(cfg, read_data(cfg)[0]))
-            ranks = stack.enter_context(Ranks(cfg.device, cfg.fsdp))
-            run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
+            ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
+            with memory_explained():
+                run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
+        except Stop as stop:
+            parser.exit(1, f"{parser.prog}: {stop}\n")
         except (ValueError, OSError) as error:
-            words = f"{parser.prog}: error: {data.squash(str(error))}\n"
-            parser.exit(2, words if first else None)
+            refuse(parser, error)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted before the run began\n"
             parser.exit(128 + signal.SIGINT, words if first else None)
@@ -316,7 +424,8 @@ def conduct(train, run):
     code, ended = 0, None
     with run.ranks.signals():
         try:
-            train(run)
+            with memory_explained(run):
+                train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
             ended = f"interrupted: the state is saved, --resume {run.directory.out} goes on"
@@ -326,10 +435,13 @@ def conduct(train, run):
                 traceback.print_exception(stop.__cause__)
         try:
             if code != 1 or not run.broken:  # else the last good checkpoint is better
-                run.save()
+                with memory_explained(run):
+                    run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
     run.grader.close()
+    if run.tracker:
+        run.tracker.library.finish()
     return code, ended
 
 
@@ -346,3 +458,7 @@ def conclude(run, ended):
         from tools import report  # matplotlib takes a second to import
 
         print(f"picture: {report.draw([out])}")
+        print(f"page:    {report.write_page([out])}")
+        metrics = report.read_log(out / "metrics.jsonl")
+        if left_out := sum(row["completions_left_out"] for row in metrics):
+            print(f"{left_out:,} completions were not written down (--keep-completions)")

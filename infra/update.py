@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+from eprli import group_advantage
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
@@ -31,8 +32,8 @@ class NotFinite(Exception):
 class Update:
     """What happens in one update of a level.
 
-    rows   of completions.jsonl, one per completion drawn
-    rewards  (G,) for each group drawn
+    rows    one per completion drawn
+    groups  all that were drawn
     steps  one per optimizer step: what train.accumulate_gradient found, and the gradient's norm
     """
 
@@ -43,7 +44,9 @@ class Update:
         self.counts_before = Counter(stage.buffer.counts)
         self.draws = 0
         self.rows = []
-        self.rewards = []
+        self.scored = []  # those of groups whose R_l came in time
+        self.late = 0  # the other groups
+        self.groups = []
         self.steps = []
         self.seconds = Counter()
         self.fault = None  # the NotFinite that ended it
@@ -53,7 +56,8 @@ class Update:
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
         self.prompts_left -= len(prompts)
-        self.rewards += [group.reward for group in groups]
+        self.groups += groups
+        self.late += sum(group.late for group in groups)
         for prompt, some, group in zip(prompts, attempts, groups):
             scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
             for i, (a, outcome, length_reward) in enumerate(scored):
@@ -61,6 +65,8 @@ class Update:
                     "update": self.number,
                     "level": self.stage.number,
                     "problem_id": prompt.problem.id,
+                    "problem": prompt.problem.problem,
+                    "answer": prompt.problem.answer,
                     "sample": i,
                     "verdict": a.verdict,
                     "outcome": outcome,
@@ -70,20 +76,43 @@ class Update:
                     "text": a.text,
                 }
                 self.rows.append(row)
+                if not group.late:
+                    self.scored.append(row)
 
         if self.draws == 1 and self.number % SHOW_EVERY == 1:
             for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
                 verdict = f"({a.verdict}; answer {prompt.problem.answer})"
                 tqdm.write(f"  {prompt.problem.problem}  ->  {a.text}  {verdict}")
 
+    def written(self, cfg, policy):
+        """The rows for completions.jsonl: of all groups, or of --keep-completions.
+
+        The first of them is the first drawn whose outcomes differ, if there is one, and shows its
+        tokens. The others are the first drawn.
+        """
+        teaching = [i for i, group in enumerate(self.groups) if group.finite and not group.flat]
+        order = list(dict.fromkeys([*teaching[:1], *range(len(self.groups))]))
+        rows = []
+        for i in order[: cfg.keep_completions or None]:
+            group = self.groups[i]
+            advantage = group_advantage(group.reward, cfg.adv_std).tolist()
+            own = self.rows[i * len(advantage) :]
+            for row, A, completion in zip(own, advantage, group.completions):
+                row |= {"group": i, "advantage": A}
+                if i == order[0]:
+                    row["pieces"] = policy.pieces(completion)
+                    row["logprobs"] = [round(x, 3) + 0.0 for x in completion.logprobs]  # no -0.0
+                rows.append(row)
+        return rows
+
     def check_drawn(self):
         """Raise NotFinite if a group was drawn that holds a number that is not finite."""
-        for row in self.rows:
+        for row in self.scored:
             reward = row["outcome"] + row["length_reward"]
             if not math.isfinite(reward):
                 name = f"--reward {self.stage.level.reward}"
                 raise NotFinite(f"{name} returned, for problem {row['problem_id']}, {reward}")
-        if self.count("broken"):
+        if self.count("broken") > self.late:
             raise NotFinite("log-probs sampled from the policy are not finite")
 
     def count(self, fate):
@@ -101,26 +130,29 @@ class Update:
 
     def row(self):
         """Its line of metrics.jsonl. A value that does not exist is nan."""
-        rows, steps, seconds = self.rows, self.steps, time.perf_counter() - self.start
+        rows, scored, steps = self.rows, self.scored, self.steps
+        seconds = time.perf_counter() - self.start
         gap = steps[0] if steps else {"fresh": 0}  # later the learner is not the sampler any more
         tokens = [row["tokens"] for row in rows]
-        reward = [row["outcome"] + row["length_reward"] for row in rows]
+        reward = [row["outcome"] + row["length_reward"] for row in scored]
         verdicts = Counter(row["verdict"] for row in rows)
         kept = self.count("kept")
+        rewards = [group.reward for group in self.groups if not group.late]
         row = {
             "update": self.number,
             "level": self.stage.number,
             "accuracy": mean([row["verdict"] == RIGHT for row in rows]),
             "reward_mean": mean(reward),
-            "reward_variance_within": mean([r.var(correction=0).item() for r in self.rewards]),
-            "reward_variance_between": variance([r.mean().item() for r in self.rewards]),
-            "outcome_mean": mean([row["outcome"] for row in rows]),
-            "length_reward_mean": mean([row["length_reward"] for row in rows]),
+            "reward_variance_within": mean([r.var(correction=0).item() for r in rewards]),
+            "reward_variance_between": variance([r.mean().item() for r in rewards]),
+            "outcome_mean": mean([row["outcome"] for row in scored]),
+            "length_reward_mean": mean([row["length_reward"] for row in scored]),
             "length_mean": mean(tokens),
             "truncated_share": mean([not row["stopped"] for row in rows]),
             "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
+            "reward_timeouts": self.late,
             "groups_pending": self.stage.buffer.pending,
             "carried_share": self.carried / kept if kept else math.nan,
             "objective": mean([step["objective"] for step in steps]),
@@ -154,6 +186,8 @@ class Update:
                 f'as wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
                 f"{folder / 'completions.jsonl'}"
             )
+        if self.late:
+            tqdm.write(f"  {self.late} groups broken: --reward took longer than --reward-timeout")
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:

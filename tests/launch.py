@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which a server that has imported everything forks."""
+"""Runs in processes of their own, which a server that has imported everything forks."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ def server():
     return context
 
 
-def child(folder, arguments, environment, sabotage, log):
+def child(folder, arguments, environment, sabotage, log, program):
     os.chdir(folder)
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -45,7 +45,6 @@ def child(folder, arguments, environment, sabotage, log):
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     from tqdm import tqdm
 
-    import train
     from infra import kernels
     from tools import report
 
@@ -57,7 +56,7 @@ def child(folder, arguments, environment, sabotage, log):
         sabotage()
     code = 1
     try:
-        train.main(arguments)
+        importlib.import_module(program).main(arguments)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
@@ -68,8 +67,8 @@ def child(folder, arguments, environment, sabotage, log):
         os._exit(code)
 
 
-def start(folder, arguments, world=1, sabotage=None):
-    """Start train.main(arguments) in `world` processes; `sabotage` runs first in each."""
+def start(folder, arguments, world=1, sabotage=None, program="train"):
+    """Start PROGRAM.main(arguments) in `world` processes; `sabotage` runs first in each."""
     if "--fsdp" in arguments and not FSDP_ON_CPU:
         pytest.skip(NO_FSDP)
     environment = {}
@@ -83,7 +82,7 @@ def start(folder, arguments, world=1, sabotage=None):
         if environment:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = str(Path(folder) / f"log{rank}")
-        words = str(folder), list(map(str, arguments)), dict(environment), sabotage, log
+        words = str(folder), list(map(str, arguments)), dict(environment), sabotage, log, program
         process = server().Process(target=child, daemon=True, args=words)
         process.start()
         processes.append(process)

@@ -37,7 +37,7 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
         generated = itertools.islice(generate(split, 0), len(problems))
         assert [(p.id, p.problem) for p in generated] == [(p.id, p.problem) for p in problems]
         assert all(p.pass_rate is not None for p in problems)
-        assert all(p.other["pass_rate_samples"] >= 16 for p in problems)
+        assert all(p.other["measured"]["samples"] >= 16 for p in problems)
         assert all(len(level) >= least for level in cut_levels(problems, QUALITY, "pass_rate")[0])
     assert len(without_repeats(TRAINING)) == len(TRAINING) >= 2000
     assert overlap(TRAINING, HELD_OUT) == ([], [])

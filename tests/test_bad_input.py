@@ -21,7 +21,7 @@ from infra.flags import Config
 pytestmark = pytest.mark.faults
 
 BASE = """--model toy --data good.jsonl --quality 1 --group-size 2 --buffer-groups 2 --updates 1
---max-new-tokens 4 --out run --device cpu"""
+--max-new-tokens 4 --lr 1e-3 --out run --device cpu"""
 GOOD = '{"problem": "1", "answer": "1", "pass_rate": 0.5}'
 BESIDE = {  # what stands beside the model and the problems
     "good.jsonl": GOOD,
@@ -90,11 +90,13 @@ GOOD\n[1, 2] | x.jsonl, line 2: expected a JSON object, found list
 \n \n | x.jsonl: nothing in it
 problem,answer\n1,1 | x.jsonl, line 1: Expecting value
 [\nGOOD\n] | x.jsonl, line 1
-GOOD\n{"problem": "1"} | x.jsonl, line 2: no "answer" (has: problem)
-{"question": "1", "answer": "1"} | x.jsonl, line 1: no "problem" (has: question, answer)
+GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
+{"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
+{"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
+{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1:
 {"problem": " ", "answer": "1"} | "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
-{"problem": "1", "answer": null} | "answer" must be a text or a number
+{"problem": "1", "answer": null} | no problem and answer in columns that are known
 {"problem": "1", "answer": true} | "answer" must be a text or a number
 {"problem": "1", "answer": ["1"]} | "answer" must be a text or a number
 {"problem": "1", "answer": NaN} | "answer" must be a text or a number
@@ -158,6 +160,7 @@ FLAGS = """
 --eval-quality 80 | --eval-quality must be in (0, 1]
 --eval-data plain.jsonl --eval-quality 0.5 | no problem of plain.jsonl has a pass_rate
 --eval-max-new-tokens 0 | --eval-max-new-tokens must be at least 1
+--reward-timeout 0 | --reward-timeout must be above 0, found 0.0
 --length-weight -1 | --length-weight must be at least 0
 --overlong-cache 7 | --overlong-cache 7 exceeds --max-new-tokens
 --overlong-cache 0 | --overlong-cache must be at least 1
@@ -173,13 +176,22 @@ FLAGS = """
 --logits-per-chunk 0 | --logits-per-chunk must be at least 1
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
+--keep-completions -1 | --keep-completions must be at least 0
 --seed -1 | --seed must be at least 0
+--lora-rank -1 | --lora-rank must be at least 0
+--lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0
+--lora-rank 2 --lora-targets q_proj lm_head | must be among q_proj k_proj v_proj o_proj
 --reward none.py:f | there is no file none.py
 --reward maths | reward 'maths': expected math, or path.py:function
 --reward broken.py:f | importing broken.py failed (SyntaxError
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
+--columns problem=a | --columns problem=a: expected problem=NAME answer=NAME
+--data owner/name:train | owner/name:train: cannot be read
+--model toy --template-kwargs [1 | --template-kwargs [1: not a JSON object
+--model toy --stop 'two tokens' | --stop 'two tokens': is 10 tokens of this tokenizer, not one
+--preset grpo | invalid choice: 'grpo'
 --reward good.jsonl:f | good.jsonl is not a Python file
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
@@ -205,6 +217,22 @@ def test_bad_flags(refused, words, message):
     refused(message, [*BASE.split(), *shlex.split(words)])
 
 
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("", "--lr and --max-new-tokens"),
+        ("--lr 1e-6", "--max-new-tokens"),
+        ("--max-new-tokens 9", "--lr"),
+        ("--preset paper", "--lr and --max-new-tokens"),
+    ],
+)
+def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):
+    """3e-4 would ruin a model of 1.5 B without a word."""
+    refused(
+        f"{named}: our defaults fit the shipped model alone", ["--model", "toy", *words.split()]
+    )
+
+
 def test_declared_levels_need_their_highest_numbers(refused):
     words = BASE.replace("--quality 1", "--difficulty level").split()
     refused("--difficulty level needs --quality", words)
@@ -224,7 +252,7 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     flags = [f"--{name.replace('_', '-')}" for name in vars(Config())]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
-    assert " ".join(found) == "options levels objective optimizer sampling memory files"
+    assert " ".join(found) == "options levels objective optimizer sampling prompts memory files"
 
 
 def test_underscores_and_a_flag_that_stands_twice(folder, capsys):
@@ -264,7 +292,7 @@ config.json {"rms_norm_eps": -1.0} | rms_norm_eps -1.0 must be above 0
 config.json {"rope_parameters": {"rope_theta": 0}} | rope_theta 0 of the rotary
 config.json {"rope_parameters": {"rope_theta": "big"}} | config.json
 config.json {"rope_parameters": {"rope_type": "linear", "rope_theta": 9, "factor": 0}} | factor 0
-config.json {"rope_parameters": {"rope_type": "yarn", "rope_theta": 9, "factor": 2}} | 'yarn' is
+config.json {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 9, "factor": 2}} | 'dynamic'
 config.json {"max_position_embeddings": 0} | max_position_embeddings 0 must be above 0
 config.json {"model_type": "gpt2"} | 'gpt2' is not supported (llama, qwen2, qwen3 are)
 config.json {"model_type": "nonsense"} | config.json
@@ -284,7 +312,6 @@ generation_config.json {"eos_token_id": "</s>"} | stop token '</s>'
 generation_config.json = { | generation_config.json: not a JSON object
 tokenizer.json = { | its tokenizer cannot be loaded
 tokenizer.json | tokenizer
-chat_template.jinja | its tokenizer has no chat template
 chat_template.jinja = {% for %} | chat template fails (TemplateSyntaxError
 chat_template.jinja = {{ 1 / 0 }} | chat template fails (ZeroDivisionError
 chat_template.jinja = {{ raise_exception('no system turns') }} | no system turns
@@ -360,6 +387,6 @@ def test_bad_run_directories(begun, refused):
 def test_what_a_run_directory_is_never_used_for(begun, refused):
     """Another run does not write to it, and a resumed run has the flags that it began with."""
     refused("--out run: exists already", BASE.split())
-    for words in ("--lr 0.1", "--out other", "--explain"):
+    for words in ("--lr 0.1", "--out other", "--explain", "--reward-timeout 9"):
         message = f"the flags of run, and {words.split()[0]} is not one that may differ"
         refused(message, ["--resume", "run", *words.split()])

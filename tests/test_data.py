@@ -26,7 +26,7 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
         ("", "nothing in it"),
         (GOOD + "\n{oops", "line 2"),
         (GOOD + "\n[1]", "line 2: expected a JSON object"),
-        ('{"problem": "1+1"}', 'line 1: no "answer"'),
+        ('{"problem": "1+1"}', "line 1: no problem and answer"),
         ('{"problem": " ", "answer": "2"}', "line 1.*blank"),
         ('{"problem": "1+1", "answer": null}', "line 1.*answer"),
         ('{"problem": "1+1", "answer": Infinity}', "line 1.*finite"),
@@ -99,7 +99,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     data.write_problems("t.jsonl", [problems[1], Problem("story", "a " + story, "1")])
     data.write_problems("e.jsonl", [*problems, Problem("near", "b " + story, "1")])
     data.main(["--overlap", "t.jsonl", "e.jsonl"])
-    printed = capsys.readouterr().out.splitlines()
+    printed = [line for line in capsys.readouterr().out.splitlines() if "columns" not in line]
     assert printed[0] == "e.jsonl: 1 of 4 problems stand in t.jsonl, 1 nearly"
     name = problems[1].id
     assert printed[1:] == [f"  exact: {name} = {name}", "  near: near = story"]
@@ -107,29 +107,132 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         data.main(["--out", "t.jsonl"])
 
 
-def test_a_benchmark_comes_from_the_hub_by_name(monkeypatch, tmp_path):
-    """Columns by one table; answers that are numbers or lists; without `datasets`, an error that
-    says what to install."""
+# What others publish -> problem, answer, level.
+LAYOUTS = {
+    "GSM8K": (
+        {"question": "q", "answer": "9-2=<<9-2=7>>7 1,007 left.\n#### 1,007"},
+        ("q", "1,007", None),
+    ),
+    "MATH": (
+        {
+            "problem": "q",
+            "level": "Level 5",
+            "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}.",
+        },
+        ("q", "\\frac{1}{2}", 5),
+    ),
+    "MATH, level unknown": (
+        {"problem": "q", "level": "Level ?", "solution": "\\boxed{3}"},
+        ("q", "3", None),
+    ),
+    "MATH-500": (
+        {"problem": "q", "solution": "\\boxed{x}", "answer": "(3, \\pi)", "level": 2},
+        ("q", "(3, \\pi)", 2),
+    ),
+    "DeepScaleR": (
+        {"problem": "q", "answer": "-\\frac{2}{3}", "solution": ""},
+        ("q", "-\\frac{2}{3}", None),
+    ),
+    "DAPO": (
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": "Solve the following math problem step by step. The last line of "
+                    "your response should be of the form Answer: $Answer.\n\nq\n\nmore\n\n"
+                    'Remember to put your answer on its own line after "Answer:".',
+                }
+            ],
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+        },
+        ("q\n\nmore", "34", None),
+    ),
+    "Skywork": (
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "reward_model": {"ground_truth": '["[1,2)"]', "style": "rule"},
+        },
+        ("q", "[1,2)", None),
+    ),
+    "OlympiadBench": ({"question": "q", "final_answer": ["$1$", "$-1$"]}, ("q", "1, -1", None)),
+    "amc22_23": ({"problem": "q", "answer": 142.0}, ("q", "142", None)),
+}
+
+
+def read_rows(tmp_path, *rows, columns=()):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return read_problems(path, columns)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_as_they_are_published(name, tmp_path):
+    """A rationale taken for the gold answer makes every right answer wrong."""
+    row, expected = LAYOUTS[name]
+    (p,) = read_rows(tmp_path, row)
+    assert (p.problem, p.answer, p.level) == expected
+    assert data.gradable("p", [p]) == [p]
+
+
+def test_columns_by_name(tmp_path):
+    """Of columns that are named, the final answer is taken, as of the known layouts."""
+    row = {"a": {"b": "1+1"}, "c": "so\n#### 2", "answer": "none", "hard": 3}
+    words = ["problem=a.b", "answer=c", "level=hard"]
+    (p,) = read_rows(tmp_path, row, columns=words)
+    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {})
+    assert read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)[0].answer == "1"
+    for wrong in (["problem=a"], ["problem=a", "answer=b", "more=c"], ["c"]):
+        with pytest.raises(ValueError, match="--columns .*expected problem=NAME answer=NAME"):
+            read_rows(tmp_path, row, columns=wrong)
+
+
+@pytest.mark.parametrize(
+    "answer", ["He has 42.\n#### 42", "so \\boxed{7}", "(1, 2", " . ", "many words " * 9]
+)
+def test_golds_that_cannot_be_graded(answer, capsys):
+    """Few are left out, aloud; many stop the run: a column of something else was read."""
+    good = [Problem(str(i), "q", a) for i, a in enumerate(["1", "x+1", "two apples"] * 50)]
+    bad = Problem("bad", "q", answer)
+    assert data.gradable("f", [*good, bad]) == good
+    assert "f: 1 of 151 gold answers cannot be graded (bad: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="f: 2 of 152 gold answers .* --columns"):
+        data.gradable("f", [*good, bad, bad])
+
+
+def test_data_sets_and_parquet(tmp_path, monkeypatch):
+    """As `datasets` gives them, which is imported only then."""
+    datasets = pytest.importorskip("datasets", reason="needs the library datasets")
+    row = {"question": "1+1", "answer": "#### 2"}
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "set/main.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_list([row]).to_parquet(str(path))
+    (p,) = read_problems(path)
+    assert (p.id, p.problem, p.answer) == ("main-0", "1+1", "2")
+    (q,) = read_problems(f"{path.parent}:train")  # a folder of such files
+    assert (q.problem, q.answer) == ("1+1", "2")
+
+
+def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
+    """Repository, revision, configuration and split; benchmarks have short names; without
+    `datasets`, an error that says what to install."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="minerva.*pip install datasets"):
         read_problems("minerva")
     rows = {
-        ("AI-MO/aimo-validation-amc", None, "train"): {"problem": "1+1", "answer": 2.0},
-        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"): {
-            "question": "roots?",
-            "final_answer": ["$1$", "$-1$"],
-        },
-        ("math-ai/amc23", None, "test"): {"q": "1"},
+        ("AI-MO/aimo-validation-amc", None, "train", None): {"problem": "1+1", "answer": 2.0},
+        ("o/gsm8k", "main", "test", "v2"): {"question": "1+1", "answer": "#### 2"},
+        ("math-ai/amc23", None, "test", None): {"q": "1"},
     }
 
-    def load_dataset(name, configuration=None, split=None):
-        return [rows[name, configuration, split]]
+    def load_dataset(name, configuration=None, *, split, revision):
+        return [rows[name, configuration, split, revision]]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", "2")]
-    assert read_problems("olympiadbench")[0].answer == "1, -1"
-    for name, message in (("amc23", "KeyError: 'answer'"), ("minerva", "math-ai/minervamath")):
+    assert read_problems("o/gsm8k@v2:main:test")[0].answer == "2"
+    for name, message in (("amc23", "amc23, row 0.*has: q"), ("minerva", "math-ai/minervamath")):
         with pytest.raises(ValueError, match=message):
             read_problems(name)
 

@@ -1,14 +1,20 @@
 """Numbers one can trust: pass@k by brute force, intervals, votes, and the command line."""
 
+import functools
 import itertools
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
+from datetime import datetime
 
+import launch
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+import data
 import eval as evaluation
 from data import Problem, read_problems
 from eval import (
@@ -18,10 +24,14 @@ from eval import (
     interval,
     majority,
     make_row,
+    measure,
     pass_at_k,
     requests,
+    result_of,
     wilson,
 )
+from infra import directory
+from infra.directory import lock
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 from rollout import Completion
 from tools import papers
@@ -60,10 +70,11 @@ def test_an_interval_knows_of_what_it_did_not_see():
 
 def test_samples_of_one_problem_are_one_cluster():
     """Equal samples tell no more than one. Taken one by one, they would halve the interval."""
-    row = {"answer": "1", "tokens": 1, "stopped": True, "text": ""}
-    result = [[row | {"verdict": RIGHT if i < 40 else WRONG}] for i in range(100)]
-    one = [evaluation.measure(rows, 1)["avg@1"] for rows in result]
-    four = [evaluation.measure(rows * 4, 1)["avg@4"] for rows in result]
+    row = dict.fromkeys(("file", "problem_id", "level", "text"), "")
+    row |= {"answer": "1", "tokens": 1, "stopped": True}
+    samples = [[row | {"verdict": RIGHT if i < 40 else WRONG}] for i in range(100)]
+    one = [measure(result_of(rows), 1)["avg@1"] for rows in samples]
+    four = [measure(result_of(rows * 4), 1)["avg@4"] for rows in samples]
     assert interval(one) == interval(four)
 
 
@@ -167,6 +178,44 @@ def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
 
 
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
+    """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
+    they invent, and the box of its answer is graded. More stops are given as text."""
+    policy = evaluation.Policy.load(str(toy_folder))
+    tokenizer = policy.tokenizer
+    assert evaluation.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    assert tokenizer.decode(evaluation.end_of_turn(tokenizer)) == "<|im_end|>"
+    tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
+    assert evaluation.end_of_turn(tokenizer) is None
+    policy = evaluation.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_path):
+    """Base models have none. Their prompt is the problem, the suffix and a new line."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    policy = evaluation.Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
+    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
+    policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
+    assert (tmp_path / "saved/chat_template.jinja").read_text() == data.PLAIN_TEMPLATE
+
+
+def test_a_template_takes_arguments(toy_folder):
+    """Qwen3 thinks unless the template hears enable_thinking=False."""
+    flags = data.Prompting(template_kwargs='{"enable_thinking": false}')
+    policy = evaluation.Policy.load(str(toy_folder), flags=flags)
+    policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
+    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    assert policy.tokenizer.decode(prompt.tokens) == "no"
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -208,8 +257,10 @@ def test_command_line_writes_what_it_prints(tmp_path, run):
     run(*flags.split()[:-2], "--out", "again")  # no longer measures difficulty
     assert (tmp_path / "again/completions.jsonl").read_text().splitlines() != lines
     for p in read_problems(tmp_path / "g.jsonl"):
-        assert p.other == {"source": "s", "pass_rate_samples": 3}
-        assert p.pass_rate is not None
+        assert p.other["source"] == "s" and p.pass_rate is not None
+        measured = p.other["measured"]
+        assert (measured["samples"], measured["temperature"], measured["examples"]) == (3, 1.0, 0)
+        assert measured["max_new_tokens"] == 8
 
 
 def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
@@ -262,6 +313,10 @@ def test_published_means_are_those_of_their_rows():
         ("--model no/such/folder/anywhere", "neither a folder nor"),
         ("--data none.jsonl", "cannot be read"),
         ("--data p.jsonl sub/p.jsonl", "stands twice"),
+        ("--max-new-tokens 0", "--max-new-tokens: our default fits the shipped model alone"),
+        ("--template-kwargs {", "--template-kwargs {: not a JSON object"),
+        ("--stop ab", "--stop 'ab': is 2 tokens of this tokenizer, not one"),
+        ("--columns problem=q", "expected problem=NAME answer=NAME"),
         ("--samples 0", "argument --samples: must be at least 1"),
         ("--samples 2 --k 3", "--k must be"),
         ("--top-p 0", "--top-p"),
@@ -269,21 +324,32 @@ def test_published_means_are_those_of_their_rows():
         ("--colour red", "unrecognized"),
         ("--add-pass-rate no/such/folder/g.jsonl", "g.jsonl"),
         ("--add-pass-rate p.jsonl", "p.jsonl: needs"),
-        ("--out taken", "File exists: 'taken'"),
+        ("--out taken", "--out taken: exists already, and is no evaluation to go on with"),
+        ("--out run", "--out run: exists already, and is no evaluation to go on with"),
+        ("--like none", "--like none: it is not the folder of a training run (FileNotFound"),
+        ("--like taken", "--like taken: it is not the folder of a training run (FileNotFound"),
+        ("--like a", "--like a: it is not the folder of a training run ("),
         ("--compare a q", "no problem in common"),
         ("--compare a none", "cannot be read"),
+        ("--compare a taken", "cannot be read"),
         ("--compare a strange", "not what eval.py writes"),
+        ("--compare a stranger", "not what eval.py writes"),
+        ("--compare a p.jsonl", "not what eval.py writes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_path, run):
     write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
     write_result(tmp_path / "a", [[1]])
     write_result(tmp_path / "q", [[1]], "q.jsonl")
-    write_lines(tmp_path / "strange/completions.jsonl", [{"text": "1"}])
+    write_lines(tmp_path / "strange/results.jsonl", [{"settings": {}}, {"text": "1"}])
+    wrong = {"file": "p", "problem_id": "0", "level": None, "n": 0, "right": 1}
+    write_lines(tmp_path / "stranger/results.jsonl", [{"settings": {}}, wrong])
+    write_lines(tmp_path / "run/config.json", [{"levels": []}])
+    write_lines(tmp_path / "a/config.json", [{"levels": []}])
     (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        run("--data", "p.jsonl", *flags.split())
+        run("--data", "p.jsonl", "--max-new-tokens", 4, *flags.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
@@ -309,17 +375,192 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
     assert len((tmp_path / "o/completions.jsonl").read_text().splitlines()) == 8
 
 
+# --------------------------------------------------------------------------- processes and crashes
+
+FILES = "o/config.json o/completions.jsonl o/results.jsonl o/summary.json g.jsonl"
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy_folder, tmp_path_factory):
+    """evaluated(name, world, sabotage): measure the difficulty of 19 problems in a folder of that
+    name, or go on with it -> the folder, exit codes. A process writes 4 problems at a time."""
+    root = tmp_path_factory.mktemp("evaluated")
+
+    def evaluated(name, world=1, sabotage=None):
+        rows = [{"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2} for i in range(19)]
+        write_lines(root / name / "p.jsonl", rows)
+        flags = {"model": toy_folder, "data": "p.jsonl", "samples": 4, "slots": 2, "out": "o"}
+        flags |= {"max_new_tokens": 6, "dtype": "float64", "add_pass_rate": "g.jsonl"}
+        processes = launch.start(root / name, launch.words(**flags), world, sabotage, "eval")
+        return root / name, launch.wait(processes)
+
+    return evaluated
+
+
+@pytest.fixture(scope="module")
+def whole(evaluated):
+    """Of one process that nothing disturbed."""
+    folder, codes = evaluated("whole")
+    assert codes == [0], launch.said(folder)
+    return folder
+
+
+def contents(folder):
+    return [(folder / name).read_bytes() for name in FILES.split()]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_writes_the_same_files(evaluated, whole, world):
+    """A share that is left out, counted twice, or written in the order of processes. The last
+    block leaves a process without problems."""
+    many, codes = evaluated(f"many{world}", world)
+    assert codes == [0] * world, launch.said(many)
+    assert contents(many) == contents(whole)
+    last = launch.said(many).splitlines()[-1]
+    assert json.loads(last) == json.loads((whole / "o/summary.json").read_text())
+    assert launch.said(many, rank=1) == ""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("before, after, done", [(1, 1, 8), (2, 1, 16), (1, 2, 8)])
+def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
+    evaluated, whole, before, after, done
+):
+    """What was graded is lost or done twice; a half-written line is believed, or a problem with
+    some of its samples."""
+    name = f"killed{before}{after}"
+    sabotage = functools.partial(launch.at_call, "eval.attempt", 3, launch.die)
+    folder, codes = evaluated(name, before, sabotage)
+    assert -signal.SIGKILL in codes and not (folder / "o/results.jsonl").exists()
+    log = folder / "o/completions.jsonl"
+    assert len(log.read_text().splitlines()) == 4 * done
+    torn = (whole / "o/completions.jsonl").read_text().splitlines(keepends=True)[4 * done :]
+    with open(log, "a") as file:  # of the next problem, 2.5 of 4 samples or 3.5
+        file.write("".join(torn[: before + 1]) + torn[before + 1][:30])
+    _, codes = evaluated(name, after)
+    assert codes == [0] * after, launch.said(folder)
+    assert f"{done} problems are done, {19 - done} are left" in launch.said(folder)
+    assert contents(folder) == contents(whole)
+
+
+SHORT = "--data p.jsonl --samples 2 --max-new-tokens 4"
+
+
+def changed_settings(folder, name):
+    """-> flags; something is different now, in a folder with an evaluation."""
+    if name == "prompts":
+        write_lines(folder / "p.jsonl", [{"problem": "2+1", "answer": "2"}])
+    if name == "weights":
+        path = folder / "m/model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"] += 1
+        save_file(tensors, path)
+    return {"temperature": "--temperature 0.5", "purpose": "--add-pass-rate g.jsonl"}.get(name, "")
+
+
+@pytest.mark.parametrize("name", ["temperature", "prompts", "weights", "purpose"])
+def test_it_goes_on_with_the_same_settings_alone(toy_folder, tmp_path, run, capsys, name):
+    """Half of a result at another temperature, or of another model, would be a number of nothing.
+    With the same settings nothing is sampled again, and the tables are printed once more."""
+    shutil.copytree(toy_folder, tmp_path / "m")
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    flags = ["--model", "m", *SHORT.split(), "--out", "o"]
+    before = run(*flags)
+    (i,) = (i for i, line in enumerate(before) if "0 problems are done, 1 are left" in line)
+    again = run(*flags, "--slots", "8")
+    assert "1 problems are done, 0 are left" in again[i] and again[i + 1 :] == before[i + 1 :]
+    more = changed_settings(tmp_path, name).split()
+    files = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, *more)
+    assert stop.value.code == 2
+    assert f"began with other settings ({name})" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "o").iterdir()} == files
+
+
+def test_two_processes_do_not_write_to_one_evaluation(tmp_path, run, capsys):
+    """Each would append what the other appends."""
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    flags = [*SHORT.split(), "--out", "o"]
+    run(*flags)
+    with lock(tmp_path / "o/config.json"), pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 2 and "another process is writing" in capsys.readouterr().err
+
+
+class Noon(datetime):
+    @classmethod
+    def now(cls):
+        return cls(2025, 1, 1, 12)
+
+
+def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(tmp_path, run, monkeypatch):
+    """The second died: at its end, or after minutes of loading. A folder that is named must be
+    new."""
+    monkeypatch.setattr(directory, "datetime", Noon)
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    for _ in range(3):
+        run(*SHORT.split())
+        directory.create(None, {"lr": 1})
+    day = "20250101-120000"
+    names = [f"{kind}{day}{more}" for kind in ("", "eval-") for more in ("", "-2", "-3")]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+    config = json.loads((tmp_path / f"runs/{day}-2/config.json").read_text())
+    assert config == {"lr": 1, "out": f"runs/{day}-2"}
+    with pytest.raises(OSError):
+        directory.create(f"runs/{day}", {})
+
+
+# --------------------------------------------------------------------------------- as in training
+
+
+def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, capsys):
+    """Another temperature, length or dtype than in training measures another policy. A flag that
+    is given wins, then the protocol."""
+    config = {
+        "temperature": 0.7,
+        "examples": "e.jsonl",
+        "dtype": "bfloat16",
+        "seed": 5,
+        "data": "d",
+    }
+    config |= {"allow_last_number": True, "eval_max_new_tokens": None, "slots": 3}
+    config["levels"] = [{"max_new_tokens": 300}, {"max_new_tokens": 200}]
+    write_lines(tmp_path / "run/config.json", [config])
+    like = ["--like", str(tmp_path / "run")]
+    (tmp_path / "run/checkpoints").mkdir()
+    with pytest.raises(SystemExit):
+        evaluation.main([*like, "--examples", ""])
+    assert "run/checkpoints: no config.json, so this is not a" in capsys.readouterr().err
+    for name in ("000099", "000100", "000200.damaged"):
+        (tmp_path / "run/checkpoints" / name).mkdir()
+    _, args = evaluation.parse_args(like)
+    assert args.model == str(tmp_path / "run/checkpoints/000100")
+    assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
+    assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
+    assert (args.seed, args.slots, args.data) == (0, 256, evaluation.parse_args([])[1].data)
+    given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
+    _, args = evaluation.parse_args([*given.split(), *like])
+    assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
+    assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
+    write_lines(tmp_path / "run/config.json", [config | {"eval_max_new_tokens": 50}])
+    assert evaluation.parse_args(like)[1].max_new_tokens == 50
+
+
 # ------------------------------------------------------------------------------------- comparison
 
 
-def write_result(folder, right, file="p.jsonl"):
-    """completions.jsonl of one file: right[i][k], whether sample k of problem i is right."""
-    rows = []
+def write_result(folder, right, file="p.jsonl", **settings):
+    """results.jsonl of one file: right[i][k], whether sample k of problem i is right."""
+    lines = [{"settings": settings}]
     for i, many in enumerate(right):
+        rows = []
         for k, r in enumerate(many):
             done = Attempt(Completion([5], [0.0], True), "", str(r), RIGHT if r else WRONG)
             rows.append(make_row(f"{folder}/{file}", str(i), None, k, done))
-    write_lines(folder / "completions.jsonl", rows)
+        lines.append(result_of(rows))
+    write_lines(folder / "results.jsonl", lines)
 
 
 def test_compare_pairs_problems(tmp_path, run):
@@ -327,9 +568,9 @@ def test_compare_pairs_problems(tmp_path, run):
     would not differ at all. A third problem has no partner."""
     write_result(tmp_path / "a", [[1, 0], [1, 1], [1, 1]])
     write_result(tmp_path / "b", [[1, 1], [0, 1]])
-    lines = (tmp_path / "b/completions.jsonl").read_text().splitlines()
-    (tmp_path / "b/completions.jsonl").write_text("\n".join(lines[2:] + lines[:2]))
-    printed = run("--compare", "a", "b")
+    first, *lines = (tmp_path / "b/results.jsonl").read_text().splitlines()
+    (tmp_path / "published.jsonl").write_text("\n".join([first, *reversed(lines)]))
+    printed = run("--compare", "a", "published.jsonl")
     report = json.loads(printed[-1])["p"]
     assert "3 problems in A, 2 in B, 2 in both" in printed
     expected = {"A": 0.75, "B": 0.75, "difference": 0, "low": -0.5, "high": 0.5, "p": 1}
@@ -339,15 +580,23 @@ def test_compare_pairs_problems(tmp_path, run):
     assert (report["majority"]["A"], report["majority"]["B"]) == (1.0, 0.5)
 
 
+def test_compare_reads_what_an_evaluation_publishes(tmp_path, run):
+    """results.jsonl alone: without texts, without the folder around it."""
+    write_lines(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": "1"} for i in range(3)])
+    for name in "ab":
+        run(*SHORT.split(), "--seed", ord(name), "--out", name)
+        shutil.move(tmp_path / name / "results.jsonl", tmp_path / f"{name}.jsonl")
+        shutil.rmtree(tmp_path / name)
+    assert "text" not in (tmp_path / "a.jsonl").read_text()
+    printed = run("--compare", "a.jsonl", "b.jsonl")
+    assert printed[:2] == ["seed differs: A 97, B 98", "3 problems in A, 3 in B, 3 in both"]
+    assert json.loads(printed[-1])["p"]["problems"] == 3
+
+
 def test_compare_says_which_settings_differ(tmp_path, run):
     """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better
     model."""
-    write_result(tmp_path / "a", [[1, 0]])
-    write_result(tmp_path / "b", [[1, 1]])
-    settings = dict.fromkeys(evaluation.SETTINGS.split()) | {"temperature": 1.0, "k": 2}
-    write_lines(tmp_path / "a/summary.json", [settings])
-    assert "no summary.json beside both" in run("--compare", "a", "b")[0]
-    settings |= {"temperature": 0.6, "protocol": "deepscaler"}
-    write_lines(tmp_path / "b/summary.json", [settings])
+    write_result(tmp_path / "a", [[1, 0]], temperature=1.0, k=2)
+    write_result(tmp_path / "b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
     said = [line for line in run("--compare", "a", "b") if "differs" in line]
     assert said == ["protocol differs: A None, B 'deepscaler'", "temperature differs: A 1.0, B 0.6"]

@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_are_not_written(run, tmp_path, capsys, monk
     monkeypatch.setattr(Learner, "publish", spoiled)
     assert run() == 1
     error = capsys.readouterr().err
-    assert "the weights are no longer finite" in error
+    assert "the weights are no longer finite" in error and "Free space" not in error
     assert "the last good checkpoint is run/checkpoints/000001" in error
     assert checkpoints(tmp_path) == ["000001"]
 
@@ -311,3 +311,36 @@ def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
     idle_run.first_entropy = 0.5
     unpack(idle_run, json.loads(state))
     assert idle_run.first_entropy == 1.5
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "where, phase, saved",
+    [
+        ("infra.setup.Learner", "setting up", []),
+        ("train.attempt", "sampling", ["000000"]),
+        ("train.objective", "learning", ["000000"]),
+        ("train.requests", "evaluating", ["000000"]),
+        ("infra.run.Run.check_weights", "saving", []),
+    ],
+)
+def test_a_gpu_without_memory_is_said_in_one_sentence(
+    run, tmp_path, capsys, monkeypatch, where, phase, saved
+):
+    """A traceback of forty lines names neither what the run was at nor the flag that helps."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(where, full)
+    assert run(save_every=0, eval_every=int(phase == "evaluating"), eval_data="p.jsonl") == 1
+    error = capsys.readouterr().err
+    (said,) = [line for line in error.splitlines() if "out of memory" in line]
+    assert f"out of memory while {phase}:" in said and "Traceback" not in error
+    flags = "--slots --micro-batch-tokens --logits-per-chunk --recompute --lora-rank --fsdp --plan"
+    for flag in flags.split():
+        assert flag in said
+    folders = (tmp_path / "run/checkpoints").iterdir()
+    assert [path.name for path in folders] == saved

@@ -15,13 +15,24 @@ from model import (
     ChosenLogprobs,
     Linear,
     Transformer,
-    inverse_frequencies,
     log_softmax,
     micro_batches,
     pad,
+    rotary,
 )
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500.0,
+}
 SHAPES = {
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "llama, linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    ),
     "llama": ("llama", {}),
     "llama tied, biases everywhere": (
         "llama",
@@ -79,9 +90,15 @@ def test_old_spellings_of_rotary_settings(kind, tmp_path):
     del config["rope_parameters"]
     config |= {"rope_theta": 700.0, "rope_scaling": {kind: "linear", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    rope = Transformer.from_pretrained(tmp_path).model.rope
-    frequencies = inverse_frequencies(rope, 4, torch.device("cpu"))
-    assert torch.allclose(frequencies, torch.tensor([1, 700**-0.5]) / 2)
+    config = Transformer.from_pretrained(tmp_path).config
+    frequencies, _ = rotary(config, 8, torch.device("cpu"))
+    assert torch.allclose(frequencies, 700 ** -torch.arange(0, 1, 0.25) / 2)
+
+
+def test_yarn_lengthens_the_context():
+    """Qwen2.5's way to 131,072 tokens leaves max_position_embeddings at 32,768."""
+    assert Transformer(small_config("qwen2", rope_parameters=YARN)).context == 256
+    assert Transformer(small_config("qwen2", rope_parameters=YARN | {"factor": 8.0})).context == 512
 
 
 def test_shards_are_read_as_one(tmp_path):

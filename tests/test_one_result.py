@@ -39,9 +39,16 @@ FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --g
 --warmup 2 --device cpu --length-weight 0.3 --kl-coef 0.05 --dtype float64 --eval-every 2
 --save-every 2 --max-grad-norm 0.1"""
 REWARD = """
+import time
+
 def some(problem, response):
     share = sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
     return 1 if int(problem['id']) % 2 else share
+
+def late(problem, response):
+    if problem['id'] in ('3', '11'):
+        time.sleep(60)
+    return some(problem, response)
 
 def raises(problem, response):
     import os
@@ -90,9 +97,10 @@ def assert_equal(one, other, tolerance=1e-9):
         rows = [without_time(path / name) for path in (one, other)]
         for row, expected in zip(*rows, strict=True):
             assert row == pytest.approx(expected, abs=tolerance)
-    for name in ("model", "optimizer"):
-        file = f"checkpoints/000003/{name}.safetensors"
-        tensors = [load_file(path / file) for path in (one, other)]
+    files = sorted(path.name for path in (one / "checkpoints/000003").glob("*.safetensors"))
+    assert len(files) == 2  # of the policy and of the optimizer
+    for name in files:
+        tensors = [load_file(path / f"checkpoints/000003/{name}") for path in (one, other)]
         torch.testing.assert_close(*tensors, rtol=0, atol=tolerance)
 
 
@@ -114,6 +122,22 @@ def test_memory_and_processes_change_nothing_over_three_updates(workshop, settin
     assert_equal(run(workshop, setting), run(workshop, "1"))
     for row in without_time(workshop / "1/metrics.jsonl"):
         assert row["groups_kept"] == 3 and row["groups_all_right"] > 0  # else this would say little
+
+
+LORA = "--lora-rank 2 --lora-alpha 8 --lr 1e-2"
+
+
+@pytest.mark.parametrize(
+    "setting", ["1 --slots 3 --micro-batch-tokens 1 --recompute", "2", "2 --fsdp", "4 --recompute"]
+)
+def test_factors_are_one_result_too(workshop, setting):
+    """Factors of its own on every process, gradients of factors that are not summed, frozen weights
+    that FSDP gives a gradient."""
+    assert_equal(run(workshop, f"{setting} {LORA}"), run(workshop, f"1 {LORA}"))
+    first, *_, last = without_time(workshop / f"1 {LORA}/metrics.jsonl")
+    assert first["grad_norm"] > 0 and last["groups_kept"] == 3
+    found = load_file(workshop / f"1 {LORA}/checkpoints/000003/adapter_model.safetensors")
+    assert all(tensor.any() for tensor in found.values())  # B was 0, and has been learned
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
@@ -191,7 +215,19 @@ def to_second(number, original):
     return original()
 
 
+def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
+    """One that knows the group as broken and one that waits for it would part for ever."""
+    flags = "--reward r.py:late --reward-timeout 1 --prompts 20"
+    one, two = (run(workshop, f"{world} {flags}") for world in (1, 2))
+    assert_equal(one, two)
+    rows = without_time(two / "metrics.jsonl")
+    for name in ("reward_timeouts", "groups_broken"):  # the second update trains on a surplus
+        assert [row[name] for row in rows] == [2, 0, 2]
+
+
 ZERO = ZeroDivisionError("nobody expected this")
+# Before the shards of the optimizer are gathered, for which the other process waits.
+UNSAVED = partial(at_call, "infra.run.Run.write", 1, partial(fail, ZERO))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +235,7 @@ ZERO = ZeroDivisionError("nobody expected this")
     [
         ("--reward r.py:raises", None, 1, "process 1: --reward r.py:raises"),
         ("", partial(at_call, "train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
+        ("--fsdp", UNSAVED, 1, "checkpoint 000002 cannot be written (nobody expected this)"),
         ("--data none.jsonl", None, 2, "none.jsonl: cannot be read"),
     ],
 )
@@ -208,6 +245,28 @@ def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code
     assert ended(workshop, f"2 {flags}", words, sabotage) == [code, code]
     assert words in launch.said(workshop)
     assert sabotage or "rror" not in launch.said(workshop, 1)
+
+
+@pytest.mark.parametrize(
+    "where, phase", [("train.score", "sampling"), ("train.objective", "learning")]
+)
+def test_a_gpu_without_memory_ends_all_processes(workshop, where, phase):
+    """While one has left, others wait for its gradients; a common save would wait for ever."""
+    sabotage = partial(at_call, where, 1, partial(out_of_memory, "1"))
+    codes = ended(workshop, "2", where, sabotage)
+    assert all(codes) and codes[1] == 1
+    assert f"out of memory while {phase}" in launch.said(workshop, 1)
+    assert "Traceback" not in launch.said(workshop, 1)
+    assert not any((workshop / where / "checkpoints").iterdir())
+    if phase == "sampling":  # which all end together
+        assert f"out of memory while {phase}" in launch.said(workshop)
+        assert "Traceback" not in launch.said(workshop)
+
+
+def out_of_memory(rank, original):
+    if os.environ["RANK"] == rank:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return original()
 
 
 @pytest.mark.skipif(not FSDP_ON_CPU, reason=launch.NO_FSDP)

@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 import train
 from eprli import Buffer, Group
-from infra import kernels
+from infra import kernels, lora
 from infra.flags import Config, resolve_levels
 from infra.optimizer import Learner
 from infra.ranks import Ranks
@@ -48,6 +48,8 @@ def make_learner(cfg, family, tied):
     config = small_config(family, **sizes, num_hidden_layers=4, tie_word_embeddings=tied)
     model = Transformer(config).to(getattr(torch, cfg.dtype))
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # completions of a group differ
+    if cfg.lora_rank:
+        lora.add(model, cfg.lora_rank, cfg.lora_alpha)
     return Learner(model, Ranks(), cfg.recompute)
 
 
@@ -74,6 +76,9 @@ def fill(cfg, level, model, prompt):
         ("llama", 70, 50, False, {"dtype": "bfloat16"}),
         ("qwen3", 32, 48, True, {"temperature": 0.6}),
         ("qwen2", 32, 48, True, {"dtype": "float64", "recompute": True}),
+        ("qwen2", 32, 48, True, {"lora_rank": 8}),
+        ("llama", 70, 50, False, {"lora_rank": 8, "dtype": "bfloat16"}),
+        ("qwen2", 32, 48, True, {"lora_rank": 64, "dtype": "bfloat16", "recompute": True}),
     ],
 )
 def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_kernels):
@@ -82,7 +87,7 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     torch.manual_seed(0)
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
     shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
-    flags = {"micro_batch_tokens": 500, "logits_per_chunk": 1 << 17, **flags}
+    flags = {"dtype": "float32", "micro_batch_tokens": 500, "logits_per_chunk": 1 << 17, **flags}
     cfg = Config(minibatches=1, device="cpu", **shape, **flags)
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
@@ -141,6 +146,37 @@ def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     assert peak_gigabytes(long_run(model, recompute=False)) > 80
 
 
+def lora_run(model, length, **flags):
+    """The plan for 8 completions of so many tokens in one micro-batch, with LoRA of rank 16."""
+    lora.add(model, 16, 32.0)
+    cfg = {"dtype": "bfloat16", "device": "cuda", "slots": 8, "lora_rank": 16, **flags}
+    cfg["logits_per_chunk"] = 1 << 26  # the default on a GPU
+    counts = {"group_size": [8], "buffer_groups": [1], "max_new_tokens": [length]}
+    cfg = Config(minibatches=1, **cfg, **counts)
+    return plan(cfg, resolve_levels(cfg, measured=False), model, 256, 8)
+
+
+def test_lora_trains_1_5b_on_a_card_of_24_gb():
+    """8 x 4,096 tokens in one micro-batch, or one by one without activation checkpointing."""
+    model = shape(1536, 8960, 28, 12, 2, True)
+    whole = lora_run(model, 4096, micro_batch_tokens=8 * 4096 + 256, recompute=True)
+    assert 5 < peak_gigabytes(whole) < 20
+    assert 5 < peak_gigabytes(lora_run(model, 4096)) < 20
+    assert whole["learning"]["gradient of the head"] == 0
+    factors = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert factors == 16 * 28 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert whole["always"]["moments"] == 8 * factors and not whole["always"]["master weights"]
+    with_reference = lora_run(model, 4096, kl_coef=0.1)
+    assert with_reference["always"]["weights"] == whole["always"]["weights"]  # shared
+
+
+def test_lora_trains_7b_on_a_card_of_24_gb():
+    """With completions of 12,288 tokens, one at a time and with activation checkpointing."""
+    model = shape(3584, 18944, 28, 28, 4, False)
+    assert 17 < peak_gigabytes(lora_run(model, 12_288, recompute=True)) < 24
+    assert peak_gigabytes(lora_run(model, 12_288)) > 24
+
+
 def test_7b_over_8_cards_is_sharded():
     model = shape(3584, 18944, 28, 28, 4, False)
     one, eight = (long_run(model, processes=n, fsdp=True) for n in (1, 8))
@@ -156,7 +192,8 @@ def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkey
     (tmp_path / "config/model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    train.main(["--plan", "--model", "config", "--device", "cuda", "--fsdp", "--recompute"])
+    words = "--plan --model config --device cuda --fsdp --recompute --lr 1 --max-new-tokens 96"
+    train.main(words.split())
     printed = capsys.readouterr().out
     assert "KV cache" in printed and "gathered layers" in printed and "at its peak" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["config"]

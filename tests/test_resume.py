@@ -1,12 +1,16 @@
 """Whatever ends a run, and wherever: `--resume` goes on as if nothing had happened, bit for bit."""
 
+import fcntl
 import functools
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +18,11 @@ from types import SimpleNamespace
 import launch
 import pytest
 from launch import at_call, at_event, die, fail, full_disk, tell, words
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import model
+from infra import run
 from infra.directory import LOGS, RunDirectory
 from infra.ranks import Stop
 
@@ -90,13 +98,14 @@ def without_time(path):
     return rows
 
 
-def assert_the_same(folder, out, whole="whole"):
+def assert_the_same(folder, out, whole="whole", last=UPDATES):
     """Bit for bit: logs, weights, optimizer, and the state beside them."""
     one, other = folder / out, folder / whole
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert without_time(one / name) == without_time(other / name)
-    last = f"checkpoints/{UPDATES:06d}"
-    tensors = [f"{last}/{name}.safetensors" for name in ("model", "optimizer")]
+    last = f"checkpoints/{last:06d}"
+    tensors = [f"{last}/{path.name}" for path in (other / last).glob("*.safetensors")]
+    assert len(tensors) == 2  # of the policy and of the optimizer
     for name in ("completions.jsonl", *tensors):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     states = [json.loads((path / last / "state.json").read_text()) for path in (one, other)]
@@ -154,11 +163,14 @@ def test_what_a_kill_leaves_half_written_is_cut_off(workshop):
         {"dtype": "bfloat16", "save_every": 0},
         {"kl_coef": 0.1, "schedule": "sequential"},
         {"filter": "all", "lr_decay": "cosine", "prompts": 9},
+        {"lora_rank": 2, "kl_coef": 0.1},
+        {"lora_rank": 2, "dtype": "bfloat16", "save_every": 0},
     ],
     ids=str,
 )
 def test_a_kill_changes_nothing_under_other_settings(workshop, changes):
-    """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus."""
+    """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, factors
+    that are drawn anew."""
     assert began(workshop, "settled", **changes) == 0, launch.said(workshop)
     sabotage = functools.partial(at_call, "infra.optimizer.Learner.step", 22, die)
     assert began(workshop, "killed", sabotage, **changes) == -signal.SIGKILL
@@ -255,7 +267,7 @@ def test_checkpoints_hold_no_pickle_and_only_the_newest_are_kept(workshop):
         # The disk was full for a line, and then had room for a checkpoint.
         ("infra.directory.RunDirectory.append", 15, Stop("no room"), "no room"),
         # tokenizers raises a bare Exception.
-        ("infra.run.GenerationConfig", 3, Exception("No space left"), "written (No space left)"),
+        ("eval.GenerationConfig", 3, Exception("No space left"), "written (No space left)"),
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
@@ -299,6 +311,42 @@ def test_a_signal_that_comes_twice_at_once_is_one(workshop):
     assert began(workshop, "doubled", tell_twice) == 128 + signal.SIGINT
     assert "the state is saved" in launch.said(workshop)
     ends_the_same(workshop, "doubled")
+
+
+def hang_up(ignored):
+    """A signal of a terminal that has gone, while an update learns. ignored: by nohup"""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    at_call("train.accumulate_gradient", 6, functools.partial(tell, signal.SIGHUP))
+
+
+@pytest.mark.parametrize("ignored, code", [(False, 128 + signal.SIGHUP), (True, 0)])
+def test_a_dropped_connection_saves_unless_nohup_ignores_it(workshop, ignored, code):
+    """Its default is to end the process at once."""
+    assert began(workshop, "dropped", functools.partial(hang_up, ignored)) == code
+    assert checkpoints(workshop, "dropped")[-1] == ("000008" if ignored else "000002")
+    ends_the_same(workshop, "dropped")
+
+
+def lose_terminal():
+    """Let a terminal be what controls this process, and then take it away."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    master, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY)
+    sys.stdout = sys.stderr = open(terminal, "w", buffering=1)  # noqa: SIM115
+
+    def close(original):
+        os.close(master)  # the kernel sends SIGHUP
+        return original()
+
+    at_call("train.accumulate_gradient", 6, close)
+
+
+def test_a_terminal_that_has_gone_is_no_longer_written_to(workshop):
+    """The line of the update that is being finished would be an error, and nothing be saved."""
+    assert began(workshop, "terminal", lose_terminal) == 128 + signal.SIGHUP
+    assert checkpoints(workshop, "terminal")[-1] == "000002"
+    ends_the_same(workshop, "terminal")
 
 
 def tell_twice():
@@ -345,6 +393,130 @@ def slow(where, seconds):
     setattr(owner, name, lambda *a, **k: time.sleep(seconds) or original(*a, **k))
 
 
+# ------------------------------------------------------------------------------- large checkpoints
+
+SMALL_PARTS = 4000  # bytes; the model has about 40,000
+
+
+def in_small_parts(number=None):
+    """number  of the call of train.learn that kills the process"""
+    model.PART_BYTES = run.PART_BYTES = SMALL_PARTS
+    for where in ("infra.run.save_file", "safetensors.torch.save_file"):
+        owner, name = launch.find(where)
+        setattr(owner, name, functools.partial(save_no_more_at_once, getattr(owner, name)))
+    if number:
+        at_call("train.learn", number, die)
+
+
+def save_no_more_at_once(original, tensors, *others, **keywords):
+    """safetensors copies from a GPU all tensors of a file before it writes the first one."""
+    *before, _ = (tensor.nbytes for tensor in tensors.values()) if tensors else [0]
+    assert sum(before) < SMALL_PARTS
+    original(tensors, *others, **keywords)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_large_checkpoint_is_several_files_and_goes_on(workshop, world):
+    """Bit for bit, as from one file; transformers reads the model; a damaged part is noticed."""
+    out, sabotage = workshop / f"parts{world}", functools.partial(in_small_parts, 7)
+    assert began(workshop, out.name, sabotage, world) == -signal.SIGKILL
+    folder = out / "checkpoints/000006"
+    for name in ("model", "optimizer"):
+        parts = sorted(folder.glob(f"{name}*.safetensors"))
+        whole = load_file(workshop / f"whole/checkpoints/000006/{name}.safetensors")
+        found = [load_file(path) for path in parts]
+        assert len(parts) > 3 and sum(map(len, found)) == len(whole)
+        for key, tensor in itertools.chain(*(some.items() for some in found)):
+            assert tensor.equal(whole[key]) or world > 1
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ours = model.Transformer.from_pretrained(folder)
+    assert theirs.lm_head.weight.equal(ours.lm_head.weight)
+    if world == 1:
+        return ends_the_same(workshop, out.name)
+    flip(folder / "optimizer3.safetensors")
+    assert resumed(workshop, out.name) == 0
+    damage = "000006: skipped, it is damaged (optimizer3.safetensors is not what was written)"
+    assert damage in launch.said(workshop)
+
+
+def test_the_size_of_checkpoints_is_said_before_the_run_begins(workshop):
+    """A disk that fills up overnight. Weights in bfloat16, masters and two moments in float32."""
+    assert began(workshop, "said", dtype="bfloat16", updates=0, keep_checkpoints=3) == 0
+    size = sum(p.numel() for p in model.Transformer.from_pretrained(workshop / "toy").parameters())
+    said = launch.said(workshop)
+    assert f"every --save-every 2 updates, takes {14 * size / 1e9:.3f} GB" in said
+    assert f"being written, {4 * 14 * size / 1e9:.3f} GB" in said
+
+
+# -------------------------------------------------------------------------------------- extension
+
+LONGER = ["--updates", "4", "6"]
+SEQUENTIAL = {"schedule": "sequential", "quality": (0.8, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def extended(workshop):
+    """A run of two levels, four updates each, whose last level was given two more."""
+    assert began(workshop, "longer", **SEQUENTIAL) == 0, launch.said(workshop)
+    shutil.copytree(workshop / "longer", workshop / "not longer")
+    assert resumed(workshop, "longer", *LONGER) == 0, launch.said(workshop)
+    return workshop
+
+
+def test_more_updates_extend_the_last_level(extended):
+    """By hand: 0.01, of level 1 with two updates of warm-up, falls to 0 over four updates; and then
+    anew over the two that were added, without a warm-up. What was there stays as it is."""
+    rates = [row["lr"] for row in without_time(extended / "longer/metrics.jsonl")]
+    level = [0.005, 0.0075, 0.005, 0.0025]
+    assert rates == pytest.approx([*level, *level, 0.01, 0.005])
+    before = without_time(extended / "not longer/metrics.jsonl")
+    assert without_time(extended / "longer/metrics.jsonl")[:8] == before
+    lines = (extended / "longer/completions.jsonl").read_text().splitlines()
+    drawn = [json.loads(line) for line in lines]
+    again = {row["text"] for row in drawn if row["update"] > 8}
+    assert not again <= {row["text"] for row in drawn if row["update"] <= 8}  # other random numbers
+    old, new = (
+        json.loads((extended / f"{name}longer/config.json").read_text()) for name in ("not ", "")
+    )
+    changed = {name for name in new if new[name] != old.get(name)}
+    assert changed == {"updates", "levels", "extended_after"}
+    assert (new["updates"], new["extended_after"]) == ([4, 6], 4)
+    assert [level["updates"] for level in new["levels"]] == [4, 6]
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_kill_changes_nothing_in_what_was_added(extended, step):
+    """It is resumed without the flag: config.json has it."""
+    out = f"added{step}"
+    shutil.copytree(extended / "not longer", extended / out)
+    sabotage = functools.partial(at_call, "infra.optimizer.Learner.step", step, die)
+    words = ["--resume", out, *LONGER]
+    assert launch.wait(launch.start(extended, words, sabotage=sabotage)) == [-signal.SIGKILL]
+    assert resumed(extended, out) == 0, launch.said(extended)
+    assert_the_same(extended, out, "longer", last=10)
+
+
+def test_a_run_that_is_under_way_is_extended_too(extended):
+    """Its rates are those of one that was extended at its end. (Groups that wait are not dropped in
+    between: the level goes on.)"""
+    sabotage = functools.partial(at_call, "train.learn", 7, die)
+    assert began(extended, "early", sabotage, **SEQUENTIAL) == -signal.SIGKILL
+    assert resumed(extended, "early", *LONGER) == 0, launch.said(extended)
+    rows, others = (without_time(extended / out / "metrics.jsonl") for out in ("early", "longer"))
+    assert [row["lr"] for row in rows] == [row["lr"] for row in others]
+
+
+@pytest.mark.parametrize("updates", [(4, 3), (5, 9), (9,), (4, 4, 9)])
+def test_only_the_last_level_can_be_extended(extended, updates):
+    before = (extended / "not longer/config.json").read_bytes()
+    assert resumed(extended, "not longer", "--updates", *map(str, updates)) == 2
+    words = "with --resume it extends the last level" if len(updates) < 3 else "there are 3 levels"
+    assert words in launch.said(extended)
+    assert (extended / "not longer/config.json").read_bytes() == before
+    assert resumed(extended, "not longer", "--updates", "4", "4") == 0  # nothing changes
+    assert (extended / "not longer/config.json").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -385,6 +557,17 @@ def test_inputs_that_changed_are_refused(workshop):
         assert "p.jsonl is gone, or is not what it was" in launch.said(workshop)
     finally:
         data.write_text(before)
+
+
+def test_a_helper_of_the_reward_that_changed_is_refused(workshop):
+    """The reward would be another one, though its own file is what it was."""
+    (workshop / "with_helper.py").write_text("from reward_helper import even")
+    (workshop / "reward_helper.py").write_text(EVEN)
+    assert began(workshop, "helped", reward="with_helper.py:even") == 0, launch.said(workshop)
+    assert resumed(workshop, "helped") == 0
+    (workshop / "reward_helper.py").write_text(EVEN + "# another")
+    assert resumed(workshop, "helped") == 2
+    assert "reward_helper.py is gone, or is not what it was" in launch.said(workshop)
 
 
 def test_a_folder_that_is_no_run_is_refused(workshop):

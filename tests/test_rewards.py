@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import rewards
+from data import Problem
 from rewards import (
     CASE_SECONDS,
     ERROR,
@@ -266,6 +270,102 @@ def test_user_reward(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_reward(name)
+
+
+MODULE = """
+from dataclasses import dataclass
+import near_by
+from .relative import two
+from statistics import fmean
+
+@dataclass
+class Point:
+    x: float = near_by.ONE
+
+def one(problem, response):
+    return Point().x
+
+def three(problem, response):
+    return Point().x + two()
+"""
+
+
+def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
+    """A dataclass looks its module up in sys.modules; helpers stand beside the file. It may have
+    the name of one of our own modules. All of its files, and no others, are what --resume
+    checks."""
+    folder = tmp_path / "v1.2"
+    folder.mkdir()
+    (folder / "eval.py").write_text(MODULE)
+    (folder / "near_by.py").write_text("ONE = 1")
+    (folder / "relative.py").write_text("from . import deeper\ndef two(): return deeper.TWO")
+    (folder / "deeper.py").write_text("TWO = 2")
+    (folder / "other.py").write_text("raise ValueError")
+    (folder / "torch.py").write_text("raise ValueError")  # is imported already
+    (folder / "plistlib.py").write_text("raise ValueError")  # is imported later
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(tmp_path)
+    ours = types.SimpleNamespace(__file__=str(folder / "train.py"))  # as where it stands in a clone
+    monkeypatch.setitem(sys.modules, "a module that is imported already", ours)
+    names = ("one", "three")
+    one, three = (load_reward(f"v1.2/eval.py:{name}") for name in names)
+    assert (one({}, ""), three({}, "")) == (1, 3)
+    module, files = rewards.import_file(folder / "eval.py")
+    assert one is module.one
+    expected = ["deeper.py", "eval.py", "near_by.py", "relative.py"]
+    assert sorted(files) == [str(folder / name) for name in expected]
+    import plistlib
+
+    assert hasattr(plistlib, "loads")
+
+
+def test_a_reward_of_lists_is_known_by_the_names_of_its_parameters():
+    """Called once for a group, with a record for each response. A number too few would shift all
+    rewards behind it to other completions."""
+    problem, calls = Problem("p", "1+1", "2", other={"source": "s"}), []
+
+    def lists(problems, responses, scale=2):
+        calls.append(problems)
+        return torch.tensor([scale * len(text) for text in responses])
+
+    def short(problems, responses):
+        return [1.0]
+
+    def single(problem, responses):
+        return len(responses)
+
+    assert rewards.outcomes(lists, problem, ["a", "bb"], 60) == [2.0, 4.0]
+    record = {"id": "p", "problem": "1+1", "answer": "2", "source": "s"}
+    assert calls == [[record, record]]
+    assert rewards.outcomes(single, problem, ["a", "bb"], 60) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="1 numbers for 2 responses"):
+        rewards.outcomes(short, problem, ["a", "bb"], 60)
+
+
+def stubborn(problem, response):
+    """Catches what it can, as rewards do."""
+    try:
+        while True:
+            time.sleep(60)
+    except Exception:
+        return 1.0
+
+
+def busy(problems, responses):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("reward", [stubborn, busy])
+def test_a_reward_that_takes_too_long_is_stopped(reward):
+    """And its clock does not ring later."""
+    before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(rewards.TooLate):
+        rewards.outcomes(reward, Problem("p", "1", "1"), ["a", "b"], 0.2)
+    assert 0.2 <= time.monotonic() - start < 5
+    assert rewards.outcomes(lambda problem, response: 3, Problem("p", "1", "1"), ["a"], 0.2) == [3]
+    time.sleep(0.3)
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

@@ -3,7 +3,9 @@ what they say."""
 
 import json
 import math
+import sqlite3
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ import train
 from data import Problem, Prompt
 from eprli import Buffer, Group, Level
 from eval import Attempt
-from infra.flags import Config
+from infra.flags import Config, fill
 from infra.optimizer import Learner, learning_rate
 from infra.ranks import Ranks
 from infra.run import Stage
@@ -26,11 +28,12 @@ from train import Sample, accumulate_gradient, learn
 METRICS = (
     "update level accuracy reward_mean reward_variance_within reward_variance_between "
     "outcome_mean length_reward_mean length_mean truncated_share writes_steps_share "
-    "grader_timeouts grader_errors groups_drawn groups_kept groups_all_right groups_all_wrong "
-    "groups_broken groups_stale groups_pending carried_share objective entropy clip_low_share "
+    "grader_timeouts grader_errors reward_timeouts "
+    "groups_drawn groups_kept groups_all_right groups_all_wrong groups_broken groups_stale "
+    "groups_pending carried_share objective entropy clip_low_share "
     "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
     "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
-    "peak_memory_mb"
+    "peak_memory_mb completions_left_out"
 )
 
 
@@ -97,7 +100,7 @@ def off_policy_samples(model, n=7):
 
 def a_run(model, reference=None, learner=None, **flags):
     learner = learner or SimpleNamespace(model=model)
-    cfg = Config(temperature=0.8, **flags)
+    cfg = fill(Config(temperature=0.8, **flags))
     return SimpleNamespace(cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), trained=2)
 
 
@@ -226,6 +229,7 @@ def test_a_step_without_signal_moves_nothing():
 # --------------------------------------------------------------------------------------- whole runs
 
 REWARDS = """
+import time
 def even(problem, response):
     return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
 def sometimes(problem, response):
@@ -236,6 +240,10 @@ def always(problem, response):
     return 1.0
 def crash(problem, response):
     return problem['nothing']
+def slow(problems, responses):
+    if problems[0]["id"] in ("p0", "p4", "p8"):
+        time.sleep(60)
+    return [even(*pair) for pair in zip(problems, responses)]
 """
 DEFAULTS = {
     "data": "p.jsonl",
@@ -281,6 +289,27 @@ def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
+def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, capsys):
+    """For real, offline. A tracker that fails later costs its own rows, not the run."""
+    trackio = pytest.importorskip("trackio", reason="needs the library trackio")
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "tracked")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "tracked")
+    out = workshop(eval_data="p.jsonl", tracker="trackio")
+    (run,) = trackio.Api().runs("eprli")
+    assert run.name == "run" and run.config["lr"] == 1e-2
+    with sqlite3.connect(tmp_path / "tracked/eprli.db") as file:
+        rows = [json.loads(text) for (text,) in file.execute("select metrics from metrics")]
+    sent = [row for row in rows if "reward_mean" in row]
+    for row, logged in zip(sent, lines(out / "metrics.jsonl"), strict=True):
+        assert row["reward_mean"] == pytest.approx(logged["reward_mean"])
+        assert row["completions"]["_type"] == "trackio.table"
+    ends = [row["held out, level 1"] for row in rows if "held out, level 1" in row]
+    assert len(ends) == 3
+    monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
+    workshop(tracker="trackio", out="second")
+    assert "--tracker: update 4 is not sent (ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     out = workshop(eval_data="p.jsonl", save_every=1, length_weight=0.5)
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
@@ -291,7 +320,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
         mine = [c for c in completions if c["update"] == row["update"]]
         rewards = [c["outcome"] + c["length_reward"] for c in mine]
         right = [c["verdict"] == "right" for c in mine]  # the grader's word, not R_l
-        assert len(mine) == 4 * row["groups_drawn"]
+        assert len(mine) == 4 * row["groups_drawn"] and row["completions_left_out"] == 0
         assert row["tokens_sampled"] == sum(c["tokens"] for c in mine)
         assert row["reward_mean"] == pytest.approx(sum(rewards) / len(mine))
         groups = torch.tensor(rewards, dtype=torch.float64).view(-1, 4)
@@ -308,6 +337,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
     assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
     assert (out / "report.png").stat().st_size > 10_000
+    assert (out / "report.html").stat().st_size > 25_000
     last = out / "checkpoints/000004"
     assert AutoModelForCausalLM.from_pretrained(last).config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(last).chat_template
@@ -320,6 +350,24 @@ def test_fifteen_updates_raise_the_reward(workshop, seed):
     out = workshop(updates=15, quality=1.0, group_size=8, buffer_groups=4, seed=seed)
     rewards = [row["reward_mean"] for row in lines(out / "metrics.jsonl")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+
+
+def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, capsys):
+    """A bound that cut a group, or that reached the statistics, would pass unseen: they must be of
+    all completions drawn."""
+    every, some = (
+        workshop(out=f"keep{keep}", reward="toy_reward.py:sometimes", keep_completions=keep)
+        for keep in (0, 1)
+    )
+    left_out = 0
+    for row, whole in zip(lines(some / "metrics.jsonl"), lines(every / "metrics.jsonl")):
+        mine = [c for c in lines(some / "completions.jsonl") if c["update"] == row["update"]]
+        assert [c["sample"] for c in mine] == [0, 1, 2, 3] and all("pieces" in c for c in mine)
+        assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
+        left_out += row["completions_left_out"]
+        for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
+            assert row[name] == whole[name]
+    assert f"{left_out} completions were not written down" in capsys.readouterr().out
 
 
 def test_the_seed_decides(workshop):
@@ -611,3 +659,22 @@ def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(works
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "--reward toy_reward.py:crash, problem p" in error
     assert "KeyError: 'nothing'" in error
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["000000"]
+
+
+def test_a_reward_that_takes_too_long_costs_its_group_alone(workshop, capsys):
+    """Not the update, as a nan does; its groups are counted, and no mean holds them."""
+    flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "length_weight": 0.5}
+    flags["keep_completions"] = 0
+    (row, _) = lines(workshop(reward="toy_reward.py:slow", **flags) / "metrics.jsonl")
+    assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
+    assert row["groups_kept"] == 2 and row["grad_norm"] > 0
+    drawn = [c for c in lines(Path("run/completions.jsonl")) if c["update"] == 1]
+    on_time = [c for c in drawn if c["problem_id"] not in ("p0", "p4", "p8")]
+    assert len(drawn) == 80 and all(c["outcome"] is None for c in drawn if c not in on_time)
+    outcomes = [c["outcome"] for c in on_time]
+    assert row["outcome_mean"] == pytest.approx(sum(outcomes) / 68)
+    total = sum(outcomes) + sum(c["length_reward"] for c in on_time)
+    assert row["reward_mean"] == pytest.approx(total / 68)
+    assert row["tokens_sampled"] == sum(c["tokens"] for c in drawn)
+    assert "3 groups broken: --reward took longer" in capsys.readouterr().out

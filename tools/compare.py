@@ -1,6 +1,5 @@
 """How two evaluations of the same problems differ: python eval.py --compare A B"""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,33 +14,40 @@ LINE = (
 )
 
 
-def read(folder):
-    """{(name of the file, problem id): its rows of completions.jsonl, in the order of sampling}"""
-    path = Path(folder) / "completions.jsonl"
-    rows = read_records(path)
-    result = defaultdict(list)
+def read(path):
+    """A results.jsonl, or the folder with it -> settings, {(name of the file, problem id): result}
+
+    Raises ValueError for anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.jsonl"
+    first, *rows = read_records(path)
+    results = {}
     with explained(f"{path}: not what eval.py writes"):
         for row in rows:
-            result[Path(row["file"]).stem, row["problem_id"]].append(row)
-    return result
+            measure(row, 1)
+            results[Path(row["file"]).stem, row["problem_id"]] = row
+        return first["settings"], results
 
 
-def compare(*folders):
+def compare(*paths):
     """Print the differences, problem by problem, of every file and level; -> all of them"""
-    a, b = map(read, folders)
-    parts = defaultdict(
-        list
-    )  # name of a file, or of its level -> (rows of A, rows of B) by problem
-    for key, rows in a.items():
+    (settings_a, a), (settings_b, b) = map(read, paths)
+    parts = defaultdict(list)  # name of a file, or of its level -> (result of A, of B) by problem
+    for key, result in a.items():
         if key in b:
-            pair = rows, b[key]
-            file, level = key[0], rows[0]["level"]
+            pair = result, b[key]
+            file, level = key[0], result["level"]
             parts[file].append(pair)
             if level:
                 parts[f"{file}, {level}"].append(pair)
     if not parts:
-        raise ValueError(f"{folders[0]} and {folders[1]} have no problem in common")
-    print_settings(*folders)
+        raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
+    for name in SETTINGS.split():
+        one, other = settings_a.get(name), settings_b.get(name)
+        if one != other:
+            print(f"{name} differs: A {one!r}, B {other!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
     for name, pairs in parts.items():
@@ -50,25 +56,14 @@ def compare(*folders):
     return report
 
 
-def print_settings(*folders):
-    try:
-        a, b = (json.loads((Path(folder) / "summary.json").read_text()) for folder in folders)
-    except OSError:  # an evaluation was interrupted
-        print("no summary.json beside both results: whether they were sampled alike is unknown")
-        return
-    for name in SETTINGS.split():
-        if a.get(name) != b.get(name):
-            print(f"{name} differs: A {a.get(name)!r}, B {b.get(name)!r}")
-
-
 def compare_part(pairs):
-    """Rows of A and rows of B, problem by problem -> {measure: their difference}
+    """Results of A and of B, problem by problem -> {measure: their difference}
 
     disagreement: the chance that a sample of A and one of B differ in being right, mean over
     problems
     """
-    k = min(len(rows) for pair in pairs for rows in pair)
-    values = [[list(measure(rows, k).values()) for rows in pair] for pair in pairs]
+    k = min(result["n"] for pair in pairs for result in pair)
+    values = [[list(measure(result, k).values()) for result in pair] for pair in pairs]
     a, b = np.array(values).transpose(1, 2, 0)  # (measures, problems)
     report = {"problems": len(pairs)}
     for name, x, y in zip(("accuracy", f"pass@{k}", "majority"), a, b):

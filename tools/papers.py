@@ -1,20 +1,59 @@
-"""What the papers evaluate on, how, and what they found: benchmarks, protocols, results."""
+"""What the papers train with, what they evaluate on and how, and what they found."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
-from data import INSTRUCTION, explained, parse_problem
+from data import INSTRUCTION
 
-# name: data set on the hub, split, columns of problem and answer, configuration if there are many
+# name: data set on the hub, see infra/sources.py
 BENCHMARKS = {
-    "aime24": "HuggingFaceH4/aime_2024 train problem answer",
-    "math500": "HuggingFaceH4/MATH-500 test problem answer",
-    "amc22_23": "AI-MO/aimo-validation-amc train problem answer",  # the 83 problems of the papers
-    "amc23": "math-ai/amc23 test question answer",  # 40 of them
-    "minerva": "math-ai/minervamath test question answer",
-    "olympiadbench": "Hothan/OlympiadBench train question final_answer OE_TO_maths_en_COMP",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "amc22_23": "AI-MO/aimo-validation-amc:train",  # the 83 problems of the papers
+    "amc23": "math-ai/amc23:test",  # 40 of them
+    "minerva": "math-ai/minervamath:test",
+    "olympiadbench": "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train",
+}
+
+# --preset: the flags that a source states, as on the command line; and what it leaves unsaid, or
+# uses and we do not have. Stages on the same problems are levels that share them (--quality 1).
+STAGES = (
+    "--quality 1 --lr 1e-6 --lr-decay none --warmup 0 --eps-low 0.2 --eps-high 0.2 --kl-coef 0.001 "
+    "--temperature 0.6 --loss-norm token --filter all --length-weight 0 --inner-epochs 1 "
+    "--surplus drop"
+)
+PRESETS = {
+    "paper": (
+        "--group-size 16 --loss-norm sequence --adv-std group --filter mixed --kl-coef 0",
+        "unsaid: base model, lr, warm-up, batch, temperature, Len_l, K_l, Q_l, clip bounds, budget",
+    ),
+    "deepscaler": (
+        f"{STAGES} --buffer-groups 128 --minibatches 2 --group-size 8 16 16 --updates 1040 480 270 "
+        "--max-new-tokens 8192 16384 24576",
+        "not here: entropy bonus 0.001; its token mean is taken per micro-batch",
+    ),
+    "fastcurl": (
+        f"{STAGES} --buffer-groups 128 64 64 64 --minibatches 1 --group-size 8 8 8 16 "
+        "--updates 160 590 230 580 --max-new-tokens 8192 16384 24576 16384",
+        "not here: entropy bonus 0.001; problems cut by the length of their prompts (stages short, "
+        "all, long, all); two minibatches in its first stage",
+    ),
+    "dapo": (
+        "--buffer-groups 512 --prompts 1536 --group-size 16 --minibatches 16 --inner-epochs 1 "
+        "--lr 1e-6 --lr-decay none --warmup 10 --max-grad-norm 1 --eps-low 0.2 --eps-high 0.28 "
+        "--kl-coef 0 --temperature 1 --loss-norm token --filter mixed --max-draws 10 "
+        "--surplus drop --max-new-tokens 20480 --length-kind overlong --overlong-cache 4096 "
+        "--length-weight 0.5",
+        "not here: dual clip 10; weight decay 0.1 (ours 0.01). Unsaid: the number of updates",
+    ),
+    "dr-grpo": (
+        "--buffer-groups 128 --group-size 8 --minibatches 1 --inner-epochs 1 --lr 1e-6 "
+        "--lr-decay none --warmup 0 --kl-coef 0 --temperature 1 --adv-std none "
+        "--loss-norm constant --filter all --length-weight 0 --max-new-tokens 3000",
+        "unsaid: clip bounds (PPO's default), the number of updates",
+    ),
 }
 
 # What --protocol sets: the evaluation scripts of the repositories DeepScaleR and FastCuRL.
@@ -40,27 +79,6 @@ EPRLI (unstated, k = 1 by its digits)   50.0    89.2     77.1      35.3     51.9
 """
 HEADER, *ROWS = [re.split(" {2,}", line) for line in PUBLISHED.strip("\n").splitlines()]
 FIVE = HEADER[1:-1]
-
-
-def read_hub(name):
-    """The problems of a benchmark. Raises ValueError if the hub does not give them."""
-    repository, split, problem, answer, *configuration = BENCHMARKS[name].split()
-    problems = []
-    with explained(
-        f"{name}: cannot read {repository} from the hub; try `pip install datasets`, "
-        "or give a JSONL file"
-    ):
-        from datasets import load_dataset
-
-        for row in load_dataset(repository, *configuration, split=split):
-            value = row[answer]
-            if isinstance(value, list):  # ["$1$", "$2$"]
-                value = ", ".join(text.strip().strip("$") for text in value)
-            elif isinstance(value, float) and value.is_integer():  # 142.0
-                value = int(value)
-            record = {"problem": row[problem], "answer": value, "level": row.get("level")}
-            problems.append(parse_problem(record, f"{name}-{len(problems)}"))
-    return problems
 
 
 def mean_of(intervals):

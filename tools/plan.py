@@ -67,20 +67,21 @@ def learning(cfg, model, level, prompt):
     keys = rows * (prompt + length)
     masked = rows > 1 or prompt > length  # see model.PromptCache
     per_token, per_key = layer_bytes(model)
+    learned = model.lm_head.weight.requires_grad
     layer = kept = tokens * per_token + keys * per_key
     # Log-probs, and two tensors on the way to them, to the entropy or to the gradient
     largest = {"logits": 3 * wide * min(cfg.logits_per_chunk, tokens * vocabulary)}
     if cfg.recompute:  # only the input of a layer is kept
         kept = tokens * hidden * size
         largest = max(largest, {"activations of one layer, again": layer}, key=total)
-    if cfg.fsdp:  # embedding, head and two layers, and the gradients of as many
+    if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         largest["gathered layers"] = gathered * (2 + wide // size)
     return largest | {
         "activations": len(layers) * kept,
         "between last layer and head": 4 * tokens * hidden * wide,
         "attention mask": masked * length * keys * size,
-        "gradient of the head": vocabulary * hidden * (wide + size * (size < 4)),
+        "gradient of the head": learned * vocabulary * hidden * (wide + size * (size < 4)),
     }
 
 
@@ -91,21 +92,23 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     prompt    tokens of the longest prompt
     held_out  problems of an evaluation, each sampled once
     """
-    weights, (size, wide) = nbytes(model), widths(model)
-    whole = weights * wide // size
-    shard = whole // processes if cfg.fsdp else whole
+    weights, learned = nbytes(model), [p for p in model.parameters() if p.requires_grad]
+    size = learned[0].itemsize
+    whole = sum(p.numel() for p in learned) * max(size, 4)
+    shard = whole // processes if cfg.sharded else whole
     sampled = (sampling(cfg, model, level, prompt, held_out, processes) for level in levels)
     parts = {
         "always": {
-            "weights": weights * (2 if cfg.kl_coef else 1),  # the starting policy's too
-            "master weights": shard * (size < 4 or cfg.fsdp),
+            # The starting policy's too. With LoRA they are the same.
+            "weights": weights * (2 if cfg.kl_coef and not cfg.lora_rank else 1),
+            "master weights": shard * (size < 4 or cfg.sharded),
             "moments": 2 * shard,
         },
-        "setting up": {"whole copy, before it is cut": whole * cfg.fsdp},
+        "setting up": {"whole copy, before it is cut": whole * cfg.sharded},
         "sampling": max(sampled, key=total),
         "learning": max((learning(cfg, model, level, prompt) for level in levels), key=total),
     }
-    masters = size < 4 and not cfg.fsdp  # their gradients stay between updates
+    masters = size < 4 and not cfg.sharded  # their gradients stay between updates
     parts["always" if masters else "learning"]["gradients"] = shard
     return parts
 

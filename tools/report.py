@@ -1,11 +1,14 @@
 """Draw what training runs logged.
 
-    python -m tools.report RUN [RUN ...]    report.png of the first; several runs share its panels
+    python -m tools.report RUN [RUN ...]    report.png and report.html of the first; several runs
+                                            share their panels
 
-Legends name the keys of metrics.jsonl.
+Legends name the keys of metrics.jsonl. report.html is tools/report.html with the logs in it: one
+file that needs no network.
 """
 
 import argparse
+import json
 from itertools import cycle, pairwise
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import name_level, read_records
+from tools.verdict import verdict
 
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\
@@ -31,6 +35,10 @@ gradient norm before clipping         | norm                    | grad_norm
 largest gap of learner from sampler   | nats, log scale         | logprob_gap_max
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
+# The page shows groups of so many updates, spread over the run, and at most so many bytes of them.
+# What is longer than LONGEST (characters, tokens) loses its middle.
+TIMES, GROUPS_PER_TIME, MOST_BYTES = 13, 3, 4_200_000
+LONGEST = {"problem": 2000, "answer": 400, "text": 3000, "pieces": 600, "logprobs": 600}
 STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -47,6 +55,20 @@ def read_log(path):
     if not path.is_file() or not path.stat().st_size:
         return []
     return read_records(path)
+
+
+def read_runs(folders):
+    """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError"""
+    runs = []
+    for folder in map(Path, folders):
+        metrics = read_log(folder / "metrics.jsonl")
+        if not metrics:
+            raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
+        runs.append((folder.name, metrics, read_log(folder / "eval.jsonl")))
+    return runs
+
+
+# ------------------------------------------------------------------------------------ the picture
 
 
 def column(rows, key):
@@ -104,32 +126,80 @@ def finish(axes, metrics):
 @matplotlib.style.context(["tableau-colorblind10", STYLE])
 def draw(folders):
     """Draw these run directories into report.png of the first; returns the picture's path."""
-    folders = [Path(folder) for folder in folders]
     figure = Figure(figsize=(17, 10), layout="constrained")
     axes = figure.subplots(3, 4).flatten()
     names = []
-    for folder, line in zip(folders, cycle(LINES)):
-        metrics = read_log(folder / "metrics.jsonl")
-        if not metrics:
-            raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
+    for (name, metrics, evaluations), line in zip(read_runs(folders), cycle(LINES)):
         for ax, panel in zip(axes, PANELS.splitlines()):
             draw_panel(ax, metrics, panel, line)
-        draw_held_out(axes[0], read_log(folder / "eval.jsonl"), line)
+        draw_held_out(axes[0], evaluations, line)
         if not names:
             finish(axes, metrics)
-        names.append(f"{line} {folder.name}")
+        names.append(f"{line} {name}")
     figure.suptitle("   ".join(names))
-    path = folders[0] / "report.png"
+    path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)
     return path
 
 
+# --------------------------------------------------------------------------------------- the page
+
+
+def write_page(folders):
+    """Write these run directories as report.html of the first; returns its path."""
+    folder, runs = Path(folders[0]), read_runs(folders)
+    _, metrics, evaluations = runs[0]
+    content = {
+        "config": json.loads((folder / "config.json").read_text()),
+        "runs": runs,
+        "panels": PANELS,
+        "verdict": verdict(metrics, evaluations),
+        "rows": read_completions(folder / "completions.jsonl", len(metrics)),
+    }
+    here = f"{Path.cwd()}/"  # a page that is published need not tell whose folder it was
+    page = Path(__file__).with_suffix(".html").read_text()
+    path = folder / "report.html"
+    path.write_text(page.replace("CONTENT", encode(content).replace(here, "")))
+    return path
+
+
+def encode(value):
+    """JSON that no text in it can end: HTML reads a script on to the next "</script"."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def read_completions(path, updates):
+    """Rows of completions.jsonl from the first update to the last; the file may be larger than the
+    memory."""
+    times, rows = list(np.linspace(1, updates, TIMES).round()), []
+    with open(path, encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            first = row.get("group", 0) < GROUPS_PER_TIME or "pieces" in row
+            if first and row["update"] in times:
+                rows.append(shorten(row))
+    while len(encode(rows)) > MOST_BYTES:
+        times = times[::2] if len(times) > 1 else []
+        rows = [row for row in rows if row["update"] in times]
+    return rows
+
+
+def shorten(row):
+    """Its long values as (beginning, number of items left out, end); pieces stand for the text."""
+    if "pieces" in row:
+        del row["text"]
+    for name in LONGEST.keys() & row.keys():
+        value, half = row[name], LONGEST[name] // 2
+        left_out = max(0, len(value) - 2 * half)
+        row[name] = value[:half], left_out, value[half + left_out :]
+    return row
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Draw training runs into report.png of the first.")
+    parser = argparse.ArgumentParser(description="Draw training runs.")
     parser.add_argument("runs", nargs="+", help="run directories")
     args = parser.parse_args()
     try:
-        print(draw(args.runs))
+        print(draw(args.runs), write_page(args.runs))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -1,0 +1,115 @@
+"""LoRA (arXiv 2106.09685): the weights stay as they are, and low-rank factors beside them learn.
+
+    W x + alpha / r B A x      W (O, I) frozen, A (r, I) and B (O, r) learned: model.Linear
+
+Sampler and learner both compute this sum. A merged copy of W would take its memory once more, and
+in bfloat16 it would lose small changes. An adapter's files are PEFT's. The header of the tensors
+names the files of the base by their SHA-256.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import explained
+from infra.directory import sha256
+from model import Linear, at_least_float32, check_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def layers(model):
+    """[(last part of its name, linear layer), ...] of the decoder's blocks"""
+    modules = model.model.named_modules()
+    return [(name.rpartition(".")[2], m) for name, m in modules if isinstance(m, Linear)]
+
+
+def add(model, rank, alpha, targets=None, seed=0):
+    """Freeze the model, and give it factors that change nothing yet: A random as in PEFT, B zero.
+
+    targets  such as ["q_proj", "v_proj"]; None: all layers of the blocks
+    Raises ValueError
+    """
+    known = dict(layers(model))
+    targets = targets or known
+    if not known.keys() >= set(targets):
+        raise ValueError(f"--lora-targets must be among {' '.join(known)}, found {targets}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
+    for name, layer in layers(model):
+        if name in targets:
+            A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
+            nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
+            factors = (nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B))
+            layer.lora_A, layer.lora_B = factors
+            layer.scale = alpha / rank
+
+
+def tensors(model):
+    """{name in PEFT's file: factor}"""
+    named = model.named_parameters()
+    return {f"base_model.model.{name}.weight": p.data for name, p in named if p.requires_grad}
+
+
+def save(model, folder, config):
+    """Write an adapter.  config: config.json of its run"""
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config["model"],
+        "r": config["lora_rank"],
+        "lora_alpha": config["lora_alpha"],
+        "target_modules": config["lora_targets"] or list(dict(layers(model))),
+    }
+    (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
+    files = config["model_files"].items()
+    base = {Path(path).name: digest for path, digest in files if path.endswith(".safetensors")}
+    save_file(tensors(model), folder / WEIGHTS, metadata=base)
+
+
+def read_config(folder):
+    """adapter_config.json; None if there is none. Raises ValueError"""
+    if (folder / CONFIG).is_file():
+        with explained(f"{folder / CONFIG}: not a JSON object"):
+            return dict(json.loads((folder / CONFIG).read_text()))
+
+
+def load(model, config, folder, base):
+    """Give a model the factors that `save` wrote. Raises ValueError
+
+    config  see read_config
+    base    the folder that the model was read from: it must be the one that was trained
+    """
+    with explained(f"{folder}: not an adapter of {base} that train.py wrote"):
+        for name, digest in safe_open(folder / WEIGHTS, "pt").metadata().items():
+            if sha256(base / name) != digest:
+                raise ValueError(f"{base / name} is not what it was")
+        add(model, config["r"], config["lora_alpha"], config["target_modules"])
+        found = load_file(folder / WEIGHTS)
+        check_tensors(folder, found, tensors(model))
+        for name, factor in tensors(model).items():
+            factor.copy_(found[name])
+
+
+@torch.no_grad()
+def merge(policy, folder):
+    """Write a whole checkpoint: the sum in the dtype of the model here, which is float32, rounded
+    once to that of the base. In bfloat16 this loses changes below 1/256 of a weight.
+
+    Raises ValueError or OSError
+    """
+    model = policy.model
+    for _, layer in layers(model):
+        if layer.scale:
+            layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+            del layer.lora_A, layer.lora_B, layer.scale
+    folder.mkdir(parents=True)
+    dtype = model.config.dtype or torch.float32
+    model.to(dtype).save_pretrained(folder)
+    policy.save(folder)
+    return f"{folder}: base and adapter, added up in float32 and rounded once to {dtype}"

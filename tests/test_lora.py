@@ -1,0 +1,412 @@
+"""LoRA: factors beside frozen weights, against autograd, the base alone and PEFT's own library."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file
+from test_plan import peak
+
+import eval as evaluation
+import train
+from eval import Policy
+from infra import kernels, lora, setup
+from infra.directory import sha256
+from infra.optimizer import Learner
+from infra.ranks import Ranks
+from model import ChosenLogprobs, Transformer
+from rollout import sample, stream
+
+FLAGS = """--model toy --data p.jsonl --reward r.py:even --group-size 4 --buffer-groups 2
+--max-new-tokens 6 --updates 2 --lr 1e-2 --device cpu --lora-rank 2 --out run"""
+TARGETS = {"all": None, "some": ["q_proj", "v_proj", "down_proj"]}
+
+
+def adapted(family="llama", dtype=torch.float32, targets=None, **changes):
+    """A model whose factors are all random: with B at 0 nothing would be seen of A."""
+    model = random_model(family, dtype, **changes)
+    lora.add(model, 3, 6.0, targets)
+    for i, p in enumerate(lora.tensors(model).values()):
+        p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model
+
+
+def write(model, folder, name="base"):
+    """The model's weights as a checkpoint, and its factors as the adapter of a run beside it."""
+    base = random_model(model.config.model_type, model.lm_head.weight.dtype)
+    base.load_state_dict(model.state_dict(), strict=False)
+    base.save_pretrained(folder / name)
+    (folder / "adapter").mkdir()
+    config = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets_of(model)}
+    path = folder / name / "model.safetensors"
+    config |= {"model": str(folder / name), "model_files": {str(path): sha256(path)}}
+    lora.save(model, folder / "adapter", config)
+    return folder / name, folder / "adapter"
+
+
+def targets_of(model):
+    return sorted({name.split(".")[-3] for name in lora.tensors(model)})
+
+
+def some_ids():
+    return torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def logprob_sum(model):
+    """A function of the log-probs of completions with a gradient that is not uniform."""
+    ids, mask = some_ids(), torch.zeros(3, 20, dtype=torch.bool)
+    mask[0, 5:15] = mask[1, 9:20] = mask[2, 5:9] = True
+    logprob, _ = model.token_logprobs(ids, mask, 0.8, 97 * 4)
+    return (logprob * torch.linspace(-1, 2, 60).view(3, 20)).sum()
+
+
+# ------------------------------------------------------------------------------------ the function
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_new_factors_change_no_bit(dtype):
+    """A learner that starts elsewhere than the sampler's model was measured. A that is 0 too would
+    never learn."""
+    model, base = random_model("qwen2", dtype), random_model("qwen2", dtype)
+    lora.add(model, 8, 32.0, seed=3)
+    with torch.no_grad():
+        assert torch.equal(model(some_ids()), base(some_ids()))
+    wide = torch.promote_types(dtype, torch.float32)
+    for _, layer in lora.layers(model):
+        bound = 1 / math.sqrt(layer.in_features)  # Kaiming's uniform of PEFT
+        assert 0.8 * bound < layer.lora_A.abs().max() <= 1.01 * bound
+        assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+        assert layer.lora_A.dtype == layer.lora_B.dtype == wide
+
+
+def test_new_factors_are_a_function_of_the_seed():
+    """Processes that draw their own would learn different policies; so would a resumed run."""
+    torch.manual_seed(1)  # torch's own stream must not matter
+    models = [random_model(seed=5 - i) for i in range(3)]
+    for model, seed in zip(models, (7, 7, 8)):
+        lora.add(model, 4, 32.0, seed=seed)
+    one, same, other = (lora.tensors(model) for model in models)
+    drawn = [name for name in one if "lora_A" in name]
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    first, second = (
+        one[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight"] for i in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_gradients_are_those_of_the_summed_weights(family, targets, recompute):
+    """A scale that is forgotten or squared, a factor of another layer, a layer that is recomputed
+    without its factors; a base, head or embedding that has a gradient after all."""
+    model = adapted(family, torch.float64, TARGETS[targets], tie_word_embeddings=True)
+    model.model.recompute = recompute
+    value = logprob_sum(model)
+    value.backward()
+    model.model.recompute = False
+    plain = random_model(family, torch.float64, tie_word_embeddings=True)
+    copies = {n: p.detach().requires_grad_("lora_" in n) for n, p in model.named_parameters()}
+    weights = dict(copies)
+    for name in [n for n in copies if n.endswith("lora_A")]:
+        stem = name.removesuffix("lora_A")
+        A, B = weights.pop(name), weights.pop(stem + "lora_B")
+        weights[stem + "weight"] = weights[stem + "weight"] + 2.0 * B @ A  # alpha / r = 6 / 3
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    expected = torch.func.functional_call(
+        Whole(plain), {f"model.{n}": w for n, w in weights.items()}, ()
+    )
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            assert p.grad.abs().max() > 1e-3
+            torch.testing.assert_close(p.grad, copies[name].grad, rtol=1e-9, atol=1e-11)
+        else:
+            assert p.grad is None and not p.requires_grad
+    assert bool(TARGETS[targets]) == (targets_of(model) == sorted(TARGETS["some"]))
+
+
+class Whole(torch.nn.Module):
+    """logprob_sum as a module, for functional_call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        return logprob_sum(self.model)
+
+
+def test_kernels_of_onednn_give_the_same_gradient():
+    """Their backward pass is our own: it must skip frozen weights, and only those."""
+    before, gradients = kernels.chosen(), []
+    try:
+        for kernel in ("torch", "onednn"):
+            kernels.use({"linear": kernel, "packed": []})
+            model = adapted("qwen2")
+            logprob_sum(model).backward()
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            )
+    finally:
+        kernels.use(before)
+    one, other = gradients
+    assert (one - other).norm() < 1e-4 * one.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packed_weights_compute_the_same(family):
+    """q, k and v are one product there: each has factors of its own, and only its own."""
+    before = kernels.chosen()
+    try:
+        if not kernels.use({"linear": "torch", "packed": ["float32"]})["packed"]:
+            pytest.skip("this CPU has no kernel for packed weights")
+        model = adapted(family)
+        with torch.inference_mode():
+            expected = model(some_ids())
+            with model.laid_out(60):
+                assert model.model.layers[0].self_attn.q_proj.packed
+                found = model(some_ids())
+    finally:
+        kernels.use(before)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype, most", [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 0.2)])
+def test_sampler_and_learner_agree(dtype, most):
+    """A sampler of the base, or of merged weights that were rounded, is another policy."""
+    model = adapted("qwen3", getattr(torch, dtype))
+    prompts = [[5, 6, 7], [8] * 9]
+    keys = [[stream(i, k) for k in range(3)] for i in range(2)]
+    done = sample(model, prompts, keys, [20] * 2, slots=4, stop_ids=(), temperature=0.8)
+    for prompt, completions in zip(prompts, done):
+        for c in completions:
+            ids = torch.tensor([prompt + c.tokens])
+            mask = torch.arange(ids.shape[1])[None] >= len(prompt)
+            logprob, _ = model.token_logprobs(ids, mask, 0.8)
+            gap = (logprob[mask].double() - torch.tensor(c.logprobs, dtype=torch.float64)).abs()
+            assert gap.mean() < most
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_takes_no_gradient_while_learning(frozen):
+    """The head of a model of 1.5 B has 233 M weights, whose gradient nobody reads."""
+    hidden = torch.randn(4, 64, requires_grad=True)
+    weight = torch.randn(5000, 64, requires_grad=not frozen)
+    logprob, _ = ChosenLogprobs.apply(hidden, weight, torch.arange(4), 1.0, 1)
+    _, most, _ = peak(logprob.sum().backward)
+    assert (most < weight.nbytes) == frozen
+
+
+def test_a_step_moves_factors_alone():
+    """Weight decay on frozen weights, moments of theirs in memory, a gradient of the head."""
+    model = adapted("qwen2", torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    learner = Learner(model, Ranks())
+    for _ in range(2):
+        (-logprob_sum(model)).backward()
+        assert learner.step(1e-2, 1.0) > 0
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name)
+    held = {name.partition(".")[2] for name, _ in learner.tensors()}
+    assert held == {name for name in before if "lora_" in name}
+    assert {name.partition(".")[0] for name, _ in learner.tensors()} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype, close", [("float64", 2e-6), ("float32", 1e-5), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_logits_equal_those_of_peft(family, targets, dtype, close, tmp_path):
+    """A transposed factor, a scale of its own, a name that PEFT does not find (it only warns)."""
+    peft = pytest.importorskip(
+        "peft", reason="adapters are compared with PEFT's own: pip install peft"
+    )
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, dtype)
+    model = adapted(family, dtype, TARGETS[targets])
+    base, adapter = write(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    with torch.no_grad():
+        without = theirs(some_ids()).logits
+        theirs = peft.PeftModel.from_pretrained(theirs, adapter)
+        expected = theirs(some_ids()).logits
+        ours = Transformer.from_pretrained(base, dtype)
+        lora.load(ours, lora.read_config(adapter), adapter, base)
+        for found in (model(some_ids()), ours(some_ids())):
+            assert (found - expected).float().norm() < close * expected.float().norm()
+    assert (without - expected).norm() > 0.5 * expected.norm()  # factors do matter
+
+
+@pytest.fixture
+def workshop(tmp_path, toy_folder, monkeypatch):
+    """train(**flags) in a folder with a model and problems; -> the folder of the last checkpoint"""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy_folder, tmp_path / "toy")
+    rows = [{"id": str(i), "problem": str(i), "answer": "1"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "r.py").write_text(
+        "def even(p, r): return sum(ord(c) % 2 for c in r) / max(1, len(r))"
+    )
+
+    def run(train=train.train, **flags):
+        words = FLAGS.split()
+        for name, value in flags.items():
+            words += [f"--{name.replace('_', '-')}", *str(value).split()]
+        setup.carry_out(train, words)
+        return sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+
+    return run
+
+
+def logits(folder, dtype="float32"):
+    with torch.no_grad():
+        return Policy.load(str(folder), dtype).model(some_ids())
+
+
+def test_a_checkpoint_is_an_adapter_that_evaluation_reads(workshop, tmp_path, capsys):
+    """The base is not written with every checkpoint, is not changed, and is found again."""
+    before = {p.name: p.read_bytes() for p in (tmp_path / "toy").iterdir()}
+    folder = workshop()
+    names = {p.name for p in folder.iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    assert {p.name: p.read_bytes() for p in (tmp_path / "toy").iterdir()} == before
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "toy")
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 32.0, "LORA")
+    assert (logits(folder) - logits(tmp_path / "toy")).abs().max() > 1e-4
+    flags = "--data p.jsonl --samples 1 --max-new-tokens 4 --device cpu --out"
+    for name, model in (("a", folder), ("b", "toy")):
+        evaluation.main(["--model", str(model), *flags.split(), name])
+    one, other = ((tmp_path / name / "completions.jsonl").read_text() for name in "ab")
+    assert one != other
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float32])
+def test_merge_rounds_once_to_the_dtype_of_the_base(workshop, tmp_path, base_dtype, monkeypatch):
+    """A sum in bfloat16 would round the change before it is added; a float32 checkpoint of a
+    bfloat16 base would be twice as large."""
+    model = Transformer.from_pretrained(tmp_path / "toy").to(base_dtype)
+    model.save_pretrained(tmp_path / "toy")
+    folder = workshop(lora_targets="q_proj up_proj", lora_alpha=300)
+    evaluation.main(["--model", str(folder), "--merge", "whole", "--device", "cpu"])
+    base = load_file(tmp_path / "toy/model.safetensors")
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    factors = load_file(folder / "adapter_model.safetensors")
+    changed = set()
+    for name, weight in base.items():
+        exact = weight.double()
+        stem = f"base_model.model.{name.removesuffix('weight')}lora"
+        if f"{stem}_A.weight" in factors:
+            A, B = (factors[f"{stem}_{x}.weight"].double() for x in "AB")
+            exact = exact + 150 * B @ A
+        error = (whole[name].double() - exact).abs()
+        half_ulp = 2**-8 if base_dtype == torch.bfloat16 else 2**-24
+        assert whole[name].dtype == base_dtype and (error <= half_ulp * exact.abs() + 1e-7).all()
+        if not torch.equal(whole[name], weight):
+            changed.add(name.split(".")[-2])
+    assert changed == {"q_proj", "up_proj"}
+    assert whole.keys() == base.keys()
+    assert (logits(tmp_path / "whole") - logits(folder)).abs().max() < 0.05
+    assert Policy.load("whole").stop_ids == Policy.load("toy").stop_ids
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    (tmp_path / "run").rename(tmp_path / "first")
+    workshop(model="whole", lora_rank=0)  # training goes on from it
+
+
+def test_the_reference_is_the_base_and_takes_no_memory(workshop, tmp_path):
+    """With factors it would follow the policy, and the penalty would be 0 for ever."""
+    found = []
+
+    def look(run):
+        with torch.no_grad():
+            for p in lora.tensors(run.policy.model).values():
+                p.copy_(0.3 * torch.randn(p.shape))
+            found.append([model(some_ids()) for model in (run.reference, run.policy.model)])
+        own = run.policy.model.state_dict()
+        for name, p in run.reference.named_parameters():
+            assert p.data_ptr() == own[name].data_ptr()
+
+    workshop(look, kl_coef=0.1)
+    (reference, policy), start = found[0], logits(tmp_path / "toy")
+    assert torch.equal(reference, start) and not torch.equal(policy, start)
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda a, b: (b / "model.safetensors").write_bytes(b"other"),
+            "not a readable safetensors",
+        ),
+        (lambda a, b: random_base(b), "model.safetensors is not what it was"),
+        (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"torn"), "not an adapter of"),
+        (lambda a, b: edit(a, r=5), "lacks"),
+        (lambda a, b: edit(a, target_modules=["q_proj"]), "has surplus"),
+        (lambda a, b: edit(a, target_modules=["lm_head"]), "must be among q_proj"),
+        (lambda a, b: (a / "adapter_config.json").write_text("["), "not a JSON object"),
+        (
+            lambda a, b: edit(a, base_model_name_or_path="/no/where"),
+            "'/no/where' is neither a folder",
+        ),
+    ],
+    ids=range(8),
+)
+def test_an_adapter_of_something_else_is_refused(
+    tmp_path, tokenizer, damage, message, capsys, monkeypatch
+):
+    """Factors on another base compute nonsense without a word."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base, adapter = write(adapted(), tmp_path)
+    for folder in (base, adapter):
+        tokenizer.save_pretrained(folder)
+    damage(adapter, base)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        words = f"--model {adapter} --out {tmp_path / 'out'} --device cpu --max-new-tokens 4"
+        evaluation.main(words.split())
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in said and ": error: " in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def random_base(folder):
+    random_model(seed=1).save_pretrained(folder)
+
+
+def test_training_on_an_adapter_or_another_base_is_refused(workshop, tmp_path, capsys):
+    """Its factors would be frozen, or trained without being saved."""
+    folder = workshop()
+    for rank in (0, 2):
+        with pytest.raises(SystemExit) as stop:
+            workshop(model=folder, lora_rank=rank, out="other")
+        assert stop.value.code == 2 and "--merge FOLDER" in capsys.readouterr().err
+    state = Transformer.from_pretrained(tmp_path / "toy")
+    state.model.norm.weight.data *= 2
+    state.save_pretrained(tmp_path / "toy")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "run"])
+    assert (
+        stop.value.code == 2 and "model.safetensors is not what it was" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,320 @@
+"""The page of a run: what it judges, what it holds, and that no completion can break it."""
+
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from eprli import Group, group_advantage
+from eval import Policy
+from infra.update import Update
+from rollout import Completion
+from tools import report
+from tools.verdict import forgotten, hacked, moved, rose, starved, verdict
+
+TEMPLATE = (report.Path(report.__file__).parent / "report.html").read_text()
+HOSTILE = (
+    "</script><script>document.title = 'broken'</script><!--<script> & \u2028 \u202e ${1} "
+    "<img src=x onerror=\"document.title = 'broken'\"> CONTENT 'x' \"y\" \\u003c \U0001f600"
+)
+
+
+# ----------------------------------------------------------------------------------- the verdict
+
+
+def metrics(n=12, **columns):
+    """n rows of metrics.jsonl; a value of `columns` is one for all rows, or a list."""
+    rows = []
+    defaults = {
+        name: 0 for panel in report.PANELS.splitlines() for name in panel.split("|")[2].split()
+    }
+    defaults |= {"groups_drawn": 8, "groups_kept": 8, "grad_norm": 0.5, "outcome_mean": 0.5}
+    for i in range(n):
+        row = {"update": i + 1, "level": 1, "accuracy": 0.5, "completions_left_out": 0}
+        for name, value in {**defaults, **columns}.items():
+            row[name] = value[i] if isinstance(value, list) else value
+        rows.append(row)
+    return rows
+
+
+def evaluated(*shares, level=1):
+    """Evaluations of a level with intervals of 5 points on each side."""
+    rows = []
+    for i, share in enumerate(shares):
+        bounds = {"low": share - 0.05, "high": share + 0.05}
+        rows.append({"update": 10 * i, "level": level, "accuracy": share, "n": 300, **bounds})
+    return rows
+
+
+def test_weights_move_only_where_a_gradient_is():
+    """A skipped update has null, and one whose advantages are all 0 has a norm of 0."""
+    assert moved(metrics(4, grad_norm=[0.5, None, 0.0, 0.1])) == (
+        "yes",
+        "2 of 4 updates changed the policy",
+    )
+    assert moved(metrics(2, grad_norm=[None, 0.0]))[0] == "no"
+
+
+@pytest.mark.parametrize(
+    "shares, answer",
+    [
+        ((0.3, 0.41), "yes"),
+        ((0.3, 0.2, 0.41), "yes"),  # from the first to the last, whatever is between
+        ((0.3, 0.39), "not beyond its interval"),  # a rise that chance may explain
+        ((0.3, 0.21), "not beyond its interval"),
+        ((0.3, 0.19), "no, it fell"),
+        ((0.3,), "not known"),
+    ],
+)
+def test_accuracy_rises_if_it_leaves_its_interval(shares, answer):
+    assert rose(evaluated(*shares))[0] == answer
+
+
+def test_the_reason_of_a_rise_gives_both_intervals():
+    words = "from 30.0% [25.0%, 35.0%] after 0 updates to 60.0% [55.0%, 65.0%] after 10 updates"
+    assert rose(evaluated(0.3, 0.6))[1] == words
+
+
+def test_what_is_forgotten_was_better_in_between():
+    """Compared with the first evaluation alone, 30 to 30 % by way of 60 would look like nothing."""
+    assert forgotten(evaluated(0.3, 0.6, 0.3))[0] == "yes"
+    assert forgotten(evaluated(0.3, 0.6, 0.52))[0] == "no"
+    assert "best 60.0%" in forgotten(evaluated(0.3, 0.6, 0.3))[1]
+
+
+@pytest.mark.parametrize(
+    "kept, broken, right, wrong, answer",
+    [
+        ([8, 8], [0, 0], 0, 6, "no"),  # most are wrong, but the buffer was filled
+        ([8, 0], [0, 0], 0, 6, "yes, it is too hard"),
+        ([8, 0], [0, 0], 6, 1, "yes, it is too easy"),
+        ([8, 0], [0, 0], 1, 1, "yes, too few groups are drawn"),
+        ([8, 0], [0, 8], 0, 6, "no"),  # given up because of a bad number, not starved
+    ],
+)
+def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, right, wrong, answer):
+    counts = {"groups_all_right": right, "groups_all_wrong": wrong}
+    rows = metrics(2, groups_kept=kept, groups_broken=broken, **counts)
+    assert starved(rows)[0] == answer
+    assert (
+        f"of 16 groups drawn {2 * right} were all right and {2 * wrong} all wrong"
+        in starved(rows)[1]
+    )
+
+
+def ramp(start, end, n=12, noise=0.01):
+    """Values of n updates from start to end, with a noise that is the same each time."""
+    return (np.linspace(start, end, n) + noise * np.cos(7 * np.arange(n))).tolist()
+
+
+@pytest.mark.parametrize(
+    "outcome, accuracy, answer",
+    [
+        (ramp(0.2, 0.8), ramp(0.3, 0.7), "no sign of it"),
+        (ramp(0.2, 0.8), ramp(0.3, 0.3), "they part"),
+        (ramp(0.2, 0.8), ramp(0.7, 0.3), "they part"),
+        (ramp(0.5, 0.5), ramp(0.7, 0.3), "no sign of it"),  # a reward that does not rise
+        (ramp(0.50, 0.51, noise=0.3), ramp(0.3, 0.3), "no sign of it"),  # within its noise
+        ([None] * 9 + [0.1, 0.2, 0.3], [None] * 9 + [0.1] * 3, "not known"),
+    ],
+)
+def test_a_reward_is_hacked_where_it_rises_without_the_grader(outcome, accuracy, answer):
+    assert hacked(metrics(outcome_mean=outcome, accuracy=accuracy))[0] == answer
+
+
+def test_every_level_is_judged_by_its_own_rows():
+    """Levels that take turns, an evaluation of problems of unknown difficulty, and none at all."""
+    rows = metrics(4, level=[1, 2, 1, 2], grad_norm=[0.5, None, 0.5, None])
+    found = verdict(rows, evaluated(0.3, 0.6, level=None))
+    answers = [answer[:2] for answer in found["Did the weights move?"]]
+    assert answers == [("level 1", "yes"), ("level 2", "no")]
+    assert found["Did held-out accuracy rise?"][0][:2] == ("all problems", "yes")
+    assert verdict(rows, [])["Was a level forgotten?"] == []
+
+
+# -------------------------------------------------------------------------------- what is written
+
+
+class Pieces:
+    def pieces(self, completion):
+        return [f"<{token}>" for token in completion.tokens]
+
+
+def drawn(*outcomes):
+    """An Update that has drawn these groups."""
+    stage = SimpleNamespace(
+        number=1, buffer=SimpleNamespace(counts={}), level=SimpleNamespace(prompts=9)
+    )
+    update = Update(1, stage, 0.1, 1)
+    groups, prompts, attempts = [], [], []
+    for number, outcome in enumerate(outcomes):
+        done = [Completion([i, number], [-1e-9, -0.12345], True) for i in range(len(outcome))]
+        outcome = torch.tensor(outcome, dtype=torch.float64)
+        group = {"prompt": [1], "completions": done, "outcome": outcome}
+        groups.append(Group(**group, length_reward=0 * outcome, sampled_after=0))
+        problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
+        prompts.append(SimpleNamespace(problem=problem))
+        facts = {"verdict": "right", "length": 2, "text": "x"}
+        attempts.append([SimpleNamespace(completion=c, **facts) for c in done])
+    update.number = 2  # prints nothing
+    update.drew(prompts, attempts, groups)
+    return update
+
+
+@pytest.mark.parametrize(
+    "keep, expected",
+    [(0, [2, 0, 1, 3]), (9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])],
+)
+def test_whole_groups_are_written_and_one_shows_its_tokens(keep, expected):
+    """The page needs the tokens of a group that teaches: a bound that took the first ones alone
+    would lose it."""
+    update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
+    cfg = SimpleNamespace(keep_completions=keep, adv_std="group")
+    rows = update.written(cfg, Pieces())
+    assert [row["group"] for row in rows] == [number for number in expected for _ in range(3)]
+    assert [row["sample"] for row in rows] == [0, 1, 2] * len(expected)
+    assert [row["problem_id"] for row in rows[:3]] == ["p2"] * 3
+    assert ["pieces" in row for row in rows] == [True] * 3 + [False] * (len(rows) - 3)
+    assert rows[1]["pieces"] == ["<1>", "<2>"]
+    assert json.dumps(rows[1]["logprobs"]) == "[0.0, -0.123]"
+    expected = group_advantage(torch.tensor([0, 1, 0.5]).double()).tolist()
+    assert [row["advantage"] for row in rows[:3]] == expected
+    assert len(update.rows) == 12  # the statistics are of all
+
+
+def test_where_no_group_teaches_the_first_shows_its_tokens():
+    cfg = SimpleNamespace(keep_completions=1, adv_std="group")
+    assert [row["group"] for row in drawn([0, 0], [1, 1]).written(cfg, Pieces())] == [0, 0]
+    assert drawn().written(cfg, Pieces()) == []
+
+
+def test_pieces_of_tokens_spell_the_text(tokenizer):
+    """The stop token too: its log-prob has a place."""
+    tokens = tokenizer("1+1=2<|end|>")["input_ids"]
+    pieces = Policy.pieces(SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(tokens=tokens))
+    assert len(pieces) == len(tokens) and "".join(pieces) == "1+1=2<|end|>"
+
+
+# --------------------------------------------------------------------------------------- the page
+
+
+def make_run(
+    folder, num_updates, group_size=2, text="1+1=2", num_groups=4, pieces=("1", "="), problem=None
+):
+    """A run directory, with a hand-made log."""
+    folder.mkdir()
+    level = {"quality": 1.0, "buffer_groups": 4, "group_size": group_size, "max_new_tokens": 9}
+    level |= {"updates": num_updates, "tokens": None, "reward": "math", "length_weight": 0}
+    config = {"model": str(report.Path.cwd() / "assets/tiny"), "data": "d", "eval_data": None}
+    config |= {"levels": [level], "dtype": "float32", "torch": "2", "device": "cpu", "seed": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    write(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
+    write(folder / "eval.jsonl", evaluated(0.3, 0.6))
+    rows = []
+    for update in range(1, num_updates + 1):
+        for group in range(num_groups):
+            for sample in range(group_size):
+                row = {"update": update, "level": 1, "problem_id": "p", "problem": problem or text}
+                row |= {
+                    "answer": problem or text,
+                    "sample": sample,
+                    "verdict": "right",
+                    "outcome": 1.0,
+                }
+                row |= {"length_reward": 0.0, "tokens": 2, "stopped": True, "text": text}
+                row |= {"group": group, "advantage": None}
+                if group == 0:
+                    row |= {"pieces": list(pieces), "logprobs": [-0.123] * len(pieces)}
+                rows.append(row)
+    write(folder / "completions.jsonl", rows)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def content(page):
+    """The JSON in a page."""
+    return json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_template_is_small_and_loads_nothing():
+    assert len(TEMPLATE.encode()) <= 25_000
+    assert TEMPLATE.isascii() and TEMPLATE.count("CONTENT") == 1
+    # The name of a namespace, which nothing loads.
+    assert set(re.findall(r"https?://[^\"' ]*", TEMPLATE)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in TEMPLATE
+    assert not re.search(r"\bsrc=|url\(|@import|<link|fetch\(|import\(|XMLHttp", TEMPLATE)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", TEMPLATE)
+
+
+def test_the_page_of_200_updates_is_at_most_5_megabytes(tmp_path):
+    """Without a bound, the page of these long completions would have 40 MB. It has whole groups of
+    the whole run."""
+    folder = make_run(tmp_path / "run", 200, 16, "x" * 3_100, 3, ["word "] * 620, "y" * 300)
+    page = report.write_page([folder])
+    assert page.stat().st_size <= 5_000_000
+    rows = content(page.read_text())["rows"]
+    assert len(rows) == 16 * 3 * report.TIMES
+    updates = {row["update"] for row in rows}
+    assert {1, 200} <= updates and len(updates) == report.TIMES
+    head, left_out, tail = rows[-1]["text"]
+    assert (len(head), left_out, len(tail)) == (1500, 100, 1500)
+    head, left_out, tail = rows[0]["pieces"]
+    assert (len(head), left_out, len(tail)) == (300, 20, 300)
+
+
+def test_completions_of_nothing_but_escapes_are_bounded_too(tmp_path):
+    """A bound by characters would let signs that JSON writes with 6 bytes pass."""
+    folder = make_run(tmp_path / "run", 14, 16, "<" * 3_000, 3)
+    assert report.write_page([folder]).stat().st_size <= 5_000_000
+    rows = content((folder / "report.html").read_text())["rows"]
+    assert rows and len(rows) % 16 == 0 and rows[0]["update"] == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 2999, 3000, 3001, 3002])
+def test_nothing_is_cut_without_a_count(length):
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    head, left_out, tail = report.shorten({"text": text})["text"]
+    assert head + text[len(head) : len(head) + left_out] + tail == text
+    assert left_out == max(0, length - 3000)
+
+
+def test_no_completion_ends_the_script(tmp_path):
+    page = report.write_page([make_run(tmp_path / "run", 2, text=HOSTILE, pieces=[HOSTILE])])
+    page = page.read_text()
+    assert page.lower().count("<script") == TEMPLATE.count("<script") == page.count("</script")
+    token_row, _, row, *_ = content(page)["rows"]
+    assert row["text"][0] + row["text"][2] == HOSTILE
+    assert token_row["pieces"][0] + token_row["pieces"][2] == [HOSTILE]
+    assert page.isascii()
+
+
+def test_the_page_names_no_folder_of_the_machine(tmp_path):
+    page = report.write_page([make_run(tmp_path / "run", 2)]).read_text()
+    assert str(report.Path.cwd()) not in page and '"assets/tiny"' in page
+
+
+@pytest.mark.parametrize("text", ["1+1=2", HOSTILE])
+def test_a_browser_draws_the_page(tmp_path, text):
+    """In headless Chromium: every part is filled, and text of completions stays text."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here")
+    first = make_run(tmp_path / "run", 6, text=text, pieces=[text])
+    page = report.write_page([first, make_run(tmp_path / "other", 9)])
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout
+    dom = re.sub(r"<script.*?</script>", "", dom, flags=re.S)
+    assert "<title>run: training report</title>" in dom and "<img" not in dom
+    assert dom.count("<figure>") == 13 and dom.count('role="img"') == 13
+    assert dom.count("<details") == 1 + 6 * 3  # the objective; three groups of each update
+    assert "completions shown" in dom and "Runs: run (solid), other (dashed)" in dom
+    ids = re.findall(r'\bid="([^"]*)"', dom)
+    assert len(ids) == len(set(ids))

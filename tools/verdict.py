@@ -1,0 +1,88 @@
+"""What the logs of a run say, in words. A judge answers one question about one level, from its rows
+of metrics.jsonl or eval.jsonl: it returns a short answer and its reason.
+
+"Beyond its interval" means that two 95 % intervals do not meet.
+"""
+
+import numpy as np
+
+from data import name_level
+
+
+def verdict(metrics, evaluations):
+    """-> {question: [(name of a level, answer, reason), ...]}"""
+    found = {}
+    for question, judge, rows in (
+        ("Did the weights move?", moved, metrics),
+        ("Did held-out accuracy rise?", rose, evaluations),
+        ("Was a level starved?", starved, metrics),
+        ("Was a level forgotten?", forgotten, evaluations),
+        ("Is the reward being hacked?", hacked, metrics),
+    ):
+        found[question] = []
+        for level in dict.fromkeys(row["level"] for row in rows):
+            own = [row for row in rows if row["level"] == level]
+            found[question].append((name_level(level), *judge(own)))
+    return found
+
+
+def moved(metrics):
+    """The norm of the gradient is null without a step, and 0 if there was nothing to learn."""
+    steps = sum(bool(row["grad_norm"]) for row in metrics)
+    return "yes" if steps else "no", f"{steps} of {len(metrics)} updates changed the policy"
+
+
+def starved(metrics):
+    """Could an update not fill the buffer, so that it was skipped?"""
+    skipped = sum(not row["groups_kept"] + row["groups_broken"] for row in metrics)
+    fates = ("groups_drawn", "groups_all_right", "groups_all_wrong")
+    drawn, right, wrong = (sum(row[fate] for row in metrics) for fate in fates)
+    answer = "yes, it is too hard" if wrong > right else "yes, it is too easy"
+    if right + wrong < drawn / 2:  # as infra/update.py says while it runs
+        answer = "yes, too few groups are drawn"
+    reason = f"{skipped} of {len(metrics)} updates were skipped; of {drawn} groups drawn "
+    return answer if skipped else "no", f"{reason}{right} were all right and {wrong} all wrong"
+
+
+def rose(evaluations):
+    """From the first evaluation to the last."""
+    before, after = evaluations[0], evaluations[-1]
+    answer = ("not beyond its interval", "yes", "no, it fell")[beyond(before, after)]
+    if before is after:
+        answer = "not known"
+    return answer, f"from {spell(before)} to {spell(after)}"
+
+
+def forgotten(evaluations):
+    """Did it end below its best?"""
+    best, last = max(evaluations, key=lambda row: row["accuracy"]), evaluations[-1]
+    answer = "yes" if beyond(best, last) < 0 else "no"
+    return answer, f"at its best {spell(best)}, at the end {spell(last)}"
+
+
+def beyond(before, after):
+    """1 or -1: after is above, or below, before beyond its interval. 0: not told apart"""
+    return (after["low"] > before["high"]) - (after["high"] < before["low"])
+
+
+def spell(row):
+    return "{accuracy:.1%} [{low:.1%}, {high:.1%}] after {update} updates".format(**row)
+
+
+def hacked(metrics):
+    """Did R_l rise from the first third of the updates to the last, by more than three standard
+    errors, and the grader's accuracy not?"""
+    values = np.array([(row["outcome_mean"], row["accuracy"]) for row in metrics], float)
+    values = values[np.isfinite(values).all(1)]  # (updates, 2)
+    third = len(values) // 3
+    if third < 2:
+        return "not known", "there are too few updates to compare"
+    early, late = values[:third], values[-third:]
+    before, after = early.mean(0), late.mean(0)
+    error = np.sqrt((early.var(0, ddof=1) + late.var(0, ddof=1)) / third)
+    up = after - before > 3 * error
+    reason = f"R_l went from {before[0]:.2f} to {after[0]:.2f}, "
+    reason += f"the grader's accuracy from {before[1]:.2f} to {after[1]:.2f}"
+    if up[0] and not up[1]:
+        return "they part", f"{reason}: read the completions of the highest reward"
+    return "no sign of it", reason
