@@ -196,6 +196,14 @@ def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
     assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
 
 
+def test_a_policy_stops_where_its_template_ends_a_turn(toy_folder, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(turns)
+    policy = evaluation.Policy.load(str(folder))
+    assert {policy.tokenizer.pad_token_id, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
+
+
 def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_path):
     """Base models have none. Their prompt is the problem, the suffix and a new line."""
     folder = shutil.copytree(toy_folder, tmp_path / "m")
