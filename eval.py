@@ -416,7 +416,7 @@ def make_parser():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default=str(SHIPPED / "tiny"), help="checkpoint folder or hub name")
+    add("--model", default=str(TINY), help="checkpoint folder or hub name[@revision]")
     add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
     like = "training run: its temperature, length, prompt, dtype and newest checkpoint are defaults"
     add("--like", metavar="RUN", help=like)

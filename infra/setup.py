@@ -136,7 +136,8 @@ def check_measured(cfg, levels, train_set, policy):
             words = "; ".join(other)
             tqdm.write(f"{cfg.data}: measured with {measured.get('model')} otherwise: {words}")
         if measured.get("samples", 0) < 16:
-            tqdm.write(f"{cfg.data}: measured with {measured.get('samples')} samples, few of 16")
+            samples = f"{measured.get('samples')} samples a problem"
+            tqdm.write(f"{cfg.data}: measured with {samples}: fewer than 16 tell little")
 
 
 def make_stages(cfg, levels, train_set, policy):

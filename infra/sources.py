@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rewards import extract_answer
 
+KNOWN = "id", "problem", "answer", "level"  # our names of columns
+
 # The columns of problem and answer; a.b is the field b within a. The first that fits is taken.
 LAYOUTS = {
     "problem answer": "ours, MATH-500, DeepScaleR, Big-Math",
@@ -45,12 +47,7 @@ def is_elsewhere(name):
 def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
     columns = dict(word.partition("=")[::2] for word in words)
-    if words and not {"problem", "answer"} <= columns.keys() <= {
-        "id",
-        "problem",
-        "answer",
-        "level",
-    }:
+    if words and not {"problem", "answer"} <= columns.keys() <= set(KNOWN):
         raise ValueError(
             f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME or "
             "id=NAME if there are such columns"

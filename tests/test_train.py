@@ -21,6 +21,7 @@ from infra.flags import Config, fill
 from infra.optimizer import Learner, learning_rate
 from infra.ranks import Ranks
 from infra.run import Stage
+from infra.setup import check_measured
 from infra.update import Update
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
@@ -287,6 +288,25 @@ def workshop(tmp_path, toy_folder, monkeypatch):
 
 def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, capsys):
+    """The shipped problems have the rates of the shipped model, and cut wrong levels for any other.
+    With what measured them nothing is said."""
+    own = toy_policy.measuring(1.0, 8) | {"model": "m", "samples": 64}
+    cases = {
+        "": own,
+        "weights x, now": own | {"weights": "x"},
+        "temperature 0.6, now 1.0": own | {"temperature": 0.6},
+        "max_new_tokens 9, now 8": own | {"max_new_tokens": 9},
+        "4 samples a problem: fewer than 16": own | {"samples": 4},
+        "nothing says what measured": None,
+    }
+    for words, measured in cases.items():
+        problems = [Problem("i", "1", "1", 0.5, other={"measured": measured})]
+        check_measured(Config(), [level(max_new_tokens=8)], problems, toy_policy)
+        said = capsys.readouterr().out
+        assert words in said and bool(words) == bool(said)
 
 
 def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, capsys):
