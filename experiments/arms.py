@@ -115,6 +115,7 @@ EXPERIMENTS = {
         "prompt length": two_levels("length.jsonl"),
         "random": two_levels("random.jsonl"),
         "L = 1, 2x": f"--quality 1.0 --tokens {2 * BUDGET}",  # what 4 samples of all problems cost
+        "64 samples, 2x": f"--quality 0.8 1.0 --tokens {2 * EASY} {2 * HARD}",
     },
     "reward": {
         "outcome": TWO,
@@ -155,6 +156,13 @@ for base in BASES:
     for arm in ("EPRLI", "L = 1", "hard only"):
         EXPERIMENTS["base"][f"{base}: {arm}"] = f"{EXPERIMENTS['levels'][arm]} {own}"
     EXPERIMENTS["base"][f"{base}: L = 1, 5e-4"] = f"{ONE} {own} --lr 5e-4"  # EPRLI's rate
+    if base == "lost at level 2":
+        more = {
+            "easy only": f"--quality 0.8 1.0 --tokens {BUDGET} 0",
+            "L = 1, 5e-4, 2x": f"--quality 1.0 --tokens {2 * BUDGET} --lr 5e-4",
+        }
+        for arm, flags in more.items():
+            EXPERIMENTS["base"][f"{base}: {arm}"] = f"{flags} {own}"
 
 
 def base_commands():

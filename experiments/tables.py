@@ -21,6 +21,7 @@ OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
     "pass@16": (1, "level 2, 64 problems, %"),
 }
 COURSE = {  # of the second
+    "updates": (1, "updates that trained"),
     "length 1": (1, "completions of level 1 at the end, tokens"),
     "length 2": (1, "completions of level 2 at the end, tokens"),
     "drawn": (2, "groups drawn for one that was trained on"),
@@ -63,6 +64,7 @@ def measure(run):
     reached = grid[level_2 >= 50]
     length = {row["level"]: row["length_mean"] for row in run["evaluations"]}  # the last of each
     updates = run["updates"]
+    kept = updates["groups_kept"]
     drawn = sum(updates["groups_drawn"])
     clipped = np.nan
     if "clip_low_share" in updates:
@@ -77,7 +79,8 @@ def measure(run):
         "pass@16": 100 * run.get("pass@16", np.nan),
         "length 1": length[1],
         "length 2": length[2],
-        "drawn": drawn / sum(updates["groups_kept"]),
+        "updates": sum(groups > 0 for groups in kept),
+        "drawn": drawn / sum(kept),
         "all right": 100 * sum(updates["groups_all_right"]) / drawn,
         "all wrong": 100 * sum(updates["groups_all_wrong"]) / drawn,
         "carried": 100 * average(updates["carried_share"]),
@@ -194,6 +197,7 @@ def compare(measured):
             continue
         found = [difference(by_seed, measured[first], name) for name in COMPARED]
         cells = [f"{mean:+.1f} ± {half:.1f}".replace(" ± nan", "") for mean, half in found]
+        cells = [text.replace("+nan", "-") for text in cells]
         yield f"| {arm}, less {first} | {' | '.join(cells)} |"
         mean, half = found[0]
         word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
