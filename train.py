@@ -34,6 +34,9 @@ from rollout import Completion, stream
 
 # Mean difference of learner and sampler that is still rounding, nats per token.
 MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.2}
+# What `objective` finds, and how it adds up over micro-batches and processes.
+SUMS = ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh")
+PEAKS = ("ratio_max", "gap_max")
 
 
 def train(run):
@@ -206,44 +209,47 @@ def check_gap(dtype, sums):
 def accumulate_gradient(run, level, step):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
-    How the step is cut into micro-batches and over the processes changes nothing.
+    How the step is cut into micro-batches, over the processes and over their threads changes
+    nothing.
 
     -> {name: sum over the step's tokens; objective}, {name: maximum}: of all processes, on each
     """
-    ranks, max_tokens = run.ranks, run.cfg.micro_batch_tokens
+    ranks, models = run.ranks, run.learner.models  # a thread for each model
     num_tokens = sum(len(s.completion.tokens) for s in step)  # counted before the first backward
-    parts = [cut(part, max_tokens) for part in split(step, ranks.size)]
-    sums = dict.fromkeys(
-        ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh"), 0.0
-    )
-    peaks = {"ratio_max": 0.0, "gap_max": 0.0}
-    mine = parts[ranks.rank]
-    for i in range(max(map(len, parts))):
-        idle = i >= len(mine)
-        if idle and not ranks.sharded:
-            break
+    counts = len(step), num_tokens
+    parts = split(step, ranks.size * len(models))
+    # Threads hold their micro-batches at the same time.
+    shares = [cut(part, run.cfg.micro_batch_tokens // len(models)) for part in parts]
+    # FSDP averages gradients over the processes, and we need their sum.
+    scale = ranks.size if ranks.sharded else 1
+    most = max(map(len, shares))
+
+    def backward(model, share):
+        found = []
+        for micro in share:
+            J, some = objective(run, level, model, micro, counts)
+            (-scale * J).backward()
+            found.append(some)
         # FSDP gathers weights from all processes, so one without samples takes part with a dummy.
-        micro = step[:1] if idle else mine[i]
-        J, found = objective(run, level, micro, (len(step), num_tokens))
-        # FSDP averages gradients over the processes, and we need their sum.
-        scale = ranks.size if ranks.sharded else 1
-        (-J * scale * (not idle)).backward()
-        if idle:
-            continue
-        for name in peaks:
-            peaks[name] = max(peaks[name], found[name])
-        for name in sums:
-            sums[name] += found[name]
+        for _ in range(most - len(share) if ranks.sharded else 0):
+            J, _ = objective(run, level, model, step[:1], counts)
+            (0 * J).backward()
+        return found
+
+    first = ranks.rank * len(models)
+    found = run.learner.add_gradients(backward, shares[first : first + len(models)])
+    sums = {name: sum(some[name] for some in found) for name in SUMS}
+    peaks = {name: max((some[name] for some in found), default=0.0) for name in PEAKS}
     return ranks.reduce(sum, sums), ranks.reduce(max, peaks)
 
 
-def objective(run, level, micro, counts):
+def objective(run, level, model, micro, counts):
     """J_l of one micro-batch, and what is logged of it: diagnostics, `gap` between learner and
     sampler summed over `fresh` tokens.
 
     counts  (completions, tokens) of the whole step, by which its sum is divided once
     """
-    cfg, model = run.cfg, run.learner.model
+    cfg = run.cfg
     ids, mask = pad(
         [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
     )

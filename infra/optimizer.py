@@ -2,11 +2,13 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
+SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
 
 
 def learning_rate(cfg, trained, progress):
@@ -47,9 +49,40 @@ class Learner:
             for weight, master in zip(self.weights, self.masters):
                 master.grad = torch.zeros_like(master)
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
+        self.models = [self.model]
+        if self.takes_two_threads():
+            self.models.append(self.twin())
+            threads = torch.get_num_threads() // 2
+            self.pool = ThreadPoolExecutor(2, "learn", torch.set_num_threads, (threads,))
         self.adamw = torch.optim.AdamW(
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
+
+    def takes_two_threads(self):
+        """Whether two threads compute gradients side by side. On a CPU the operations of a small
+        model are too short to be cut over its cores. A large one would need more memory."""
+        size = sum(weight.numel() for weight in self.weights)
+        on_cpu = self.weights[0].device.type == "cpu" and torch.get_num_threads() > 1
+        return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
+
+    def twin(self):
+        """The same model with the same weights, which takes gradients of its own."""
+        twin = copy.deepcopy(self.model)
+        for weight, own in zip(twin.parameters(), self.model.parameters()):
+            weight.data = own.data
+        return twin
+
+    def add_gradients(self, backward, shares):
+        """backward(model, share) -> [...] leaves a gradient; a model and a thread for each share.
+        -> the results of all.  Gradients are summed in the order of shares, so that every run has
+        the same bits."""
+        if len(shares) == 1:
+            return backward(self.model, *shares)
+        found = list(self.pool.map(backward, self.models, shares))
+        for ours, theirs in zip(*(model.parameters() for model in self.models)):
+            grads = [p.grad for p in (ours, theirs) if p.grad is not None]
+            ours.grad, theirs.grad = sum(grads) if grads else None, None
+        return sum(found, [])
 
     def step(self, lr, max_norm):
         """One step at learning rate lr; returns the gradient's norm before it was clipped.

@@ -147,9 +147,12 @@ class Ranks:
     def sum_gradients(self, parameters):
         """Every gradient becomes the sum over all processes (FSDP's backward pass has done it)."""
         if self.size > 1 and not self.sharded:
+            sums = []
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
+                sums.append(dist.all_reduce(p.grad, async_op=True))
+            for work in sums:
+                work.wait()
 
     # ---------------------------------------------------------------------------------- signals
 

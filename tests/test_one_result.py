@@ -25,7 +25,8 @@ from test_train import a_run, level, off_policy_samples
 
 from infra import kernels
 from infra.flags import Config
-from infra.ranks import FSDP_ON_CPU
+from infra.optimizer import Learner
+from infra.ranks import FSDP_ON_CPU, Ranks
 from model import log_softmax
 from rollout import sample, stream, uniforms
 from train import accumulate_gradient, minibatches
@@ -344,11 +345,13 @@ def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
 # --------------------------------------------------------------------------------------- learning
 
 
-def gradient(model, samples, size=1, recompute=False, **flags):
+def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     """The sum of what `size` processes contribute."""
-    model.model.recompute = recompute
+    torch.set_num_threads(threads)
     model.zero_grad()
-    run = a_run(model, loss_norm="token", **flags)
+    learner = Learner(model, Ranks(), recompute)
+    assert len(learner.models) == threads
+    run = a_run(model, learner=learner, loss_norm="token", **flags)
     for rank in range(size):
         run.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
         run.ranks.reduce = lambda function, numbers: numbers
@@ -364,11 +367,13 @@ def gradient(model, samples, size=1, recompute=False, **flags):
         {"recompute": True},
         {"size": 3},
         {"size": 12},  # some have no samples
+        {"threads": 2},
+        {"threads": 2, "size": 5},  # some threads have no samples
     ],
     ids=str,
 )
 def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(flags):
-    """A mean over tokens is over those of all micro-batches and processes."""
+    """A mean over tokens is over those of all micro-batches, threads and processes."""
     model = random_model()
     samples = off_policy_samples(model, 9)
     one = gradient(model, samples, micro_batch_tokens=10**6)

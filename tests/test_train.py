@@ -100,7 +100,7 @@ def off_policy_samples(model, n=7):
 
 
 def a_run(model, reference=None, learner=None, **flags):
-    learner = learner or SimpleNamespace(model=model)
+    learner = learner or Learner(model, Ranks())
     cfg = fill(Config(temperature=0.8, **flags))
     return SimpleNamespace(cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), trained=2)
 
@@ -163,7 +163,8 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
             model.zero_grad()
             return 0.0
 
-        learner = SimpleNamespace(model=model, step=look)
+        learner = Learner(model, Ranks())
+        learner.step = look
         run = a_run(model, learner=learner, loss_norm=norm, minibatches=minibatches)
         stage = Stage(1, level(), None, None, Buffer())
         learn(run, stage, groups, Update(1, stage, 0.1, max_draws=1))
