@@ -157,12 +157,8 @@ for base in BASES:
         EXPERIMENTS["base"][f"{base}: {arm}"] = f"{EXPERIMENTS['levels'][arm]} {own}"
     EXPERIMENTS["base"][f"{base}: L = 1, 5e-4"] = f"{ONE} {own} --lr 5e-4"  # EPRLI's rate
     if base == "lost at level 2":
-        more = {
-            "easy only": f"--quality 0.8 1.0 --tokens {BUDGET} 0",
-            "L = 1, 5e-4, 2x": f"--quality 1.0 --tokens {2 * BUDGET} --lr 5e-4",
-        }
-        for arm, flags in more.items():
-            EXPERIMENTS["base"][f"{base}: {arm}"] = f"{flags} {own}"
+        easy = f"--quality 0.8 1.0 --tokens {BUDGET} 0 {own}"
+        EXPERIMENTS["base"][f"{base}: easy only"] = easy
 
 
 def base_commands():
