@@ -56,8 +56,8 @@ def make_model(size, out):
     """A random Qwen2 in a Hugging Face folder, with a tokenizer and a chat template."""
     from transformers import Qwen2Config
 
+    from experiments.warmstart import make_tokenizer
     from model import Transformer
-    from tools.warmstart import make_tokenizer
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import data
-from tools.problems import terms, trap
+from experiments.problems import terms, trap
 
 KINDS = ("plain", "carry", "borrow", "sign")
 MEANING = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import data
 from eval import SHIPPED
-from tools.problems import terms
+from experiments.problems import terms
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
 FEW = {"levels": f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens 128"}  # pass@16
@@ -147,7 +147,7 @@ for arm, flags in EXPERIMENTS["levels"].items():
         EXPERIMENTS["rates"][f"{arm}, {lr:g}"] = f"{flags} --lr {lr:g} --eval-every 1000"
 
 
-# What the student of another base does differently: tools/warmstart.py --slips carry borrow sign.
+# What the student of another base does differently: --slips carry borrow sign of warmstart.py
 BASES = {"good at level 1": "0.05 0.05 0.75", "lost at level 2": "1 1 1"}
 EXPERIMENTS["base"] = {}
 for base in BASES:
@@ -167,7 +167,7 @@ def base_commands():
         folder = VARIANTS.parent / base.replace(" ", "-")
         if not folder.with_suffix(".jsonl").exists():
             yield (
-                f"-m tools.warmstart --start assets/tiny --rare 0 --steps 300 "
+                f"-m experiments.warmstart --start assets/tiny --rare 0 --steps 300 "
                 f"--slips {slips} --out {folder}"
             )
             yield (

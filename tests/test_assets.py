@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
 from eval import SHIPPED, Policy, Sampling, attempt, requests
+from experiments import warmstart
+from experiments.problems import generate
 from model import Transformer
 from rewards import RIGHT, WRONG, Grader, writes_steps
-from tools import report, warmstart
-from tools.problems import generate
+from tools import report
 
 TINY = SHIPPED / "tiny"
 TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))

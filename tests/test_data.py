@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 import data
 from data import Order, Problem, Prompt, cut_levels, overlap, read_problems, render
 from eval import SHIPPED
+from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
+from experiments.problems import main as generator
+from experiments.warmstart import make_tokenizer
 from rewards import load_reward
-from tools.problems import CAREFUL_SLIPS, generate, solve, terms, trap
-from tools.warmstart import make_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
 
@@ -92,7 +93,7 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
 def test_command_line(tmp_path, capsys, monkeypatch):
     """It generates, and it prints overlap; a problem is counted once, exact before near."""
     monkeypatch.chdir(tmp_path)
-    data.main(["--split", "heldout", "--count", "3", "--seed", "7", "--out", "h.jsonl"])
+    generator(["--split", "heldout", "--count", "3", "--seed", "7", "--out", "h.jsonl"])
     problems = read_problems("h.jsonl")
     assert problems == list(itertools.islice(generate("heldout", 7), 3))
     story = " ".join(map(str, range(30)))
@@ -104,7 +105,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     name = problems[1].id
     assert printed[1:] == [f"  exact: {name} = {name}", "  near: near = story"]
     with pytest.raises(SystemExit):  # a file that exists is not overwritten
-        data.main(["--out", "t.jsonl"])
+        generator(["--out", "t.jsonl"])
 
 
 # What others publish -> problem, answer, level.

@@ -10,12 +10,12 @@ from test_train import level, lines, workshop  # noqa: F401  the fixture
 
 import train
 from eval import interval
+from experiments.warmstart import make_tokenizer
 from infra.directory import RunDirectory
 from infra.optimizer import Learner
 from infra.ranks import Ranks
 from infra.run import Run, pack, plain, unpack
 from rollout import choose
-from tools.warmstart import make_tokenizer
 
 pytestmark = pytest.mark.faults
 

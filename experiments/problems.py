@@ -1,4 +1,6 @@
-"""Problems for the shipped model, generated and understood; the command line of data.py.
+"""Problems for the shipped model, generated and understood.
+
+    python -m experiments.problems --split train --count 4096 --seed 0 --out pool.jsonl
 
 A problem is a chain of sums and differences, e.g. 52+38-(14-6). A solution writes every step, the
 first with the number that it starts from: 52+38=90;-14=76;+6=82;\\boxed{82}. Long chains are hard
@@ -17,7 +19,7 @@ import random
 import re
 import zlib
 
-from data import Problem, overlap, read_problems, write_problems
+from data import Problem, write_problems
 
 MOST = 150  # no right total is larger
 CAREFUL_SLIPS = 0.3  # of the slips remain where the units are worked out
@@ -118,38 +120,20 @@ def generate(split, seed, repeats=False):
             yield Problem(f"{split}-{number}", text, str(answer), other={"steps": steps})
 
 
-def print_overlap(train_file, *evaluation_files):
-    """One line a file, and one for every pair found."""
-    train = read_problems(train_file)
-    for path in evaluation_files:
-        evaluation = read_problems(path)
-        exact, near = overlap(train, evaluation)
-        counts = f"{len(exact)} of {len(evaluation)} problems stand in {train_file}"
-        print(f"{path}: {counts}, {len(near)} nearly")
-        for kind, pairs in (("exact", exact), ("near", near)):
-            for name, original in pairs:
-                print(f"  {kind}: {name} = {original}")
-
-
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Generate problems, or look for overlap.")
+    parser = argparse.ArgumentParser(description="Generate problems.")
     add = parser.add_argument
     add("--split", choices=("train", "heldout"), default="train")
     add("--count", type=int, default=4096)
     add("--seed", type=int, default=0)
-    add("--out", help="JSONL file to write")
-    files = "a training file, then evaluation files or benchmarks"
-    add("--overlap", nargs="+", metavar="FILE", help=files)
+    add("--out", required=True, help="JSONL file to write")
     args = parser.parse_args(arguments)
+    problems = generate(args.split, args.seed)
     try:
-        if args.overlap:
-            if len(args.overlap) < 2:
-                raise ValueError("--overlap needs a training file and an evaluation file or more")
-            print_overlap(*args.overlap)
-        else:
-            if not args.out:
-                raise ValueError("--out FILE: where to write the problems")
-            problems = generate(args.split, args.seed)
-            write_problems(args.out, itertools.islice(problems, args.count))
-    except (ValueError, OSError) as error:
+        write_problems(args.out, itertools.islice(problems, args.count))
+    except OSError as error:
         parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Make the shipped checkpoint again: a tiny Llama, warm-started on generated, worked solutions.
 
-    python -m tools.warmstart --out assets/tiny
+    python -m experiments.warmstart --out assets/tiny
 
-The solutions are those of a student who makes systematic mistakes (tools/problems.py), as in
+The solutions are those of a student who makes systematic mistakes (experiments/problems.py), as in
 studies of arithmetic (Brown & Burton 1978). First the mistakes are rare, so that every kind of
 step is learned. Then they come in full. Reinforcement learning has to find out, kind by kind, which
 of two ways is right.
@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from data import render
+from experiments.problems import generate, solve
 from model import Transformer, micro_batches, pad
-from tools.problems import generate, solve
 
 PEAK_LR = 3e-3  # of AdamW
 MICRO_BATCH_TOKENS = 2048  # padded; speed only
