@@ -96,13 +96,12 @@ def read_records(path, parse=lambda record, name: record):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
-            if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-                raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
-            records.append(parse(record, f"{path.stem}-{number}"))
+            if line.strip():
+                record = json.loads(line)
+                if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+                    raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
+                records.append(parse(record, f"{path.stem}-{number}"))
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not records:
@@ -129,7 +128,7 @@ def read_problems(name, columns=()):
         return parse_problem(record, default_id)
 
     where = str(name if Path(name).exists() else papers.BENCHMARKS.get(name, name))
-    if sources.is_elsewhere(where):
+    if where.endswith(".parquet") or (":" in where and not Path(where).exists()):
         problems = []
         with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
             rows = list(sources.load_rows(where))
@@ -151,9 +150,9 @@ MOST_UNGRADABLE = 0.01  # share of a file's gold answers
 def gradable(name, problems):
     """-> the problems whose gold answer other answers can be compared with; the others are listed.
     Raises ValueError where they are many: then a column of something else was read."""
-    bad = [p for p in problems if not answers.gradable(p.answer)]
-    if not bad:
-        return problems
+    good, bad = [], []
+    for p in problems:
+        (good if answers.gradable(p.answer) else bad).append(p)
     seen = "; ".join(f"{p.id}: {squash(p.answer)[-60:]!r}" for p in bad[:5])
     words = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be graded ({seen})"
     if len(bad) > MOST_UNGRADABLE * len(problems):
@@ -161,8 +160,9 @@ def gradable(name, problems):
             f"{words}: name the column of final answers, --columns problem=NAME answer=NAME (of "
             "named columns, the text behind #### or in the last box is taken)"
         )
-    tqdm.write(words)
-    return [p for p in problems if answers.gradable(p.answer)]
+    if bad:
+        tqdm.write(words)
+    return good
 
 
 def write_problems(path, problems):
@@ -232,35 +232,25 @@ def ngrams(text):
 # ---------------------------------------------------------------------------------------- prompts
 
 
+def flag(default, help):
+    return field(default_factory=lambda: default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Prompting:
     """How a problem becomes a prompt, and what ends a completion: flags of train.py and eval.py."""
 
     _argument_group_name = "prompts"
 
-    examples: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL of worked examples {problem, solution} to put in front of every problem"
-        },
+    examples: str | None = flag(
+        None, "JSONL of worked examples {problem, solution} to put in front of every problem"
     )
-    system: str | None = field(
-        default=None, metadata={"help": "text of a system turn in front of all others"}
+    system: str | None = flag(None, "text of a system turn in front of all others")
+    suffix: str = flag(SUFFIX, f"text behind every problem; default a new line and: {INSTRUCTION}")
+    template_kwargs: str = flag(
+        "{}", "JSON object for the chat template, such as '{\"enable_thinking\": false}'"
     )
-    suffix: str = field(
-        default=SUFFIX,
-        metadata={"help": f"text behind every problem; default a new line and: {INSTRUCTION}"},
-    )
-    template_kwargs: str = field(
-        default="{}",
-        metadata={
-            "help": "JSON object for the chat template, such as '{\"enable_thinking\": false}'"
-        },
-    )
-    stop: list[str] = field(
-        default_factory=list,
-        metadata={"help": "further tokens that end a completion, as text, one token each"},
-    )
+    stop: list[str] = flag([], "further tokens that end a completion, as text, one token each")
 
     def read(self):
         """-> keyword arguments of `render`. Raises ValueError"""
@@ -286,7 +276,7 @@ class Prompt:
 PLAIN_TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 
 
-def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template=None):
+def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template={}):  # noqa: B006
     """A problem as the policy sees it, in training and evaluation alike.
 
     examples  records {"problem", "solution"}, shown before it as earlier turns of the chat
@@ -300,18 +290,18 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template
         turns.append({"role": "assistant", "content": example["solution"]})
     turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, **(template or {})
+        turns, tokenize=False, add_generation_prompt=True, **template
     )
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
     return Prompt(problem, tokens, opening)
 
 
 def parse_example(record, _):
-    for name in ("problem", "solution"):
-        if not isinstance(record, dict) or not isinstance(record.get(name), str):
-            raise ValueError('a worked example needs the texts "problem" and "solution"')
-    return record
+    match record:
+        case {"problem": str(), "solution": str()}:
+            return record
+    raise ValueError('a worked example needs the texts "problem" and "solution"')
 
 
 # ----------------------------------------------------------------------------------------- levels
@@ -333,13 +323,14 @@ def cut_levels(problems, qualities, kind):
     """
     floor = 0.0 if kind == "pass_rate" else -math.inf
     bounds = sorted({floor, *qualities, math.inf})
-    bins = {bound: [] for bound in bounds}
-    known = [p for p in problems if difficulty(p, kind) is not None]
-    for p in known:
-        upper = bisect_left(bounds, difficulty(p, kind) - 1e-9)  # 1 - 0.2 is not quite 0.8
-        bins[bounds[upper]].append(p)
+    bins = defaultdict(list)  # by upper bound; None: unknown
+    for p in problems:
+        bound = difficulty(p, kind)
+        if bound is not None:
+            bound = bounds[bisect_left(bounds, bound - 1e-9)]  # 1 - 0.2 is not quite 0.8
+        bins[bound].append(p)
     left_out = {
-        "unmeasured": len(problems) - len(known),
+        "unmeasured": len(bins[None]),
         "always solved": len(bins[floor]),
         "too hard": len(bins[math.inf]),
     }
@@ -385,21 +376,16 @@ class Order:
 
     def draw(self, count):
         """-> indices of the next prompts"""
-        if self.target is not None:
-            chosen = sorted(self.rates, key=lambda i: abs(self.rates[i] - self.target))[:count]
-            self.drawn += len(chosen)
-            return chosen
-        chosen = []
-        while len(chosen) < count:
-            epoch, first = divmod(self.drawn, len(self.prompts))
-            some = self.shuffled(epoch)[first : first + count - len(chosen)]
-            chosen += some
-            self.drawn += len(some)
+        chosen = sorted(self.rates, key=lambda i: abs(self.rates[i] - self.target))[:count]
+        while not self.rates and len(chosen) < count:
+            epoch, first = divmod(self.drawn + len(chosen), len(self.prompts))
+            chosen += self.shuffled(epoch)[first : first + count - len(chosen)]
+        self.drawn += len(chosen)
         return chosen
 
     def note(self, index, pass_rate):
         """The pass rate of a prompt's newest group goes into its running mean."""
-        if self.target is not None:
+        if self.rates:
             self.rates[index] = (self.rates.pop(index) + pass_rate) / 2  # now the last of all
 
     def state(self):

@@ -22,8 +22,9 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Policy:
         adapter = lora.read_config(folder)
         if adapter:
             base = find_folder(adapter["base_model_name_or_path"], device)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        if "cuda" in str(device) and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         prompting = data.Prompting.read(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
@@ -77,8 +78,7 @@ class Policy:
             lora.load(model, adapter, folder, base)
         with data.explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = data.PLAIN_TEMPLATE
+        tokenizer.chat_template = tokenizer.chat_template or data.PLAIN_TEMPLATE
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
@@ -118,12 +118,10 @@ class Policy:
 
     def measuring(self, temperature, max_new_tokens):
         """What pass rates depend on, beside the problem; JSON."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*model*.safetensors")):
-            digest.update(sha256(path).encode())
+        files = sorted(self.folder.glob("*model*.safetensors"))
         return {
-            "weights": digest.hexdigest()[:12],
-            "prompt": hashlib.sha256(json.dumps(self.prompting).encode()).hexdigest()[:12],
+            "weights": digest("".join(map(sha256, files)))[:12],
+            "prompt": digest(json.dumps(self.prompting))[:12],
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
@@ -136,6 +134,10 @@ class Policy:
     def pieces(self, completion):
         """The text of each token, the stop token included."""
         return [self.tokenizer.decode([token]) for token in completion.tokens]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_shipped(model):
@@ -189,12 +191,12 @@ def end_of_turn(tokenizer):
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
     with data.explained("the tokenizer's chat template fails"):
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
-    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.encode(behind, add_special_tokens=False)
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
 def stop_token(tokenizer, text):
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1:
         raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
     return tokens[0]
@@ -249,7 +251,7 @@ def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
             policy.model,
             [p.tokens for p in prompts],
             keys,
-            **vars(replace(sampling, max_new_tokens=limits)),
+            **vars(sampling) | {"max_new_tokens": limits},
             stop_ids=policy.stop_ids,
             on_finished=bar.update,
         )
@@ -299,11 +301,9 @@ def majority(answers, right):
     Answers vote together if their canonical spelling is one. Ties go to the answer that was sampled
     first. None, no answer, casts no vote; without any vote the majority is wrong.
     """
-    votes = [(canonical(a), is_right) for a, is_right in zip(answers, right) if a is not None]
-    if not votes:
-        return False
-    winner, _ = Counter(spelling for spelling, _ in votes).most_common(1)[0]  # the first of equals
-    return dict(reversed(votes))[winner]
+    spelled = [None if answer is None else canonical(answer) for answer in answers]
+    votes = [spelling for spelling in spelled if spelling is not None]
+    return bool(votes) and right[spelled.index(mode(votes))]  # the first of equals
 
 
 def wilson(successes, n):
@@ -514,11 +514,9 @@ def load(args, device):
     for path in args.data:
         problems = data.read_problems(path, args.columns)
         data.gradable(path, problems)  # as others count them: those that fail it stay
-        files[path] = policy.render(problems)
-        policy.show(files[path])
-    for path, prompts in files.items():
-        too_long = sum(not policy.room(p) for p in prompts)
-        if too_long:
+        prompts = files[path] = policy.render(problems)
+        policy.show(prompts)
+        if too_long := sum(not policy.room(p) for p in prompts):
             print(f"{path}: {too_long} prompts fill the context and count as wrong")
     return policy, files
 
@@ -531,7 +529,7 @@ def open_folder(args, policy, files):
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
     measured = policy.measuring(args.temperature, args.max_new_tokens)
     settings["weights"] = measured["weights"]
-    settings["prompts"] = hashlib.sha256(repr((files, policy.stop_ids)).encode()).hexdigest()
+    settings["prompts"] = digest(repr((files, policy.stop_ids)))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
     with data.explained(f"--out {out}: exists already, and is no evaluation to go on with"):
@@ -547,12 +545,9 @@ def open_folder(args, policy, files):
 
 def finished(log, samples):
     """How many problems stand in completions.jsonl. What a kill left half written is cut off."""
-    ends = [0]  # of whole lines, in bytes
     with open(log, "a+b") as file:
         file.seek(0)
-        for line in file:
-            if line.endswith(b"\n"):
-                ends.append(ends[-1] + len(line))
+        ends = [0, *accumulate(len(line) for line in file if line.endswith(b"\n"))]  # in bytes
         whole = (len(ends) - 1) // samples
         file.truncate(ends[whole * samples])
     return whole
@@ -565,20 +560,19 @@ def sample_rest(args, policy, files, log, ranks):
     """
     grader = Grader(allow_last_number=args.allow_last_number)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
-    work = []  # (file, {problem id: name of its level}, request)
+    work = []  # ((file, problem id, name of its level), request)
     for path, prompts in files.items():
         levels = data.level_names([p.problem for p in prompts], args.quality)
-        asked = requests(args.seed, prompts, args.samples, args.purpose)
-        work += [(path, levels, request) for request in asked]
+        for request in requests(args.seed, prompts, args.samples, args.purpose):
+            name = request[0].problem.id
+            work.append(((path, name, levels.get(name)), request))
 
     def sample_share(share):
-        asked = [request for _, _, request in share]
+        asked = [request for _, request in share]
         done = attempt(policy, grader, asked, sampling, show_progress=ranks.first)
         groups = []
-        for (path, levels, (prompt, _)), attempts in zip(share, done):
-            name = prompt.problem.id
-            rows = [make_row(path, name, levels.get(name), *each) for each in enumerate(attempts)]
-            groups.append(rows)
+        for (labels, _), attempts in zip(share, done):
+            groups.append([make_row(*labels, *each) for each in enumerate(attempts)])
         return groups
 
     done = ranks.from_first(lambda: finished(log, args.samples))
@@ -599,7 +593,7 @@ def summarise(results, k):
         part = [measure(some, k) for some in results if level in (some["level"], "all")]
         summary[level] = {name: interval([values[name] for values in part]) for name in part[0]}
         cells = [f"{name} {shown(name, values)}" for name, values in summary[level].items()]
-        print(f"  {level:8} {len(part):5} problems   " + "   ".join(cells))
+        print(f"  {level:8} {len(part):5} problems   {'   '.join(cells)}")
     return summary
 
 
@@ -607,17 +601,20 @@ def add_pass_rates(path, prompts, results, measured):
     """Write the problems back with the share of their samples that is right, and what measured."""
     problems = []
     for prompt, result in zip(prompts, results):
-        other = prompt.problem.other | {"measured": measured | {"samples": result["n"]}}
+        other = prompt.problem.other | {"measured": measured}
         rate = result["right"] / result["n"]
         problems.append(replace(prompt.problem, pass_rate=rate, other=other))
     data.write_problems(path, problems)
 
 
-def conclude(args, files, out):
-    """Write results.jsonl and summary.json, print tables -> what summary.json holds"""
+def conclude(args, files, out, config):
+    """Write results.jsonl and summary.json, print tables -> what summary.json holds
+
+    config  config.json, an open file
+    """
     from tools import papers
 
-    summary = json.loads((out / "config.json").read_text())
+    summary = json.load(config)
     results = []
     with open(out / "completions.jsonl", encoding="utf-8") as lines:
         while rows := [json.loads(line) for line in islice(lines, args.samples)]:
@@ -626,14 +623,19 @@ def conclude(args, files, out):
     summary |= {"files": {}, "verdicts": Counter()}
     for path, prompts in files.items():
         some = [result for result in results if result["file"] == path]
-        how = f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-        print(f"\n{path}: {how}, at most {args.max_new_tokens} tokens a completion")
+        print(
+            f"\n{path}: temperature {args.temperature:g}, top-p {args.top_p:g}, at most "
+            f"{args.max_new_tokens} tokens a completion"
+        )
         summary["files"][path] = summarise(some, args.k)
         for result in some:
             summary["verdicts"] += result["verdicts"]
         if args.add_pass_rate:
-            measured = {"model": Path(args.model).name, **summary["measured"]}
-            measured["date"] = time.strftime("%Y-%m-%d")
+            measured = summary["measured"] | {
+                "model": Path(args.model).name,
+                "date": time.strftime("%Y-%m-%d"),
+                "samples": args.samples,
+            }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
     papers.print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -655,7 +657,7 @@ def main(arguments=None):
             ranks = stack.enter_context(Ranks(args.device))
             policy, files = ranks.together(lambda: load(args, ranks.device))
             out = ranks.from_first(lambda: open_folder(args, policy, files))
-            _lock = ranks.together(lambda: ranks.first and lock(out / "config.json"))
+            config = ranks.together(lambda: ranks.first and lock(out / "config.json"))
         except (ValueError, OSError) as error:
             refuse(parser, error)
         try:
@@ -664,7 +666,7 @@ def main(arguments=None):
             words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
             parser.exit(130, words if ranks.first else None)
         if ranks.first:
-            print(json.dumps(conclude(args, files, out)))
+            print(json.dumps(conclude(args, files, out, config)))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,17 @@ OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two nee
 
 import json
 import re
-from pathlib import Path
 
 from rewards import extract_answer
 
-KNOWN = "id", "problem", "answer", "level"  # our names of columns
-
 # The columns of problem and answer; a.b is the field b within a. The first that fits is taken.
-LAYOUTS = {
-    "problem answer": "ours, MATH-500, DeepScaleR, Big-Math",
-    "problem solution": "MATH, the answer in the last box",
-    "question answer": "GSM8K, the answer behind ####",
-    "question final_answer": "OlympiadBench",
-    "prompt reward_model.ground_truth": "DAPO, Skywork: chat turns",
-}
+LAYOUTS = (
+    "problem answer",  # ours, MATH-500, DeepScaleR, Big-Math
+    "problem solution",  # MATH, the answer in the last box
+    "question answer",  # GSM8K, the answer behind ####
+    "question final_answer",  # OlympiadBench
+    "prompt reward_model.ground_truth",  # DAPO, Skywork: chat turns
+)
 # DAPO's prompts put this around a problem. It asks for another form of answer than our box.
 DAPO_FRAME = re.compile(
     r"^Solve the following math problem step by step\..*?\n\n|\n\nRemember to put your answer.*",
@@ -39,15 +36,15 @@ def load_rows(name):
     return load_dataset(repository, *configuration, split=split, revision=revision or None)
 
 
-def is_elsewhere(name):
-    """Whether it takes `load_rows` to read it."""
-    return name.endswith(".parquet") or (":" in name and not Path(name).exists())
-
-
 def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
     columns = dict(word.partition("=")[::2] for word in words)
-    if words and not {"problem", "answer"} <= columns.keys() <= set(KNOWN):
+    if words and not {"problem", "answer"} <= columns.keys() <= {
+        "id",
+        "problem",
+        "answer",
+        "level",
+    }:
         raise ValueError(
             f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME or "
             "id=NAME if there are such columns"
@@ -77,15 +74,16 @@ def find_layout(record, columns):
 def in_our_columns(record, columns):
     """-> the record with our names for its columns, and the names that they had"""
     layout = find_layout(record, columns)
-    found = {name: column(record, theirs) for name, theirs in layout.items()}
-    taken = {theirs.partition(".")[0] for theirs in layout.values()}
-    found = {name: value for name, value in record.items() if name not in taken} | found
+    found = dict(record)
+    for theirs in layout.values():
+        found.pop(theirs.partition(".")[0], None)
+    found |= {name: column(record, theirs) for name, theirs in layout.items()}
     if isinstance(found["problem"], list):
         found["problem"] = last_question(found["problem"])
     if list(layout.values()) != ["problem", "answer"]:
         found["answer"] = final_answer(found["answer"])
-    level = found.get("level")
-    if isinstance(level, str) and level.startswith("Level "):  # of MATH, a few are "Level ?"
+    level = str(found.get("level"))
+    if level.startswith("Level "):  # of MATH, a few are "Level ?"
         found["level"] = int(level[6:]) if level[6:].isdecimal() else None
     return found, layout.values()
 
@@ -102,12 +100,12 @@ def last_question(turns):
 def final_answer(answer):
     """What a published answer comes down to: the text behind ####, that of the last box, the items
     of a list."""
-    if isinstance(answer, str) and answer.startswith('["'):  # Skywork's
-        answer = json.loads(answer)
     if isinstance(answer, list):
         return ", ".join(text.strip().strip("$") for text in answer)
-    if isinstance(answer, str) and "####" in answer:
+    if not isinstance(answer, str):
+        return answer
+    if answer.startswith('["'):  # Skywork's
+        return final_answer(json.loads(answer))
+    if "####" in answer:
         return answer.rpartition("####")[2].strip()
-    if isinstance(answer, str) and "\\boxed" in answer:
-        return extract_answer(answer)
-    return answer
+    return extract_answer(answer) if "\\boxed" in answer else answer

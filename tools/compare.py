@@ -89,5 +89,11 @@ def difference(x, y):
             (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
         ).pvalue
     low, high = bootstrap(gain)
-    report = {"A": x.mean(), "B": y.mean(), "difference": gain.mean()}
-    return report | {"low": low, "high": high, "p": p}
+    return {
+        "A": x.mean(),
+        "B": y.mean(),
+        "difference": gain.mean(),
+        "low": low,
+        "high": high,
+        "p": p,
+    }

@@ -52,9 +52,7 @@ STYLE = {
 
 def read_log(path):
     """The rows of a log. No file, or an empty one: no rows."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    return read_records(path)
+    return read_records(path) if path.is_file() and path.stat().st_size else []
 
 
 def read_runs(folders):
@@ -78,19 +76,15 @@ def column(rows, key):
 
 def smooth(values, window):
     """Mean of the neighbours up to window // 2 away. Missing values (nan) do not count."""
-    means = []
-    for i in range(len(values)):
-        near = values[max(0, i - window // 2) : i + window // 2 + 1]
-        near = near[np.isfinite(near)]
-        means.append(near.mean() if len(near) else np.nan)
-    return means
+    known, near = np.isfinite(values), np.ones(window // 2 * 2 + 1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing is near
+        return np.convolve(np.nan_to_num(values), near, "same") / np.convolve(known, near, "same")
 
 
 def draw_panel(ax, metrics, panel, line):
     """Raw values are faint, their running means strong."""
     title, unit, keys = map(str.strip, panel.split("|"))
-    ax.set_title(title)
-    ax.set_ylabel(unit)
+    ax.set(title=title, xlabel="update", ylabel=unit)
     if "log scale" in unit:
         ax.set_yscale("log")
     updates = column(metrics, "update")
@@ -117,7 +111,6 @@ def finish(axes, metrics):
     if len(starts) > 8:  # interleaved levels change all the time
         starts = []
     for ax in axes:
-        ax.set_xlabel("update")
         ax.legend()
         for update in starts:
             ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
@@ -171,7 +164,7 @@ def encode(value):
 def read_completions(path, updates):
     """Rows of completions.jsonl from the first update to the last; the file may be larger than the
     memory."""
-    times, rows = list(np.linspace(1, updates, TIMES).round()), []
+    times, rows = np.linspace(1, updates, TIMES).round(), []
     with open(path, encoding="utf-8") as file:
         for row in map(json.loads, file):
             first = row.get("group", 0) < GROUPS_PER_TIME or "pieces" in row
