@@ -78,10 +78,10 @@ def is_number(value):
 @contextmanager
 def explained(words):
     """Turn any error inside the block into a ValueError that begins with `words`: libraries raise
-    errors of all kinds."""
+    errors of all kinds, and a user's own code may exit."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
 
 

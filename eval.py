@@ -22,7 +22,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from statistics import mode
 
@@ -40,6 +40,7 @@ from infra.ranks import Ranks, one_speaks, refuse
 from model import Transformer
 from rewards import RIGHT, Grader, writes_steps
 from rollout import Completion, sample, stream
+from tools import papers
 
 SHIPPED = Path(__file__).parent / "assets"  # a tiny checkpoint, and its problems with pass rates
 TINY = SHIPPED / "tiny"
@@ -422,8 +423,7 @@ def make_parser():
     add("--like", metavar="RUN", help=like)
     problems = "files of problems, data sets of the hub (infra/sources.py), or names of benchmarks"
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
-    published = "published defaults of flags and suffix"
-    add("--protocol", choices=("deepscaler", "fastcurl"), help=published)
+    add("--protocol", choices=papers.PROTOCOLS, help="published defaults of flags and suffix")
     for line in NUMBERS.strip().splitlines():
         name, default, least, meaning = line.split(maxsplit=3)
         kind = float if "." in default else int
@@ -432,8 +432,7 @@ def make_parser():
     out = "folder to write, or of a stopped evaluation to go on with; default runs/eval-<date-time>"
     add("--out", type=Path, help=out)
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
-    merge = "write --model, an adapter, and its base as one checkpoint, and stop"
-    add("--merge", type=Path, metavar="FOLDER", help=merge)
+    add("--merge", type=Path, metavar="FOLDER", help="write adapter --model and base as one, stop")
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -452,9 +451,7 @@ def parse_args(arguments):
         except ValueError as error:
             refuse(parser, error)
     if args.protocol:
-        from tools.papers import PROTOCOLS
-
-        parser.set_defaults(**PROTOCOLS[args.protocol])
+        parser.set_defaults(**papers.PROTOCOLS[args.protocol])
     args = parser.parse_args(arguments)
     args.k = args.k or args.samples
     args.dtype = args.dtype or default_dtype(args.model, args.device)
@@ -547,7 +544,8 @@ def finished(log, samples):
     """How many problems stand in completions.jsonl. What a kill left half written is cut off."""
     with open(log, "a+b") as file:
         file.seek(0)
-        ends = [0, *accumulate(len(line) for line in file if line.endswith(b"\n"))]  # in bytes
+        # Where whole lines end, in bytes
+        ends = [0, *accumulate(len(line) for line in file if line.endswith(b"\n"))]
         whole = (len(ends) - 1) // samples
         file.truncate(ends[whole * samples])
     return whole
@@ -570,16 +568,16 @@ def sample_rest(args, policy, files, log, ranks):
     def sample_share(share):
         asked = [request for _, request in share]
         done = attempt(policy, grader, asked, sampling, show_progress=ranks.first)
-        groups = []
+        rows = []
         for (labels, _), attempts in zip(share, done):
-            groups.append([make_row(*labels, *each) for each in enumerate(attempts)])
-        return groups
+            rows += [make_row(*labels, *each) for each in enumerate(attempts)]
+        return rows
 
     done = ranks.from_first(lambda: finished(log, args.samples))
     print(f"{log}: {done} problems are done, {len(work) - done} are left")
     size = max(1, 8 * args.slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
-        rows = chain(*ranks.spread(work[start : start + size], sample_share))
+        rows = ranks.spread(work[start : start + size], sample_share)
         ranks.from_first(lambda rows=rows: data.write_records(log, rows, "a"))
     grader.close()
 
@@ -612,8 +610,6 @@ def conclude(args, files, out, config):
 
     config  config.json, an open file
     """
-    from tools import papers
-
     summary = json.load(config)
     results = []
     with open(out / "completions.jsonl", encoding="utf-8") as lines:

@@ -17,18 +17,18 @@ import importlib.util
 import inspect
 import json
 import os
-import queue
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+from data import explained, read_records
 from infra import answers
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
@@ -50,18 +50,17 @@ def extract_answer(text, allow_last_number=False):
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    boxes = list(re.finditer(r"\\boxed\s*\{", text))
-    if not boxes:
+    *before, last = re.split(r"\\boxed\s*\{", text)
+    if not before:
         numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text)
         return numbers[-1].rstrip(",") if numbers and allow_last_number else None
-    start = boxes[-1].end()
-    if re.search(r"\\boxed\s*\{[^{}\n]*\}%[ \t]*$", text[: boxes[-1].start()]):
+    if len(before) > 1 and re.match(r"[^{}\n]*\}%[ \t]*$", before[-1]):
         return None  # the last box is a comment to LaTeX: neither this one nor the one before pays
     depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped \{ is no brace
+    for match in re.finditer(r"\\.|[{}]", last, re.DOTALL):  # an escaped \{ is no brace
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            answer = text[start:][: match.start()].strip(" \t\r\n")
+            answer = last[: match.start()].strip(" \t\r\n")
             return answer if answer.strip(". ") else None
     return None
 
@@ -172,10 +171,7 @@ class Grader:
         self.seconds, self.allow_last_number = seconds, allow_last_number
         self.counts = Counter()
         self.known = {}  # (gold, answer) -> verdict
-        self.num_workers = workers
-        self.idle = queue.SimpleQueue()  # workers, or None for one that is not started yet
-        for _ in range(workers):
-            self.idle.put(None)
+        self.idle = deque([None] * workers)  # None stands for one that is not started yet
         atexit.register(self.close)
 
     def grade(self, pairs):
@@ -189,9 +185,8 @@ class Grader:
         """[(gold, answer or None), ...] -> verdicts, in order. Equal cases are decided once."""
         verdicts = {case: judge_at_once(*case) or self.known.get(case) for case in set(cases)}
         waiting = [case for case in dict.fromkeys(cases) if verdicts[case] is None]
-        if waiting:
-            with ThreadPoolExecutor(self.num_workers) as pool:  # one thread per worker
-                verdicts.update(zip(waiting, pool.map(self.ask, waiting)))
+        with ThreadPoolExecutor(len(self.idle)) as pool:  # one thread per worker
+            verdicts.update(zip(waiting, pool.map(self.ask, waiting)))
         if len(self.known) > 100_000:
             self.known.clear()
         self.known |= {case: v for case, v in verdicts.items() if v in (RIGHT, WRONG)}
@@ -201,7 +196,7 @@ class Grader:
 
     def ask(self, case):
         """Let an idle worker judge. One that is dead is replaced first: no case is to blame."""
-        worker = self.idle.get()
+        worker = self.idle.popleft()
         try:
             if worker is None or worker.process.poll() is not None:
                 worker = self.start()
@@ -209,7 +204,7 @@ class Grader:
                 worker.pipe.send(case)
             return worker.receive(WALL * self.seconds)
         finally:
-            self.idle.put(worker)
+            self.idle.append(worker)
 
     def start(self):
         for _ in range(5):
@@ -221,11 +216,8 @@ class Grader:
         )
 
     def close(self):
-        for _ in range(self.num_workers):
-            worker = self.idle.get()
-            if worker:
-                worker.kill()
-            self.idle.put(None)
+        for worker in filter(None, self.idle):
+            worker.kill()
         atexit.unregister(self.close)
 
 
@@ -246,13 +238,9 @@ def load_reward(name):
         raise ValueError(f"reward {name!r}: there is no file {path}")
     if Path(path).suffix != ".py":
         raise ValueError(f"reward {name!r}: {path} is not a Python file")
-    try:
+    with explained(f"reward {name!r}: importing {path} failed"):
         module, _ = import_file(Path(path).resolve())
         reward = getattr(module, function, None)
-    except (Exception, SystemExit) as error:  # any error in the user's code is told in one line
-        raise ValueError(
-            f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})"
-        ) from error
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return reward
@@ -321,25 +309,21 @@ def outcomes(reward, problem, responses, seconds):
 # ----------------------------------------------------------------------------------- command line
 
 
+CASE = '{"gold": text, "prediction": text, "equivalent": bool, "kind": "answer" | "response"}'
+
+
 def parse_case(record, _):
-    texts = ("gold", "prediction")
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in texts):
-        raise ValueError('a case needs the texts "gold" and "prediction"')
-    if record.get("kind", "response") not in ("answer", "response"):
-        raise ValueError('"kind" must be answer or response')
-    if not isinstance(record.get("equivalent", True), bool):
-        raise ValueError('"equivalent" must be true or false')
-    return record
+    match record:
+        case {"gold": str(), "prediction": str()}:
+            kind, label = record.get("kind", "response"), record.get("equivalent", True)
+            if kind in ("answer", "response") and isinstance(label, bool):
+                return record
+    raise ValueError(f"not a case; expected {CASE}")
 
 
 def main():
-    from data import read_records
-
     parser = argparse.ArgumentParser(description="Grade a file of cases.")
-    parser.add_argument(
-        "cases",
-        help='JSONL of {"gold", "prediction", "equivalent": bool, "kind": "answer" | "response"}',
-    )
+    parser.add_argument("cases", help=f"JSONL of {CASE}; the last two may be left out")
     parser.add_argument(
         "--allow-last-number", action="store_true", help="without a box, take the last number"
     )

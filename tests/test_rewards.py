@@ -40,10 +40,8 @@ def grader():
 
 def alive(grader):
     """The process ids of idle workers."""
-    workers = [grader.idle.get() for _ in range(grader.num_workers)]
-    for worker in workers:
-        grader.idle.put(worker)
-    return {worker.process.pid for worker in workers if worker and worker.process.poll() is None}
+    workers = filter(None, grader.idle)
+    return {worker.process.pid for worker in workers if worker.process.poll() is None}
 
 
 EXTRACTED = [  # response, answer

@@ -81,28 +81,24 @@ def smooth(values, window):
         return np.convolve(np.nan_to_num(values), near, "same") / np.convolve(known, near, "same")
 
 
-def draw_panel(ax, metrics, panel, line):
-    """Raw values are faint, their running means strong."""
-    title, unit, keys = map(str.strip, panel.split("|"))
-    ax.set(title=title, xlabel="update", ylabel=unit)
-    if "log scale" in unit:
-        ax.set_yscale("log")
+def draw_run(axes, metrics, evaluations, line):
+    """Raw values are faint, their running means strong; held-out accuracy goes into the first."""
     updates = column(metrics, "update")
-    for i, key in enumerate(keys.split()):
-        values = column(metrics, key)
-        ax.plot(updates, values, color=f"C{i}", alpha=0.2)
-        ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
-
-
-def draw_held_out(ax, evaluations, line):
+    for ax, panel in zip(axes, PANELS.splitlines()):
+        title, unit, keys = map(str.strip, panel.split("|"))
+        ax.set(title=title, xlabel="update", ylabel=unit)
+        if "log scale" in unit:
+            ax.set_yscale("log")
+        for i, key in enumerate(keys.split()):
+            values = column(metrics, key)
+            ax.plot(updates, values, color=f"C{i}", alpha=0.2)
+            ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
     for level in dict.fromkeys(row["level"] for row in evaluations):
-        colour = f"C{level or 1}"
         rows = [row for row in evaluations if row["level"] == level]
-        updates = column(rows, "update")
-        ax.plot(
-            updates, column(rows, "accuracy"), "o" + line, color=colour, label=name_level(level)
-        )
-        ax.vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
+        updates, accuracy = column(rows, "update"), column(rows, "accuracy")
+        colour = f"C{level or 1}"
+        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=name_level(level))
+        axes[0].vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
 def finish(axes, metrics):
@@ -123,9 +119,7 @@ def draw(folders):
     axes = figure.subplots(3, 4).flatten()
     names = []
     for (name, metrics, evaluations), line in zip(read_runs(folders), cycle(LINES)):
-        for ax, panel in zip(axes, PANELS.splitlines()):
-            draw_panel(ax, metrics, panel, line)
-        draw_held_out(axes[0], evaluations, line)
+        draw_run(axes, metrics, evaluations, line)
         if not names:
             finish(axes, metrics)
         names.append(f"{line} {name}")
