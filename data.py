@@ -44,13 +44,12 @@ class Problem:
         return known | self.other
 
 
-KNOWN = ("id", "problem", "answer", "pass_rate", "level")
-
-
 def parse_problem(record, default_id):
     """One JSON object to a Problem; raises ValueError saying what is wrong with it."""
     other = dict(record)
-    name, problem, answer, pass_rate, level = (other.pop(key, None) for key in KNOWN)
+    name, problem, answer, pass_rate, level = (
+        other.pop(key, None) for key in ("id", "problem", "answer", "pass_rate", "level")
+    )
     if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
     if not is_text(answer) and not is_number(answer):

@@ -432,7 +432,9 @@ def make_parser():
     out = "folder to write, or of a stopped evaluation to go on with; default runs/eval-<date-time>"
     add("--out", type=Path, help=out)
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
-    add("--merge", type=Path, metavar="FOLDER", help="write adapter --model and base as one, stop")
+    add(
+        "--merge", type=Path, metavar="FOLDER", help="merge adapter --model into its base, and stop"
+    )
     add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -231,15 +231,16 @@ def load_reward(name):
     """
     if name == "math":
         return None
-    path, _, function = name.rpartition(":")
-    if not path:
+    path, colon, function = name.rpartition(":")
+    path = Path(path)
+    if not colon:
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
-    if Path(path).suffix != ".py":
+    if path.suffix != ".py":
         raise ValueError(f"reward {name!r}: {path} is not a Python file")
     with explained(f"reward {name!r}: importing {path} failed"):
-        module, _ = import_file(Path(path).resolve())
+        module, _ = import_file(path.resolve())
         reward = getattr(module, function, None)
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")

@@ -45,9 +45,8 @@ def compare(*paths):
     if not parts:
         raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
     for name in SETTINGS.split():
-        one, other = settings_a.get(name), settings_b.get(name)
-        if one != other:
-            print(f"{name} differs: A {one!r}, B {other!r}")
+        if settings_a.get(name) != settings_b.get(name):
+            print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
     for name, pairs in parts.items():

@@ -35,8 +35,10 @@ def moved(metrics):
 def starved(metrics):
     """Could an update not fill the buffer, so that it was skipped?"""
     skipped = sum(not row["groups_kept"] + row["groups_broken"] for row in metrics)
-    fates = ("groups_drawn", "groups_all_right", "groups_all_wrong")
-    drawn, right, wrong = (sum(row[fate] for row in metrics) for fate in fates)
+    drawn, right, wrong = (
+        sum(row[f"groups_{fate}"] for row in metrics)
+        for fate in ("drawn", "all_right", "all_wrong")
+    )
     answer = "yes, it is too hard" if wrong > right else "yes, it is too easy"
     if right + wrong < drawn / 2:  # as infra/update.py says while it runs
         answer = "yes, too few groups are drawn"
