@@ -210,7 +210,7 @@ def compare(measured):
 def draw(name):
     """Accuracy over sampled tokens, means over seeds; a point is the end of a seed."""
     runs = {arm: read(name, arm) for arm in EXPERIMENTS[name]}
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
         ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
         for i, (arm, by_seed) in enumerate(runs.items()):
@@ -224,7 +224,8 @@ def draw(name):
             ax.plot(x, [values[-1] for values in curves], ".", color=f"C{i % 10}", alpha=0.6)
         ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
         ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    names = ax.get_legend_handles_labels()
+    figure.legend(*names, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(RESULTS / f"{name}.png", dpi=100)
 
 
