@@ -15,7 +15,7 @@ from eval import Policy
 from infra.update import Update
 from rollout import Completion
 from tools import report
-from tools.verdict import forgotten, hacked, moved, rose, starved, verdict
+from tools.verdict import forgotten, moved, rose, starved, verdict
 
 TEMPLATE = (report.Path(report.__file__).parent / "report.html").read_text()
 HOSTILE = (
@@ -110,21 +110,6 @@ def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, right, wr
 def ramp(start, end, n=12, noise=0.01):
     """Values of n updates from start to end, with a noise that is the same each time."""
     return (np.linspace(start, end, n) + noise * np.cos(7 * np.arange(n))).tolist()
-
-
-@pytest.mark.parametrize(
-    "outcome, accuracy, answer",
-    [
-        (ramp(0.2, 0.8), ramp(0.3, 0.7), "no sign of it"),
-        (ramp(0.2, 0.8), ramp(0.3, 0.3), "they part"),
-        (ramp(0.2, 0.8), ramp(0.7, 0.3), "they part"),
-        (ramp(0.5, 0.5), ramp(0.7, 0.3), "no sign of it"),  # a reward that does not rise
-        (ramp(0.50, 0.51, noise=0.3), ramp(0.3, 0.3), "no sign of it"),  # within its noise
-        ([None] * 9 + [0.1, 0.2, 0.3], [None] * 9 + [0.1] * 3, "not known"),
-    ],
-)
-def test_a_reward_is_hacked_where_it_rises_without_the_grader(outcome, accuracy, answer):
-    assert hacked(metrics(outcome_mean=outcome, accuracy=accuracy))[0] == answer
 
 
 def test_every_level_is_judged_by_its_own_rows():

@@ -4,8 +4,6 @@ of metrics.jsonl or eval.jsonl: it returns a short answer and its reason.
 "Beyond its interval" means that two 95 % intervals do not meet.
 """
 
-import numpy as np
-
 from data import name_level
 
 
@@ -17,7 +15,6 @@ def verdict(metrics, evaluations):
         ("Did held-out accuracy rise?", rose, evaluations),
         ("Was a level starved?", starved, metrics),
         ("Was a level forgotten?", forgotten, evaluations),
-        ("Is the reward being hacked?", hacked, metrics),
     ):
         found[question] = []
         for level in dict.fromkeys(row["level"] for row in rows):
@@ -69,22 +66,3 @@ def beyond(before, after):
 
 def spell(row):
     return "{accuracy:.1%} [{low:.1%}, {high:.1%}] after {update} updates".format(**row)
-
-
-def hacked(metrics):
-    """Did R_l rise from the first third of the updates to the last, by more than three standard
-    errors, and the grader's accuracy not?"""
-    values = np.array([(row["outcome_mean"], row["accuracy"]) for row in metrics], float)
-    values = values[np.isfinite(values).all(1)]  # (updates, 2)
-    third = len(values) // 3
-    if third < 2:
-        return "not known", "there are too few updates to compare"
-    early, late = values[:third], values[-third:]
-    before, after = early.mean(0), late.mean(0)
-    error = np.sqrt((early.var(0, ddof=1) + late.var(0, ddof=1)) / third)
-    up = after - before > 3 * error
-    reason = f"R_l went from {before[0]:.2f} to {after[0]:.2f}, "
-    reason += f"the grader's accuracy from {before[1]:.2f} to {after[1]:.2f}"
-    if up[0] and not up[1]:
-        return "they part", f"{reason}: read the completions of the highest reward"
-    return "no sign of it", reason
