@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -105,11 +104,6 @@ def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, right, wr
         f"of 16 groups drawn {2 * right} were all right and {2 * wrong} all wrong"
         in starved(rows)[1]
     )
-
-
-def ramp(start, end, n=12, noise=0.01):
-    """Values of n updates from start to end, with a noise that is the same each time."""
-    return (np.linspace(start, end, n) + noise * np.cos(7 * np.arange(n))).tolist()
 
 
 def test_every_level_is_judged_by_its_own_rows():
