@@ -49,7 +49,8 @@ class RunDirectory:
     def append(self, name, rows):
         """Append JSON lines, all at once; what goes wrong ends the run on all processes."""
         path = self.out / name
-        rows = [finite(row) for row in rows]
+        # JSON has neither nan nor infinity: None stands for them.
+        rows = json.loads(json.dumps(rows), parse_constant=lambda _: None)
         try:
             self.ranks.from_first(lambda: write_records(path, rows, "a"), interruptible=False)
         except OSError as error:
@@ -86,9 +87,6 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------ checkpoints
 
-    def checkpoints(self):
-        return checkpoints(self.out)
-
     def write_checkpoint(self, name, write_files):
         """write_files(folder) fills a folder, which becomes checkpoints/NAME. Raises Stop."""
         part = self.out / "checkpoint.part"
@@ -106,15 +104,14 @@ class RunDirectory:
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
             if isinstance(error, (Stop, torch.OutOfMemoryError)):
                 raise
-            reason = f"checkpoint {name} cannot be written ({error})"
-            raise Stop(f"{reason}; {self.advice()}") from None
+            raise Stop(f"checkpoint {name} cannot be written ({error}); {self.advice()}") from None
 
     def delete_old(self, keep):
-        for old in self.checkpoints()[keep:]:
+        for old in checkpoints(self.out)[keep:]:
             shutil.rmtree(old, ignore_errors=True)  # what is left of it is tried again next time
 
     def last_good(self):
-        last = self.checkpoints()[:1]
+        last = checkpoints(self.out)[:1]
         if not last:
             return "no checkpoint was written before"
         return f"the last good checkpoint is {last[0]}"
@@ -128,24 +125,22 @@ class RunDirectory:
         Damaged newer ones are renamed, aloud. Raises ValueError if all are damaged.
         """
         damaged = {}
-        for path in self.checkpoints():
+        for path in checkpoints(self.out):
             reason = damage(path)
             if reason is None:
-                self.set_aside(damaged)
-                return path
+                break
             damaged[path] = reason
-        if damaged:
+        else:
+            if not damaged:
+                return None
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
             raise ValueError(f"{self.out}: no checkpoint is whole ({reasons}): start a new run")
-
-    @staticmethod
-    def set_aside(damaged):
-        """damaged  {folder: what is wrong with it}"""
-        for path, reason in damaged.items():
-            renamed = path.with_suffix(".damaged")
+        for newer, reason in damaged.items():
+            renamed = newer.with_suffix(".damaged")
             shutil.rmtree(renamed, ignore_errors=True)
-            path.rename(renamed)
-            tqdm.write(f"{path}: skipped, it is damaged ({reason}); it is now {renamed.name}")
+            newer.rename(renamed)
+            tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {renamed.name}")
+        return path
 
 
 def checkpoints(run):
@@ -183,11 +178,6 @@ def lock(path):
     except BlockingIOError as error:
         raise ValueError(f"{path.parent}: another process is writing to it") from error
     return file
-
-
-def finite(row):
-    """JSON has neither nan nor infinity: None stands for them."""
-    return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
 def damage(path):

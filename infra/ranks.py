@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -41,6 +41,10 @@ def refuse(parser, error):
 
 class Stop(Exception):
     """The run cannot go on. The message says why, and what to do."""
+
+
+# As which of these an error travels to other processes: the first that fits.
+KINDS = KeyboardInterrupt, Stop, ValueError, OSError, torch.OutOfMemoryError, Exception
 
 
 class Ranks:
@@ -92,12 +96,11 @@ class Ranks:
 
     def from_first(self, work, interruptible=True):
         """work() of the first process, on every process."""
-        result = self.together(lambda: work() if self.first else None, interruptible)
-        return self.gather(result)[0]
+        return self.gather(self.together(lambda: self.first and work(), interruptible))[0]
 
     def together(self, work, interruptible=True):
         """work() on every process; what one raises, Ctrl-C included, is raised on all."""
-        result = failure = None
+        result = failure = words = None
         try:
             try:
                 self.interruptible = interruptible
@@ -106,11 +109,12 @@ class Ranks:
                 result = work()
             finally:
                 self.interruptible = False
-        except (Exception, KeyboardInterrupt) as error:
-            failure = error
-        for rank, words in enumerate(self.gather(self.in_words(failure))):
-            if words:  # the first failure, for all, lest each process acts on its own
-                kind, message = words
+        except KINDS as error:
+            kind = next(kind for kind in KINDS if isinstance(error, kind))
+            failure, words = error, (kind, f"process {self.rank}: {error}")
+        for rank, told in enumerate(self.gather(words)):
+            if told:  # the first failure, for all, lest each process acts on its own
+                kind, message = told
                 raise failure if rank == self.rank else kind(message)
         return result
 
@@ -121,21 +125,6 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
-
-    def in_words(self, failure):
-        """An exception as it travels to other processes: its kind and its message."""
-        if failure is None:
-            return None
-        for kind in (
-            KeyboardInterrupt,
-            Stop,
-            ValueError,
-            OSError,
-            torch.OutOfMemoryError,
-            Exception,
-        ):
-            if isinstance(failure, kind):
-                return kind, f"process {self.rank}: {failure}"
 
     # ---------------------------------------------------------------------------------- numbers
 
@@ -163,12 +152,11 @@ class Ranks:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
-        before = {n: signal.signal(n, self.receive) for n in numbers}
-        try:
+        with ExitStack() as stack:
+            for number in numbers:
+                before = signal.signal(number, self.receive)
+                stack.callback(signal.signal, number, before)
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def receive(self, number, _):
         if self.signal and time.monotonic() - self.signal_time > SECOND_SIGNAL:

@@ -25,9 +25,8 @@ from infra.update import NotFinite, Update
 from model import PART_BYTES
 from rollout import Completion
 
-MOST_SKIPS = (
-    3  # updates in a row that may fail to fill a buffer, before the level ends (eprli.py, 7)
-)
+# Updates in a row that may fail to fill a buffer, before the level ends (eprli.py, 7)
+MOST_SKIPS = 3
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
@@ -237,11 +236,12 @@ class Run:
     def table(self):
         """Held-out accuracy of every level (rows) before and after every level (columns)."""
         columns = {"before": 0}
-        for stage in self.stages:
-            if stage.last_update:
-                columns[f"after level {stage.number}"] = stage.last_update
         if self.cfg.schedule == "interleaved":
-            columns = {"before": 0, "after": self.turns_taken}
+            columns["after"] = self.turns_taken
+        else:
+            for stage in self.stages:
+                if stage.last_update:
+                    columns[f"after level {stage.number}"] = stage.last_update
         cells = {}
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)

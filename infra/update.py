@@ -57,8 +57,8 @@ class Update:
         self.draws += 1
         self.prompts_left -= len(prompts)
         self.groups += groups
-        self.late += sum(group.late for group in groups)
         for prompt, some, group in zip(prompts, attempts, groups):
+            self.late += group.late
             scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
             for i, (a, outcome, length_reward) in enumerate(scored):
                 row = {
@@ -81,8 +81,10 @@ class Update:
 
         if self.draws == 1 and self.number % SHOW_EVERY == 1:
             for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
-                verdict = f"({a.verdict}; answer {prompt.problem.answer})"
-                tqdm.write(f"  {prompt.problem.problem}  ->  {a.text}  {verdict}")
+                tqdm.write(
+                    f"  {prompt.problem.problem}  ->  {a.text}  "
+                    f"({a.verdict}; answer {prompt.problem.answer})"
+                )
 
     def written(self, cfg, policy):
         """The rows for completions.jsonl: of all groups, or of --keep-completions.
@@ -110,8 +112,10 @@ class Update:
         for row in self.scored:
             reward = row["outcome"] + row["length_reward"]
             if not math.isfinite(reward):
-                name = f"--reward {self.stage.level.reward}"
-                raise NotFinite(f"{name} returned, for problem {row['problem_id']}, {reward}")
+                raise NotFinite(
+                    f"--reward {self.stage.level.reward} returned, "
+                    f"for problem {row['problem_id']}, {reward}"
+                )
         if self.count("broken") > self.late:
             raise NotFinite("log-probs sampled from the policy are not finite")
 
@@ -125,28 +129,25 @@ class Update:
 
     def per_token(self, name):
         """nan if nothing was trained on."""
-        num_tokens = self.total("tokens")
-        return self.total(name) / num_tokens if num_tokens else math.nan
+        return ratio(self.total(name), self.total("tokens"))
 
     def row(self):
         """Its line of metrics.jsonl. A value that does not exist is nan."""
         rows, scored, steps = self.rows, self.scored, self.steps
         seconds = time.perf_counter() - self.start
-        gap = steps[0] if steps else {"fresh": 0}  # later the learner is not the sampler any more
+        gap = Counter(*steps[:1])  # later the learner is not the sampler any more
         tokens = [row["tokens"] for row in rows]
-        reward = [row["outcome"] + row["length_reward"] for row in scored]
         verdicts = Counter(row["verdict"] for row in rows)
-        kept = self.count("kept")
         rewards = [group.reward for group in self.groups if not group.late]
         row = {
             "update": self.number,
             "level": self.stage.number,
-            "accuracy": mean([row["verdict"] == RIGHT for row in rows]),
-            "reward_mean": mean(reward),
+            "accuracy": ratio(verdicts[RIGHT], len(rows)),
+            "reward_mean": mean([x for r in rewards for x in r.tolist()]),
             "reward_variance_within": mean([r.var(correction=0).item() for r in rewards]),
             "reward_variance_between": variance([r.mean().item() for r in rewards]),
-            "outcome_mean": mean([row["outcome"] for row in scored]),
-            "length_reward_mean": mean([row["length_reward"] for row in scored]),
+            "outcome_mean": mean_of("outcome", scored),
+            "length_reward_mean": mean_of("length_reward", scored),
             "length_mean": mean(tokens),
             "truncated_share": mean([not row["stopped"] for row in rows]),
             "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
@@ -154,16 +155,16 @@ class Update:
             "grader_errors": verdicts[ERROR],
             "reward_timeouts": self.late,
             "groups_pending": self.stage.buffer.pending,
-            "carried_share": self.carried / kept if kept else math.nan,
-            "objective": mean([step["objective"] for step in steps]),
+            "carried_share": ratio(self.carried, self.count("kept")),
+            "objective": mean_of("objective", steps),
             "entropy": self.per_token("entropy"),
             "clip_low_share": self.per_token("clip_low"),
             "clip_high_share": self.per_token("clip_high"),
             "kl_old": self.per_token("kl_old"),
             "ratio_max": max((step["ratio_max"] for step in steps), default=math.nan),
-            "logprob_gap_mean": gap["gap"] / gap["fresh"] if gap["fresh"] else math.nan,
+            "logprob_gap_mean": ratio(gap["gap"], gap["fresh"]),
             "logprob_gap_max": gap["gap_max"] if gap["fresh"] else math.nan,
-            "grad_norm": mean([step["grad_norm"] for step in steps]),
+            "grad_norm": mean_of("grad_norm", steps),
             "lr": self.lr,
             "tokens_sampled": sum(tokens),
             "tokens_trained": int(self.total("tokens")),
@@ -176,7 +177,6 @@ class Update:
 
     def tell(self, row, folder):
         """Print its line, and what a person should hear of.  row: see `row`"""
-        level = self.stage.level
         where = f"level {self.stage.number} ({self.stage.progress:.0%}) update {self.number}"
         tqdm.write(f"{where} | {LINE.format(**row).replace('nan%', '-').replace('nan', '-')}")
         failures = row["grader_timeouts"] + row["grader_errors"]
@@ -191,7 +191,7 @@ class Update:
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:
-            tqdm.write(f"  update {self.number} skipped: {unfilled(row, level)}")
+            tqdm.write(f"  update {self.number} skipped: {unfilled(row, self.stage.level)}")
 
 
 LINE = (
@@ -203,9 +203,17 @@ LINE = (
 )
 
 
+def ratio(part, whole):
+    """nan if there is nothing to divide by."""
+    return part / whole if whole else math.nan
+
+
 def mean(values):
-    """nan if there is nothing to average."""
-    return sum(values) / len(values) if values else math.nan
+    return ratio(sum(values), len(values))
+
+
+def mean_of(name, rows):
+    return mean([row[name] for row in rows])
 
 
 def variance(values):
@@ -216,10 +224,10 @@ def variance(values):
 
 def peak_memory_mb():
     """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def unfilled(row, level):
@@ -228,8 +236,7 @@ def unfilled(row, level):
     cut_off = row["truncated_share"]
     seen = (
         f"{drawn} groups did not fill the buffer of {level.buffer_groups}: {right} were all right "
-        f"and {wrong} all wrong; "
-        f"{cut_off:.0%} of the completions were cut off. "
+        f"and {wrong} all wrong; {cut_off:.0%} of the completions were cut off. "
     )
     if right + wrong < drawn / 2:
         return seen + "Most groups would serve: raise --max-draws or --prompts"
