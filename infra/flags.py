@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,49 +24,51 @@ BY_LEVEL = {
     "updates": [20, 40],
 }
 LR = 3e-4
-MEMORY_ONLY = "memory only, never changes the result"
 
 
-def flag(default, help, source="ours"):
-    metadata = {"help": f"{help} [{source}]"}
+def flag(help, default=None):
+    """help  what it is, its unit, and in brackets where the default comes from"""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Files:
     _argument_group_name = "files"
 
-    model: str = flag(str(TINY), "checkpoint folder or hub name[@revision] (Llama, Qwen2 or Qwen3)")
+    model: str = flag(
+        "checkpoint folder or hub name[@revision] (Llama, Qwen2 or Qwen3) [ours]", str(TINY)
+    )
     data: str = flag(
-        str(SHIPPED / "train.jsonl"),
         "training problems: a JSON-lines or parquet file, or a data set of the hub, "
-        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: infra/sources.py",
+        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: infra/sources.py [ours]",
+        str(SHIPPED / "train.jsonl"),
     )
     eval_data: str | None = flag(
-        None, "held-out problems; default: the shipped ones for the shipped data, else none"
+        "held-out problems; default: the shipped ones for the shipped data, else none [ours]"
     )
-    columns: list[str] = flag([], "columns of another layout, problem=NAME answer=NAME")
+    columns: list[str] = flag("columns of another layout, problem=NAME answer=NAME [ours]", [])
     preset: Literal[tuple(PRESETS)] | None = flag(
-        None, "fill in what a source states; flags that are given win; --explain tells them apart"
+        "fill in what a source states; flags that are given win; --explain tells them apart [ours]"
     )
-    out: str | None = flag(None, "run directory to create; default runs/<date-time>")
+    out: str | None = flag("run directory to create; default runs/<date-time> [ours]")
     resume: str | None = flag(
-        None,
         "run directory to go on with, whatever ended it, with the flags it was started with; "
-        "--updates may give its last level more",
+        "--updates may give its last level more [ours]"
     )
-    save_every: int = flag(10, "updates between checkpoints; 0: only at the end")
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep; older ones are deleted")
+    save_every: int = flag("updates between checkpoints; 0: only at the end [ours]", 10)
+    keep_checkpoints: int = flag("newest checkpoints to keep; older ones are deleted [ours]", 2)
     keep_completions: int = flag(
-        16, "groups of each update whose completions are written down; 0: all"
+        "groups of each update whose completions are written down; 0: all [ours]", 16
     )
     tracker: Literal["wandb", "trackio"] | None = flag(
-        None, "send config, metrics and some completions to this tracker too"
+        "send config, metrics and some completions to this tracker too [ours]"
     )
-    explain: bool = flag(False, "print the resolved objective with its numbers, and stop")
-    plan: bool = flag(False, "print the memory that one process of the run would take, and stop")
+    explain: bool = flag("print the resolved objective with its numbers, and stop [ours]", False)
+    plan: bool = flag(
+        "print the memory that one process of the run would take, and stop [ours]", False
+    )
 
 
 @dataclass(frozen=True)
@@ -76,50 +79,41 @@ class Levels:
     )
 
     quality: list[float] | None = flag(
-        None,
         f"Q_l, upper bound of difficulty; default {BY_LEVEL['quality']}, or one level of "
-        "everything if no problem has a pass rate",
-        "paper: two levels; where they are cut: ours",
+        "everything if no problem has a pass rate [paper: two levels; where they are cut: ours]"
     )
     difficulty: Literal["pass_rate", "level"] = flag(
-        "pass_rate", "what cuts the levels: 1 - pass rate, or the declared number", "paper"
+        "what cuts the levels: 1 - pass rate, or the declared number [paper]", "pass_rate"
     )
     schedule: Literal["sequential", "interleaved"] = flag(
-        "sequential", "levels one after the other, or taking turns", "paper"
+        "levels one after the other, or taking turns [paper]", "sequential"
     )
-    group_size: list[int] = flag([16], "G_l, completions per prompt", "paper")
-    prompts: list[int] | None = flag(None, "P_l, prompts per draw; default N_l")
+    group_size: list[int] = flag("G_l, completions per prompt [paper]", [16])
+    prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]")
     buffer_groups: list[int] = flag(
-        [16], "N_l, groups that an update trains on", "ours; FastCuRL 64-128"
+        "N_l, groups that an update trains on [ours; FastCuRL 64-128]", [16]
     )
     max_new_tokens: list[int] | None = flag(
-        None,
         f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']} for the shipped "
-        "model, none for others",
-        "ours; DeepScaleR 8192-24576",
+        "model, none for others [ours; DeepScaleR 8192-24576]"
     )
-    reward: list[str] = flag(
-        ["math"], "R_l: math, or path.py:function", "paper: verifiable outcome"
-    )
+    reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
-        None,
-        f"K_l, weight of the length reward; default {BY_LEVEL['length_weight']}",
-        "ours; paper: K_l > 0, without a number; DAPO: 0.5",
+        f"K_l, weight of the length reward; default {BY_LEVEL['length_weight']} "
+        "[ours; paper: K_l > 0, without a number; DAPO: 0.5]"
     )
-    eps_low: list[float] = flag([0.2], "ratio's lower clip bound is 1 - eps_low", "DAPO")
-    eps_high: list[float] = flag([0.28], "ratio's upper clip bound is 1 + eps_high", "DAPO")
+    eps_low: list[float] = flag("ratio's lower clip bound is 1 - eps_low [DAPO]", [0.2])
+    eps_high: list[float] = flag("ratio's upper clip bound is 1 + eps_high [DAPO]", [0.28])
     inner_epochs: list[int] = flag(
-        [1], "mu_l, passes over an update's groups", "DeepScaleR, FastCuRL"
+        "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1]
     )
     updates: list[int] | None = flag(
-        None,
         f"M_l, updates of the level; 0: it is not trained; default {BY_LEVEL['updates']}, or no "
-        "bound where --tokens is given",
+        "bound where --tokens is given [ours]"
     )
     tokens: list[int] | None = flag(
-        None,
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
-        "with --updates, whichever is used up first ends the level",
+        "with --updates, whichever is used up first ends the level [ours]"
     )
 
 
@@ -128,34 +122,29 @@ class Objective:
     _argument_group_name = "objective"
 
     loss_norm: Literal["sequence", "token", "constant"] = flag(
-        "sequence", "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO", "paper"
+        "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO [paper]", "sequence"
     )
     adv_std: Literal["group", "none"] = flag(
-        "group", "divide advantages by the group's std, or not (Dr. GRPO)", "paper"
+        "divide advantages by the group's std, or not (Dr. GRPO) [paper]", "group"
     )
     filter: Literal["mixed", "all"] = flag(
-        "mixed", "groups to keep: those whose outcomes differ, or all", "paper, DAPO"
+        "groups to keep: those whose outcomes differ, or all [paper, DAPO]", "mixed"
     )
     length_kind: Literal["overlong", "kimi", "cosine"] = flag(
-        "kimi", "length reward, used where K_l > 0", "Kimi k1.5; `overlong`: DAPO"
+        "length reward, used where K_l > 0 [Kimi k1.5; `overlong`: DAPO]", "kimi"
     )
     overlong_cache: int | None = flag(
-        None,
-        "last tokens, over which `overlong` falls to -1; default Len_l / 5",
-        "DAPO: 4096 of 20480",
+        "last tokens, over which `overlong` falls to -1; default Len_l / 5 [DAPO: 4096 of 20480]"
     )
     kl_coef: float = flag(
-        0.0,
-        "weight of the k3 penalty towards the starting policy",
-        "paper: none; DeepScaleR 0.001",
+        "weight of the k3 penalty towards the starting policy [paper: none; DeepScaleR 0.001]", 0.0
     )
-    max_draws: int = flag(10, "draws (of P_l prompts) per update before it is skipped", "DAPO")
+    max_draws: int = flag("draws (of P_l prompts) per update before it is skipped [DAPO]", 10)
     surplus: Literal["keep", "drop", "missing"] = flag(
-        "keep",
         "groups that an update drew beyond N_l: keep them for the next one; drop them; or draw, "
-        "after the first time, only as many prompts as are missing (--max-draws x P_l in all), "
-        "and keep the rest",
-        "ours; DAPO and verl drop",
+        "after the first time, only as many prompts as are missing (--max-draws x P_l in all), and "
+        "keep the rest [ours; DAPO and verl drop]",
+        "keep",
     )
 
 
@@ -164,37 +153,34 @@ class Optimizer:
     _argument_group_name = "optimizer"
 
     lr: float | None = flag(
-        None,
-        "learning rate of AdamW; within each level times warm-up and decay; default "
-        f"{LR:g} for the shipped model, none for others; with --lora-rank the best one is about "
-        "ten times that of full training (Schulman et al. 2025)",
-        "ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B",
+        f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
+        "the shipped model, none for others; with --lora-rank the best one is about ten times that "
+        "of full training (Schulman et al. 2025) "
+        "[ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
     )
-    warmup: int = flag(5, "updates of linear warm-up, in each level", "ours; DAPO 10 steps")
+    warmup: int = flag("updates of linear warm-up, in each level [ours; DAPO 10 steps]", 5)
     lr_decay: Literal["none", "linear", "cosine"] = flag(
-        "linear", "from 1 at a level's start to 0 at its end", "ours; DeepScaleR none"
+        "from 1 at a level's start to 0 at its end [ours; DeepScaleR none]", "linear"
     )
     minibatches: int = flag(
-        2, "optimizer steps per pass over the update's groups", "FastCuRL: 128 / 64 prompts"
+        "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]", 2
     )
-    max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", "DAPO")
+    max_grad_norm: float = flag("gradient norm is clipped to this [DAPO]", 1.0)
     lora_rank: int = flag(
-        0,
         "LoRA: freeze the weights and learn factors B A of this rank; 0: learn the weights. In RL "
-        "small ranks, even 1, do as well as full training: an episode teaches few bits",
-        "arXiv 2106.09685; Schulman et al. 2025, LoRA Without Regret",
+        "small ranks, even 1, do as well as full training: an episode teaches few bits "
+        "[arXiv 2106.09685; Schulman et al. 2025, LoRA Without Regret]",
+        0,
     )
     lora_alpha: float = flag(
-        32.0,
         "B A is scaled by alpha / rank, and the best --lr hardly depends on the rank; for rsLoRA "
-        "(arXiv 2312.03732) give its alpha times the root of the rank",
-        "Schulman et al. 2025",
+        "(arXiv 2312.03732) give its alpha times the root of the rank [Schulman et al. 2025]",
+        32.0,
     )
     lora_targets: list[str] | None = flag(
-        None,
         "linear layers with factors, such as q_proj v_proj; default all of the decoder's blocks, "
-        "which does better than attention alone at equal numbers of parameters",
-        "Schulman et al. 2025",
+        "which does better than attention alone at equal numbers of parameters "
+        "[Schulman et al. 2025]"
     )
 
 
@@ -203,27 +189,26 @@ class SamplingFlags:
     _argument_group_name = "sampling and evaluation"
 
     temperature: float = flag(
-        1.0, "of the softmax, in sampling and learning alike", "DAPO; DeepScaleR 0.6"
+        "of the softmax, in sampling and learning alike [DAPO; DeepScaleR 0.6]", 1.0
     )
-    seed: int = flag(0, "seed of everything random")
+    seed: int = flag("seed of everything random [ours]", 0)
     eval_every: int | None = flag(
-        None, "updates between evaluations; default: at ends of levels alone; 0: none at all"
+        "updates between evaluations; default: at ends of levels alone; 0: none at all [ours]"
     )
     eval_quality: list[float] | None = flag(
-        None, "thresholds that cut the held-out problems, reported apart; default Q_l"
+        "thresholds that cut the held-out problems, reported apart; default Q_l [ours]"
     )
     eval_max_new_tokens: int | None = flag(
-        None, "longest completion of a held-out problem, tokens; default the largest Len_l"
+        "longest completion of a held-out problem, tokens; default the largest Len_l [ours]"
     )
     target_pass_rate: float | None = flag(
-        None,
         "within a level, the next problems are those whose running pass rate is nearest to this; "
-        "default: random order",
-        "a control, not the method: AdaRFT 0.5",
+        "default: random order [a control, not the method: AdaRFT 0.5]"
     )
-    allow_last_number: bool = flag(False, "without a box, grade the last number")
+    allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
     reward_timeout: float = flag(
-        60.0, "seconds that a call of your own --reward may take; a later one breaks its group"
+        "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
+        60.0,
     )
 
 
@@ -232,30 +217,35 @@ class Memory:
     _argument_group_name = "memory and speed"
 
     device: Literal["cpu", "cuda"] = flag(
-        "cuda" if torch.cuda.is_available() else "cpu", "where the model lives"
+        "where the model lives [ours]", "cuda" if torch.cuda.is_available() else "cpu"
     )
     dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
-        None,
         "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
-        "model but the shipped one",
+        "model but the shipped one [ours]"
     )
-    slots: int = flag(SLOTS, "completions decoded together, on each process; memory and speed only")
-    micro_batch_tokens: int = flag(2048, f"padded tokens per backward pass; {MEMORY_ONLY}")
+    slots: int = flag(
+        "completions decoded together, on each process; memory and speed only [ours]", SLOTS
+    )
+    micro_batch_tokens: int = flag(
+        "padded tokens per backward pass; memory only, never changes the result [ours]", 2048
+    )
     logits_per_chunk: int = flag(
-        LOGITS_PER_CHUNK, "logits that the learner holds at once, tokens x vocabulary; memory only"
+        "logits that the learner holds at once, tokens x vocabulary; memory only [ours]",
+        LOGITS_PER_CHUNK,
     )
     recompute: bool = flag(
-        False, "activation checkpointing: compute a layer again in the backward pass; memory only"
+        "activation checkpointing: compute a layer again in the backward pass; memory only [ours]",
+        False,
     )
     fsdp: bool = flag(
-        False,
         "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
-        "--lora-rank nothing is cut",
+        "--lora-rank nothing is cut [ours]",
+        False,
     )
 
 
 @dataclass(frozen=True)
-class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Prompting, Files):
+class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Levels):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
     @property
@@ -265,15 +255,7 @@ class Config(Memory, SamplingFlags, Optimizer, Objective, Levels, Prompting, Fil
         return self.fsdp and not self.lora_rank
 
 
-SECTIONS = (
-    Levels,
-    Objective,
-    Optimizer,
-    SamplingFlags,
-    Prompting,
-    Memory,
-    Files,
-)  # as --help shows them
+SECTIONS = Config.__bases__[::-1]  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume: no result depends on them.
 MAY_CHANGE = (
@@ -331,27 +313,25 @@ def given_flags(parser, arguments):
     return vars(parser.parse_args(arguments))
 
 
-def parse(parser, arguments):
-    """-> Config of the command line. A preset stands in front of it, so that what is given wins."""
-    cfg = Config(**vars(parser.parse_args(arguments)))
-    if cfg.preset:
-        words = [*PRESETS[cfg.preset][0].split(), *arguments]
-        cfg = Config(**vars(parser.parse_args(words)))
-    return cfg
+def stated(preset):
+    """{name: value} of the flags that a preset states; None: no preset."""
+    return given_flags(make_parser(), PRESETS[preset][0].split()) if preset else {}
 
 
 def fill(cfg):
-    """The Config with defaults that depend on the model. Raises ValueError where there is none."""
-    own = {"lr": LR, "max_new_tokens": BY_LEVEL["max_new_tokens"]}
-    missing = [name for name in own if getattr(cfg, name) is None]
+    """The Config with defaults that depend on the model or the data. Raises ValueError where there
+    is none."""
+    missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
     if missing and not is_shipped(cfg.model):
         names = " and ".join(map(option, missing))
         raise ValueError(
             f"{names}: our defaults fit the shipped model alone; give them for {cfg.model}, or a "
             f"--preset that states them ({', '.join(PRESETS)})"
         )
-    dtype = cfg.dtype or default_dtype(cfg.model, cfg.device)
-    return replace(cfg, dtype=dtype, lr=cfg.lr or LR)
+    dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
+    if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
+        held_out = str(SHIPPED / "heldout.jsonl")
+    return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out)
 
 
 def check(cfg):
@@ -376,14 +356,20 @@ def level_values(cfg, measured):
     values["tokens"] = cfg.tokens or [None]
     if cfg.tokens and not cfg.updates:
         values["updates"] = [None]
-    if not cfg.quality:
-        values["quality"] = default_quality(cfg, measured)
-    elif cfg.difficulty == "pass_rate" and not measured and set(cfg.quality) != {1.0}:
-        raise ValueError(
-            f"--quality cuts measured difficulty, but no problem of {cfg.data} has a pass_rate: "
-            f"measure it with `python eval.py --model {cfg.model} --data {cfg.data} --samples 16 "
-            "--add-pass-rate FILE`, or use --difficulty level"
-        )
+    if cfg.difficulty == "level":
+        if not cfg.quality:
+            raise ValueError(
+                "--difficulty level needs --quality: the highest declared number of each level, "
+                "e.g. --quality 1 2"
+            )
+    elif not measured:
+        values["quality"] = cfg.quality or [1.0]
+        if set(values["quality"]) != {1.0}:
+            raise ValueError(
+                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
+                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
+                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
+            )
     return values
 
 
@@ -415,15 +401,6 @@ def resolve_levels(cfg, measured):
     return levels
 
 
-def default_quality(cfg, measured):
-    if cfg.difficulty == "level":
-        raise ValueError(
-            "--difficulty level needs --quality: the highest declared number of each level, "
-            "e.g. --quality 1 2"
-        )
-    return QUALITY if measured else [1.0]
-
-
 def explain(cfg, levels):
     """The resolved objective with its numbers, each with its source ("given": a flag set it)."""
     std = " / (std_G r + 1e-6)" if cfg.adv_std == "group" else ""
@@ -435,17 +412,15 @@ def explain(cfg, levels):
         f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
         f"with {len(levels)} level(s), values level by level:",
     ]
-    default, stated = fill(Config()), {}
     if cfg.preset:
-        words, missing = PRESETS[cfg.preset]
-        stated = given_flags(make_parser(), words.split())
-        lines.append(f"  --preset {cfg.preset}: {missing}")
-    for section in (Levels, Objective, Optimizer, SamplingFlags):
+        lines.append(f"  --preset {cfg.preset}: {PRESETS[cfg.preset][1]}")
+    default, preset = fill(Config()), stated(cfg.preset)
+    for section in SECTIONS[:4]:  # those that the result depends on
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]
-            if value != getattr(default, f.name) or f.name in stated:
-                source = f"{cfg.preset}]" if stated.get(f.name) == value else "given]"
+            if value != getattr(default, f.name) or f.name in preset:
+                source = f"{cfg.preset}]" if preset.get(f.name) == value else "given]"
             if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 from eprli import Buffer
-from eval import SHIPPED, Policy
+from eval import Policy
 from infra import kernels, lora
 from infra.directory import RunDirectory, create, sha256
 from infra.flags import (
@@ -27,8 +27,8 @@ from infra.flags import (
     given_flags,
     make_parser,
     option,
-    parse,
     resolve_levels,
+    stated,
 )
 from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop, one_speaks, refuse
@@ -41,19 +41,18 @@ from rewards import Grader, import_file, load_reward
 
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
-    cfg, config = parse(parser, arguments), None
-    if cfg.resume is not None:
-        cfg, config = as_started(given_flags(parser, arguments))
+    parser.parse_args(arguments)  # --help ends here
+    given, config = given_flags(parser, arguments), None
+    flags = stated(given.get("preset"))
+    if "resume" in given:
+        flags, config = as_started(given)
+    cfg = Config(**{**flags, **given})
     check(cfg)
-    cfg = fill(cfg)
-    shipped = Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve()
-    if shipped and not cfg.eval_data:
-        cfg = replace(cfg, eval_data=str(SHIPPED / "heldout.jsonl"))
-    return cfg, config
+    return fill(cfg), config
 
 
 def as_started(given):
-    """The flags of the run that is to be resumed, with those given now. -> Config, config.json"""
+    """-> {name: value} of all flags of the run that is to be resumed, its config.json"""
     run = given["resume"]
     path = Path(run) / "config.json"
     try:
@@ -73,7 +72,7 @@ def as_started(given):
                 f"differ ({' '.join(map(option, may_change))} --updates): leave it out, or start a "
                 f"new run from a checkpoint (--model {run}/checkpoints/...)"
             )
-    return Config(**{**flags, **given, "out": run}), config
+    return flags | {"out": run}, config
 
 
 # ------------------------------------------------------------------------------------------- data
