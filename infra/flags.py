@@ -257,10 +257,10 @@ class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Leve
 
 SECTIONS = Config.__bases__[::-1]  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
-# With --resume: no result depends on them.
+# With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
     "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
-    "keep_completions tracker"
+    "keep_completions tracker updates"
 )
 RULES = (
     (

@@ -53,7 +53,7 @@ def read_flags(parser, arguments):
 
 def as_started(given):
     """-> {name: value} of all flags of the run that is to be resumed, its config.json"""
-    run = given["resume"]
+    run = given.pop("resume")
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -62,15 +62,16 @@ def as_started(given):
         if not all(config[name] for name in ("inputs", "model_files", "kernels", "torch")):
             raise KeyError("inputs")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"({type(error).__name__}: {error})"
-        raise ValueError(f"--resume {run}: {path} is not that of a run {reason}") from error
+        raise ValueError(
+            f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})"
+        ) from error
     may_change = MAY_CHANGE.split()
     for name in given:
-        if name not in (*may_change, "resume", "updates"):
+        if name not in may_change:
             raise ValueError(
                 f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, may_change))} --updates): leave it out, or start a "
-                f"new run from a checkpoint (--model {run}/checkpoints/...)"
+                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
+                f"from a checkpoint (--model {run}/checkpoints/...)"
             )
     return flags | {"out": run}, config
 
@@ -115,8 +116,9 @@ def fitting(policy, problems):
     """Prompts that leave room for a completion. Raises ValueError if there are none."""
     prompts = [p for p in policy.render(problems) if policy.room(p)]
     if not prompts:
-        context = f"the context of {policy.model.context} tokens"
-        raise ValueError(f"every prompt is longer than {context}")
+        raise ValueError(
+            f"every prompt is longer than the context of {policy.model.context} tokens"
+        )
     return prompts
 
 
@@ -132,11 +134,14 @@ def check_measured(cfg, levels, train_set, policy):
             continue
         other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
         if other:
-            words = "; ".join(other)
-            tqdm.write(f"{cfg.data}: measured with {measured.get('model')} otherwise: {words}")
+            tqdm.write(
+                f"{cfg.data}: measured with {measured.get('model')} otherwise: {'; '.join(other)}"
+            )
         if measured.get("samples", 0) < 16:
-            samples = f"{measured.get('samples')} samples a problem"
-            tqdm.write(f"{cfg.data}: measured with {samples}: fewer than 16 tell little")
+            tqdm.write(
+                f"{cfg.data}: measured with {measured.get('samples')} samples a problem: "
+                "fewer than 16 tell little"
+            )
 
 
 def make_stages(cfg, levels, train_set, policy):
@@ -154,14 +159,9 @@ def make_stages(cfg, levels, train_set, policy):
                 )
             prompts = fitting(policy, own)
             too_long += len(own) - len(prompts)
-        stage = Stage(
-            number,
-            level,
-            order=data.Order(prompts, f"{cfg.seed}/{number}", cfg.target_pass_rate),
-            reward=load_reward(level.reward),
-            buffer=Buffer(cfg.filter == "all"),
-        )
-        stages.append(stage)
+        order = data.Order(prompts, f"{cfg.seed}/{number}", cfg.target_pass_rate)
+        buffer = Buffer(cfg.filter == "all")
+        stages.append(Stage(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
             f"{'' if level.trains else ', not trained'}"
@@ -182,13 +182,12 @@ def cut_held_out(cfg, levels, held_out, policy):
     parts, left_out = cut(cfg, cfg.eval_data, held_out, qualities)
     if cfg.eval_quality and None in parts:
         raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
-    prompts, seen = {}, set()
+    prompts, seen = {}, [[]]
     for number, own in parts.items():
-        quality = number and qualities[number - 1]
-        if own and quality not in seen:  # levels may share their problems
+        if own not in seen:  # levels may share their problems
+            seen.append(own)
             prompts[number] = policy.render(own)
             tqdm.write(f"held out, {data.name_level(number)}: {len(own)} problems")
-        seen.add(quality)
     if not prompts:
         raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
     return prompts, {"eval_left_out": left_out}
@@ -238,11 +237,13 @@ def begin(cfg, ranks):
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     inputs = [cfg.data, cfg.eval_data, cfg.examples]
-    for path in {reward.rpartition(":")[0] for reward in cfg.reward} - {""}:
-        inputs += import_file(Path(path).resolve())[1]
+    for reward in cfg.reward:
+        if path := reward.rpartition(":")[0]:
+            inputs += import_file(Path(path).resolve())[1]
     config = {
         **with_full_paths(cfg),
         **facts,
+        # tools/report.html shows these four.
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(stage.order.prompts) for stage in stages],
@@ -265,10 +266,10 @@ def go_on(cfg, config, ranks):
     Raises ValueError or OSError, on all processes.
     """
     directory = ranks.together(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
-    ranks.from_first(lambda: must_be_unchanged(cfg.out, config["inputs"]))
-    checkpoint = ranks.from_first(directory.newest_whole)
+    checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
     if cfg.kl_coef or not checkpoint:
-        ranks.from_first(lambda: must_be_unchanged(cfg.out, config["model_files"]))
+        files = files | config["model_files"]
+    ranks.from_first(lambda: must_be_unchanged(cfg.out, files))
     here = {"torch": torch.__version__, "kernels": kernels.use(config["kernels"])}
     if not here.items() <= config.items():
         tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
@@ -334,17 +335,16 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
         device = "meta" if cfg.lora_rank else ranks.device
         reference = Policy.load(cfg.model, cfg.dtype, device).model
         if cfg.lora_rank:  # it has the same frozen weights
-            weights = policy.model.state_dict()
-            reference.load_state_dict(weights, strict=False, assign=True)
+            reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute)
     grader = Grader(allow_last_number=cfg.allow_last_number)
     size = 0  # GB
     for weight, master in zip(learner.weights, learner.masters):  # and its two moments
         size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
-    most = cfg.keep_checkpoints + 1
     tqdm.write(
         f"a checkpoint of model and optimizer, every --save-every {cfg.save_every} updates, takes "
-        f"{size:.3f} GB; --keep-checkpoints and one that is being written, {most * size:.3f} GB"
+        f"{size:.3f} GB; --keep-checkpoints and one that is being written, "
+        f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
     )
     run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
     if cfg.tracker and ranks.first:
