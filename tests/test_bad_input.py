@@ -263,10 +263,12 @@ def test_underscores_and_a_flag_that_stands_twice(folder, capsys):
     assert not (folder / "run").exists()
 
 
-def test_a_preset_fills_in_what_is_not_given(folder, capsys):
-    """A preset that wins over the command line would train with another rate than was asked for."""
+def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
+    """A preset that wins over the command line would train with another rate than was asked for.
+    The words are those of a real command line: a list that was given hid that None was not read."""
     words = "--model toy --data good.jsonl --preset dr-grpo --group-size 4 --quality 1 --explain"
-    train.main(words.split())
+    monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
+    train.main()
     printed = capsys.readouterr().out
     for line in ("--group-size 4 [given]", "--lr 1e-06 [dr-grpo]", "--adv-std none [dr-grpo]"):
         assert line in printed
