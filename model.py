@@ -26,7 +26,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from infra import kernels
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of checkpoints
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 # Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
 # float32.
@@ -76,12 +75,10 @@ def check_supported(config):
             heads % kv_heads
         ),
     }
-    for name in POSITIVE.split():
-        value = getattr(config, name)
+    numbers = config.to_dict() | rope
+    for name in f"{POSITIVE} {ROPE.get(kind, '')}".split():
+        value = numbers.get(name, 0)
         wrong[f"{name} {value} must be above 0"] = not 0 < value < math.inf
-    for name in ROPE.get(kind, "").split():
-        value = rope.get(name, 0)
-        wrong[f"{name} {value} of the rotary embedding must be above 0"] = not 0 < value < math.inf
     for message, found in wrong.items():
         if found:
             raise ValueError(message)
@@ -340,9 +337,8 @@ class Transformer(nn.Module):
         super().__init__()
         check_supported(config)
         self.config = config
-        # A config may lack it, or have None.
-        head_dim = getattr(config, "head_dim", None)
-        self.head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        given = getattr(config, "head_dim", None)  # a config may lack it, or have None
+        self.head_dim = given or config.hidden_size // config.num_attention_heads
         self.model = Body(config, self.head_dim)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -488,7 +484,7 @@ def check_tensors(path, found, wanted):
     """Both are tensors by name. Raise ValueError unless they agree in names and shapes, and all
     are floats: quantised weights would load as nonsense."""
     for name, tensor in found.items():
-        if tensor.dtype not in FLOATS:
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(f"{path}: {name} is {tensor.dtype}, and only floats are supported")
     found = {f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()}
     wanted = {f"{name} {tuple(tensor.shape)}" for name, tensor in wanted.items()}

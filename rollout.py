@@ -82,7 +82,7 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     # The total is 1 up to rounding. The target stays below it even for u = 1 - 2^-53, so that no
     # token of probability 0 is reached.
     total = cdf[:, -1:]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
+    below_total = torch.nextafter(total, 0 * total)
     target = torch.minimum(u[:, None].to(cdf.dtype) * total, below_total)
     tokens = torch.searchsorted(cdf, target, right=True)
     tokens.clamp_(max=logits.shape[-1] - 1)  # with nan any token; its log-prob is nan too
@@ -108,9 +108,9 @@ class KVCache:
 
     def __init__(self, model, rows, longest):
         """longest: tokens that a row may hold"""
-        config, layers = model.config, range(model.config.num_hidden_layers)
-        size = rows, config.num_key_value_heads, 0, model.head_dim
-        self.k = [model.lm_head.weight.new_zeros(size) for _ in layers]
+        config = model.config
+        empty = model.lm_head.weight.new_zeros(rows, config.num_key_value_heads, 0, model.head_dim)
+        self.k = [empty.clone() for _ in range(config.num_hidden_layers)]
         self.v = [k.clone() for k in self.k]
         self.longest = longest
 

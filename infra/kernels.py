@@ -106,11 +106,11 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_rows, weight_grad = grad.flatten(0, -2), None
+        _, learned, has_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
         x_grad = onednn_linear(grad, weight.t())
-        if ctx.needs_input_grad[1]:
-            weight_grad = onednn_linear(grad_rows.t(), x.flatten(0, -2).t())
-        bias_grad = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+        weight_grad = onednn_linear(rows.t(), x.flatten(0, -2).t()) if learned else None
+        bias_grad = rows.sum(0) if has_bias else None
         return x_grad, weight_grad, bias_grad
 
 

@@ -45,8 +45,9 @@ def add(model, rank, alpha, targets=None, seed=0):
         if name in targets:
             A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
             nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
-            factors = (nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B))
-            layer.lora_A, layer.lora_B = factors
+            layer.lora_A, layer.lora_B = (
+                nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B)
+            )
             layer.scale = alpha / rank
 
 

@@ -51,7 +51,10 @@ class Learner:
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.models = [self.model]
         if self.takes_two_threads():
-            self.models.append(self.twin())
+            twin = copy.deepcopy(self.model)  # which takes gradients of its own
+            for weight, own in zip(twin.parameters(), self.model.parameters()):
+                weight.data = own.data
+            self.models.append(twin)
             threads = torch.get_num_threads() // 2
             self.pool = ThreadPoolExecutor(2, "learn", torch.set_num_threads, (threads,))
         self.adamw = torch.optim.AdamW(
@@ -64,13 +67,6 @@ class Learner:
         size = sum(weight.numel() for weight in self.weights)
         on_cpu = self.weights[0].device.type == "cpu" and torch.get_num_threads() > 1
         return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
-
-    def twin(self):
-        """The same model with the same weights, which takes gradients of its own."""
-        twin = copy.deepcopy(self.model)
-        for weight, own in zip(twin.parameters(), self.model.parameters()):
-            weight.data = own.data
-        return twin
 
     def add_gradients(self, backward, shares):
         """backward(model, share) -> [...] leaves a gradient; a model and a thread for each share.
@@ -123,7 +119,7 @@ class Learner:
         """The inverse of `tensors`, whatever number of processes wrote them."""
         masters = dict(zip(self.names, self.masters))
         for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
+            kind, name = key.split(".", 1)
             master = masters[name]
             value = cut_like(master, tensor)
             if kind == "master":
