@@ -75,10 +75,12 @@ def check_supported(config):
             heads % kv_heads
         ),
     }
-    numbers = config.to_dict() | rope
-    for name in f"{POSITIVE} {ROPE.get(kind, '')}".split():
-        value = numbers.get(name, 0)
+    for name in POSITIVE.split():
+        value = getattr(config, name)
         wrong[f"{name} {value} must be above 0"] = not 0 < value < math.inf
+    for name in ROPE.get(kind, "").split():
+        value = rope.get(name, 0)
+        wrong[f"{name} {value} of the rotary embedding must be above 0"] = not 0 < value < math.inf
     for message, found in wrong.items():
         if found:
             raise ValueError(message)
