@@ -27,9 +27,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from infra import kernels
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
+PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 # Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
 # float32.
-PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
 
 
