@@ -93,7 +93,10 @@ def read_records(path, parse=lambda record, name: record):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); a data set of the hub is written "
+            "OWNER/NAME[:CONFIGURATION]:SPLIT"
+        ) from error
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():

@@ -393,8 +393,8 @@ SETTINGS = (
     "model data columns purpose protocol samples k temperature top_k top_p max_new_tokens examples "
     "system suffix template_kwargs stop allow_last_number dtype seed quality"
 )
-# What --like takes of a training run, beside its lengths and newest checkpoint.
-LIKE = "temperature examples system suffix template_kwargs stop allow_last_number dtype"
+# What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
+LIKE = "temperature examples system suffix template_kwargs stop allow_last_number dtype columns"
 
 
 def at_least(least, kind):
@@ -419,7 +419,7 @@ def make_parser():
     add = parser.add_argument
     add("--model", default=str(TINY), help="checkpoint folder or hub name[@revision]")
     add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
-    like = "training run: its temperature, length, prompt, dtype and newest checkpoint are defaults"
+    like = "training run: temperature, length, prompt, dtype, data, newest checkpoint as defaults"
     add("--like", metavar="RUN", help=like)
     problems = "files of problems, data sets of the hub (infra/sources.py), or names of benchmarks"
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
@@ -471,6 +471,8 @@ def flags_of(run):
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
+        if config.get("eval_data"):
+            flags["data"] = [config["eval_data"]]
     return flags | {"model": str(found[0])}
 
 
@@ -651,6 +653,8 @@ def main(arguments=None):
                 return print(json.dumps(compare(*args.compare)))
             if args.merge:
                 policy = Policy.load(args.model, "float32", args.device, args)
+                if not lora.read_config(policy.folder):
+                    raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
             ranks = stack.enter_context(Ranks(args.device))
             policy, files = ranks.together(lambda: load(args, ranks.device))

@@ -336,9 +336,11 @@ def read(text):
         items.sort(key=lambda item: item.label)  # x=1, y=2: the labels tell the order
         return Answer("tuple", text, tuple(items), "()")
     label = "".join(labels)
-    if {item.kind for item in items} == {"union"} and set(found) == {r"\or"}:  # x < 2 or x > 3
+    marks = {mark for item in items for mark in item.mark}
+    ranges_alone = {item.kind for item in items} == {"union"} and r"\setminus" not in marks
+    if ranges_alone and set(found) == {r"\or"}:  # x < 2 or x > 3
         ranges = tuple(part for item in items for part in item.parts)
-        return Answer("union", text, ranges, (r"\cup",) * len(found), label)
+        return Answer("union", text, ranges, (r"\cup",) * (len(ranges) - 1), label)
     opened = []  # \pm has made lists
     for item in items:
         opened += item.parts if item.kind == "list" else [replace(item, label="")]
@@ -830,7 +832,8 @@ def as_set(shape):
         return None
     if shape.kind == "set":
         return sympy.FiniteSet(*values)
-    if shape.kind == "tuple" and len(values) == 2 and values[0] < values[1]:  # (2,1) is a point
+    is_interval = shape.mark in ("()", "(]", "[)", "[]") and len(values) == 2
+    if is_interval and values[0] < values[1]:  # (2,1) is a point
         return sympy.Interval(*values, shape.mark[0] == "(", shape.mark[1] == ")")
     return None
 

@@ -1,6 +1,7 @@
 """From a command line to a run, and from the end of a run to an exit code."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -85,15 +86,15 @@ def read_data(cfg):
     -> the levels, training problems, held-out problems, {fact: what config.json says of them}
     """
     found = data.read_problems(cfg.data, cfg.columns)
-    usable = data.gradable(cfg.data, found)
-    train_set = data.without_repeats(usable)
+    different = data.without_repeats(found)
+    train_set = data.gradable(cfg.data, different)
     held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
     data.gradable(cfg.eval_data, held_out)  # as others count them: those that fail it stay
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     exact, near = data.overlap(train_set, held_out)
     facts = {
-        "ungradable_left_out": len(found) - len(usable),
-        "repeats_removed": len(usable) - len(train_set),
+        "ungradable_left_out": len(different) - len(train_set),
+        "repeats_removed": len(found) - len(different),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
     }
@@ -208,7 +209,8 @@ def with_full_paths(cfg):
 
 def hashes(paths):
     """-> {full path: SHA-256} of those that are files"""
-    paths = [Path(path).resolve() for path in paths if path]
+    # A hub's files are links, whose own names tell what they are.
+    paths = [Path(path).absolute() for path in paths if path]
     return {str(path): sha256(path) for path in paths if path.is_file()}
 
 
@@ -233,6 +235,8 @@ def begin(cfg, ranks):
         raise ValueError(
             f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
         )
+    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
+        raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -253,6 +257,7 @@ def begin(cfg, ranks):
         "kernels": used,
         "inputs": hashes(inputs),
         "model_files": hashes(policy.folder.iterdir()),
+        "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
     directory = ranks.together(lambda: RunDirectory(out, ranks))

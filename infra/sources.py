@@ -38,7 +38,7 @@ def load_rows(name):
 
 def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
-    columns = dict(word.partition("=")[::2] for word in words)
+    columns = dict(word.partition("=")[::2] for word in words if word.partition("=")[2])
     if words and not {"problem", "answer"} <= columns.keys() <= {
         "id",
         "problem",
@@ -80,7 +80,7 @@ def in_our_columns(record, columns):
     found |= {name: column(record, theirs) for name, theirs in layout.items()}
     if isinstance(found["problem"], list):
         found["problem"] = last_question(found["problem"])
-    if list(layout.values()) != ["problem", "answer"]:
+    if columns or list(layout.values()) != ["problem", "answer"]:
         found["answer"] = final_answer(found["answer"])
     level = str(found.get("level"))
     if level.startswith("Level "):  # of MATH, a few are "Level ?"
@@ -108,4 +108,4 @@ def final_answer(answer):
         return final_answer(json.loads(answer))
     if "####" in answer:
         return answer.rpartition("####")[2].strip()
-    return extract_answer(answer) if "\\boxed" in answer else answer
+    return "\\boxed" in answer and extract_answer(answer) or answer

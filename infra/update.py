@@ -238,6 +238,8 @@ def unfilled(row, level):
         f"{drawn} groups did not fill the buffer of {level.buffer_groups}: {right} were all right "
         f"and {wrong} all wrong; {cut_off:.0%} of the completions were cut off. "
     )
+    if row["reward_timeouts"] > drawn / 2:
+        return seen + "Most rewards came too late: raise --reward-timeout"
     if right + wrong < drawn / 2:
         return seen + "Most groups would serve: raise --max-draws or --prompts"
     if right > wrong:

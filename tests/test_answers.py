@@ -90,6 +90,7 @@ a > b > c <- c < b < a
 (-\infty,2)\cup(5,\infty) <- x<2 \text{ or } x>5
 x\in[1,4] <- 1 \le x \le 4
 x<2 \text{ or } x>5 <- (5,\infty)\cup(-\infty,2)
+(-\infty,1)\cup(2,3)\cup(5,\infty) <- (-\infty,1)\cup(2,3) \text{ or } x>5
 (-\infty,2)\cup(2,\infty) <- \mathbb{R}\setminus\{2\}
 x>2a <- (2a,\infty)
 # labels
@@ -406,6 +407,8 @@ x>1 <- x^2>x
 (4,345,346) <- 4345346
 (0,3)\cup(3,9) <- (0,9)
 (0,3)\cup(3,9) <- (0,3),(3,9)
+(-\infty,1)\cup(2,3) <- (-\infty,1)\cup(2,3) \text{ or } x>5
+x<1 <- 1:2
 x \ge 2 <- x > 2
 x < 2 <- y < 2
 (1,5) <- 1 \le x < 5

@@ -182,9 +182,25 @@ def test_columns_by_name(tmp_path):
     (p,) = read_rows(tmp_path, row, columns=words)
     assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {})
     assert read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)[0].answer == "1"
-    for wrong in (["problem=a"], ["problem=a", "answer=b", "more=c"], ["c"]):
+    named = {"problem": "q", "answer": "so\n#### 3"}
+    assert read_rows(tmp_path, named, columns=["problem=problem", "answer=answer"])[0].answer == "3"
+    for wrong in (
+        ["problem=a"],
+        ["problem=a", "answer=b", "more=c"],
+        ["c"],
+        ["problem=a", "answer"],
+        ["problem=a", "answer="],
+    ):
         with pytest.raises(ValueError, match="--columns .*expected problem=NAME answer=NAME"):
             read_rows(tmp_path, row, columns=wrong)
+
+
+def test_a_box_without_an_answer_is_one_gold_that_cannot_be_graded(tmp_path):
+    """It must not cost the whole file."""
+    (p,) = read_rows(tmp_path, {"problem": "q", "solution": "so $\\boxed 14$"})
+    assert "boxed" in p.answer
+    with pytest.raises(ValueError, match="cannot be graded"):
+        data.gradable("f", [p])
 
 
 @pytest.mark.parametrize(

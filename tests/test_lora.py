@@ -302,6 +302,9 @@ def test_merge_rounds_once_to_the_dtype_of_the_base(workshop, tmp_path, base_dty
     model = Transformer.from_pretrained(tmp_path / "toy").to(base_dtype)
     model.save_pretrained(tmp_path / "toy")
     folder = workshop(lora_targets="q_proj up_proj", lora_alpha=300)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--model", "toy", "--merge", "whole", "--device", "cpu"])
+    assert stop.value.code == 2  # there is no adapter to merge
     evaluation.main(["--model", str(folder), "--merge", "whole", "--device", "cpu"])
     base = load_file(tmp_path / "toy/model.safetensors")
     whole = load_file(tmp_path / "whole/model.safetensors")

@@ -87,17 +87,18 @@ def test_what_is_forgotten_was_better_in_between():
 
 
 @pytest.mark.parametrize(
-    "kept, broken, right, wrong, answer",
+    "kept, broken, late, right, wrong, answer",
     [
-        ([8, 8], [0, 0], 0, 6, "no"),  # most are wrong, but the buffer was filled
-        ([8, 0], [0, 0], 0, 6, "yes, it is too hard"),
-        ([8, 0], [0, 0], 6, 1, "yes, it is too easy"),
-        ([8, 0], [0, 0], 1, 1, "yes, too few groups are drawn"),
-        ([8, 0], [0, 8], 0, 6, "no"),  # given up because of a bad number, not starved
+        ([8, 8], [0, 0], [0, 0], 0, 6, "no"),  # most are wrong, but the buffer was filled
+        ([8, 0], [0, 0], [0, 0], 0, 6, "yes, it is too hard"),
+        ([8, 0], [0, 0], [0, 0], 6, 1, "yes, it is too easy"),
+        ([8, 0], [0, 0], [0, 0], 1, 1, "yes, too few groups are drawn"),
+        ([8, 0], [0, 8], [0, 0], 0, 6, "no"),  # given up because of a bad number, not starved
+        ([8, 0], [0, 8], [0, 8], 1, 1, "yes, too few groups are drawn"),  # all rewards were late
     ],
 )
-def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, right, wrong, answer):
-    counts = {"groups_all_right": right, "groups_all_wrong": wrong}
+def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, late, right, wrong, answer):
+    counts = {"groups_all_right": right, "groups_all_wrong": wrong, "reward_timeouts": late}
     rows = metrics(2, groups_kept=kept, groups_broken=broken, **counts)
     assert starved(rows)[0] == answer
     assert (

@@ -136,8 +136,11 @@ def write_page(folders):
     """Write these run directories as report.html of the first; returns its path."""
     folder, runs = Path(folders[0]), read_runs(folders)
     _, metrics, evaluations = runs[0]
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("inputs", "model_files"):  # hashes, by paths of this machine
+        config.pop(name, None)
     content = {
-        "config": json.loads((folder / "config.json").read_text()),
+        "config": config,
         "runs": runs,
         "panels": PANELS,
         "verdict": verdict(metrics, evaluations),
