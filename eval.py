@@ -579,7 +579,7 @@ def sample_rest(args, policy, files, log, ranks):
 
     done = ranks.from_first(lambda: finished(log, args.samples))
     print(f"{log}: {done} problems are done, {len(work) - done} are left")
-    size = max(1, 8 * args.slots // args.samples) * ranks.size  # problems between two writes
+    size = max(1, 2 * args.slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
         rows = ranks.spread(work[start : start + size], sample_share)
         ranks.from_first(lambda rows=rows: data.write_records(log, rows, "a"))

@@ -376,7 +376,7 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluation, "attempt", interrupted)
     with pytest.raises(SystemExit) as stop:
-        flags = "--data p.jsonl --samples 2 --slots 1 --max-new-tokens 4 --out o"
+        flags = "--data p.jsonl --samples 2 --slots 4 --max-new-tokens 4 --out o"
         run(*flags.split())
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
@@ -397,7 +397,7 @@ def evaluated(toy_folder, tmp_path_factory):
     def evaluated(name, world=1, sabotage=None):
         rows = [{"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2} for i in range(19)]
         write_lines(root / name / "p.jsonl", rows)
-        flags = {"model": toy_folder, "data": "p.jsonl", "samples": 4, "slots": 2, "out": "o"}
+        flags = {"model": toy_folder, "data": "p.jsonl", "samples": 4, "slots": 8, "out": "o"}
         flags |= {"max_new_tokens": 6, "dtype": "float64", "add_pass_rate": "g.jsonl"}
         processes = launch.start(root / name, launch.words(**flags), world, sabotage, "eval")
         return root / name, launch.wait(processes)
