@@ -238,9 +238,10 @@ def accumulate_gradient(run, level, step):
 
     first = ranks.rank * len(models)
     found = run.learner.add_gradients(backward, shares[first : first + len(models)])
+    found = [some for part in ranks.gather(found) for some in part]
     sums = {name: sum(some[name] for some in found) for name in SUMS}
-    peaks = {name: max((some[name] for some in found), default=0.0) for name in PEAKS}
-    return ranks.reduce(sum, sums), ranks.reduce(max, peaks)
+    peaks = {name: max(some[name] for some in found) for name in PEAKS}
+    return sums, peaks
 
 
 def objective(run, level, model, micro, counts):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -22,6 +23,7 @@ from data import squash
 PATIENCE = timedelta(days=1)
 # Before torch 2.9 gloo sums where FSDP2 asks for a mean. 2.9 rounds the factor that clips.
 FSDP_ON_CPU = torch.__version__ >= (2, 10)
+MESSAGE = 1 << 24  # gradients, about, that travel together
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
 
@@ -126,22 +128,23 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    # ---------------------------------------------------------------------------------- numbers
-
-    def reduce(self, function, numbers):
-        """{name: number} -> {name: function (sum or max) of the numbers of all processes}"""
-        everyone = self.gather(numbers)
-        return {name: function(each[name] for each in everyone) for name in numbers}
-
     def sum_gradients(self, parameters):
-        """Every gradient becomes the sum over all processes (FSDP's backward pass has done it)."""
-        if self.size > 1 and not self.sharded:
-            sums = []
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                sums.append(dist.all_reduce(p.grad, async_op=True))
-            for work in sums:
-                work.wait()
+        """Every gradient becomes the sum over all processes (FSDP's backward pass has done it).
+
+        Small ones travel together: a message of its own takes longer than its bytes.
+        """
+        if self.size == 1 or self.sharded:
+            return
+        messages, before = defaultdict(list), 0
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            messages[before // MESSAGE].append(p)
+            before += p.numel()
+        for part in messages.values():
+            message = torch.cat([p.grad.flatten() for p in part])
+            dist.all_reduce(message)
+            for p, total in zip(part, message.split([p.numel() for p in part])):
+                p.grad = total.view_as(p)
 
     # ---------------------------------------------------------------------------------- signals
 

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from test_resume import without_time
 from test_train import a_run, level, off_policy_samples
 
-from infra import kernels
+from infra import kernels, ranks
 from infra.flags import Config
 from infra.optimizer import Learner
 from infra.ranks import FSDP_ON_CPU, Ranks
 from model import log_softmax
 from rollout import sample, stream, uniforms
-from train import accumulate_gradient, minibatches
+from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
 pytestmark = pytest.mark.faults
 
@@ -345,6 +345,9 @@ def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
 # --------------------------------------------------------------------------------------- learning
 
 
+NOTHING = dict.fromkeys(SUMS + PEAKS, 0.0)
+
+
 def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     """The sum of what `size` processes contribute."""
     torch.set_num_threads(threads)
@@ -354,7 +357,7 @@ def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     run = a_run(model, learner=learner, loss_norm="token", **flags)
     for rank in range(size):
         run.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
-        run.ranks.reduce = lambda function, numbers: numbers
+        run.ranks.gather = lambda found: [found, [NOTHING]]
         accumulate_gradient(run, level(), samples)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -379,6 +382,27 @@ def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(fla
     one = gradient(model, samples, micro_batch_tokens=10**6)
     assert (one - gradient(model, samples, **flags)).norm() < 1e-5 * one.norm()
     assert (one - gradient(model, samples[:-1])).norm() > 1e-2 * one.norm()
+
+
+@pytest.mark.parametrize(("message", "count"), [(1, 5), (5, 3), (100, 1)])
+def test_gradients_that_travel_together_come_back_to_their_parameters(monkeypatch, message, count):
+    """In their order and shapes, however many travel together; what has no gradient counts as 0."""
+    sent = []
+
+    def all_reduce(numbers):
+        sent.append(numbers.clone())
+        numbers *= 2
+
+    monkeypatch.setattr(ranks, "MESSAGE", message)
+    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), 1, 3, (1, 2), 1)]
+    for number, p in enumerate(parameters[:-1], 1):
+        p.grad = number + torch.arange(p.numel()).view_as(p) / 10
+    expected = [2 * p.grad for p in parameters[:-1]] + [torch.zeros(1)]
+    Ranks.sum_gradients(SimpleNamespace(size=2, sharded=False), parameters)
+    assert len(sent) == count
+    for p, grad in zip(parameters, expected, strict=True):
+        assert torch.equal(p.grad, grad)
 
 
 def test_minibatches_are_a_function_of_seed_update_and_pass():
