@@ -23,7 +23,7 @@ from data import squash
 PATIENCE = timedelta(days=1)
 # Before torch 2.9 gloo sums where FSDP2 asks for a mean. 2.9 rounds the factor that clips.
 FSDP_ON_CPU = torch.__version__ >= (2, 10)
-MESSAGE = 1 << 24  # gradients, about, that travel together
+MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
 

@@ -108,4 +108,5 @@ def final_answer(answer):
         return final_answer(json.loads(answer))
     if "####" in answer:
         return answer.rpartition("####")[2].strip()
-    return "\\boxed" in answer and extract_answer(answer) or answer
+    boxed = extract_answer(answer) if "\\boxed" in answer else None
+    return boxed or answer
