@@ -117,6 +117,15 @@ EXPERIMENTS = {
         "L = 1, 2x": f"--quality 1.0 --tokens {2 * BUDGET}",  # what 4 samples of all problems cost
         "64 samples, 2x": f"--quality 0.8 1.0 --tokens {2 * EASY} {2 * HARD}",
     },
+    # What the doubled budget of `difficulty` shows: levels, or the length reward of level 1?
+    # Every arm differs from the one before in one thing.
+    "weight": {
+        "mix, K = 0.3": f"--quality 1.0 --tokens {2 * BUDGET} --length-weight 0.3 --lr 3e-4",
+        "levels, K = 0.3": f"--quality 0.8 1.0 --tokens {2 * EASY} {2 * HARD} "
+        "--length-weight 0.3 --lr 3e-4",
+        "levels, K_1 = 0": f"--quality 0.8 1.0 --tokens {2 * EASY} {2 * HARD} "
+        "--length-weight 0 0.3 --lr 3e-4",
+    },
     "reward": {
         "outcome": TWO,
         "process": f"{TWO} --reward assets/process.py:right_steps",
@@ -159,6 +168,8 @@ for base in BASES:
     if base == "lost at level 2":
         easy = f"--quality 0.8 1.0 --tokens {BUDGET} 0 {own}"
         EXPERIMENTS["base"][f"{base}: easy only"] = easy
+        twice = f"--quality 1.0 --tokens {2 * BUDGET} {own} --lr 5e-4"
+        EXPERIMENTS["base"][f"{base}: L = 1, 5e-4, 2x"] = twice
 
 
 def base_commands():

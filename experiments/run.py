@@ -118,7 +118,7 @@ def main():
             shell(command, RUNS / "bases.log")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(lambda task: one_run(*task), tasks), total=len(tasks), unit="run"))
-    if any(seed >= FRESH for seed in args.seeds):
+    if any(seed in FRESH for seed in args.seeds):
         agreement(args.name)
     else:
         report(args.name)
