@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_resume import without_time
 from test_train import a_run, level, off_policy_samples
 
-from infra import kernels, ranks
+from infra import kernels, lora, ranks
 from infra.flags import Config
 from infra.optimizer import Learner
 from infra.ranks import FSDP_ON_CPU, Ranks
@@ -382,6 +382,33 @@ def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(fla
     one = gradient(model, samples, micro_batch_tokens=10**6)
     assert (one - gradient(model, samples, **flags)).norm() < 1e-5 * one.norm()
     assert (one - gradient(model, samples[:-1])).norm() > 1e-2 * one.norm()
+
+
+def test_two_threads_learn_from_the_newest_weights():
+    """A copy of the weights in the second thread's model would be that of the run's beginning."""
+    model = random_model()
+    samples = off_policy_samples(model, 9)
+    before = gradient(model, samples)
+    torch.set_num_threads(2)
+    learner = Learner(model, Ranks())
+    run = a_run(model, learner=learner, loss_norm="token")
+    learner.step(1e-3, 1.0)
+    accumulate_gradient(run, level(), samples)
+    two = torch.cat([p.grad.flatten() for p in model.parameters()])
+    one = gradient(model, samples)
+    assert (one - before).norm() > 1e-2 * one.norm()
+    assert (one - two).norm() < 1e-5 * one.norm()
+
+
+def test_a_large_model_with_few_trained_weights_is_not_copied(monkeypatch):
+    """LoRA on a large base: a second copy of the base would take its memory once more."""
+    torch.set_num_threads(2)
+    size = sum(p.numel() for p in random_model().parameters())
+    for limit, models in ((size, 1), (size + 99_999, 2)):
+        model = random_model()
+        lora.add(model, 1, 2.0)
+        monkeypatch.setattr("infra.optimizer.SMALL", limit)
+        assert len(Learner(model, Ranks()).models) == models
 
 
 @pytest.mark.parametrize(("message", "count"), [(1, 5), (5, 3), (100, 1)])
