@@ -70,7 +70,7 @@ class Policy:
         folder = base = find_folder(name, device)
         adapter = lora.read_config(folder)
         if adapter:
-            base = find_folder(adapter["base_model_name_or_path"], device)
+            base = find_folder(adapter["base_model_name_or_path"], device, adapter.get("revision"))
         if "cuda" in str(device) and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         prompting = data.Prompting.read(flags)
@@ -150,7 +150,7 @@ def default_dtype(model, device):
     return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
 
 
-def find_folder(name, device):
+def find_folder(name, device, revision=None):
     """A folder as it is; NAME[@REVISION] of the hub is downloaded, for the meta device without
     weights."""
     if Path(name).is_dir():
@@ -158,9 +158,10 @@ def find_folder(name, device):
     patterns = ["*.json", "*.jinja", "tokenizer*"]
     if device != "meta":
         patterns.append("*.safetensors")
-    name, _, revision = name.partition("@")
+    name, _, given = name.partition("@")
+    pin = revision or given or None
     with data.explained(f"model {name!r} is neither a folder nor to be had from the hub"):
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=pin, allow_patterns=patterns))
 
 
 def read_stop_ids(folder, tokenizer, config):

@@ -159,6 +159,7 @@ class Sample:
 def learn(run, stage, groups, update):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
+    run.doing = "learning"
     samples = []  # one list for each group
     for group in groups:
         advantage = group_advantage(group.reward, cfg.adv_std).tolist()  # A_i

@@ -60,7 +60,9 @@ class RunDirectory:
         """Write config.json anew. If another process locks the new file first, it has the run."""
         part, path = self.out / "config.part", self.out / "config.json"
         part.write_text(json.dumps(config, indent=1))
+        force_to_disk(part)
         part.rename(path)
+        force_to_disk(self.out)
         self.lock = lock(path)
 
     def log_sizes(self):
@@ -96,10 +98,15 @@ class RunDirectory:
             write_files(part)
             sums = {path.name: sha256(path) for path in sorted(part.iterdir())}
             (part / "checksums.json").write_text(json.dumps(sums, indent=1))
-            for path in (*part.iterdir(), part):
-                force_to_disk(path)
-            part.rename(self.out / "checkpoints" / name)
-            force_to_disk(self.out / "checkpoints")
+            force_to_disk(*part.iterdir(), part)
+            final = self.out / "checkpoints" / name
+            before = final.with_name(f"0{name}")  # a kill must leave one of the two
+            if final.exists():  # of the same update, before its evaluation
+                shutil.rmtree(before, ignore_errors=True)
+                final.rename(before)
+            part.rename(final)
+            force_to_disk(final.parent)
+            shutil.rmtree(before, ignore_errors=True)
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
             if isinstance(error, (Stop, torch.OutOfMemoryError)):
@@ -161,11 +168,14 @@ def create(out, config, kind=""):
         try:
             part.mkdir(parents=True)
             (part / "config.json").write_text(json.dumps(config | {"out": str(path)}, indent=1))
+            force_to_disk(part / "config.json", part)
             part.rename(path)
-            return path
         except OSError:
             if out or not path.exists():
                 raise
+        else:
+            force_to_disk(path.parent)
+            return path
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -199,10 +209,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def force_to_disk(path):
-    """Force a file or folder to the disk, so that its data arrive before it is renamed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def force_to_disk(*paths):
+    """Force files and folders to the disk, so that their data arrive before one is renamed."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

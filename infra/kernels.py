@@ -52,12 +52,13 @@ def probe():
 
 
 def use(choice):
-    """Set the choice for this process; returns what is used.
+    """Set the choice for this process; returns what is used, with the number of threads, which
+    decides the order of sums.
 
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    _in_use = choice | {"packed": []}
+    _in_use = choice | {"packed": [], "threads": torch.get_num_threads()}
     x = torch.ones(8, 16, device="cpu")
     if seconds(onednn_linear, x, x) == math.inf:
         _in_use["linear"] = "torch"

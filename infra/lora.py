@@ -63,6 +63,7 @@ def save(model, folder, config):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config["model"],
+        "revision": config["revision"],
         "r": config["lora_rank"],
         "lora_alpha": config["lora_alpha"],
         "target_modules": config["lora_targets"] or list(dict(layers(model))),

@@ -47,7 +47,7 @@ class Stage:
     tokens: int = 0  # sampled in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
-    extended_after: int = 0  # M_l before --resume --updates raised it; 0: it did not
+    extended_after: tuple = ()  # every M_l that --resume --updates raised
 
     @property
     def progress(self):
@@ -58,13 +58,15 @@ class Stage:
     @property
     def schedule(self):
         """(updates so far, progress) as the learning rate sees them: its schedule begins anew
-        where the budget ended before it was extended, and then has no warm-up."""
-        begin = self.extended_after
-        if not begin:
+        where each budget ended before it was extended, and then has no warm-up."""
+        if not self.extended_after:
             return self.trained, self.progress
-        if self.trained < begin:
-            return self.trained, self.trained / begin
-        return math.inf, (self.trained - begin) / (self.level.updates - begin)
+        begin = 0
+        for end in (*self.extended_after, self.level.updates):
+            if self.trained < end:
+                break
+            begin = end
+        return math.inf if begin else self.trained, (self.trained - begin) / (end - begin)
 
     @property
     def over(self):
@@ -97,6 +99,7 @@ class Run:
     evaluation_due: bool = True
     saved: str | None = None  # name of the newest checkpoint
     ahead: bool = False  # weights or logs hold what the counters do not yet: no saving now
+    doing: str = "setting up"  # what it does, where memory may run out
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
     tracker: object = None  # of the first process, with --tracker
@@ -127,6 +130,7 @@ class Run:
         with tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent) as bar:
             while True:
                 if self.evaluation_due and self.cfg.eval_every != 0:
+                    self.doing = "evaluating"
                     evaluate(self)
                 self.evaluation_due = False
                 if self.due(self.cfg.save_every) and not self.broken:
@@ -145,6 +149,7 @@ class Run:
     @contextmanager
     def update(self, stage):
         """One update of a level. Raises Stop after MOST_BROKEN updates that met bad numbers."""
+        self.doing = "sampling"
         lr = learning_rate(self.cfg, *stage.schedule)
         update = Update(self.turns_taken + 1, stage, lr, self.cfg.max_draws)
         order, buffer = stage.order.state(), stage.buffer
@@ -219,6 +224,7 @@ class Run:
             held_out = {f"held out, {name_level(r['level'])}": r["accuracy"] for r in rows}
             self.tracker.send(self.turns_taken, held_out)
         self.ahead = False
+        self.saved = None  # a checkpoint of this update, if there is one, lacks these rows
         self.evaluations += rows
         for row in rows:
             text = "  held out, {0}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
@@ -259,6 +265,7 @@ class Run:
         name = f"{self.turns_taken:06d}"
         if name == self.saved or self.ahead:
             return
+        self.doing = "saving"
         parts = in_parts(self.learner.tensors())
 
         def work():
@@ -296,15 +303,15 @@ class Run:
         (folder / "state.json").write_text(json.dumps(state, default=plain))
 
     def resume(self, checkpoint):
-        """Take up the state of a checkpoint (None: the beginning), and cut the logs back to it."""
-        sizes = {}
-        if checkpoint:
-            state = json.loads((checkpoint / "state.json").read_text())
-            unpack(self, state)
-            for path in checkpoint.glob("optimizer*.safetensors"):
-                self.learner.load(load_file(path))
-            self.saved, sizes = checkpoint.name, state["sizes"]
-        self.ranks.from_first(lambda: self.directory.cut_logs(sizes))
+        """Take up the state of a checkpoint (None: the beginning). -> {log: bytes it had then}"""
+        if not checkpoint:
+            return {}
+        state = json.loads((checkpoint / "state.json").read_text())
+        unpack(self, state)
+        for path in checkpoint.glob("optimizer*.safetensors"):
+            self.learner.load(load_file(path))
+        self.saved = checkpoint.name
+        return state["sizes"]
 
 
 def in_parts(tensors):
@@ -323,9 +330,9 @@ def pack(run):
     """Everything but weights, optimizer and logs, for json.dumps(..., default=plain)."""
     levels = []
     for stage in run.stages:
-        level = {name: getattr(stage, name) for name in COUNTERS}
-        level |= {"order": stage.order.state(), "counts": stage.buffer.counts}
-        levels.append(level | {"groups": stage.buffer.groups})
+        order, buffer = stage.order.state(), stage.buffer
+        level = {"order": order, "counts": buffer.counts, "groups": buffer.groups}
+        levels.append(level | {name: getattr(stage, name) for name in COUNTERS})
     return {"progress": {name: getattr(run, name) for name in PROGRESS}, "levels": levels}
 
 

@@ -1,9 +1,9 @@
 """From a command line to a run, and from the end of a run to an exit code."""
 
 import contextlib
-import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from eprli import Buffer
-from eval import Policy
+from eval import Policy, digest
 from infra import kernels, lora
 from infra.directory import RunDirectory, create, sha256
 from infra.flags import (
@@ -62,6 +62,8 @@ def as_started(given):
         check(Config(**flags))
         if not all(config[name] for name in ("inputs", "model_files", "kernels", "torch")):
             raise KeyError("inputs")
+        if config["revision"]:
+            flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})"
@@ -97,6 +99,7 @@ def read_data(cfg):
         "repeats_removed": len(found) - len(different),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
+        "read": {"--data": digest(str(found)), "--eval-data": digest(str(held_out))},
     }
     return levels, train_set, held_out, facts
 
@@ -214,9 +217,10 @@ def hashes(paths):
     return {str(path): sha256(path) for path in paths if path.is_file()}
 
 
-def must_be_unchanged(run, files):
-    for name, digest in files.items():
-        if hashes([name]) != {name: digest}:
+def must_be_unchanged(run, before, now):
+    """before, now  {name: digest}.  Raises ValueError"""
+    for name in before:
+        if now.get(name) != before[name]:
             raise ValueError(
                 f"--resume {run}: {name} is gone, or is not what it was when the run began: put it "
                 f"back, or start a new run from a checkpoint (--model {run}/checkpoints/...)"
@@ -235,15 +239,13 @@ def begin(cfg, ranks):
         raise ValueError(
             f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
         )
-    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
-        raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     used = kernels.use(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
+    inputs = facts.pop("read") | hashes([cfg.examples])
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    inputs = [cfg.data, cfg.eval_data, cfg.examples]
     for reward in cfg.reward:
         if path := reward.rpartition(":")[0]:
-            inputs += import_file(Path(path).resolve())[1]
+            inputs |= hashes(import_file(Path(path).resolve())[1])
     config = {
         **with_full_paths(cfg),
         **facts,
@@ -255,13 +257,18 @@ def begin(cfg, ranks):
         "levels": [asdict(stage.level) for stage in stages],
         "torch": torch.__version__,
         "kernels": used,
-        "inputs": hashes(inputs),
+        "inputs": inputs,
         "model_files": hashes(policy.folder.iterdir()),
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
     directory = ranks.together(lambda: RunDirectory(out, ranks))
-    return make_run(cfg, directory, ranks, stages, held_out, policy)
+    try:
+        return make_run(cfg, directory, ranks, stages, held_out, policy)
+    except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
+        if ranks.first:
+            shutil.rmtree(out)
+        raise
 
 
 def go_on(cfg, config, ranks):
@@ -274,15 +281,16 @@ def go_on(cfg, config, ranks):
     checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
     if cfg.kl_coef or not checkpoint:
         files = files | config["model_files"]
-    ranks.from_first(lambda: must_be_unchanged(cfg.out, files))
     here = {"torch": torch.__version__, "kernels": kernels.use(config["kernels"])}
     if not here.items() <= config.items():
         tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
     model = checkpoint or cfg.model
-    stages, held_out, policy, _ = ranks.together(lambda: load(cfg, model, ranks.device))
+    stages, held_out, policy, facts = ranks.together(lambda: load(cfg, model, ranks.device))
+    ranks.from_first(lambda: must_be_unchanged(cfg.out, files, facts["read"] | hashes(files)))
     run = make_run(cfg, directory, ranks, stages, held_out, policy)
-    run.resume(checkpoint)
+    sizes = run.resume(checkpoint)
     extend(run, config)
+    ranks.from_first(lambda: directory.cut_logs(sizes))  # once nothing is refused any more
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
@@ -293,19 +301,19 @@ def extend(run, config):
     config  its config.json, as it was.  Raises ValueError
     """
     last = run.stages[-1]
-    last.extended_after = config.get("extended_after", 0)
+    last.extended_after = config.get("extended_after", [])
     before = [level["updates"] for level in config["levels"]]
     now = [stage.level.updates for stage in run.stages]
     if now == before:
         return
-    if run.cfg.tokens or now[:-1] != before[:-1] or now[-1] < before[-1] or last.over:
+    if run.cfg.tokens or now[:-1] != before[:-1] or now < before or last.over:
         raise ValueError(
             f"--updates {now}: with --resume it extends the last level, which must not have ended "
             f"early, or by --tokens; {run.directory.out} has {before}"
         )
-    last.extended_after = before[-1]
+    last.extended_after += before[-1:]
     levels = [asdict(stage.level) for stage in run.stages]
-    changes = {"updates": now, "levels": levels, "extended_after": before[-1]}
+    changes = {"updates": now, "levels": levels, "extended_after": last.extended_after}
     run.ranks.from_first(lambda: run.directory.replace_config(config | changes))
 
 
@@ -352,8 +360,8 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
         f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
     )
     run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
-    if cfg.tracker and ranks.first:
-        run.tracker = Tracker(cfg.tracker, directory.out, asdict(cfg))
+    if cfg.tracker:
+        run.tracker = ranks.together(lambda: ranks.first and Tracker(cfg, directory.out))
     return run
 
 
@@ -373,20 +381,15 @@ def memory_table(cfg):
 
 # ----------------------------------------------------------------------------------------- the end
 
-# Functions in which memory may run out, and what the run does there; elsewhere it is setting up.
-PHASES = {"draw": "sampling", "learn": "learning", "evaluate": "evaluating", "save": "saving"}
-
 
 @contextlib.contextmanager
 def memory_explained(run=None):
     """Within the block, a GPU whose memory is full is a Stop: what the run did, and what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        phase = next((PHASES[f.name] for f in frames if f.name in PHASES), "setting up")
+    except torch.OutOfMemoryError:
         words = (
-            f"out of memory while {phase}: lower --slots (sampling, "
+            f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
             "evaluating), --micro-batch-tokens or --logits-per-chunk (learning), or use "
             "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
         )
@@ -433,20 +436,21 @@ def conduct(train, run):
                 train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
-            ended = f"interrupted: the state is saved, --resume {run.directory.out} goes on"
+            state = run.directory.last_good() if run.broken else "the state is saved"
+            ended = f"interrupted: {state}, --resume {run.directory.out} goes on"
         except Stop as stop:
             code, ended = 1, str(stop)
             if stop.__cause__ and run.ranks.first:
                 traceback.print_exception(stop.__cause__)
         try:
-            if code != 1 or not run.broken:  # else the last good checkpoint is better
+            if not (code and run.broken):  # else the last good checkpoint is better
                 with memory_explained(run):
                     run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
     run.grader.close()
     if run.tracker:
-        run.tracker.library.finish()
+        run.tracker.finish()
     return code, ended
 
 

@@ -12,13 +12,16 @@ SHOWN = ["problem_id", "sample", "verdict", "outcome", "length_reward", "text"] 
 class Tracker:
     """The run's page at a tracker: its config, the keys of its logs, and a group of completions.
 
-    What goes wrong while the run is at work is said, and does not end it.
+    What goes wrong once the run is at work is said, and does not end it.
     """
 
-    def __init__(self, library, out, config):
-        with explained(f"--tracker {library}: cannot begin; is `pip install {library}` done?"):
-            self.library = importlib.import_module(library)
-            self.library.init(project="eprli", name=out.name, config=config, resume="allow")
+    def __init__(self, cfg, out):
+        name = cfg.tracker
+        with explained(f"--tracker {name}: cannot begin; is `pip install {name}` done?"):
+            self.library = importlib.import_module(name)
+            self.library.init(
+                project="eprli", name=out.name, config=dict(vars(cfg)), resume="allow"
+            )
 
     def send(self, update, values, completions=()):
         """completions  rows of completions.jsonl; those of the first problem are sent"""
@@ -34,3 +37,9 @@ class Tracker:
             self.library.log(values, step=update)
         except Exception as error:  # of all kinds, from libraries and networks
             tqdm.write(f"--tracker: update {update} is not sent ({type(error).__name__}: {error})")
+
+    def finish(self):
+        try:
+            self.library.finish()
+        except Exception as error:  # as above
+            tqdm.write(f"--tracker: cannot finish ({type(error).__name__}: {error})")

@@ -1,6 +1,8 @@
 """Numbers that go wrong: they are noticed, said, and never reach the weights or the disk."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -168,11 +170,36 @@ def test_two_in_a_row_do_not(run, monkeypatch, metrics):
     assert metrics("groups_broken") == [0, 2, 2, 0, 2, 2, 0]
 
 
-def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(run, tmp_path, capsys):
-    """Finite weights of 1e30 whose logits are nan: they push out no good checkpoint."""
-    assert run(lr=1e30, updates=20, minibatches=1) == 1
+def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(
+    run, tmp_path, capsys, monkeypatch
+):
+    """Finite weights of 1e30 whose logits are nan: the three updates that follow push out no good
+    checkpoint."""
+    real, steps = Learner.step, []
+
+    def step(self, lr, max_norm):
+        steps.append(lr)
+        return real(self, 1e30 if len(steps) == 3 else lr, max_norm)
+
+    monkeypatch.setattr(Learner, "step", step)
+    assert run(updates=20, minibatches=1, keep_checkpoints=2) == 1
     assert "3 updates in a row" in capsys.readouterr().err
-    checkpoints(tmp_path)
+    assert checkpoints(tmp_path) == ["000002", "000003"]
+
+
+def test_a_signal_while_updates_are_broken_leaves_the_last_good_checkpoint(
+    run, tmp_path, capsys, monkeypatch
+):
+    """Weights in doubt would be saved, and the good ones deleted."""
+
+    def tell(J, logprob):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return nan_loss(J, logprob)
+
+    spoil(monkeypatch, {5}, tell)  # the first step of the third update
+    assert run(keep_checkpoints=1) == 128 + signal.SIGTERM
+    assert "the last good checkpoint is run/checkpoints/000002, --res" in capsys.readouterr().err
+    assert checkpoints(tmp_path) == ["000002"]
 
 
 def test_a_sampler_without_finite_logits_says_so_in_its_log_probs():
@@ -321,6 +348,7 @@ def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
     [
         ("infra.setup.Learner", "setting up", []),
         ("train.attempt", "sampling", ["000000"]),
+        ("train.draw", "sampling", ["000000"]),
         ("train.objective", "learning", ["000000"]),
         ("train.requests", "evaluating", ["000000"]),
         ("infra.run.Run.check_weights", "saving", []),
@@ -329,7 +357,8 @@ def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
 def test_a_gpu_without_memory_is_said_in_one_sentence(
     run, tmp_path, capsys, monkeypatch, where, phase, saved
 ):
-    """A traceback of forty lines names neither what the run was at nor the flag that helps."""
+    """A traceback of forty lines names neither what the run was at nor the flag that helps; a name
+    found in it would be another one when its function has another name."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
@@ -342,5 +371,5 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     flags = "--slots --micro-batch-tokens --logits-per-chunk --recompute --lora-rank --fsdp --plan"
     for flag in flags.split():
         assert flag in said
-    folders = (tmp_path / "run/checkpoints").iterdir()
-    assert [path.name for path in folders] == saved
+    assert [path.name for path in tmp_path.glob("run/checkpoints/*")] == saved
+    assert (tmp_path / "run").exists() == (phase != "setting up")

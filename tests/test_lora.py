@@ -44,6 +44,7 @@ def write(model, folder, name="base"):
     config = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets_of(model)}
     path = folder / name / "model.safetensors"
     config |= {"model": str(folder / name), "model_files": {str(path): sha256(path)}}
+    config["revision"] = None
     lora.save(model, folder / "adapter", config)
     return folder / name, folder / "adapter"
 

@@ -17,13 +17,15 @@ from types import SimpleNamespace
 
 import launch
 import pytest
+import torch
 from launch import at_call, at_event, die, fail, full_disk, tell, words
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import eval as evaluation
 import model
 from infra import run
-from infra.directory import LOGS, RunDirectory
+from infra.directory import LOGS, RunDirectory, create
 from infra.ranks import Stop
 
 pytestmark = pytest.mark.faults
@@ -177,6 +179,27 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, changes):
     ends_the_same(workshop, "killed", "settled")
 
 
+def with_two_threads(step=0):
+    """As on a laptop. step: the call of Learner.step that kills"""
+    torch.set_num_threads(2)
+    at_call("infra.optimizer.Learner.step", step, die)
+
+
+def test_a_kill_changes_nothing_where_two_threads_learn(workshop):
+    """A sum in the order in which threads end. Any other number of threads is said."""
+    few = {"updates": 1, "save_every": 1}  # threads that spin take long on a busy machine
+    assert began(workshop, "threads", with_two_threads, **few) == 0, launch.said(workshop)
+    kill = functools.partial(with_two_threads, 6)
+    assert began(workshop, "killed", kill, **few) == -signal.SIGKILL
+    shutil.copytree(workshop / "killed", workshop / "one thread")
+    again = launch.start(workshop, ["--resume", "killed"], sabotage=with_two_threads)
+    assert launch.wait(again) == [0] and "not bit for bit" not in launch.said(workshop)
+    assert_the_same(workshop, "killed", "threads", last=2)
+    assert resumed(workshop, "one thread") == 0
+    said = "the run began with others than {'torch': .*'threads': 1}}: it is not bit for bit"
+    assert re.search(said, launch.said(workshop))
+
+
 def test_kills_at_random_moments_one_after_the_other(workshop):
     """Six kills by the clock, wherever a run stands, from reading its flags to its end."""
     rng, out, kills = random.Random(0), "random", 0
@@ -294,6 +317,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
         ("infra.optimizer.Learner.step", 12, 3, signal.SIGTERM),
         ("infra.run.Run.write", 2, 4, signal.SIGINT),  # in a checkpoint
         ("train.interval", 8, 6, signal.SIGTERM),  # between the evaluations of two levels
+        ("train.evaluate", 6, 8, signal.SIGTERM),  # in the last one: the state is saved twice
     ],
 )
 def test_a_signal_saves_a_whole_update_and_the_rest_follows(workshop, where, call, update, number):
@@ -304,6 +328,20 @@ def test_a_signal_saves_a_whole_update_and_the_rest_follows(workshop, where, cal
     assert checkpoints(workshop, "told")[-1] == f"{update:06d}"
     assert len(without_time(workshop / "told/metrics.jsonl") if update else []) == update
     ends_the_same(workshop, "told")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_while_the_last_state_is_saved_anew_changes_nothing(workshop, call):
+    """It has the name of the one that lacks the evaluation, and neither may be missing."""
+    told = functools.partial(at_call, "train.evaluate", 6, functools.partial(tell, signal.SIGINT))
+    assert began(workshop, "anew", told, keep_checkpoints=1) == 128 + signal.SIGINT
+    sabotage = functools.partial(at_call, "pathlib.Path.rename", call, die)
+    processes = launch.start(workshop, ["--resume", "anew"], sabotage=sabotage)
+    assert launch.wait(processes) == [-signal.SIGKILL]
+    assert resumed(workshop, "anew") == 0
+    assert "goes on after nothing" not in launch.said(workshop)
+    assert_the_same(workshop, "anew")
+    assert checkpoints(workshop, "anew") == ["000008"]
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(workshop):
@@ -480,7 +518,7 @@ def test_more_updates_extend_the_last_level(extended):
     )
     changed = {name for name in new if new[name] != old.get(name)}
     assert changed == {"updates", "levels", "extended_after"}
-    assert (new["updates"], new["extended_after"]) == ([4, 6], 4)
+    assert (new["updates"], new["extended_after"]) == ([4, 6], [4])
     assert [level["updates"] for level in new["levels"]] == [4, 6]
 
 
@@ -506,6 +544,17 @@ def test_a_run_that_is_under_way_is_extended_too(extended):
     assert [row["lr"] for row in rows] == [row["lr"] for row in others]
 
 
+def test_a_second_extension_leaves_the_first_as_it_is(extended):
+    """The rate of an update that a first extension added jumped where a second one came early."""
+    shutil.copytree(extended / "not longer", extended / "twice longer")
+    kill = functools.partial(at_call, "infra.optimizer.Learner.step", 5, die)
+    words = ["--resume", "twice longer", "--updates", "4", "6", "--save-every", "1"]
+    assert launch.wait(launch.start(extended, words, sabotage=kill)) == [-signal.SIGKILL]
+    assert resumed(extended, "twice longer", "--updates", "4", "8") == 0, launch.said(extended)
+    rates = [row["lr"] for row in without_time(extended / "twice longer/metrics.jsonl")]
+    assert rates[8:] == pytest.approx([0.01, 0.005] * 2)
+
+
 @pytest.mark.parametrize("updates", [(4, 3), (5, 9), (9,), (4, 4, 9)])
 def test_only_the_last_level_can_be_extended(extended, updates):
     before = (extended / "not longer/config.json").read_bytes()
@@ -515,6 +564,16 @@ def test_only_the_last_level_can_be_extended(extended, updates):
     assert (extended / "not longer/config.json").read_bytes() == before
     assert resumed(extended, "not longer", "--updates", "4", "4") == 0  # nothing changes
     assert (extended / "not longer/config.json").read_bytes() == before
+
+
+def test_an_extension_that_is_refused_cuts_no_log(extended):
+    """Without a checkpoint all lines were lost."""
+    sabotage = functools.partial(at_call, "train.learn", 5, die)
+    assert began(extended, "refused", sabotage, **SEQUENTIAL, save_every=0) == -signal.SIGKILL
+    before = [(extended / "refused" / name).read_bytes() for name in LOGS]
+    assert resumed(extended, "refused", "--updates", "4", "3") == 2
+    assert "it extends the last level" in launch.said(extended)
+    assert [(extended / "refused" / name).read_bytes() for name in LOGS] == before
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -554,9 +613,47 @@ def test_inputs_that_changed_are_refused(workshop):
     try:
         data.write_text(before + '\n{"problem": "new", "answer": 1, "pass_rate": 0.5}')
         assert resumed(workshop, "inputs") == 2
-        assert "p.jsonl is gone, or is not what it was" in launch.said(workshop)
+        assert "--data is gone, or is not what it was" in launch.said(workshop)
     finally:
         data.write_text(before)
+
+
+def with_a_hub(folder, newest, rows, kill=False):
+    """A hub of one data set, and of one model that has a new revision every day."""
+
+    def snapshot_download(name, revision, allow_patterns):
+        assert name == "o/m"
+        return folder / (revision or newest)
+
+    datasets = SimpleNamespace(load_dataset=lambda name, split, revision: rows)
+    sys.modules["datasets"] = datasets
+    evaluation.snapshot_download = snapshot_download
+    if kill:
+        at_call("train.learn", 5, die)
+
+
+@pytest.mark.parametrize("changes", [{"save_every": 0}, {"lora_rank": 2}], ids=str)
+def test_what_comes_from_the_hub_is_what_it_was(workshop, changes):
+    """Data and model of the hub alone: no file is read that could be checked. The model of today is
+    another than that of yesterday, and one row of the data as well."""
+    shutil.copytree(workshop / "toy", workshop / "yesterday")
+    shutil.copytree(workshop / "toy", workshop / "today")
+    flip(workshop / "today/model.safetensors")
+    rows = [json.loads(line) for line in (workshop / "p.jsonl").read_text().splitlines()]
+    flags = {"model": "o/m", "data": "o/d:train", "eval_data": "o/d:test", "reward": "math"}
+    flags |= {"filter": "all"} | changes
+    hub = functools.partial(with_a_hub, workshop, "yesterday")
+    assert began(workshop, "hub whole", functools.partial(hub, rows), **flags) == 0
+    assert began(workshop, "hub", functools.partial(hub, rows, kill=True), **flags) < 0
+    other = [rows[0] | {"answer": "2"}, *rows[1:]]
+    for some, code in ((other, 2), (rows, 0)):
+        sabotage = functools.partial(with_a_hub, workshop, "today", some)
+        processes = launch.start(workshop, ["--resume", "hub"], sabotage=sabotage)
+        assert launch.wait(processes) == [code], launch.said(workshop)
+        assert ("--data is gone, or is not what it was" in launch.said(workshop)) == (code == 2)
+    assert_the_same(workshop, "hub", "hub whole")
+    shutil.rmtree(workshop / "yesterday")
+    shutil.rmtree(workshop / "today")
 
 
 def test_a_helper_of_the_reward_that_changed_is_refused(workshop):
@@ -575,6 +672,21 @@ def test_a_folder_that_is_no_run_is_refused(workshop):
     for name in ("nowhere", "empty", "toy"):
         assert resumed(workshop, name) == 2 and "is not that of a run" in launch.said(workshop)
     assert not (workshop / "nowhere").exists() and not list((workshop / "empty").iterdir())
+
+
+def test_config_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a crash of the machine a run would be there whose flags are an empty file."""
+    out, forced = tmp_path / "run", []
+
+    def force(*paths):
+        forced.append(([path.name for path in paths], (out / "config.json").exists()))
+
+    monkeypatch.setattr("infra.directory.force_to_disk", force)
+    create(out, {})
+    (names, early), last = forced
+    assert names[0] == "config.json" and not early and last == ([tmp_path.name], True)
+    RunDirectory(out, SimpleNamespace(first=True)).replace_config({})
+    assert [names for names, _ in forced[2:]] == [["config.part"], ["run"]]
 
 
 @pytest.mark.parametrize("log", LOGS)
@@ -607,7 +719,7 @@ def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, kl_coef, da
 def test_the_choice_of_kernels_is_kept(workshop):
     """A clock decided it once; a second decision might be another, and change bits."""
     path = workshop / "whole/config.json"
-    assert set(json.loads(path.read_text())["kernels"]) == {"linear", "packed"}
+    assert set(json.loads(path.read_text())["kernels"]) == {"linear", "packed", "threads"}
     sabotage = functools.partial(
         at_call, "infra.kernels.probe", 1, functools.partial(fail, Stop(""))
     )

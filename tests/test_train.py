@@ -4,6 +4,7 @@ what they say."""
 import json
 import math
 import sqlite3
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,6 +330,34 @@ def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
     workshop(tracker="trackio", out="second")
     assert "--tracker: update 4 is not sent (ZeroDivisionError" in capsys.readouterr().out
+
+
+BROKEN_TRACKER = """
+def init(**_):
+    1 / {works}
+def log(*_, **__):
+    pass
+Table = dict
+def finish():
+    raise OSError("no network")
+"""
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsys, works):
+    """At the start nothing may be left behind; at the end it was a traceback of a run that had gone
+    well."""
+    (tmp_path / "wandb.py").write_text(BROKEN_TRACKER.format(works=works))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    if works:
+        workshop(tracker="wandb")
+        assert "--tracker: cannot finish (OSError: no network)" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            workshop(tracker="wandb")
+        assert "--tracker wandb: cannot begin" in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == works
 
 
 def test_a_run_leaves_its_numbers_in_plain_files(workshop):
