@@ -10,7 +10,6 @@ long operation.
 """
 
 import argparse
-import atexit
 import contextlib
 import functools
 import importlib.util
@@ -93,24 +92,27 @@ def judge_at_once(gold, answer):
 def serve(pipe, seconds):
     """A worker: receives pairs (gold, answer), sends a verdict for each, until the pipe is closed.
 
-    The cases are judged by a child process. When a case kills the child, this process says so and
-    forks the next child. That takes milliseconds, because everything is already imported here.
+    The cases are judged by a child process. If the clock kills it, this process says so and forks
+    the next child. That takes milliseconds, because everything is already imported here.
+
+    No verdict is without its case: SIGPROF, the clock, can kill a child only between receiving a
+    case and sending the verdict. If the child dies of anything else, it may have been idle, so this
+    process ends without a word. The pipe is then closed, and the next case gets a new worker.
     """
+    signal.signal(signal.SIGPROF, signal.SIG_IGN)
     answers.equal("x+1", "1+\\frac{x}{1}")  # imports, and fills the parser's caches
     answers.equal("\\sqrt{2}", "2^{1/2}")
     pipe.send_bytes(b"ready")
     while True:
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
             try:
                 judge(pipe, seconds)
             finally:
                 os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):  # the pipe was closed
+        _, status = os.wait()
+        if os.waitstatus_to_exitcode(status) != -signal.SIGPROF:
             return
-        verdict = TIMEOUT if os.WTERMSIG(status) == signal.SIGPROF else ERROR
-        pipe.send_bytes(verdict.encode())
+        pipe.send_bytes(TIMEOUT.encode())
 
 
 def judge(pipe, seconds):
@@ -120,11 +122,12 @@ def judge(pipe, seconds):
     while True:
         gold, answer = pipe.recv()
         signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         try:
             verdict = RIGHT if answers.equal(gold, answer) else WRONG
         except Exception:  # whatever hostile text provokes in the parser or in sympy is worth 0
             verdict = ERROR
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)  # before the verdict: see `serve`
         pipe.send_bytes(verdict.encode())
 
 
@@ -141,6 +144,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's work depends on it
                 pass_fds=[end.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the run, which then ends its workers
             )
@@ -157,9 +161,9 @@ class Worker:
         return verdict
 
     def kill(self):
-        # ProcessLookupError: all are gone. PermissionError: only zombies are left (macOS).
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # the child too
+        if self.process.returncode is None:  # once it was waited for, its id may be another's
+            with contextlib.suppress(PermissionError):  # only zombies are left (macOS)
+                os.killpg(self.process.pid, signal.SIGKILL)  # the child too
         self.process.wait()
         self.pipe.close()
 
@@ -172,7 +176,6 @@ class Grader:
         self.counts = Counter()
         self.known = {}  # (gold, answer) -> verdict
         self.idle = deque([None] * workers)  # None stands for one that is not started yet
-        atexit.register(self.close)
 
     def grade(self, pairs):
         """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...]"""
@@ -183,8 +186,8 @@ class Grader:
 
     def compare(self, cases):
         """[(gold, answer or None), ...] -> verdicts, in order. Equal cases are decided once."""
-        verdicts = {case: judge_at_once(*case) or self.known.get(case) for case in set(cases)}
-        waiting = [case for case in dict.fromkeys(cases) if verdicts[case] is None]
+        verdicts = {case: judge_at_once(*case) or self.known.get(case) for case in cases}
+        waiting = [case for case in verdicts if verdicts[case] is None]
         with ThreadPoolExecutor(len(self.idle)) as pool:  # one thread per worker
             verdicts.update(zip(waiting, pool.map(self.ask, waiting)))
         if len(self.known) > 100_000:
@@ -218,7 +221,6 @@ class Grader:
     def close(self):
         for worker in filter(None, self.idle):
             worker.kill()
-        atexit.unregister(self.close)
 
 
 # ---------------------------------------------------------------------------------- other rewards
@@ -269,23 +271,42 @@ def import_file(path):
     return module, files
 
 
+ALARMS = 10  # a reward that goes on after so many cannot be stopped
+
+
 class TooLate(BaseException):
     """A reward took too long. Its own `except Exception` does not catch this."""
 
 
-def call_within(seconds, function, *arguments):
-    """function(*arguments); raises TooLate in it when that time is over."""
+def call_within(seconds, problem, function, *arguments):
+    """function(*arguments); raises TooLate in it when that time is over, and again and again.
+
+    A function that catches it is late all the same. If it goes on for ever, the process ends: no
+    signal handler can leave a loop that catches everything.
+    """
+    alarms = 0
 
     def stop(*_):
+        nonlocal alarms
+        alarms += 1
+        if alarms >= ALARMS:
+            print(
+                f"\n--reward, problem {problem.id}: it does not end, and it catches TooLate (catch "
+                "Exception, no more). Left at once, the last checkpoint is what remains",
+                file=sys.stderr,
+            )
+            os._exit(1)
         raise TooLate
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         return function(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if alarms:
+            raise TooLate
 
 
 def outcomes(reward, problem, responses, seconds):
@@ -299,11 +320,11 @@ def outcomes(reward, problem, responses, seconds):
     """
     records = [problem.record() for _ in responses]
     if list(inspect.signature(reward).parameters)[:2] == ["problems", "responses"]:
-        values = list(call_within(seconds, reward, records, responses))
+        values = list(call_within(seconds, problem, reward, records, responses))
         if len(values) != len(responses):
             raise ValueError(f"{len(values)} numbers for {len(responses)} responses")
     else:
-        values = [call_within(seconds, reward, *each) for each in zip(records, responses)]
+        values = [call_within(seconds, problem, reward, *each) for each in zip(records, responses)]
     return [float(value) for value in values]
 
 

@@ -138,9 +138,8 @@ def own_reward(cfg, stage, problem, responses):
     except TooLate:
         return [math.nan] * len(responses), True
     except (Exception, SystemExit) as error:
-        name = type(error).__name__
         where = f"--reward {stage.level.reward}, problem {problem.id}"
-        raise Stop(f"{where}: {name}: {error}") from error
+        raise Stop(f"{where}: {type(error).__name__}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ learn

@@ -1,5 +1,6 @@
 """Extraction, the workers against hangs and deaths, a user's reward, the command line."""
 
+import contextlib
 import json
 import os
 import signal
@@ -160,6 +161,76 @@ def test_fuzz():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["verdicts"][RIGHT] > 70 and result["verdicts"][WRONG] > 300
     assert result["largest_worker_mb"] < 1000
+
+
+WATCHED = """
+import os, rewards
+def equal(gold, answer, judge=rewards.answers.equal):
+    open(r"CHILD", "w").write(str(os.getpid()))
+    if answer == "fatal":
+        os.kill(os.getpid(), 9)
+    return judge(gold, answer)
+rewards.answers.equal = equal
+rewards.serve(rewards.Connection(int(sys.argv[1])), 60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGPROF])
+def test_what_kills_an_idle_child_decides_no_case(tmp_path, monkeypatch, number):
+    """Its death was reported as a verdict, which the next case took for its own, and so on: 0.3 was
+    graded as 0.5, right. While it judges, its death is an error of that case alone."""
+    child = tmp_path / "child"
+    script(tmp_path, monkeypatch, WATCHED.replace("CHILD", str(child)))
+    grader = Grader(workers=1, seconds=60)
+    assert grader.compare([("1/2", "0.5")]) == [RIGHT]
+    os.kill(int(child.read_text()), number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        grader.idle[0].process.wait(2)
+    cases = [("1/2", answer) for answer in ("0.3", "0.50", "fatal", "0.4", "5/10")]
+    assert grader.compare(cases) == [WRONG, RIGHT, ERROR, WRONG, RIGHT]
+    grader.close()
+
+
+def test_only_right_and_wrong_are_remembered(tmp_path, monkeypatch):
+    """A worker that was slow or died says nothing about the case: ask again the next time."""
+    text = """
+import os, time
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+pipe.send_bytes(b"ready")
+while True:
+    gold, answer = pipe.recv()
+    if not os.path.exists(answer):
+        open(answer, "x")
+        time.sleep(1000 if gold == "hang" else 0)
+        os._exit(1)
+    pipe.send_bytes(b"right")
+"""
+    script(tmp_path, monkeypatch, text)
+    grader = Grader(workers=1, seconds=1 / rewards.WALL)
+    cases = [("hang", str(tmp_path / "a")), ("die", str(tmp_path / "b"))]
+    assert grader.compare(cases) == [TIMEOUT, ERROR]
+    assert grader.compare(cases) == [RIGHT, RIGHT]
+    grader.close()
+
+
+def test_workers_hash_alike_and_are_signalled_once(tmp_path, monkeypatch):
+    """sympy's sets follow the hashes of names: a seed of the day could decide who is in time. Once
+    a process was waited for, its id may belong to another one."""
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    text = """
+from multiprocessing.connection import Connection
+Connection(int(sys.argv[1])).send_bytes(str(hash("x")).encode())
+"""
+    script(tmp_path, monkeypatch, text)
+    workers = [Worker(seconds=1), Worker(seconds=1)]
+    assert len({worker.receive(60) for worker in workers}) == 1
+    signalled = []
+    monkeypatch.setattr(rewards.os, "killpg", lambda *arguments: signalled.append(arguments))
+    for worker in workers:
+        worker.process.wait()
+        worker.kill()
+    assert signalled == []
 
 
 def test_while_one_worker_hangs_the_others_go_on(monkeypatch, tmp_path):
@@ -354,9 +425,23 @@ def busy(problems, responses):
         pass
 
 
-@pytest.mark.parametrize("reward", [stubborn, busy])
+def deaf(problem, response):
+    with contextlib.suppress(BaseException):
+        time.sleep(60)
+    return 1.0
+
+
+def indignant(problem, response):
+    try:
+        time.sleep(60)
+    except BaseException as error:
+        raise ValueError from error
+
+
+@pytest.mark.parametrize("reward", [stubborn, busy, deaf, indignant])
 def test_a_reward_that_takes_too_long_is_stopped(reward):
-    """And its clock does not ring later."""
+    """Whatever it makes of that: one that caught TooLate was given its number. And its clock does
+    not ring later."""
     before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
     with pytest.raises(rewards.TooLate):
         rewards.outcomes(reward, Problem("p", "1", "1"), ["a", "b"], 0.2)
@@ -364,6 +449,23 @@ def test_a_reward_that_takes_too_long_is_stopped(reward):
     assert rewards.outcomes(lambda problem, response: 3, Problem("p", "1", "1"), ["a"], 0.2) == [3]
     time.sleep(0.3)
     assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_reward_that_cannot_be_stopped_ends_the_run(monkeypatch, capsys):
+    """It hung for ever: its one alarm was caught."""
+    left, end = [], time.monotonic() + 5
+    monkeypatch.setattr(rewards.os, "_exit", left.append)
+
+    def endless(problem, response):
+        while not left and time.monotonic() < end:
+            with contextlib.suppress(BaseException):
+                time.sleep(1)
+
+    with pytest.raises(rewards.TooLate):
+        rewards.outcomes(endless, Problem("p7", "1", "1"), ["a"], 0.05)
+    assert left == [1]
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert "problem p7" in line and "does not end" in line
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
