@@ -302,9 +302,14 @@ def test_surplus_serves_the_next_update_and_no_other():
 def test_flat_groups_are_told_apart_in_both_codings(wrong):
     """A hard-wired `== 0` for all wrong misses rewards of -1 and +1. Shaping before filtering makes
     an all-right group look mixed, and trains on length alone."""
-    flat = [group(1, 1, length=[-0.5, 0.0]), group(1, 1), group(wrong, wrong)]
+    flat = [group(1, 1, length=[-0.5, 0.0]), group(0.5, 0.5), group(wrong, wrong)]
     buffer, everything = Buffer(), Buffer(keep_flat=True)
     for some in (buffer, everything):
         some.add([*flat, group(1, wrong)])
     assert buffer.counts == {"drawn": 4, "all_right": 2, "all_wrong": 1}
     assert everything.pending == 4
+
+
+def test_part_of_a_reward_is_not_right():
+    """A completion with half of its steps right, 0.5, would count as solved if any reward did."""
+    assert group(-1, 0, 0.5, 1, 1.5).right.tolist() == [False, False, False, True, True]

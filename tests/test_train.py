@@ -688,11 +688,11 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     kind, lengths, expected
 ):
     """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
-    not the grader, says which of two completions is right."""
+    not the grader, says which of two completions is right: one of 0.5 is not."""
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
     run = SimpleNamespace(cfg=cfg, policy=policy, trained=0)
     own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
-    reward = lambda problem, text: float(text == "mine")  # noqa: E731
+    reward = lambda problem, text: 1.0 if text == "mine" else 0.5  # noqa: E731
     attempts = []
     for text, verdict, n in zip(("mine", "other"), ("wrong", "right"), lengths):
         completion = Completion([7] * n, [-1.0] * n, True)
