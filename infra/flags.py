@@ -29,7 +29,7 @@ LR = 3e-4
 def flag(help, default=None):
     """help  what it is, its unit, and in brackets where the default comes from"""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -154,9 +154,9 @@ class Optimizer:
 
     lr: float | None = flag(
         f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
-        "the shipped model, none for others; with --lora-rank the best one is about ten times that "
-        "of full training (Schulman et al. 2025) "
-        "[ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
+        "the shipped model, none for others. With --lora-rank the best rate is about ten times the "
+        "best of full training (Schulman et al. 2025). A preset states one of full training, not "
+        "known to be its best [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
     )
     warmup: int = flag("updates of linear warm-up, in each level [ours; DAPO 10 steps]", 5)
     lr_decay: Literal["none", "linear", "cosine"] = flag(
@@ -323,10 +323,10 @@ def fill(cfg):
     is none."""
     missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
     if missing and not is_shipped(cfg.model):
-        names = " and ".join(map(option, missing))
+        stating = [name for name in PRESETS if stated(name).keys() >= set(missing)]
         raise ValueError(
-            f"{names}: our defaults fit the shipped model alone; give them for {cfg.model}, or a "
-            f"--preset that states them ({', '.join(PRESETS)})"
+            f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
+            f"{cfg.model} give your own, or a --preset that states them ({', '.join(stating)})"
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
     if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
