@@ -225,3 +225,21 @@ def test_random_levels_hold_the_problems_of_the_others(monkeypatch, tmp_path):
     dealt = read_problems(tmp_path / "data/random.jsonl")
     assert {p.id for p in dealt} == {p.id for p in shipped}
     assert sorted(p.pass_rate for p in dealt) == sorted(p.pass_rate for p in shipped)
+
+
+def test_the_tables_of_results_hold_what_was_measured():
+    """A number copied wrongly, or left behind when runs are made anew."""
+    measured = "".join(path.read_text() for path in tables.RESULTS.glob("*.md"))
+    for row in (tables.RESULTS.parent / "RESULTS.md").read_text().splitlines():
+        if row.startswith("| "):
+            for number in re.findall(r"[-+]?\d+\.\d ± \d+\.\d", row):
+                assert number in measured, row
+
+
+def test_promises_name_tests_that_are_there():
+    """A test that is renamed or deleted leaves its promise without proof."""
+    tests = Path(__file__).parent
+    code = "".join(path.read_text() for path in tests.glob("test_*.py"))
+    promises = (tests.parent / "docs/promises.md").read_text()
+    for name in re.findall(r"`(test_\w+)", promises):  # `test_a_kill_around_...` is a beginning
+        assert f"def {name}" in code, name
