@@ -156,17 +156,21 @@ class KVCache:
     def decoding(self, positions):
         """-> attend for one token of every row, at positions (rows, 1).
 
-        Heads that share a key are several queries of it: no key is copied to them. On a CPU two
-        products are faster here than the fused attention.
+        Heads that share a key are several queries of it: no key is copied to them. In float32 two
+        products are up to three times as fast on a CPU as the fused attention. A product in
+        bfloat16 would round the scores before their softmax, and the learner does not.
         """
         rows = torch.arange(len(positions), device=positions.device)
         mask = self.mask(positions, self.room)
 
         def attend(layer, q, k, v):
             self.store(layer, rows, positions, k, v)
-            q = q.view(*k.shape[:2], -1, k.shape[3]) * k.shape[3] ** -0.5
-            score = q @ self.k[layer].mT + mask
-            out = score.softmax(-1) @ self.v[layer]  # float32 inside the softmax
+            q, keys, values = q.view(*k.shape[:2], -1, k.shape[3]), self.k[layer], self.v[layer]
+            if q.itemsize < 4:
+                out = F.scaled_dot_product_attention(q, keys, values, mask)
+            else:
+                score = q * k.shape[3] ** -0.5 @ keys.mT + mask
+                out = score.softmax(-1) @ values
             return out.reshape(len(q), 1, -1)
 
         return attend

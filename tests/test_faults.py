@@ -17,6 +17,7 @@ from infra.directory import RunDirectory
 from infra.optimizer import Learner
 from infra.ranks import Ranks
 from infra.run import Run, pack, plain, unpack
+from model import Transformer
 from rollout import choose
 
 pytestmark = pytest.mark.faults
@@ -252,6 +253,22 @@ def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, m
     error = capsys.readouterr().err
     assert "differ from the sampler's by" in error and f"rounding in {dtype} explains" in error
     assert checkpoints(tmp_path) == ["000000"]  # no weight was touched
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_watchdog_stops_a_learner_that_is_off_by_a_tenth_of_a_nat(
+    run, capsys, monkeypatch, dtype
+):
+    """A bound of 0.2 nats let any small mistake pass: rounding of a real model is 0.01."""
+    real = Transformer.token_logprobs
+
+    def shifted(*arguments):
+        logprob, entropy = real(*arguments)
+        return logprob - 0.1, entropy
+
+    monkeypatch.setattr(Transformer, "token_logprobs", shifted)
+    assert run(dtype=dtype) == 1
+    assert "differ from the sampler's by 0.1 nats" in capsys.readouterr().err
 
 
 def sharp(tmp_path, stop_ids=None):

@@ -61,6 +61,24 @@ def test_cached_equals_uncached_for_rows_of_different_length(family):
             assert torch.allclose(logits, full[range(4), lengths + i], atol=1e-10)
 
 
+def test_decoding_in_bfloat16_rounds_no_score_before_its_softmax():
+    """A product in bfloat16 rounds a score of 100 to a multiple of a half, and the learner's fused
+    attention does not: on large scores the two would be other policies."""
+    torch.manual_seed(0)
+    cache = KVCache(random_model(dtype=torch.bfloat16), 8, 32)
+    cache.fit(32)
+    cache.k = [torch.randn_like(k) + 6 for k in cache.k]
+    cache.v = [torch.randn_like(v) for v in cache.v]
+    q, new = (torch.randn(8, heads, 1, 8, dtype=torch.bfloat16) + 6 for heads in (6, 2))
+    positions = torch.arange(8)[:, None] + 20
+    out = cache.decoding(positions)(0, q, new, new)
+    keys, values = (x[0].double().repeat_interleave(3, 1) for x in (cache.k, cache.v))
+    score = q.double() @ keys.mT / 8**0.5
+    score = score.masked_fill(torch.arange(32) > positions[:, None, None], -torch.inf)
+    expected = (score.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    assert score.max() > 100 and (out - expected).abs().max() < 0.02
+
+
 @torch.no_grad()
 def test_rows_idle_return_copy_and_leave(monkeypatch):
     """What the sampler does to a cache: a row that idles writes behind its prompt only, a prompt is
