@@ -1,9 +1,5 @@
-"""Problems in, prompts out: one reader, one prompt template, levels of difficulty, their order.
+"""Problems in, prompts out: one reader, one prompt template, levels of difficulty, their order."""
 
-python data.py --overlap train.jsonl eval.jsonl [more.jsonl ...]      finds what both have
-"""
-
-import argparse
 import json
 import math
 import random
@@ -396,31 +392,3 @@ class Order:
 
     def restore(self, state):
         self.drawn, self.rates = state["drawn"], dict(state["rates"])
-
-
-def print_overlap(train_file, *evaluation_files):
-    """One line a file, and one for every pair found."""
-    train = read_problems(train_file)
-    for path in evaluation_files:
-        evaluation = read_problems(path)
-        exact, near = overlap(train, evaluation)
-        counts = f"{len(exact)} of {len(evaluation)} problems stand in {train_file}"
-        print(f"{path}: {counts}, {len(near)} nearly")
-        for kind, pairs in (("exact", exact), ("near", near)):
-            for name, original in pairs:
-                print(f"  {kind}: {name} = {original}")
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Look for problems that two files share.")
-    files = "a training file, then evaluation files or benchmarks"
-    parser.add_argument("--overlap", nargs="+", metavar="FILE", required=True, help=files)
-    args = parser.parse_args(arguments)
-    try:
-        print_overlap(*args.overlap)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -90,22 +90,19 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
     assert found == ([], [("e", "t")] if is_near else [])
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    """It generates, and it prints overlap; a problem is counted once, exact before near."""
+def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
+    """A problem is counted once, exact before near; a file that exists is not overwritten."""
     monkeypatch.chdir(tmp_path)
     generator(["--split", "heldout", "--count", "3", "--seed", "7", "--out", "h.jsonl"])
     problems = read_problems("h.jsonl")
     assert problems == list(itertools.islice(generate("heldout", 7), 3))
     story = " ".join(map(str, range(30)))
-    data.write_problems("t.jsonl", [problems[1], Problem("story", "a " + story, "1")])
-    data.write_problems("e.jsonl", [*problems, Problem("near", "b " + story, "1")])
-    data.main(["--overlap", "t.jsonl", "e.jsonl"])
-    printed = [line for line in capsys.readouterr().out.splitlines() if "columns" not in line]
-    assert printed[0] == "e.jsonl: 1 of 4 problems stand in t.jsonl, 1 nearly"
+    train = [problems[1], Problem("story", "a " + story, "1")]
     name = problems[1].id
-    assert printed[1:] == [f"  exact: {name} = {name}", "  near: near = story"]
-    with pytest.raises(SystemExit):  # a file that exists is not overwritten
-        generator(["--out", "t.jsonl"])
+    found = overlap(train, [*problems, Problem("near", "b " + story, "1")])
+    assert found == ([(name, name)], [("near", "story")])
+    with pytest.raises(SystemExit):
+        generator(["--out", "h.jsonl"])
 
 
 # What others publish -> problem, answer, level.
