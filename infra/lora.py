@@ -77,8 +77,10 @@ def save(model, folder, config):
 def read_config(folder):
     """adapter_config.json; None if there is none. Raises ValueError"""
     if (folder / CONFIG).is_file():
-        with explained(f"{folder / CONFIG}: not a JSON object"):
-            return dict(json.loads((folder / CONFIG).read_text()))
+        with explained(f"{folder / CONFIG}: not a JSON object that names its base"):
+            config = json.loads((folder / CONFIG).read_text())
+            Path(config["base_model_name_or_path"])  # fails unless it is a text
+            return config
 
 
 def load(model, config, folder, base):
@@ -88,9 +90,9 @@ def load(model, config, folder, base):
     base    the folder that the model was read from: it must be the one that was trained
     """
     with explained(f"{folder}: not an adapter of {base} that train.py wrote"):
-        for name, digest in safe_open(folder / WEIGHTS, "pt").metadata().items():
-            if sha256(base / name) != digest:
-                raise ValueError(f"{base / name} is not what it was")
+        trained = safe_open(folder / WEIGHTS, "pt").metadata()
+        if {path.name: sha256(path) for path in base.glob("*.safetensors")} != trained:
+            raise ValueError("its *.safetensors are not what they were")
         add(model, config["r"], config["lora_alpha"], config["target_modules"])
         found = load_file(folder / WEIGHTS)
         check_tensors(folder, found, tensors(model))

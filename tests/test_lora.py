@@ -359,18 +359,22 @@ def test_the_reference_is_the_base_and_takes_no_memory(workshop, tmp_path):
             lambda a, b: (b / "model.safetensors").write_bytes(b"other"),
             "not a readable safetensors",
         ),
-        (lambda a, b: random_base(b), "model.safetensors is not what it was"),
+        (lambda a, b: random_base(b), "not what they were"),
+        (lambda a, b: random_base(b, "model-00001-of-00001.safetensors"), "not what they were"),
+        (lambda a, b: one_more(b), "not what they were"),
         (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"torn"), "not an adapter of"),
         (lambda a, b: edit(a, r=5), "lacks"),
         (lambda a, b: edit(a, target_modules=["q_proj"]), "has surplus"),
         (lambda a, b: edit(a, target_modules=["lm_head"]), "must be among q_proj"),
         (lambda a, b: (a / "adapter_config.json").write_text("["), "not a JSON object"),
+        (lambda a, b: (a / "adapter_config.json").write_text('{"r": 2}'), "names its base"),
+        (lambda a, b: edit(a, base_model_name_or_path=None), "names its base"),
         (
             lambda a, b: edit(a, base_model_name_or_path="/no/where"),
             "'/no/where' is neither a folder",
         ),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_an_adapter_of_something_else_is_refused(
     tmp_path, tokenizer, damage, message, capsys, monkeypatch
@@ -395,8 +399,16 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def random_base(folder):
+def random_base(folder, name="model.safetensors"):
     random_model(seed=1).save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def one_more(folder):
+    """The file that was trained on stays, and a part of another checkpoint wins over it."""
+    whole = (folder / "model.safetensors").read_bytes()
+    random_base(folder, "model2.safetensors")
+    (folder / "model.safetensors").write_bytes(whole)
 
 
 def test_training_on_an_adapter_or_another_base_is_refused(workshop, tmp_path, capsys):
@@ -412,7 +424,5 @@ def test_training_on_an_adapter_or_another_base_is_refused(workshop, tmp_path, c
     gc.collect()  # the first run's lock goes with its last reference
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "run"])
-    assert (
-        stop.value.code == 2 and "model.safetensors is not what it was" in capsys.readouterr().err
-    )
+    assert stop.value.code == 2 and "not what they were" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
