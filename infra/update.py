@@ -82,8 +82,8 @@ class Update:
         if self.draws == 1 and self.number % SHOW_EVERY == 1:
             for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
                 tqdm.write(
-                    f"  {prompt.problem.problem}  ->  {a.text}  "
-                    f"({a.verdict}; answer {prompt.problem.answer})"
+                    f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
+                    f"({a.verdict}; answer {prompt.problem.answer!r})"
                 )
 
     def written(self, cfg, policy):

@@ -281,6 +281,54 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path):
     assert str(report.Path.cwd()) not in page and '"assets/tiny"' in page
 
 
+def test_the_page_loses_no_text_of_a_completion(tmp_path, monkeypatch):
+    """From the folder "/" every "//" vanished, and from "/x" the text 1/x/2 became 12."""
+    for here in (report.Path("/"), tmp_path):
+        monkeypatch.chdir(here)
+        text = f"1//2, 1{here}/2"
+        page = report.write_page([make_run(tmp_path / f"run{len(str(here))}", 2, text=text)])
+        assert all(row["text"][0] == text for row in content(page.read_text())["rows"][2:4])
+
+
+def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, capsys):
+    """One looks at a run that was killed. A line may end within a letter."""
+    folder = make_run(tmp_path / "run", 3)
+    report.read_completions(folder / "completions.jsonl", 3)
+    assert not capsys.readouterr().out
+    for name in ("metrics", "eval", "completions"):
+        with open(folder / f"{name}.jsonl", "ab") as file:
+            file.write('{"text": "\u00e9'.encode()[:-1])
+    report.draw([folder])
+    rows = content(report.write_page([folder]).read_text())["rows"]
+    assert max(row["update"] for row in rows) == 3
+    said = capsys.readouterr().out
+    assert all(f"{name}.jsonl: its last line is torn" in said for name in ("metrics", "eval"))
+    assert "completions.jsonl: its last line is torn" in said
+    (folder / "eval.jsonl").write_text("{oops\n")
+    with pytest.raises(ValueError, match="eval.jsonl: cannot be read"):
+        report.draw([folder])
+
+
+def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_path):
+    rows = [{"update": 1, "group": group} for group in range(6)]
+    rows[4] |= {"text": "12", "pieces": ["1", "2"]}
+    write(tmp_path / "c.jsonl", rows)
+    found = report.read_completions(tmp_path / "c.jsonl", 1)
+    assert [row["group"] for row in found] == [0, 1, 2, 4]
+
+
+def test_completions_do_not_command_the_terminal(capsys):
+    stage = SimpleNamespace(number=1, buffer=SimpleNamespace(counts={}))
+    stage.level = SimpleNamespace(prompts=1)
+    group = SimpleNamespace(late=False, outcome=torch.zeros(1), length_reward=torch.zeros(1))
+    problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
+    done = SimpleNamespace(stopped=True)
+    attempt = SimpleNamespace(completion=done, verdict="wrong", length=1, text="3\x1b[31m\u202e")
+    Update(1, stage, 0.1, 1).drew([SimpleNamespace(problem=problem)], [[attempt]], [group])
+    said = capsys.readouterr().out
+    assert said.strip().isprintable() and "3\\x1b[31m\\u202e" in said
+
+
 @pytest.mark.parametrize("text", ["1+1=2", HOSTILE])
 def test_a_browser_draws_the_page(tmp_path, text):
     """In headless Chromium: every part is filled, and text of completions stays text."""

@@ -15,8 +15,9 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
-from data import name_level, read_records
+from data import explained, name_level
 from tools.verdict import verdict
 
 LINES = ("-", "--", ":", "-.")  # one per run
@@ -51,18 +52,26 @@ STYLE = {
 
 
 def read_log(path):
-    """The rows of a log. No file, or an empty one: no rows."""
-    return read_records(path) if path.is_file() and path.stat().st_size else []
+    """The rows of a log, one by one: it may be larger than the memory. The last line of a run that
+    was killed may be torn; it is left out, aloud. No file: no rows."""
+    if not path.exists():
+        return
+    with explained(f"{path}: cannot be read"), open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+            else:
+                tqdm.write(f"{path}: its last line is torn, and left out")
 
 
 def read_runs(folders):
     """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError"""
     runs = []
     for folder in map(Path, folders):
-        metrics = read_log(folder / "metrics.jsonl")
+        metrics = list(read_log(folder / "metrics.jsonl"))
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
-        runs.append((folder.name, metrics, read_log(folder / "eval.jsonl")))
+        runs.append((folder.name, metrics, list(read_log(folder / "eval.jsonl"))))
     return runs
 
 
@@ -136,7 +145,9 @@ def write_page(folders):
     """Write these run directories as report.html of the first; returns its path."""
     folder, runs = Path(folders[0]), read_runs(folders)
     _, metrics, evaluations = runs[0]
-    config = json.loads((folder / "config.json").read_text())
+    # A page that is published need not tell whose folder it was.
+    here = f"{Path.cwd()}/"
+    config = json.loads((folder / "config.json").read_text().replace(here, ""))
     for name in ("inputs", "model_files"):  # hashes, by paths of this machine
         config.pop(name, None)
     content = {
@@ -146,10 +157,9 @@ def write_page(folders):
         "verdict": verdict(metrics, evaluations),
         "rows": read_completions(folder / "completions.jsonl", len(metrics)),
     }
-    here = f"{Path.cwd()}/"  # a page that is published need not tell whose folder it was
     page = Path(__file__).with_suffix(".html").read_text()
     path = folder / "report.html"
-    path.write_text(page.replace("CONTENT", encode(content).replace(here, "")))
+    path.write_text(page.replace("CONTENT", encode(content)))
     return path
 
 
@@ -159,14 +169,12 @@ def encode(value):
 
 
 def read_completions(path, updates):
-    """Rows of completions.jsonl from the first update to the last; the file may be larger than the
-    memory."""
+    """Rows of completions.jsonl from the first update to the last."""
     times, rows = np.linspace(1, updates, TIMES).round(), []
-    with open(path, encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            first = row.get("group", 0) < GROUPS_PER_TIME or "pieces" in row
-            if first and row["update"] in times:
-                rows.append(shorten(row))
+    for row in read_log(path):
+        first = row.get("group", 0) < GROUPS_PER_TIME or "pieces" in row
+        if first and row["update"] in times:
+            rows.append(shorten(row))
     while len(encode(rows)) > MOST_BYTES:
         times = times[::2] if len(times) > 1 else []
         rows = [row for row in rows if row["update"] in times]
