@@ -66,8 +66,9 @@ def is_text(value):
 
 
 def is_number(value):
-    """A finite one. To Python True is an integer, and its JSON reader lets NaN pass."""
-    return type(value) in (int, float) and abs(value) < math.inf
+    """A finite one, as a float too. To Python True is an integer, and its JSON reader lets NaN
+    pass."""
+    return type(value) in (int, float) and abs(value) < 1e308
 
 
 @contextmanager
@@ -164,8 +165,10 @@ def gradable(name, problems):
 
 
 def write_problems(path, problems):
-    """To a new file, so that read_problems reads them back."""
-    write_records(path, (p.record() for p in problems), "x")
+    """So that read_problems reads them back. The file is there whole or not at all."""
+    part = Path(f"{path}.part")  # of a process that was killed, it is written anew
+    write_records(part, (p.record() for p in problems))
+    part.rename(path)
 
 
 def write_records(path, records, mode="w"):
@@ -375,6 +378,8 @@ class Order:
     def draw(self, count):
         """-> indices of the next prompts"""
         chosen = sorted(self.rates, key=lambda i: abs(self.rates[i] - self.target))[:count]
+        for i in chosen:
+            self.rates[i] = self.rates.pop(i)  # now the last of all
         while not self.rates and len(chosen) < count:
             epoch, first = divmod(self.drawn + len(chosen), len(self.prompts))
             chosen += self.shuffled(epoch)[first : first + count - len(chosen)]
@@ -384,7 +389,7 @@ class Order:
     def note(self, index, pass_rate):
         """The pass rate of a prompt's newest group goes into its running mean."""
         if self.rates:
-            self.rates[index] = (self.rates.pop(index) + pass_rate) / 2  # now the last of all
+            self.rates[index] = (self.rates[index] + pass_rate) / 2
 
     def state(self):
         """What JSON holds, for `restore`."""

@@ -215,7 +215,4 @@ def prepare():
     for name, some in files.items():
         path = VARIANTS / f"{name}.jsonl"
         if not path.exists():
-            part = path.with_suffix(".part")
-            part.unlink(missing_ok=True)  # of a run that was interrupted
-            data.write_problems(part, some)
-            part.rename(path)
+            data.write_problems(path, some)

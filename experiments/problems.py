@@ -18,6 +18,7 @@ import itertools
 import random
 import re
 import zlib
+from pathlib import Path
 
 from data import Problem, write_problems
 
@@ -128,6 +129,8 @@ def main(arguments=None):
     add("--seed", type=int, default=0)
     add("--out", required=True, help="JSONL file to write")
     args = parser.parse_args(arguments)
+    if Path(args.out).exists():
+        parser.error(f"--out {args.out}: exists already")
     problems = generate(args.split, args.seed)
     try:
         write_problems(args.out, itertools.islice(problems, args.count))

@@ -322,7 +322,8 @@ def load(cfg, model, device):
     levels, train_set, held_out, facts = read_data(cfg)
     policy = load_policy(cfg, model, device)
     if model == cfg.model:
-        check_measured(cfg, levels, train_set, policy)
+        with data.explained(f'{cfg.data}: "measured" is not what eval.py writes'):
+            check_measured(cfg, levels, train_set, policy)
     stages, cut_facts = make_stages(cfg, levels, train_set, policy)
     policy.show(stages[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)

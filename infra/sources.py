@@ -8,6 +8,7 @@ OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two nee
 import json
 import re
 
+from data import is_text
 from rewards import extract_answer
 
 # The columns of problem and answer; a.b is the field b within a. The first that fits is taken.
@@ -100,7 +101,7 @@ def last_question(turns):
 def final_answer(answer):
     """What a published answer comes down to: the text behind ####, that of the last box, the items
     of a list."""
-    if isinstance(answer, list):
+    if isinstance(answer, list) and all(map(is_text, answer)):
         return ", ".join(text.strip().strip("$") for text in answer)
     if not isinstance(answer, str):
         return answer

@@ -10,9 +10,12 @@ import pickle
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from launch import ROOT
 from safetensors.torch import load_file, save_file
 
 import train
@@ -101,6 +104,7 @@ GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"problem": "1", "answer": null} | no problem and answer in columns that are known
 {"problem": "1", "answer": true} | "answer" must be a text or a number
 {"problem": "1", "answer": ["1"]} | "answer" must be a text or a number
+{"question": "1", "final_answer": [2]} | x.jsonl, line 1: "answer" must be a text or a number
 {"problem": "1", "answer": NaN} | "answer" must be a text or a number
 {"problem": "1", "answer": 1e999} | "answer" must be a text or a number
 {"problem": "1", "answer": "1", "pass_rate": 50} | "pass_rate" must be a number in [0, 1]
@@ -127,6 +131,8 @@ ENCODED = [
     (GOOD.encode("utf-16"), "x.jsonl: not UTF-8 text"),
     (pickle.dumps(GOOD), "x.jsonl: not UTF-8 text"),
     (b"[" * 10_000, "x.jsonl, line 1"),
+    (GOOD.replace("0.5", '0.5, "level": %s' % ("9" * 400)).encode(), '"level" must be a number'),
+    (GOOD.replace("0.5", '0.5, "measured": 1').encode(), '"measured" is not what eval.py writes'),
     (GOOD.replace("0.5", "1.0").encode(), "has no problem: choose another --quality"),
     (b'{"problem": "%s", "answer": 1, "pass_rate": 0}' % (b"1" * 300), "longer than the context"),
 ]
@@ -407,3 +413,28 @@ def test_what_a_run_directory_is_never_used_for(begun, refused):
     for words in ("--lr 0.1", "--out other", "--explain", "--reward-timeout 9"):
         message = f"the flags of run, and {words.split()[0]} is not one that may differ"
         refused(message, ["--resume", "run", *words.split()])
+
+
+# ---------------------------------------------------------------------------------------- machines
+
+ON_WINDOWS = """
+import importlib, sys
+import scipy.stats, torch, tqdm, transformers
+from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
+sys.platform = "win32"
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in ("data", "eval", "train"):
+    try:
+        importlib.import_module(name)
+    except SystemExit as stop:
+        print(name, stop)
+"""
+
+
+def test_windows_is_told_so_in_one_line():
+    """Before fcntl and resource are imported, which it lacks."""
+    words = [sys.executable, "-c", ON_WINDOWS]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    lines = [f"{name} EPRLI needs Linux" for name in ("data", "eval", "train")]
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and all(map(str.startswith, said, lines)), done.stderr

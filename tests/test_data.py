@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import sympy
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import data
 from data import Order, Problem, Prompt, cut_levels, overlap, read_problems, render
-from eval import SHIPPED
+from eval import SHIPPED, end_of_turn, stop_token
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
@@ -60,6 +61,21 @@ def test_a_problem_survives_a_round_trip(tmp_path):
     (problem,) = read_problems(tmp_path / "p.jsonl")
     assert problem.record() == record
     assert problem.other == {"source": "me", "tags": [1, {"a": None}]}
+
+
+def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
+    """What a kill left would block the next try, or be read as all there is."""
+
+    def killed():
+        yield Problem("a", "1", "1")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "p.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        data.write_problems(path, killed())
+    assert not path.exists()
+    data.write_problems(path, [Problem("b", "2", "2")])
+    assert [p.id for p in read_problems(path)] == ["b"]
 
 
 def test_repeats_and_overlap_are_found():
@@ -151,6 +167,17 @@ LAYOUTS = {
             "reward_model": {"ground_truth": '["[1,2)"]', "style": "rule"},
         },
         ("q", "[1,2)", None),
+    ),
+    "a chat of several turns": (
+        {
+            "prompt": [
+                {"role": "user", "content": "first"},
+                {"role": "assistant", "content": "so"},
+                {"role": "user", "content": "q"},
+            ],
+            "reward_model": {"ground_truth": "2"},
+        },
+        ("q", "2", None),
     ),
     "OlympiadBench": ({"question": "q", "final_answer": ["$1$", "$-1$"]}, ("q", "1, -1", None)),
     "amc22_23": ({"problem": "q", "answer": 142.0}, ("q", "142", None)),
@@ -323,9 +350,14 @@ PLAIN = (
 )
 
 
-def rendered(template, *examples):
+def template_tokenizer(template):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def rendered(template, *examples):
+    tokenizer = template_tokenizer(template)
     prompt = render(tokenizer, Problem("i", "1+1", "2"), examples)
     return tokenizer.decode(prompt.tokens), prompt.opening
 
@@ -335,6 +367,21 @@ def test_one_template_with_worked_examples_in_front():
     example = {"problem": "2+2", "solution": "\\boxed{4}"}
     expected = f"<user>2+2{suffix}<assistant>\\boxed{{4}}<user>1+1{suffix}<assistant>"
     assert rendered(PLAIN, example) == (expected, "")
+
+
+def test_a_tokenizer_that_begins_all_text_with_a_token_adds_none(tokenizer):
+    """Llama's puts a BOS in front of any text, and its template has one: two of them are other
+    prompts than those of its training. A stop of one token would be two."""
+    many = template_tokenizer(PLAIN + "{{ '<|end|>' }}")
+    before = render(many, Problem("i", "1", "1")).tokens
+    bos = ("<|pad|>", tokenizer.pad_token_id)
+    many.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[bos]
+    )
+    assert many.encode("1")[0] == tokenizer.pad_token_id
+    assert render(many, Problem("i", "1", "1")).tokens == before
+    assert stop_token(many, "\n") == stop_token(tokenizer, "\n")
+    assert end_of_turn(many) == tokenizer.eos_token_id
 
 
 def test_a_think_that_the_template_opens_must_be_closed():
