@@ -98,7 +98,8 @@ def draw(run, stage, update):
     scored = run.ranks.spread(work, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
     for i, group in zip(indices, groups):
-        order.note(i, group.right.double().mean().item())
+        if group.finite:  # a late one has no pass rate
+            order.note(i, group.right.double().mean().item())
     update.drew([prompt for prompt, _ in work], [attempts for attempts, _ in scored], groups)
     return groups
 
@@ -309,6 +310,8 @@ def evaluate(run):
         return [(a.right, a.length, writes_steps(a.text)) for (a,) in done]
 
     prompts = [prompt for some in run.held_out.values() for prompt in some]
+    if not run.evaluations:
+        run.policy.show(prompts)
     done = iter(ranks.spread(requests(cfg.seed, prompts, 1), work))
     rows = []
     for level, some in run.held_out.items():

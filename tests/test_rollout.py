@@ -252,6 +252,8 @@ def test_top_k_and_top_p_by_hand():
     assert logprobs[0].exp().item() == pytest.approx(0.625)  # renormalised
     for top_p, kept in ((0.7, {0, 1}), (0.4, {0})):  # 0.5 < 0.7 <= 0.5 + 0.3; one always stays
         assert set(choose(logits, u, 1.0, top_p=top_p)[0].tolist()) == kept
+    # Of the two likeliest, the first has 0.625 of the mass.
+    assert set(choose(logits, u, 1.0, top_k=2, top_p=0.6)[0].tolist()) == {0}
 
 
 def test_limits_and_equal_prompts():

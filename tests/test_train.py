@@ -6,6 +6,7 @@ import math
 import sqlite3
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import Problem, Prompt
+from data import Order, Problem, Prompt
 from eprli import Buffer, Group, Level
 from eval import Attempt
 from infra.flags import Config, fill
@@ -148,6 +149,18 @@ def test_the_norms_differ_by_what_they_divide_by(work):
     sequence, token, constant = (gradient(model, samples[4:5] * 3, loss_norm=n) for n in norms)
     assert (sequence - token).abs().max() < 1e-12 < constant.abs().max()
     assert (sequence * 19 / 30 - constant).abs().max() < 1e-12  # T = 19 of Len = 30
+
+
+def test_the_kl_term_is_subtracted(work):
+    """Added, it would drive the policy away from its start. Without advantages J is that term."""
+    model, reference, samples = work
+    still = [replace(s, advantage=0.0) for s in samples]
+    found = []
+    for kl_coef in (0.1, 0.2):
+        run = a_run(model, reference, kl_coef=kl_coef)
+        J, _ = train.objective(run, level(), model, still, (len(still), 99))
+        found.append(J.item())
+    assert found[1] == pytest.approx(2 * found[0]) and found[0] < -1e-3
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
@@ -616,6 +629,31 @@ def test_the_nearest_pass_rate_is_drawn_next(workshop):
         (first if row["update"] == 1 else second).add(row["problem_id"])
     assert first | second <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
     assert first and second and not first & second
+
+
+def test_a_late_group_has_no_pass_rate(workshop):
+    """As 0 it would call its problem hard. Drawn it was all the same: else it is drawn for ever."""
+    flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "updates": 1}
+    out = workshop(reward="toy_reward.py:slow", target_pass_rate=0.9, **flags)
+    state = json.loads((out / "checkpoints/000001/state.json").read_text())
+    rates = dict(state["levels"][0]["order"]["rates"])
+    assert {i for i, rate in rates.items() if rate == 0.5} == {0, 4, 8}
+    order = Order([Prompt(Problem(c, c, "1"), [], "") for c in "abc"], "", target=0.5)
+    assert order.draw(2) + order.draw(1) == list(order.rates)
+
+
+def test_held_out_completions_may_be_as_long_as_any_levels(workshop):
+    out = workshop(eval_data="p.jsonl", max_new_tokens=(3, 9), updates=1)
+    assert all(row["length_mean"] > 3 for row in lines(out / "eval.jsonl"))
+
+
+def test_held_out_prompts_that_are_too_long_are_said_once(workshop, tmp_path, capsys):
+    """They count as wrong, and accuracy would be low for no reason that one sees."""
+    texts = "a", "b" * 300, "c", "d" * 300
+    write_lines(tmp_path / "long.jsonl", [{"problem": text, "answer": "1"} for text in texts])
+    workshop(eval_data="long.jsonl", updates=1)
+    words = "2 of these prompts fill the context and count as wrong"
+    assert capsys.readouterr().out.count(words) == 1
 
 
 @pytest.mark.parametrize(
