@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 import data
 from infra import lora
 from infra.answers import canonical
-from infra.directory import checkpoints, create, lock, sha256
+from infra.directory import checkpoints, create, damage, lock, sha256
 from infra.ranks import Ranks, one_speaks, refuse
 from model import Transformer
 from rewards import RIGHT, Grader, writes_steps
@@ -108,10 +108,12 @@ class Policy:
         return prompts
 
     def show(self, prompts):
-        """Print two examples as the model sees them."""
+        """Print two examples as the model sees them, and how many leave no room to answer."""
         for prompt in prompts[:2]:
             text = self.tokenizer.decode(prompt.tokens)
             tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
+        if too_long := sum(not self.room(p) for p in prompts):
+            tqdm.write(f"{too_long} of these prompts fill the context and count as wrong")
 
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
@@ -420,8 +422,9 @@ def make_parser():
     add = parser.add_argument
     add("--model", default=str(TINY), help="checkpoint folder or hub name[@revision]")
     add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
-    like = "training run: temperature, length, prompt, dtype, data, newest checkpoint as defaults"
-    add("--like", metavar="RUN", help=like)
+    add(
+        "--like", metavar="RUN", help="training run: its settings and newest checkpoint as defaults"
+    )
     problems = "files of problems, data sets of the hub (infra/sources.py), or names of benchmarks"
     add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
     add("--protocol", choices=papers.PROTOCOLS, help="published defaults of flags and suffix")
@@ -430,8 +433,7 @@ def make_parser():
         kind = float if "." in default else int
         add(name, type=at_least(int(least), kind), default=kind(default), help=meaning)
     add("--compare", nargs=2, metavar="DIR", help="test the difference of two results")
-    out = "folder to write, or of a stopped evaluation to go on with; default runs/eval-<date-time>"
-    add("--out", type=Path, help=out)
+    add("--out", type=Path, help="new, or of a stopped evaluation; default runs/eval-<date-time>")
     add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
     add(
         "--merge", type=Path, metavar="FOLDER", help="merge adapter --model into its base, and stop"
@@ -468,13 +470,23 @@ def flags_of(run):
     """{flag: value} with which a training run evaluates its newest checkpoint. Raises ValueError"""
     with data.explained(f"--like {run}: it is not the folder of a training run"):
         config = json.loads((Path(run) / "config.json").read_text())
-        found = [*checkpoints(run), Path(run) / "checkpoints"]  # the last one is refused as a model
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
         if config.get("eval_data"):
             flags["data"] = [config["eval_data"]]
-    return flags | {"model": str(found[0])}
+        return flags | {"model": str(newest_whole(run))}
+
+
+def newest_whole(run):
+    """The newest checkpoint of a run whose files are what was written. Damaged ones are skipped,
+    aloud, and left as they are: the run may be at work."""
+    for path in checkpoints(run):
+        reason = damage(path)
+        if not reason:
+            return path
+        tqdm.write(f"{path}: skipped, it is damaged ({reason})")
+    return Path(run) / "checkpoints"  # which is refused as a model
 
 
 def check(args):
@@ -518,8 +530,6 @@ def load(args, device):
         data.gradable(path, problems)  # as others count them: those that fail it stay
         prompts = files[path] = policy.render(problems)
         policy.show(prompts)
-        if too_long := sum(not policy.room(p) for p in prompts):
-            print(f"{path}: {too_long} prompts fill the context and count as wrong")
     return policy, files
 
 
@@ -644,8 +654,8 @@ def conclude(args, files, out, config):
 
 
 def main(arguments=None):
-    parser, args = parse_args(arguments)
     one_speaks()
+    parser, args = parse_args(arguments)
     with contextlib.ExitStack() as stack:
         try:
             if args.compare:
@@ -661,13 +671,17 @@ def main(arguments=None):
             policy, files = ranks.together(lambda: load(args, ranks.device))
             out = ranks.from_first(lambda: open_folder(args, policy, files))
             config = ranks.together(lambda: ranks.first and lock(out / "config.json"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             refuse(parser, error)
         try:
             sample_rest(args, policy, files, out / "completions.jsonl", ranks)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
             parser.exit(130, words if ranks.first else None)
+        except torch.OutOfMemoryError:
+            refuse(
+                parser, f"out of memory: lower --slots {args.slots}; with --out {out} it goes on"
+            )
         if ranks.first:
             print(json.dumps(conclude(args, files, out, config)))
 

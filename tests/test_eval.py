@@ -12,6 +12,7 @@ from datetime import datetime
 import launch
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import data
@@ -76,6 +77,13 @@ def test_samples_of_one_problem_are_one_cluster():
     one = [measure(result_of(rows), 1)["avg@1"] for rows in samples]
     four = [measure(result_of(rows * 4), 1)["avg@4"] for rows in samples]
     assert interval(one) == interval(four)
+
+
+def test_what_is_cut_off_ran_out_of_tokens():
+    row = {"file": "f", "problem_id": "p", "level": None, "verdict": WRONG, "answer": None}
+    rows = [row | {"tokens": n, "stopped": n < 4, "text": ""} for n in (2, 3, 4)]
+    result = result_of(rows)
+    assert (result["length"], result["cut_off"]) == (3, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -383,6 +391,24 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
     assert len((tmp_path / "o/completions.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.parametrize(
+    "where, said",
+    [("sample", "lower --slots 256; with --out o it goes on"), ("data.gradable", "2.00 GiB")],
+)
+def test_a_gpu_without_memory_is_one_sentence(tmp_path, run, monkeypatch, capsys, where, said):
+    """Not a traceback of forty lines, and what is done is kept."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0")
+
+    monkeypatch.setattr(f"eval.{where}", full)
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    with pytest.raises(SystemExit) as stop:
+        run(*SHORT.split(), "--out", "o")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert stop.value.code == 2 and "error: " in line and said in line
+
+
 # --------------------------------------------------------------------------- processes and crashes
 
 FILES = "o/config.json o/completions.jsonl o/results.jsonl o/summary.json g.jsonl"
@@ -459,6 +485,8 @@ def changed_settings(folder, name):
     """-> flags; something is different now, in a folder with an evaluation."""
     if name == "prompts":
         write_lines(folder / "p.jsonl", [{"problem": "2+1", "answer": "2"}])
+    if name == "stop tokens":
+        (folder / "m/generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     if name == "weights":
         path = folder / "m/model.safetensors"
         tensors = load_file(path)
@@ -467,7 +495,7 @@ def changed_settings(folder, name):
     return {"temperature": "--temperature 0.5", "purpose": "--add-pass-rate g.jsonl"}.get(name, "")
 
 
-@pytest.mark.parametrize("name", ["temperature", "prompts", "weights", "purpose"])
+@pytest.mark.parametrize("name", ["temperature", "prompts", "stop tokens", "weights", "purpose"])
 def test_it_goes_on_with_the_same_settings_alone(toy_folder, tmp_path, run, capsys, name):
     """Half of a result at another temperature, or of another model, would be a number of nothing.
     With the same settings nothing is sampled again, and the tables are printed once more."""
@@ -483,7 +511,8 @@ def test_it_goes_on_with_the_same_settings_alone(toy_folder, tmp_path, run, caps
     with pytest.raises(SystemExit) as stop:
         run(*flags, *more)
     assert stop.value.code == 2
-    assert f"began with other settings ({name})" in capsys.readouterr().err
+    said = "prompts" if name == "stop tokens" else name
+    assert f"began with other settings ({said})" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "o").iterdir()} == files
 
 
@@ -541,9 +570,15 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     with pytest.raises(SystemExit):
         evaluation.main([*like, "--examples", ""])
     assert "run/checkpoints: no config.json, so this is not a" in capsys.readouterr().err
-    for name in ("000099", "000100", "000200.damaged"):
-        (tmp_path / "run/checkpoints" / name).mkdir()
+    for name in ("000099", "000100", "000101", "000102", "000200.damaged"):
+        write_checkpoint(tmp_path / "run/checkpoints" / name)
+    (tmp_path / "run/checkpoints/000102/checksums.json").unlink()
+    (tmp_path / "run/checkpoints/000101/state.json").write_text("torn")
     _, args = evaluation.parse_args(like)
+    said = capsys.readouterr().out
+    assert "000102: skipped, it is damaged (FileNotFound" in said
+    assert "000101: skipped, it is damaged (state.json is not what was written)" in said
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 5  # the run may be at work
     assert args.model == str(tmp_path / "run/checkpoints/000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
@@ -554,6 +589,15 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
     write_lines(tmp_path / "run/config.json", [config | {"eval_max_new_tokens": 50}])
     assert evaluation.parse_args(like)[1].max_new_tokens == 50
+
+
+def write_checkpoint(folder):
+    folder.mkdir()
+    names = "state.json", "optimizer.safetensors"
+    for name in names:
+        (folder / name).write_text(name)
+    sums = {name: directory.sha256(folder / name) for name in names}
+    (folder / "checksums.json").write_text(json.dumps(sums))
 
 
 # ------------------------------------------------------------------------------------- comparison
