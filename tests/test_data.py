@@ -124,7 +124,7 @@ def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
 # What others publish -> problem, answer, level.
 LAYOUTS = {
     "GSM8K": (
-        {"question": "q", "answer": "9-2=<<9-2=7>>7 1,007 left.\n#### 1,007"},
+        {"question": "q", "answer": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"},
         ("q", "1,007", None),
     ),
     "MATH": (

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 
 import launch
@@ -79,11 +79,19 @@ def test_samples_of_one_problem_are_one_cluster():
     assert interval(one) == interval(four)
 
 
-def test_what_is_cut_off_ran_out_of_tokens():
-    row = {"file": "f", "problem_id": "p", "level": None, "verdict": WRONG, "answer": None}
-    rows = [row | {"tokens": n, "stopped": n < 4, "text": ""} for n in (2, 3, 4)]
-    result = result_of(rows)
-    assert (result["length"], result["cut_off"]) == (3, pytest.approx(1 / 3))
+def test_measures_of_one_problem_by_hand():
+    """A share of what stopped, under the name of what was cut off; pass@n under that of pass@k."""
+    row = {"file": "f", "problem_id": "p", "level": None, "answer": None}
+    rows = [row | {"tokens": n, "stopped": n < 4, "verdict": WRONG, "text": ""} for n in (2, 3, 4)]
+    rows.append(row | {"tokens": 7, "stopped": True, "verdict": RIGHT, "text": "so \\boxed{3}"})
+    assert measure(result_of(rows), 2) == {
+        "avg@4": 0.25,
+        "pass@2": 0.5,
+        "maj@4": 0,
+        "length": 4,
+        "cut_off": 0.25,
+        "writes_steps": 0.25,
+    }
 
 
 @pytest.mark.parametrize(
@@ -186,6 +194,22 @@ def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
 
 
+def test_a_saved_policy_stops_where_it_stopped(toy_policy, toy_folder, tmp_path):
+    """Else a checkpoint that was trained with --stop would run on in evaluation."""
+    policy = evaluation.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    policy.model.save_pretrained(tmp_path)
+    policy.save(tmp_path)
+    again = evaluation.Policy.load(str(tmp_path)).stop_ids
+    assert again == policy.stop_ids != toy_policy.stop_ids
+
+
+def test_the_stop_token_is_no_text(toy_policy):
+    tokens = toy_policy.tokenizer("1+1")["input_ids"]
+    for stopped in (False, True):
+        completion = Completion([*tokens, 7][: 3 + stopped], [], stopped)
+        assert toy_policy.text(completion) == "1+1"
+
+
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
@@ -272,6 +296,8 @@ def test_command_line_writes_what_it_prints(tmp_path, run):
     assert verdicts.count(RIGHT) / 15 == pytest.approx(measures["all"]["avg@3"][0])
     run(*flags.split()[:-2], "--out", "again")  # no longer measures difficulty
     assert (tmp_path / "again/completions.jsonl").read_text().splitlines() != lines
+    rates = [p.pass_rate for p in read_problems(tmp_path / "g.jsonl")]
+    assert np.mean(rates) == pytest.approx(verdicts.count(RIGHT) / 15)
     for p in read_problems(tmp_path / "g.jsonl"):
         assert p.other["source"] == "s" and p.pass_rate is not None
         measured = p.other["measured"]
@@ -514,6 +540,16 @@ def test_it_goes_on_with_the_same_settings_alone(toy_folder, tmp_path, run, caps
     said = "prompts" if name == "stop tokens" else name
     assert f"began with other settings ({said})" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "o").iterdir()} == files
+
+
+def test_no_setting_is_forgotten():
+    """A new flag that changes completions must be one of those with which an evaluation goes on,
+    and one that changes prompts must be taken from a training run."""
+    changes_nothing = {"like", "compare", "out", "add_pass_rate", "merge", "slots", "device"}
+    flags = vars(evaluation.parse_args([])[1]).keys() - changes_nothing
+    assert flags == set(evaluation.SETTINGS.split())
+    prompting = {field.name for field in fields(data.Prompting)}
+    assert prompting < set(evaluation.LIKE.split()) < flags
 
 
 def test_two_processes_do_not_write_to_one_evaluation(tmp_path, run, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from data import Order, Problem, Prompt
-from eprli import Buffer, Group, Level
+from eprli import Buffer, Group, Level, kl_penalty
 from eval import Attempt
 from infra.flags import Config, fill
 from infra.optimizer import Learner, learning_rate
@@ -25,6 +25,7 @@ from infra.ranks import Ranks
 from infra.run import Stage
 from infra.setup import check_measured
 from infra.update import Update
+from model import pad
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 
@@ -152,15 +153,16 @@ def test_the_norms_differ_by_what_they_divide_by(work):
 
 
 def test_the_kl_term_is_subtracted(work):
-    """Added, it would drive the policy away from its start. Without advantages J is that term."""
+    """Added, it would drive the policy away from its start. Without advantages J is that term, of
+    both policies at the temperature of sampling."""
     model, reference, samples = work
+    run = a_run(model, reference, kl_coef=0.1)
     still = [replace(s, advantage=0.0) for s in samples]
-    found = []
-    for kl_coef in (0.1, 0.2):
-        run = a_run(model, reference, kl_coef=kl_coef)
-        J, _ = train.objective(run, level(), model, still, (len(still), 99))
-        found.append(J.item())
-    assert found[1] == pytest.approx(2 * found[0]) and found[0] < -1e-3
+    J, _ = train.objective(run, level(), model, still, (len(still), 99))
+    ids, mask = pad([s.group.prompt for s in still], [s.completion.tokens for s in still])
+    own, start = (m.token_logprobs(ids, mask, 0.8)[0].detach() for m in (model, reference))
+    expected = -0.1 * kl_penalty(own, start, 1 / (len(still) * mask.sum(1)), mask)
+    assert J.item() == pytest.approx(expected.item()) and J < -1e-3
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
@@ -319,7 +321,8 @@ def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, capsys):
     }
     for words, measured in cases.items():
         problems = [Problem("i", "1", "1", 0.5, other={"measured": measured})]
-        check_measured(Config(), [level(max_new_tokens=8)], problems, toy_policy)
+        levels = [level(max_new_tokens=n) for n in (4, 8, 6)]
+        check_measured(Config(), levels, problems, toy_policy)
         said = capsys.readouterr().out
         assert words in said and bool(words) == bool(said)
 
@@ -396,6 +399,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     places = [(row["update"], row["level"]) for row in evaluations]
     assert places == [(0, 1), (0, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
     for row in evaluations:
+        assert 0 <= row["writes_steps_share"] <= 1
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
     assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
@@ -642,9 +646,17 @@ def test_a_late_group_has_no_pass_rate(workshop):
     assert order.draw(2) + order.draw(1) == list(order.rates)
 
 
-def test_held_out_completions_may_be_as_long_as_any_levels(workshop):
-    out = workshop(eval_data="p.jsonl", max_new_tokens=(3, 9), updates=1)
-    assert all(row["length_mean"] > 3 for row in lines(out / "eval.jsonl"))
+def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
+    """And are sampled as in training."""
+    seen, attempt = [], train.attempt
+
+    def watch(policy, grader, work, sampling, **settings):
+        seen.append((sampling.max_new_tokens, sampling.temperature))
+        return attempt(policy, grader, work, sampling, **settings)
+
+    monkeypatch.setattr(train, "attempt", watch)
+    workshop(eval_data="p.jsonl", max_new_tokens=(3, 9, 5), updates=1, temperature=0.7, quality=1)
+    assert list(dict.fromkeys(seen)) == [(9, 0.7), (3, 0.7), (5, 0.7)]
 
 
 def test_held_out_prompts_that_are_too_long_are_said_once(workshop, tmp_path, capsys):
