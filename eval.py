@@ -446,15 +446,11 @@ def make_parser():
     return parser
 
 
-def parse_args(arguments):
-    """-> parser, flags. A training run, then a protocol, set those that are not given."""
-    parser = make_parser()
+def parse_args(parser, arguments):
+    """-> flags. A training run, then a protocol, set those that are not given. Raises ValueError"""
     args = parser.parse_args(arguments)
     if args.like:
-        try:
-            parser.set_defaults(**flags_of(args.like))
-        except ValueError as error:
-            refuse(parser, error)
+        parser.set_defaults(**flags_of(args.like))
     if args.protocol:
         parser.set_defaults(**papers.PROTOCOLS[args.protocol])
     args = parser.parse_args(arguments)
@@ -463,7 +459,7 @@ def parse_args(arguments):
     if is_shipped(args.model):
         args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     args.purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
-    return parser, args
+    return args
 
 
 def flags_of(run):
@@ -655,9 +651,10 @@ def conclude(args, files, out, config):
 
 def main(arguments=None):
     one_speaks()
-    parser, args = parse_args(arguments)
+    parser = make_parser()
     with contextlib.ExitStack() as stack:
         try:
+            args = parse_args(parser, arguments)
             if args.compare:
                 from tools.compare import compare
 

@@ -272,6 +272,10 @@ def run(toy_folder, tmp_path, monkeypatch, capsys):
     return run
 
 
+def parsed(*flags):
+    return evaluation.parse_args(evaluation.make_parser(), flags)
+
+
 def write_lines(path, rows):
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -324,8 +328,8 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
     tokenizer = evaluation.Policy.load(summary["model"]).tokenizer
     # A blank, where training has a new line.
     assert "1+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
-    assert evaluation.parse_args(["--protocol", "fastcurl"])[1].top_p == 1.0
-    assert evaluation.parse_args([])[1].temperature == 1.0
+    assert parsed("--protocol", "fastcurl").top_p == 1.0
+    assert parsed().temperature == 1.0
 
 
 def test_benchmarks_end_in_the_papers_table(tmp_path, run):
@@ -377,6 +381,7 @@ def test_published_means_are_those_of_their_rows():
         ("--compare a strange", "not what eval.py writes"),
         ("--compare a stranger", "not what eval.py writes"),
         ("--compare a p.jsonl", "not what eval.py writes"),
+        ("--compare a odd", "not what eval.py writes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_path, run):
@@ -386,6 +391,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_p
     write_lines(tmp_path / "strange/results.jsonl", [{"settings": {}}, {"text": "1"}])
     wrong = {"file": "p", "problem_id": "0", "level": None, "n": 0, "right": 1}
     write_lines(tmp_path / "stranger/results.jsonl", [{"settings": {}}, wrong])
+    write_lines(tmp_path / "odd/results.jsonl", [{"settings": 5}])
     write_lines(tmp_path / "run/config.json", [{"levels": []}])
     write_lines(tmp_path / "a/config.json", [{"levels": []}])
     (tmp_path / "taken").mkdir()
@@ -546,7 +552,7 @@ def test_no_setting_is_forgotten():
     """A new flag that changes completions must be one of those with which an evaluation goes on,
     and one that changes prompts must be taken from a training run."""
     changes_nothing = {"like", "compare", "out", "add_pass_rate", "merge", "slots", "device"}
-    flags = vars(evaluation.parse_args([])[1]).keys() - changes_nothing
+    flags = vars(parsed()).keys() - changes_nothing
     assert flags == set(evaluation.SETTINGS.split())
     prompting = {field.name for field in fields(data.Prompting)}
     assert prompting < set(evaluation.LIKE.split()) < flags
@@ -610,7 +616,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
         write_checkpoint(tmp_path / "run/checkpoints" / name)
     (tmp_path / "run/checkpoints/000102/checksums.json").unlink()
     (tmp_path / "run/checkpoints/000101/state.json").write_text("torn")
-    _, args = evaluation.parse_args(like)
+    args = parsed(*like)
     said = capsys.readouterr().out
     assert "000102: skipped, it is damaged (FileNotFound" in said
     assert "000101: skipped, it is damaged (state.json is not what was written)" in said
@@ -618,13 +624,13 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert args.model == str(tmp_path / "run/checkpoints/000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
-    assert (args.seed, args.slots, args.data) == (0, 256, evaluation.parse_args([])[1].data)
+    assert (args.seed, args.slots, args.data) == (0, 256, parsed().data)
     given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
-    _, args = evaluation.parse_args([*given.split(), *like])
+    args = parsed(*given.split(), *like)
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
     assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
     write_lines(tmp_path / "run/config.json", [config | {"eval_max_new_tokens": 50}])
-    assert evaluation.parse_args(like)[1].max_new_tokens == 50
+    assert parsed(*like).max_new_tokens == 50
 
 
 def write_checkpoint(folder):

@@ -28,7 +28,7 @@ def read(path):
         for row in rows:
             measure(row, 1)
             results[Path(row["file"]).stem, row["problem_id"]] = row
-        return first["settings"], results
+        return dict(first["settings"]), results
 
 
 def compare(*paths):
