@@ -353,47 +353,23 @@ def level_names(problems, qualities):
 
 class Order:
     """In which order a level's prompts are drawn: every prompt once per epoch, in a new random
-    order each time.
+    order each time. `drawn` is all its state."""
 
-    With a target, instead: next are those whose running pass rate is nearest to it (AdaRFT, arXiv
-    2504.05520), and of equals the one that was not drawn for longest. Where no pass rate was
-    measured, it starts at the target.
-    """
-
-    def __init__(self, prompts, seed, target=None):
+    def __init__(self, prompts, seed):
         """seed  a text"""
-        self.prompts, self.seed, self.target = prompts, seed, target
-        self.drawn = 0
-        self.rates = {}  # {index of a prompt: running pass rate}, in the order of drawing
-        if target is not None:
-            for i in self.shuffled(0):
-                rate = prompts[i].problem.pass_rate
-                self.rates[i] = target if rate is None else rate
+        self.prompts, self.seed, self.drawn = prompts, seed, 0
 
     def shuffled(self, epoch):
         indices = list(range(len(self.prompts)))
         random.Random(f"{self.seed}/{epoch}").shuffle(indices)
-        return indices
+        return [self.prompts[i] for i in indices]
 
     def draw(self, count):
-        """-> indices of the next prompts"""
-        chosen = sorted(self.rates, key=lambda i: abs(self.rates[i] - self.target))[:count]
-        for i in chosen:
-            self.rates[i] = self.rates.pop(i)  # now the last of all
-        while not self.rates and len(chosen) < count:
-            epoch, first = divmod(self.drawn + len(chosen), len(self.prompts))
-            chosen += self.shuffled(epoch)[first : first + count - len(chosen)]
-        self.drawn += len(chosen)
+        """-> the next prompts"""
+        chosen, end = [], self.drawn + count
+        while self.drawn < end:
+            epoch, first = divmod(self.drawn, len(self.prompts))
+            some = self.shuffled(epoch)[first : first + end - self.drawn]
+            chosen += some
+            self.drawn += len(some)
         return chosen
-
-    def note(self, index, pass_rate):
-        """The pass rate of a prompt's newest group goes into its running mean."""
-        if self.rates:
-            self.rates[index] = (self.rates[index] + pass_rate) / 2
-
-    def state(self):
-        """What JSON holds, for `restore`."""
-        return {"drawn": self.drawn, "rates": list(self.rates.items())}
-
-    def restore(self, state):
-        self.drawn, self.rates = state["drawn"], dict(state["rates"])

@@ -74,14 +74,12 @@ def draw(run, stage, update):
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
         count = min(count, level.buffer_groups - stage.buffer.pending)
-    first = order.drawn
-    indices = order.draw(min(count, update.prompts_left))
-    work = []
-    for number, i in enumerate(indices, first):
+    first, work = order.drawn, []
+    for number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
         streams = [
             stream(cfg.seed, TRAINING, stage.number, number, g) for g in range(level.group_size)
         ]
-        work.append((order.prompts[i], streams))
+        work.append((prompt, streams))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
     def sample_and_score(share):
@@ -97,9 +95,6 @@ def draw(run, stage, update):
 
     scored = run.ranks.spread(work, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
-    for i, group in zip(indices, groups):
-        if group.finite:  # a late one has no pass rate
-            order.note(i, group.right.double().mean().item())
     update.drew([prompt for prompt, _ in work], [attempts for attempts, _ in scored], groups)
     return groups
 

@@ -84,9 +84,8 @@ def missing(name, chosen, seeds):
     tasks = []
     for seed in seeds:
         for arm in chosen or arms.EXPERIMENTS[name]:
-            result = result_file(name, arm, seed)
-            if not result.exists():
-                flags = arms.EXPERIMENTS[name][arm]
+            result, flags = result_file(name, arm, seed), arms.EXPERIMENTS[name][arm]
+            if flags and not result.exists():  # without flags it can be run no more
                 if "--lr" not in flags:
                     flags += f" --lr {best_rate(arm):g}"
                 command = f"train.py {arms.BASE} {flags} --seed {seed}"

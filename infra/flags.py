@@ -201,10 +201,6 @@ class SamplingFlags:
     eval_max_new_tokens: int | None = flag(
         "longest completion of a held-out problem, tokens; default the largest Len_l [ours]"
     )
-    target_pass_rate: float | None = flag(
-        "within a level, the next problems are those whose running pass rate is nearest to this; "
-        "default: random order [a control, not the method: AdaRFT 0.5]"
-    )
     allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
     reward_timeout: float = flag(
         "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
@@ -268,7 +264,6 @@ RULES = (
         lambda v: 0 < v < math.inf,
         "above 0",
     ),
-    ("target_pass_rate", lambda v: 0 < v < 1, "in (0, 1)"),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
         "lora_rank keep_completions",

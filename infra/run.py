@@ -152,7 +152,7 @@ class Run:
         self.doing = "sampling"
         lr = learning_rate(self.cfg, *stage.schedule)
         update = Update(self.turns_taken + 1, stage, lr, self.cfg.max_draws)
-        order, buffer = stage.order.state(), stage.buffer
+        drawn, buffer = stage.order.drawn, stage.buffer
         before = list(buffer.groups), Counter(buffer.counts)
         try:
             yield update
@@ -160,7 +160,7 @@ class Run:
             update.fault = fault
             stage.buffer.remove(fault.groups, "broken")
         except BaseException:
-            stage.order.restore(order)
+            stage.order.drawn = drawn
             buffer.groups, buffer.counts = before
             self.ahead = bool(update.steps)
             raise
@@ -330,8 +330,8 @@ def pack(run):
     """Everything but weights, optimizer and logs, for json.dumps(..., default=plain)."""
     levels = []
     for stage in run.stages:
-        order, buffer = stage.order.state(), stage.buffer
-        level = {"order": order, "counts": buffer.counts, "groups": buffer.groups}
+        drawn, buffer = stage.order.drawn, stage.buffer
+        level = {"drawn": drawn, "counts": buffer.counts, "groups": buffer.groups}
         levels.append(level | {name: getattr(stage, name) for name in COUNTERS})
     return {"progress": {name: getattr(run, name) for name in PROGRESS}, "levels": levels}
 
@@ -345,7 +345,7 @@ def unpack(run, state):
     """The inverse of `pack`, into a run that has just begun."""
     vars(run).update(state["progress"])
     for stage, level in zip(run.stages, state["levels"], strict=True):
-        stage.order.restore(level["order"])
+        stage.order.drawn = level["drawn"]
         for name in COUNTERS:
             setattr(stage, name, level[name])
         stage.buffer.counts = Counter(level["counts"])

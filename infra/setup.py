@@ -163,7 +163,7 @@ def make_stages(cfg, levels, train_set, policy):
                 )
             prompts = fitting(policy, own)
             too_long += len(own) - len(prompts)
-        order = data.Order(prompts, f"{cfg.seed}/{number}", cfg.target_pass_rate)
+        order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(cfg.filter == "all")
         stages.append(Stage(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(

@@ -164,7 +164,6 @@ FLAGS = """
 --eps-high -0.1 | --eps-high must be at least 0
 --tokens -1 | --tokens must be at least 0
 --tokens 5 5 5 --quality 0.5 1 | 3 levels, and --quality needs 1 or 3 values, not 2
---target-pass-rate 1 | --target-pass-rate must be in (0, 1), found 1.0
 --eval-quality 80 | --eval-quality must be in (0, 1]
 --eval-data plain.jsonl --eval-quality 0.5 | no problem of plain.jsonl has a pass_rate
 --eval-max-new-tokens 0 | --eval-max-new-tokens must be at least 1

@@ -147,6 +147,8 @@ def test_every_arm_is_a_command_that_train_reads():
         for folder in folders:
             assert re.fullmatch(r"[\w-]+", folder.name) and folder.parent.name == name
         for arm, flags in some.items():
+            if flags is None:  # it can be run no more
+                continue
             words = shlex.split(f"{arms.BASE} {flags} --lr 1e-4")
             cfg = Config(**vars(make_parser().parse_args(words)))
             assert cfg.eval_data, (name, arm)

@@ -16,7 +16,7 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import Order, Problem, Prompt
+from data import Problem, Prompt
 from eprli import Buffer, Group, Level, kl_penalty
 from eval import Attempt
 from infra.flags import Config, fill
@@ -623,27 +623,6 @@ def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
     assert both[0] == both[1]
     assert [row["level"] for row in both[0]] == [1, 2]
     assert both[0][0]["length_mean"] > 5  # not Len_l
-
-
-def test_the_nearest_pass_rate_is_drawn_next(workshop):
-    """Those that were drawn have another running pass rate then, and others come next."""
-    out = workshop(quality=1.0, target_pass_rate=0.1, updates=2, buffer_groups=5)
-    first, second = set(), set()
-    for row in lines(out / "completions.jsonl"):
-        (first if row["update"] == 1 else second).add(row["problem_id"])
-    assert first | second <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
-    assert first and second and not first & second
-
-
-def test_a_late_group_has_no_pass_rate(workshop):
-    """As 0 it would call its problem hard. Drawn it was all the same: else it is drawn for ever."""
-    flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "updates": 1}
-    out = workshop(reward="toy_reward.py:slow", target_pass_rate=0.9, **flags)
-    state = json.loads((out / "checkpoints/000001/state.json").read_text())
-    rates = dict(state["levels"][0]["order"]["rates"])
-    assert {i for i, rate in rates.items() if rate == 0.5} == {0, 4, 8}
-    order = Order([Prompt(Problem(c, c, "1"), [], "") for c in "abc"], "", target=0.5)
-    assert order.draw(2) + order.draw(1) == list(order.rates)
 
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
