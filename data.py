@@ -6,15 +6,16 @@ import random
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from infra import answers
+import answers
+from parts import sources
+from parts.files import explained, is_text, read_records, squash, write_records
 
-# Of DeepScaleR and FastCuRL. Their protocols put a blank before it (tools/papers.py).
+# Of DeepScaleR and FastCuRL. Their protocols put a blank before it (parts/papers.py).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 
@@ -61,62 +62,18 @@ def parse_problem(record, default_id):
     return Problem(str(name), problem, str(answer), pass_rate, level, other)
 
 
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
-
-
 def is_number(value):
     """A finite one, as a float too. To Python True is an integer, and its JSON reader lets NaN
     pass."""
     return type(value) in (int, float) and abs(value) < 1e308
 
 
-@contextmanager
-def explained(words):
-    """Turn any error inside the block into a ValueError that begins with `words`: libraries raise
-    errors of all kinds, and a user's own code may exit."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
-
-
-def read_records(path, parse=lambda record, name: record):
-    """JSON lines of one file, each through parse(record, default id); errors name file and line."""
-    path, records = Path(path), []
-    try:
-        # str.splitlines would also cut at U+2028, which is legal within a string.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); a data set of the hub is written "
-            "OWNER/NAME[:CONFIGURATION]:SPLIT"
-        ) from error
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                record = json.loads(line)
-                if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-                    raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
-                records.append(parse(record, f"{path.stem}-{number}"))
-        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not records:
-        raise ValueError(f"{path}: nothing in it")
-    return records
-
-
 def read_problems(name, columns=()):
-    """Problems of a file or data set (infra/sources.py) with columns of problem and answer and, if
-    known, id, pass_rate, level. A benchmark (tools/papers.py) has a short name.
+    """Problems of a file or data set (parts/sources.py) with columns of problem and answer and, if
+    known, id, pass_rate, level. A benchmark has a short name.
 
     columns  of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
     """
-    from infra import sources
-    from tools import papers
-
     columns, layouts = sources.parse_columns(columns), Counter()
 
     def parse(record, default_id):
@@ -126,7 +83,7 @@ def read_problems(name, columns=()):
         layouts[" and ".join(layout)] += 1
         return parse_problem(record, default_id)
 
-    where = str(name if Path(name).exists() else papers.BENCHMARKS.get(name, name))
+    where = str(name if Path(name).exists() else sources.BENCHMARKS.get(name, name))
     if where.endswith(".parquet") or (":" in where and not Path(where).exists()):
         problems = []
         with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
@@ -169,16 +126,6 @@ def write_problems(path, problems):
     part = Path(f"{path}.part")  # of a process that was killed, it is written anew
     write_records(part, (p.record() for p in problems))
     part.rename(path)
-
-
-def write_records(path, records, mode="w"):
-    """JSON lines, as read_records reads them back.  mode  of `open`"""
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def squash(text):
-    return " ".join(text.split())
 
 
 def without_repeats(problems):

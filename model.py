@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from infra import kernels
+from parts import kernels
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
@@ -193,7 +193,7 @@ class PromptCache:
 class Linear(nn.Linear):
     joined = ()  # further layers that read the same input: see `project`
     packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
-    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where infra/lora.py adds them
+    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where parts/lora.py adds them
 
     def forward(self, x):
         return self.add_factors(x, self.product(x))
@@ -387,7 +387,7 @@ class Transformer(nn.Module):
     @contextmanager
     def laid_out(self, rows):
         """Within the block, inference uses the weights of this moment, packed for about `rows` rows
-        (see infra/kernels.py).
+        (see parts/kernels.py).
 
         Packing costs as much as one decoding step, and the memory of the weights once more. Where
         kernels.packs says no, the block changes nothing.

@@ -1,4 +1,4 @@
-"""R_l: is the answer right? infra/answers.py in processes that can neither hang nor crash a run.
+"""R_l: is the answer right? answers/ in processes that can neither hang nor crash a run.
 
     python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and
                                        print disagreements
@@ -27,8 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from data import explained, read_records
-from infra import answers
+import answers
+from answers import extract_answer
+from parts.files import explained, read_records
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -37,31 +38,6 @@ WORKER_BYTES = 2 << 30  # address space of a worker
 LONGEST_ANSWER = 1000  # characters; the gold answers of the usual benchmarks have under 300
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
-
-
-def extract_answer(text, allow_last_number=False):
-    r"""The content of the last \boxed{...}, or None.
-
-    Only what follows the last </think> counts; a <think> that never closes means no answer. If the
-    last box is unclosed or blank there is no answer, whatever stood in earlier ones.
-    allow_last_number: without any box, the last number.
-    """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
-    *before, last = re.split(r"\\boxed\s*\{", text)
-    if not before:
-        numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text)
-        return numbers[-1].rstrip(",") if numbers and allow_last_number else None
-    if len(before) > 1 and re.match(r"[^{}\n]*\}%[ \t]*$", before[-1]):
-        return None  # the last box is a comment to LaTeX: neither this one nor the one before pays
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", last, re.DOTALL):  # an escaped \{ is no brace
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            answer = last[: match.start()].strip(" \t\r\n")
-            return answer if answer.strip(". ") else None
-    return None
 
 
 def writes_steps(text):

@@ -24,11 +24,12 @@ from eprli import (
     length_reward,
     loss_weight,
 )
-from eval import TRAINING, Sampling, attempt, interval, requests
 from infra.ranks import Stop
 from infra.setup import carry_out
 from infra.update import NotFinite
 from model import micro_batches, pad
+from parts.policy import TRAINING, Sampling, attempt, requests
+from parts.statistics import interval
 from rewards import TooLate, outcomes, writes_steps
 from rollout import Completion, stream
 

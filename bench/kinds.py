@@ -14,8 +14,8 @@ import common
 import numpy as np
 from matplotlib.figure import Figure
 
-import data
 from experiments.problems import terms, trap
+from parts.files import read_records
 
 KINDS = ("plain", "carry", "borrow", "sign")
 MEANING = {
@@ -47,7 +47,7 @@ def decisions(text, response):
 def count(folder):
     """-> {kind: {update: [right, all]}}, {update: level}"""
     counts, levels = {kind: defaultdict(lambda: [0, 0]) for kind in KINDS}, {}
-    for row in data.read_records(folder / "completions.jsonl"):
+    for row in read_records(folder / "completions.jsonl"):
         levels[row["update"]] = row["level"]
         for kind, right in decisions(row["problem"], row["text"]):
             counts[kind][row["update"]][0] += right

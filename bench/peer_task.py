@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import data
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, Policy, Sampling, attempt, requests
+from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, Policy, Sampling, attempt, requests
 from rewards import RIGHT, Grader
 
 PROMPTS, GROUP, STEPS = 16, 16, 2  # of an update: prompts, completions of each, optimizer steps

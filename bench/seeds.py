@@ -20,7 +20,8 @@ import numpy as np
 from scipy import stats
 
 import data
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, Policy, Sampling, attempt, requests
+from parts.files import read_records
+from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, Policy, Sampling, attempt, requests
 from rewards import Grader, writes_steps
 
 SAMPLES = 16
@@ -63,8 +64,8 @@ def one_run(folder):
     """-> {name: (before, after)}"""
     before, after = measure(SHIPPED / "tiny"), measure(max((folder / "checkpoints").iterdir()))
     found = {name: (before[name], after[name]) for name in before}
-    log = data.read_records(folder / "eval.jsonl")
-    metrics = data.read_records(folder / "metrics.jsonl")
+    log = read_records(folder / "eval.jsonl")
+    metrics = read_records(folder / "metrics.jsonl")
     levels = list(dict.fromkeys(row["level"] for row in metrics))
     for number in (1, 2):
         accuracies = [100 * row["accuracy"] for row in log if row["level"] == number]

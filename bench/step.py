@@ -15,12 +15,12 @@ import common
 import train
 from data import Order, Problem
 from eprli import Buffer
-from eval import Policy
 from infra.flags import Config, resolve_levels
-from infra.optimizer import Learner
 from infra.ranks import Ranks
 from infra.run import Run, Stage
 from infra.update import Update
+from parts.optimizer import Learner
+from parts.policy import Policy
 from rewards import Grader
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-from eval import SHIPPED
 from experiments.problems import terms
+from parts.policy import SHIPPED
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
 FEW = {"levels": f"--data {VARIANTS / 'few.jsonl'} --samples 16 --max-new-tokens 128"}  # pass@16

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import arms  # noqa: E402
 from tables import FRESH, RESULTS, agreement, best_rate, report, result_file  # noqa: E402
 
-from data import read_records  # noqa: E402
+from parts.files import read_records  # noqa: E402
 
 RUNS = Path("runs/experiments")
 COLUMNS = (

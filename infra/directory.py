@@ -4,7 +4,7 @@
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
-        adapter_config.json, adapter_model.safetensors ...   PEFT's, see infra/lora.py
+        adapter_config.json, adapter_model.safetensors ...   PEFT's, see parts/lora.py
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
                                         what is large stands in several files, as the model's is
         state.json                      all other state, waiting groups, and the sizes of the logs
@@ -15,7 +15,6 @@ leaves the last one. Tensors are whole, whatever number of processes wrote them.
 """
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -26,8 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import write_records
 from infra.ranks import Stop
+from parts.files import sha256, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
 CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names
@@ -199,14 +198,6 @@ def damage(path):
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def force_to_disk(*paths):

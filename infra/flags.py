@@ -11,10 +11,10 @@ from transformers import HfArgumentParser
 
 from data import QUALITY, Prompting
 from eprli import Level
-from eval import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, default_dtype, is_shipped
-from infra.optimizer import BETAS, WEIGHT_DECAY
 from model import LOGITS_PER_CHUNK
-from tools.papers import PRESETS
+from parts.optimizer import BETAS, WEIGHT_DECAY
+from parts.papers import PRESETS
+from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, default_dtype, is_shipped
 
 # What differs by level: a value for level 1 of several, and one for all others or a single level.
 BY_LEVEL = {
@@ -42,7 +42,7 @@ class Files:
     )
     data: str = flag(
         "training problems: a JSON-lines or parquet file, or a data set of the hub, "
-        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: infra/sources.py [ours]",
+        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: parts/sources.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
     eval_data: str | None = flag(

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data import squash
+from parts.files import squash
 
 # A process whose completions are short waits for the others. If one dies, torchrun ends all.
 PATIENCE = timedelta(days=1)

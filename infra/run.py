@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from data import name_level
 from eprli import Buffer, Group, Level
-from infra import lora
-from infra.optimizer import learning_rate
 from infra.ranks import Stop
 from infra.update import NotFinite, Update
 from model import PART_BYTES
+from parts import lora
+from parts.optimizer import learning_rate
 from rollout import Completion
 
 # Updates in a row that may fail to fill a buffer, before the level ends (eprli.py, 7)

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 import data
 from eprli import Buffer
-from eval import Policy, digest
-from infra import kernels, lora
-from infra.directory import RunDirectory, create, sha256
+from infra import memory
+from infra.directory import RunDirectory, create
 from infra.flags import (
     MAY_CHANGE,
     Config,
@@ -31,10 +30,13 @@ from infra.flags import (
     resolve_levels,
     stated,
 )
-from infra.optimizer import Learner
 from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
 from infra.tracker import Tracker
+from parts import kernels, lora
+from parts.files import sha256
+from parts.optimizer import Learner
+from parts.policy import Policy, digest
 from rewards import Grader, import_file, load_reward
 
 # --------------------------------------------------------------------------------------- the flags
@@ -368,8 +370,6 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
 
 def memory_table(cfg):
     """The table of --plan: only the data, the tokenizer and the model's config are read."""
-    from tools import plan
-
     levels, train_set, held_out, _ = read_data(cfg)
     if cfg.eval_every == 0:
         held_out = []
@@ -377,7 +377,7 @@ def memory_table(cfg):
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan.table(plan.plan(cfg, levels, policy.model, longest, len(held_out), processes))
+    return memory.table(memory.plan(cfg, levels, policy.model, longest, len(held_out), processes))
 
 
 # ----------------------------------------------------------------------------------------- the end

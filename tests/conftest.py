@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from eval import Policy
 from experiments.warmstart import make_tokenizer
 from model import Transformer
+from parts.policy import Policy
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SMALL = dict(

@@ -45,7 +45,7 @@ def child(folder, arguments, environment, sabotage, log, program):
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     from tqdm import tqdm
 
-    from infra import kernels
+    from parts import kernels
     from tools import report
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind

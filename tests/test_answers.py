@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from infra.answers import canonical, equal, gradable, number, read
-from rewards import extract_answer
+from answers.equality import canonical, equal, extract_answer, gradable, number, read
 
 # Each row is: gold <- answer.
 EQUAL = r"""

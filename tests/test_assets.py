@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
-from eval import SHIPPED, Policy, Sampling, attempt, requests
 from experiments import warmstart
 from experiments.problems import generate
 from model import Transformer
+from parts.policy import SHIPPED, Policy, Sampling, attempt, requests
 from rewards import RIGHT, WRONG, Grader, writes_steps
 from tools import report
 

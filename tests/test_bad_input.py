@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from infra.flags import Config
-from tools.papers import PRESETS
+from parts.papers import PRESETS
 
 pytestmark = pytest.mark.faults
 
@@ -422,7 +422,7 @@ import scipy.stats, torch, tqdm, transformers
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 sys.platform = "win32"
 sys.modules["fcntl"] = sys.modules["resource"] = None
-for name in ("data", "eval", "train"):
+for name in ("eval", "train"):
     try:
         importlib.import_module(name)
     except SystemExit as stop:
@@ -434,6 +434,6 @@ def test_windows_is_told_so_in_one_line():
     """Before fcntl and resource are imported, which it lacks."""
     words = [sys.executable, "-c", ON_WINDOWS]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    lines = [f"{name} EPRLI needs Linux" for name in ("data", "eval", "train")]
+    lines = [f"{name} EPRLI needs Linux" for name in ("eval", "train")]
     said = done.stdout.splitlines()
-    assert len(said) == 3 and all(map(str.startswith, said, lines)), done.stderr
+    assert len(said) == 2 and all(map(str.startswith, said, lines)), done.stderr

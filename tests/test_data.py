@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from data import Order, Problem, cut_levels, overlap, read_problems, render
-from eval import SHIPPED, end_of_turn, stop_token
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
+from parts.files import read_records
+from parts.policy import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
@@ -368,7 +369,7 @@ def test_a_think_that_the_template_opens_must_be_closed():
 def test_examples_need_both_texts(tmp_path):
     (tmp_path / "e.jsonl").write_text('{"problem": "1"}')
     with pytest.raises(ValueError, match="line 1.*solution"):
-        data.read_records(tmp_path / "e.jsonl", data.parse_example)
+        read_records(tmp_path / "e.jsonl", data.parse_example)
 
 
 # -------------------------------------------------------------------------------------- generator

@@ -18,24 +18,15 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 from data import Problem, read_problems
-from eval import (
-    Attempt,
-    Sampling,
-    attempt,
-    interval,
-    majority,
-    make_row,
-    measure,
-    pass_at_k,
-    requests,
-    result_of,
-    wilson,
-)
+from eval import make_row, result_of
 from infra import directory
 from infra.directory import lock
+from parts import papers
+from parts import policy as policies
+from parts.policy import Attempt, Sampling, attempt, requests
+from parts.statistics import interval, majority, measure, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 from rollout import Completion
-from tools import papers
 from tools.compare import difference
 
 
@@ -157,7 +148,7 @@ def test_streams_of_random_numbers(toy_policy):
     texts = [[a.text for a in try_one(toy_policy, prompt, seed)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
-    purposes = evaluation.TRAINING, evaluation.DIFFICULTY, evaluation.EVALUATION
+    purposes = policies.TRAINING, policies.DIFFICULTY, policies.EVALUATION
     streams = [requests(0, [prompt], 4, purpose)[0][1] for purpose in purposes]
     assert len({*streams[0], *streams[1], *streams[2]}) == 12
     assert requests(0, [prompt], 4) == [(prompt, streams[2])]
@@ -181,7 +172,7 @@ def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
 def test_thoughts_that_the_template_opened(monkeypatch, toy_policy, text, opening, verdict):
     """Without the opening put back, a box within thoughts that never close would pay."""
     (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
-    monkeypatch.setattr(evaluation.Policy, "text", lambda *_: text)
+    monkeypatch.setattr(policies.Policy, "text", lambda *_: text)
     assert try_one(toy_policy, replace(prompt, opening=opening))[0].verdict == verdict
 
 
@@ -190,16 +181,16 @@ def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
-    policy = evaluation.Policy.load(str(folder))
+    policy = policies.Policy.load(str(folder))
     assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
 
 
 def test_a_saved_policy_stops_where_it_stopped(toy_policy, toy_folder, tmp_path):
     """Else a checkpoint that was trained with --stop would run on in evaluation."""
-    policy = evaluation.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    policy = policies.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
     policy.model.save_pretrained(tmp_path)
     policy.save(tmp_path)
-    again = evaluation.Policy.load(str(tmp_path)).stop_ids
+    again = policies.Policy.load(str(tmp_path)).stop_ids
     assert again == policy.stop_ids != toy_policy.stop_ids
 
 
@@ -216,15 +207,15 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% 
 def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
     """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
     they invent, and the box of its answer is graded. More stops are given as text."""
-    policy = evaluation.Policy.load(str(toy_folder))
+    policy = policies.Policy.load(str(toy_folder))
     tokenizer = policy.tokenizer
-    assert evaluation.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert policies.end_of_turn(tokenizer) == tokenizer.eos_token_id
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
-    assert tokenizer.decode(evaluation.end_of_turn(tokenizer)) == "<|im_end|>"
+    assert tokenizer.decode(policies.end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
-    assert evaluation.end_of_turn(tokenizer) is None
-    policy = evaluation.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    assert policies.end_of_turn(tokenizer) is None
+    policy = policies.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
     assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
 
 
@@ -232,7 +223,7 @@ def test_a_policy_stops_where_its_template_ends_a_turn(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
     (folder / "chat_template.jinja").write_text(turns)
-    policy = evaluation.Policy.load(str(folder))
+    policy = policies.Policy.load(str(folder))
     assert {policy.tokenizer.pad_token_id, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
 
 
@@ -240,7 +231,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_
     """Base models have none. Their prompt is the problem, the suffix and a new line."""
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     (folder / "chat_template.jinja").unlink()
-    policy = evaluation.Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
+    policy = policies.Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
     (prompt,) = policy.render([Problem("a", "1+1", "2")])
     assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
     policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
@@ -250,7 +241,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_
 def test_a_template_takes_arguments(toy_folder):
     """Qwen3 thinks unless the template hears enable_thinking=False."""
     flags = data.Prompting(template_kwargs='{"enable_thinking": false}')
-    policy = evaluation.Policy.load(str(toy_folder), flags=flags)
+    policy = policies.Policy.load(str(toy_folder), flags=flags)
     policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
     (prompt,) = policy.render([Problem("a", "1+1", "2")])
     assert policy.tokenizer.decode(prompt.tokens) == "no"
@@ -319,13 +310,13 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
         seen.update(settings, prompts=prompts)
         return original(model, prompts, keys, **settings)
 
-    original = evaluation.sample
+    original = policies.sample
     monkeypatch.setattr(evaluation, "sample", sample)
     flags = "--data p.jsonl --protocol deepscaler --samples 2 --max-new-tokens 4 --top-k 9 --out o"
     summary = json.loads(run(*flags.split())[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     assert (summary["samples"], summary["max_new_tokens"]) == (2, 4)
-    tokenizer = evaluation.Policy.load(summary["model"]).tokenizer
+    tokenizer = policies.Policy.load(summary["model"]).tokenizer
     # A blank, where training has a new line.
     assert "1+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
     assert parsed("--protocol", "fastcurl").top_p == 1.0
@@ -425,7 +416,10 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "where, said",
-    [("sample", "lower --slots 256; with --out o it goes on"), ("data.gradable", "2.00 GiB")],
+    [
+        ("parts.policy.sample", "lower --slots 256; with --out o it goes on"),
+        ("eval.data.gradable", "2.00 GiB"),
+    ],
 )
 def test_a_gpu_without_memory_is_one_sentence(tmp_path, run, monkeypatch, capsys, where, said):
     """Not a traceback of forty lines, and what is done is kept."""
@@ -433,7 +427,7 @@ def test_a_gpu_without_memory_is_one_sentence(tmp_path, run, monkeypatch, capsys
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0")
 
-    monkeypatch.setattr(f"eval.{where}", full)
+    monkeypatch.setattr(where, full)
     write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
     with pytest.raises(SystemExit) as stop:
         run(*SHORT.split(), "--out", "o")

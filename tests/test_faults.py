@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from test_train import level, lines, workshop  # noqa: F401  the fixture
 
 import train
-from eval import interval
 from experiments.warmstart import make_tokenizer
 from infra.directory import RunDirectory
-from infra.optimizer import Learner
 from infra.ranks import Ranks
 from infra.run import Run, pack, plain, unpack
 from model import Transformer
+from parts.optimizer import Learner
+from parts.statistics import interval
 from rollout import choose
 
 pytestmark = pytest.mark.faults

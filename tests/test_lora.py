@@ -13,12 +13,13 @@ from test_plan import peak
 
 import eval as evaluation
 import train
-from eval import Policy
-from infra import kernels, lora, setup
-from infra.directory import sha256
-from infra.optimizer import Learner
+from infra import setup
 from infra.ranks import Ranks
 from model import ChosenLogprobs, Transformer
+from parts import kernels, lora
+from parts.files import sha256
+from parts.optimizer import Learner
+from parts.policy import Policy
 from rollout import sample, stream
 
 FLAGS = """--model toy --data p.jsonl --reward r.py:even --group-size 4 --buffer-groups 2

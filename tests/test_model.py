@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import model as model_module
-from infra import kernels
 from model import (
     ChosenLogprobs,
     Linear,
@@ -20,6 +19,7 @@ from model import (
     pad,
     rotary,
 )
+from parts import kernels
 
 YARN = {
     "rope_type": "yarn",

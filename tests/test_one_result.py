@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from test_resume import without_time
 from test_train import a_run, level, off_policy_samples
 
-from infra import kernels, lora, ranks
+from infra import ranks
 from infra.flags import Config
-from infra.optimizer import Learner
 from infra.ranks import FSDP_ON_CPU, Ranks
 from model import log_softmax
+from parts import kernels, lora
+from parts.optimizer import Learner
 from rollout import sample, stream, uniforms
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
@@ -407,7 +408,7 @@ def test_a_large_model_with_few_trained_weights_is_not_copied(monkeypatch):
     for limit, models in ((size, 1), (size + 99_999, 2)):
         model = random_model()
         lora.add(model, 1, 2.0)
-        monkeypatch.setattr("infra.optimizer.SMALL", limit)
+        monkeypatch.setattr("parts.optimizer.SMALL", limit)
         assert len(Learner(model, Ranks()).models) == models
 
 

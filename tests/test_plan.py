@@ -11,15 +11,15 @@ from transformers import Qwen2Config
 
 import train
 from eprli import Buffer, Group
-from infra import kernels, lora
 from infra.flags import Config, resolve_levels
-from infra.optimizer import Learner
+from infra.memory import plan, total
 from infra.ranks import Ranks
 from infra.run import Run, Stage
 from infra.update import Update
 from model import Transformer
+from parts import kernels, lora
+from parts.optimizer import Learner
 from rollout import sample, stream
-from tools.plan import plan, total
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eprli import Group, group_advantage
-from eval import Policy
 from infra.update import Update
+from parts.policy import Policy
 from rollout import Completion
 from tools import report
 from tools.verdict import forgotten, moved, rose, starved, verdict

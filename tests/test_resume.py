@@ -22,11 +22,11 @@ from launch import at_call, at_event, die, fail, full_disk, tell, words
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import eval as evaluation
 import model
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
 from infra.ranks import Stop
+from parts import policy as policies
 
 pytestmark = pytest.mark.faults
 
@@ -174,7 +174,7 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, changes):
     """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, factors
     that are drawn anew."""
     assert began(workshop, "settled", **changes) == 0, launch.said(workshop)
-    sabotage = functools.partial(at_call, "infra.optimizer.Learner.step", 22, die)
+    sabotage = functools.partial(at_call, "parts.optimizer.Learner.step", 22, die)
     assert began(workshop, "killed", sabotage, **changes) == -signal.SIGKILL
     ends_the_same(workshop, "killed", "settled")
 
@@ -182,7 +182,7 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, changes):
 def with_two_threads(step=0):
     """As on a laptop. step: the call of Learner.step that kills"""
     torch.set_num_threads(2)
-    at_call("infra.optimizer.Learner.step", step, die)
+    at_call("parts.optimizer.Learner.step", step, die)
 
 
 def test_a_kill_changes_nothing_where_two_threads_learn(workshop):
@@ -290,7 +290,7 @@ def test_checkpoints_hold_no_pickle_and_only_the_newest_are_kept(workshop):
         # The disk was full for a line, and then had room for a checkpoint.
         ("infra.directory.RunDirectory.append", 15, Stop("no room"), "no room"),
         # tokenizers raises a bare Exception.
-        ("eval.GenerationConfig", 3, Exception("No space left"), "written (No space left)"),
+        ("parts.policy.GenerationConfig", 3, Exception("No space left"), "written (No space left)"),
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
         ("train.evaluate", 1, 0, signal.SIGINT),  # dropped
         ("rollout.choose", 66, 5, signal.SIGTERM),  # in a rollout: its update is dropped
         ("train.accumulate_gradient", 6, 2, signal.SIGINT),  # while learning: it is finished
-        ("infra.optimizer.Learner.step", 12, 3, signal.SIGTERM),
+        ("parts.optimizer.Learner.step", 12, 3, signal.SIGTERM),
         ("infra.run.Run.write", 2, 4, signal.SIGINT),  # in a checkpoint
         ("train.interval", 8, 6, signal.SIGTERM),  # between the evaluations of two levels
         ("train.evaluate", 6, 8, signal.SIGTERM),  # in the last one: the state is saved twice
@@ -527,7 +527,7 @@ def test_a_kill_changes_nothing_in_what_was_added(extended, step):
     """It is resumed without the flag: config.json has it."""
     out = f"added{step}"
     shutil.copytree(extended / "not longer", extended / out)
-    sabotage = functools.partial(at_call, "infra.optimizer.Learner.step", step, die)
+    sabotage = functools.partial(at_call, "parts.optimizer.Learner.step", step, die)
     words = ["--resume", out, *LONGER]
     assert launch.wait(launch.start(extended, words, sabotage=sabotage)) == [-signal.SIGKILL]
     assert resumed(extended, out) == 0, launch.said(extended)
@@ -547,7 +547,7 @@ def test_a_run_that_is_under_way_is_extended_too(extended):
 def test_a_second_extension_leaves_the_first_as_it_is(extended):
     """The rate of an update that a first extension added jumped where a second one came early."""
     shutil.copytree(extended / "not longer", extended / "twice longer")
-    kill = functools.partial(at_call, "infra.optimizer.Learner.step", 5, die)
+    kill = functools.partial(at_call, "parts.optimizer.Learner.step", 5, die)
     words = ["--resume", "twice longer", "--updates", "4", "6", "--save-every", "1"]
     assert launch.wait(launch.start(extended, words, sabotage=kill)) == [-signal.SIGKILL]
     assert resumed(extended, "twice longer", "--updates", "4", "8") == 0, launch.said(extended)
@@ -627,7 +627,7 @@ def with_a_hub(folder, newest, rows, kill=False):
 
     datasets = SimpleNamespace(load_dataset=lambda name, split, revision: rows)
     sys.modules["datasets"] = datasets
-    evaluation.snapshot_download = snapshot_download
+    policies.snapshot_download = snapshot_download
     if kill:
         at_call("train.learn", 5, die)
 
@@ -721,7 +721,7 @@ def test_the_choice_of_kernels_is_kept(workshop):
     path = workshop / "whole/config.json"
     assert set(json.loads(path.read_text())["kernels"]) == {"linear", "packed", "threads"}
     sabotage = functools.partial(
-        at_call, "infra.kernels.probe", 1, functools.partial(fail, Stop(""))
+        at_call, "parts.kernels.probe", 1, functools.partial(fail, Stop(""))
     )
     shutil.copytree(workshop / "whole", workshop / "kernels")
     processes = launch.start(workshop, ["--resume", "kernels"], sabotage=sabotage)

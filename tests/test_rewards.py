@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import rewards
+from answers.equality import extract_answer
 from data import Problem
 from rewards import (
     CASE_SECONDS,
@@ -23,7 +24,6 @@ from rewards import (
     WRONG,
     Grader,
     Worker,
-    extract_answer,
     load_reward,
     writes_steps,
 )

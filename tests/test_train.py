@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from data import Problem, Prompt
 from eprli import Buffer, Group, Level, kl_penalty
-from eval import Attempt
 from infra.flags import Config, fill
-from infra.optimizer import Learner, learning_rate
 from infra.ranks import Ranks
 from infra.run import Stage
 from infra.setup import check_measured
 from infra.update import Update
 from model import pad
+from parts.optimizer import Learner, learning_rate
+from parts.policy import Attempt
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 

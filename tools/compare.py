@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import explained, read_records
-from eval import SETTINGS, bootstrap, measure
+from parts.files import explained, read_records
+from parts.statistics import SETTINGS, bootstrap, measure
 
 LINE = (
     "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "

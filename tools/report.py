@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data import explained, name_level
+from data import name_level
+from parts.files import explained
 from tools.verdict import verdict
 
 LINES = ("-", "--", ":", "-.")  # one per run

@@ -7,16 +7,6 @@ import numpy as np
 
 from data import INSTRUCTION
 
-# name: data set on the hub, see infra/sources.py
-BENCHMARKS = {
-    "aime24": "HuggingFaceH4/aime_2024:train",
-    "math500": "HuggingFaceH4/MATH-500:test",
-    "amc22_23": "AI-MO/aimo-validation-amc:train",  # the 83 problems of the papers
-    "amc23": "math-ai/amc23:test",  # 40 of them
-    "minerva": "math-ai/minervamath:test",
-    "olympiadbench": "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train",
-}
-
 # --preset: the flags that a source states, as on the command line; and what it leaves unsaid, or
 # uses and we do not have. Stages on the same problems are levels that share them (--quality 1).
 STAGES = (

@@ -16,9 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data import explained
-from infra.directory import sha256
 from model import Linear, at_least_float32, check_tensors
+from parts.files import explained, sha256
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -9,7 +9,7 @@ and on a GPU, under a mask, to every head.)
 
 from math import ceil
 
-from infra import kernels
+from parts import kernels
 from rollout import MIN_ROWS, ROOM, round_up
 
 

@@ -8,8 +8,18 @@ OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two nee
 import json
 import re
 
-from data import is_text
-from rewards import extract_answer
+from answers import extract_answer
+from parts.files import is_text
+
+# name: data set on the hub, see above
+BENCHMARKS = {
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "amc22_23": "AI-MO/aimo-validation-amc:train",  # the 83 problems of the papers
+    "amc23": "math-ai/amc23:test",  # 40 of them
+    "minerva": "math-ai/minervamath:test",
+    "olympiadbench": "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train",
+}
 
 # The columns of problem and answer; a.b is the field b within a. The first that fits is taken.
 LAYOUTS = (

@@ -1,0 +1,66 @@
+"""Files: JSON lines in and out, hashes, and errors that say where they come from."""
+
+import hashlib
+import json
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def explained(words):
+    """Turn any error inside the block into a ValueError that begins with `words`: libraries raise
+    errors of all kinds, and a user's own code may exit."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
+
+
+def read_records(path, parse=lambda record, name: record):
+    """JSON lines of one file, each through parse(record, default id); errors name file and line."""
+    path, records = Path(path), []
+    try:
+        # str.splitlines would also cut at U+2028, which is legal within a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); a data set of the hub is written "
+            "OWNER/NAME[:CONFIGURATION]:SPLIT"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                record = json.loads(line)
+                if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+                    raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
+                records.append(parse(record, f"{path.stem}-{number}"))
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not records:
+        raise ValueError(f"{path}: nothing in it")
+    return records
+
+
+def write_records(path, records, mode="w"):
+    """JSON lines, as read_records reads them back.  mode  of `open`"""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def squash(text):
+    return " ".join(text.split())
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

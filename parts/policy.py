@@ -1,0 +1,270 @@
+"""A policy and its attempts at problems.
+
+Training, evaluation and the measurement of difficulty share one template, one sampler, one grader.
+"""
+
+import hashlib
+import json
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig
+
+import data
+from model import Transformer
+from parts import lora
+from parts.files import explained, sha256
+from rewards import RIGHT
+from rollout import Completion, sample, stream
+
+SHIPPED = (
+    Path(__file__).parents[1] / "assets"
+)  # a tiny checkpoint, and its problems with pass rates
+TINY = SHIPPED / "tiny"
+MAX_NEW_TOKENS, SLOTS = 128, 256  # defaults that fit the shipped model
+TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
+
+
+# ----------------------------------------------------------------------------------------- policy
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with what turns problems into its tokens and its tokens into text."""
+
+    model: Transformer
+    tokenizer: object
+    stop_ids: tuple
+    folder: Path  # where it was read
+    prompting: dict  # keyword arguments of data.render
+
+    @classmethod
+    def load(cls, name, dtype="float32", device="cpu", flags=data.Prompting()):  # noqa: B008 frozen
+        """From a checkpoint folder or a hub name. An adapter is put on the base that it names.
+
+        Raises ValueError saying what is wrong.
+        """
+        folder = base = find_folder(name, device)
+        adapter = lora.read_config(folder)
+        if adapter:
+            base = find_folder(adapter["base_model_name_or_path"], device, adapter.get("revision"))
+        if "cuda" in str(device) and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+        prompting = data.Prompting.read(flags)
+        model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
+        if adapter:
+            lora.load(model, adapter, folder, base)
+        with explained(f"{folder}: its tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.chat_template = tokenizer.chat_template or data.PLAIN_TEMPLATE
+        stop_ids = read_stop_ids(folder, tokenizer, model.config)
+        stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
+        return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
+
+    def save(self, folder):
+        """Write what stands beside the weights in a folder that `load` reads."""
+        self.tokenizer.save_pretrained(folder)
+        stops, padding = list(self.stop_ids), self.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
+
+    def render(self, problems):
+        """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
+        with explained("the tokenizer's chat template fails"):
+            prompts = [data.render(self.tokenizer, p, **self.prompting) for p in problems]
+        vocab_size = self.model.config.vocab_size
+        for prompt in prompts:
+            if not prompt.tokens:
+                raise ValueError(
+                    f"{prompt.problem.id}: the tokenizer's chat template makes an empty prompt"
+                )
+            if max(prompt.tokens) >= vocab_size:
+                raise ValueError(
+                    f"{prompt.problem.id}: token {max(prompt.tokens)} is not in the model's "
+                    f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
+                )
+        return prompts
+
+    def show(self, prompts):
+        """Print two examples as the model sees them, and how many leave no room to answer."""
+        for prompt in prompts[:2]:
+            text = self.tokenizer.decode(prompt.tokens)
+            tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
+        if too_long := sum(not self.room(p) for p in prompts):
+            tqdm.write(f"{too_long} of these prompts fill the context and count as wrong")
+
+    def room(self, prompt):
+        """Tokens that the context leaves for a completion; 0: the prompt is too long."""
+        return max(0, self.model.context - len(prompt.tokens))
+
+    def measuring(self, temperature, max_new_tokens):
+        """What pass rates depend on, beside the problem; JSON."""
+        files = sorted(self.folder.glob("*model*.safetensors"))
+        return {
+            "weights": digest("".join(map(sha256, files)))[:12],
+            "prompt": digest(json.dumps(self.prompting))[:12],
+            "examples": len(self.prompting["examples"]),
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def text(self, completion):
+        tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
+        return self.tokenizer.decode(tokens)
+
+    def pieces(self, completion):
+        """The text of each token, the stop token included."""
+        return [self.tokenizer.decode([token]) for token in completion.tokens]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_shipped(model):
+    """Whether defaults that were chosen for the shipped model fit."""
+    return Path(model).resolve() == TINY.resolve()
+
+
+def default_dtype(model, device):
+    return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
+
+
+def find_folder(name, device, revision=None):
+    """A folder as it is; NAME[@REVISION] of the hub is downloaded, for the meta device without
+    weights."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.jinja", "tokenizer*"]
+    if device != "meta":
+        patterns.append("*.safetensors")
+    name, _, given = name.partition("@")
+    pin = revision or given or None
+    with explained(f"model {name!r} is neither a folder nor to be had from the hub"):
+        return Path(snapshot_download(name, revision=pin, allow_patterns=patterns))
+
+
+def read_stop_ids(folder, tokenizer, config):
+    """-> {id} of the tokens that end a completion: eos_token_id of tokenizer, config and generation
+    config."""
+    named = [tokenizer.eos_token_id, config.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with explained(f"{path}: not a JSON object"):
+            named.append(json.loads(path.read_text()).get("eos_token_id"))
+    stop_ids = set()
+    for ids in named:
+        for i in ids if isinstance(ids, list) else [ids]:
+            if i is not None and i not in range(config.vocab_size):
+                raise ValueError(
+                    f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
+                    f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
+                    "the tokenizer), so no completion would stop"
+                )
+            stop_ids.add(i)
+    if stop_ids == {None}:
+        raise ValueError(f"{folder}: neither tokenizer nor config names a stop token")
+    return stop_ids
+
+
+def end_of_turn(tokenizer):
+    """The token that the chat template puts behind an assistant's turn, if it is a special one. A
+    base model may name another end, and would run on into a question that it invents."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
+    with explained("the tokenizer's chat template fails"):
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
+    tokens = tokenizer.encode(behind, add_special_tokens=False)
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
+
+
+def stop_token(tokenizer, text):
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
+    return tokens[0]
+
+
+# --------------------------------------------------------------------------------------- attempts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled: the settings of rollout.sample by their names."""
+
+    max_new_tokens: int  # of each completion, the stop token included
+    temperature: float  # 0 is greedy
+    slots: int  # completions decoded at once (memory and speed only)
+    top_k: int = 0  # 0 is off, as in training
+    top_p: float = 1.0  # 1 is off, as in training
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One completion of a problem, scored."""
+
+    completion: Completion
+    text: str
+    answer: str | None  # what stands in its box
+    verdict: str  # rewards.RIGHT, ...
+
+    @property
+    def right(self):
+        return self.verdict == RIGHT
+
+    @property
+    def length(self):
+        return len(self.completion.tokens)
+
+
+def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
+    """Complete every prompt once per key, and grade: one list of Attempt per prompt.
+
+    A completion ends where the context ends; a prompt that fills the context gets empty ones.
+    work   pairs of a prompt and the keys of its completions, see rollout.stream
+    clock  a Counter to which the seconds `sample` and `grade` are added
+    """
+    start = time.perf_counter()
+    prompts, keys = [prompt for prompt, _ in work], [own for _, own in work]
+    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
+    with tqdm(
+        desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
+    ) as bar:
+        groups = sample(
+            policy.model,
+            [p.tokens for p in prompts],
+            keys,
+            **vars(sampling) | {"max_new_tokens": limits},
+            stop_ids=policy.stop_ids,
+            on_finished=bar.update,
+        )
+    sampled = time.perf_counter()
+    parts, pairs = [], []
+    for prompt, group in zip(prompts, groups):
+        for completion in group:
+            text = policy.text(completion)
+            answer = grader.extract(prompt.opening + text)
+            parts.append((completion, text, answer))
+            pairs.append((prompt.problem.answer, answer))
+    verdicts = grader.compare(pairs)
+    if clock is not None:
+        clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
+    attempts = (Attempt(*part, verdict) for part, verdict in zip(parts, verdicts))
+    return [[next(attempts) for _ in own] for own in keys]
+
+
+def requests(seed, prompts, samples, purpose=EVALUATION):
+    """Every prompt with a random stream for each of its samples, a function of the problem's id.
+
+    Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
+    the measurement of difficulty use others: problems that were called hard after unlucky samples
+    look easier with new samples, even without any training.
+    """
+    found = []
+    for prompt in prompts:
+        number = zlib.crc32(prompt.problem.id.encode())
+        found.append((prompt, [stream(seed, purpose, number, k) for k in range(samples)]))
+    return found
