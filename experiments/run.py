@@ -7,17 +7,19 @@
 
 Arms are the tables in experiments/arms.py; experiments/PROTOCOL.md says what is measured, and was
 written before the seeds that are reported. Every run is a process of its own with one thread:
-`python train.py FLAGS`, then `python eval.py` for pass@16. What it leaves is one small file,
-experiments/results/NAME/ARM/SEED.json, and a run whose file is there is not run again.
+`python train.py FLAGS`, then `python eval.py` for pass@16. What it leaves is one line of
+experiments/results/NAME.jsonl, and a run that is there is not run again.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,9 +28,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import arms  # noqa: E402
-from tables import FRESH, RESULTS, agreement, best_rate, report, result_file  # noqa: E402
+from tables import FRESH, RESULTS, agreement, best_rate, read_runs, report  # noqa: E402
 
-from parts.files import read_records  # noqa: E402
+from parts.files import read_records, write_records  # noqa: E402
 
 RUNS = Path("runs/experiments")
 COLUMNS = (
@@ -37,6 +39,7 @@ COLUMNS = (
     "clip_low_share clip_high_share reward_variance_within reward_variance_between "
     "sample_seconds learn_seconds"
 )
+FILES = threading.Lock()  # of results: no thread reads while another one writes
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -48,24 +51,30 @@ def shell(command, log):
             raise SystemExit(f"python {command}\nfailed: see {log}")
 
 
-def one_run(name, command, seed, result):
-    """Train, measure pass@16, and write the result. A run with the very same command that another
-    experiment has made is taken over: arms that experiments share are run once."""
-    result.parent.mkdir(parents=True, exist_ok=True)
-    part = result.with_suffix(".part")
-    for twin in RESULTS.glob(f"*/*/{seed}.json"):
-        if json.loads(twin.read_text())["command"] == command:
-            shutil.copy(twin, part)
-            part.rename(result)
-            return
-    out = RUNS / result.relative_to(RESULTS).with_suffix("")
+def find_twin(command):
+    """A run of any experiment with the very same command, seed included; None: there is none"""
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for run in read_runs(path.stem):
+            if run["command"] == command:
+                return run
+    return None
+
+
+def folder(name, arm, seed):
+    return RUNS / name / re.sub(r"\W+", "-", arm).strip("-") / str(seed)
+
+
+def train(name, arm, seed, command):
+    """Train, measure pass@16, and delete the run's folder. -> what is kept of it"""
+    out = folder(name, arm, seed)
     log = out.with_suffix(".log")
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.parent.mkdir(parents=True, exist_ok=True)
     shell(f"{command} --out {out}", log)
     metrics = read_records(out / "metrics.jsonl")
     levels = json.loads((out / "config.json").read_text())["levels"]
-    found = {"command": command, "budget": sum(level["tokens"] for level in levels)}
+    found = {"arm": arm, "seed": seed, "command": command}
+    found["budget"] = sum(level["tokens"] for level in levels)
     found["evaluations"] = read_records(out / "eval.jsonl")
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
     if name != "rates":
@@ -74,22 +83,31 @@ def one_run(name, command, seed, result):
         shell(f"eval.py --model {checkpoint} {few} --seed {seed} --out {out / 'few'}", log)
         (files,) = json.loads((out / "few/summary.json").read_text())["files"].values()
         found["pass@16"] = files["all"]["pass@16"][0]
-    part.write_text(json.dumps(found))
-    part.rename(result)
     shutil.rmtree(out)
+    return found
+
+
+def one_run(name, arm, seed, command):
+    """Add a run to the file of its experiment. One with the very same command that is there
+    already, of whatever experiment or arm, is taken over: what arms share is run once."""
+    with FILES:
+        found = find_twin(command)
+    found = found or train(name, arm, seed, command)
+    with FILES:
+        write_records(RESULTS / f"{name}.jsonl", [found | {"arm": arm}], "a")
 
 
 def missing(name, chosen, seeds):
-    """-> the arguments of `one_run` for every run without a result, all arms of one seed first"""
+    """-> the arguments of `one_run` for every run that is not there, all arms of one seed first"""
+    there = {(run["arm"], run["seed"]) for run in read_runs(name)}
     tasks = []
     for seed in seeds:
         for arm in chosen or arms.EXPERIMENTS[name]:
-            result, flags = result_file(name, arm, seed), arms.EXPERIMENTS[name][arm]
-            if flags and not result.exists():  # without flags it can be run no more
+            flags = arms.EXPERIMENTS[name][arm]
+            if flags and (arm, seed) not in there:  # without flags it can be run no more
                 if "--lr" not in flags:
                     flags += f" --lr {best_rate(arm):g}"
-                command = f"train.py {arms.BASE} {flags} --seed {seed}"
-                tasks.append((name, command, seed, result))
+                tasks.append((name, arm, seed, f"train.py {arms.BASE} {flags} --seed {seed}"))
     return tasks
 
 

@@ -1,7 +1,6 @@
 """From the results of an experiment to its measures, table, picture and verdict."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -91,17 +90,19 @@ def measure(run):
     }
 
 
-def result_file(name, arm, seed):
-    return RESULTS / name / re.sub(r"\W+", "-", arm).strip("-") / f"{seed}.json"
+def read_runs(name):
+    """-> the runs of an experiment that are there, one of each line of its file"""
+    path = RESULTS / f"{name}.jsonl"
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        sys.exit(f"{path}: a kill has torn its last line; delete that line")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def read(name, arm, fresh=False):
-    """-> {seed: result} of the runs that are there: those that are reported, or the fresh ones"""
-    found = {}
-    for path in result_file(name, arm, 0).parent.glob("*.json"):
-        seed = int(path.stem)
-        if (seed in FRESH) == fresh:
-            found[seed] = json.loads(path.read_text())
+    """-> {seed: run} of an arm: those that are reported, or the fresh ones"""
+    runs = [run for run in read_runs(name) if run["arm"] == arm]
+    found = {run["seed"]: run for run in runs if (run["seed"] in FRESH) == fresh}
     return dict(sorted(found.items()))
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ sys.path += [str(BENCH), str(EXPERIMENTS)]
 import arms  # noqa: E402  these are no packages
 import compare  # noqa: E402
 import kinds  # noqa: E402
+import run as runner  # noqa: E402
 import tables  # noqa: E402
 
 from data import Problem, read_problems  # noqa: E402
 from infra.flags import Config, make_parser, resolve_levels  # noqa: E402
+from parts.files import write_records  # noqa: E402
 
 
 def test_only_a_peer_may_fail_in_a_comparison(capsys):
@@ -142,7 +145,7 @@ def test_arms_are_compared_with_the_first_of_their_base():
 def test_every_arm_is_a_command_that_train_reads():
     """A blank or a slash in the name of an arm must not end up in a path."""
     for name, some in arms.EXPERIMENTS.items():
-        folders = {tables.result_file(name, arm, 0).parent for arm in some}
+        folders = {runner.folder(name, arm, 0).parent for arm in some}
         assert len(folders) == len(some)
         for folder in folders:
             assert re.fullmatch(r"[\w-]+", folder.name) and folder.parent.name == name
@@ -158,11 +161,38 @@ def test_every_arm_is_a_command_that_train_reads():
             assert sum(level.tokens for level in resolve_levels(cfg, measured=True)) == budget
 
 
+def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, tmp_path):
+    """Two threads must not write into one line. An arm that is the same command as another one is
+    not run again; the line that a kill has torn must not be joined to the next one."""
+    made = []
+
+    def train(_, arm, seed, command):
+        made.append(command)
+        return {"arm": arm, "seed": seed, "command": command, "pad": "x" * 100_000}
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "train", train)
+    tasks = runner.missing("weight", None, range(30, 34))
+    assert len(tasks) == 12
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda task: runner.one_run(*task), tasks))
+    assert sorted(made) == sorted(command for *_, command in tasks)
+    lines = {(run["arm"], run["seed"]): run["command"] for run in tables.read_runs("weight")}
+    assert lines == {(arm, seed): command for _, arm, seed, command in tasks}
+    assert len(runner.missing("weight", None, range(33, 35))) == 3
+    runner.one_run("base", "its twin", *tasks[0][2:])
+    (run,) = tables.read_runs("base")
+    assert run["arm"] == "its twin" and len(made) == 12
+    path = tmp_path / "base.jsonl"
+    path.write_text(path.read_text()[:-1])
+    with pytest.raises(SystemExit, match="base.jsonl: a kill has torn its last line"):
+        runner.missing("base", None, [10])
+
+
 def write_result(name, arm, seed, final):
-    path = tables.result_file(name, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result(final)))
-    return path
+    line = {"arm": arm, "seed": seed} | result(final)
+    write_records(tables.RESULTS / f"{name}.jsonl", [line], "a")
 
 
 def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch, tmp_path):
@@ -171,14 +201,15 @@ def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch
     finals = {3e-4: (0.5, 0.5, 0.5), 5e-4: (0.9, 0.2, 0.2), 8e-4: (0.6, 0.4, 0.6)}
     for lr, by_seed in finals.items():
         for seed, final in enumerate(by_seed):
-            path = write_result("rates", f"EPRLI, {lr:g}", seed, final)
+            write_result("rates", f"EPRLI, {lr:g}", seed, final)
     assert tables.best_rate("EPRLI") == 8e-4
     for other in ("lost at level 2: EPRLI", "EPRLI, K = 0.3", "kimi 0.6"):
         assert tables.best_rate(other) == 8e-4
     for other in ("good at level 1: L = 1", "L = 1, 2x"):
         with pytest.raises(SystemExit, match="L = 1: first choose its rate"):
             tables.best_rate(other)
-    path.unlink()
+    path = tmp_path / "rates.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(SystemExit, match="EPRLI: first choose its rate"):
         tables.best_rate("EPRLI")
 
