@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, random models, workloads, a clock, the ceilings of the machine.
+"""What the benchmarks share: flags, random models, workloads, a clock, the machine's top speed.
 
 The peers have a virtual environment of their own and import this file too. It imports the project's
 modules only where it makes a model.
@@ -19,12 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "vocab_size"
 )
 SIZES = {
     "2m": (128, 384, 4, 4, 2, 2048),
@@ -61,7 +57,9 @@ def make_model(size, out):
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    shape = dict(zip(SHAPE, SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True)
+    shape = dict(
+        zip(SHAPE.split(), SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True
+    )
     model = Transformer(Qwen2Config(**shape, eos_token_id=tokenizer.eos_token_id))
     for p in model.parameters():
         if p.dim() == 2:
@@ -82,8 +80,8 @@ def make_workload(path, prompts, group, max_new, uniform=False):
             prompt = [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))]
             lengths = [max_new] * group
             if not uniform:
-                lengths = [int(0.32 * max_new * rng.lognormvariate(0, 0.8)) for _ in lengths]
-            lengths = [min(max_new, max(8, n)) for n in lengths]
+                drawn = (0.32 * max_new * rng.lognormvariate(0, 0.8) for _ in lengths)
+                lengths = [min(max_new, max(8, int(n))) for n in drawn]
             print(json.dumps({"prompt": prompt, "new_tokens": lengths}), file=file)
 
 
@@ -105,13 +103,11 @@ def seconds(work, repeats=1):
     return median(times)
 
 
-def ceilings(args):
-    """FLOP/s of a matrix product in this dtype, and bytes/s of a copy (read and written)."""
-    n, floats = (2048, 1 << 26) if args.device == "cpu" else (8192, 1 << 30)
+def product_speed(args):
+    """FLOP/s of a large matrix product in this dtype."""
+    n = 2048 if args.device == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=args.device).to(getattr(torch, args.dtype))
-    flops = 2 * n**3 / seconds(lambda: a @ b, 5)
-    source, target = torch.zeros(2, floats, device=args.device)
-    return flops, 2 * source.nbytes / seconds(lambda: target.copy_(source), 5)
+    return 2 * n**3 / seconds(lambda: a @ b, 5)
 
 
 def peak_memory(args):

@@ -48,8 +48,7 @@ def continuous(model, samples, slots):
 
 @torch.inference_mode()
 def main():
-    flags = {"workload": "", "continuous": False, "slots": 32, "repeats": 1}
-    args = common.parse(__doc__, **common.MODEL, **flags)
+    args = common.parse(__doc__, **common.MODEL, workload="", continuous=False, slots=32, repeats=1)
     attention = "paged|sdpa" if args.continuous else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=args.dtype, attn_implementation=attention

@@ -59,15 +59,15 @@ def texts(policy, problems, seed):
 
 
 def main():
-    args = common.parse(__doc__, target=64, limit=1200, seed=0, lr="3e-4", easy_updates=20)
+    args = common.parse(__doc__, target=64, limit=1200, seed=0)
     policy, grader = Policy.load(str(TINY)), Grader()
     parts = {}
     for name in ("train", "heldout"):
         problems = data.read_problems(SHIPPED / f"{name}.jsonl")
         parts[name] = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
     easy, hard = (texts(policy, level, args.seed) for level in parts["train"])
-    rows = [next(easy) for _ in range(PROMPTS * args.easy_updates)]
-    rows += [next(hard) for _ in range(PROMPTS * 400)]
+    rows = [next(easy) for _ in range(20 * PROMPTS)]  # 20 updates of level 1
+    rows += [next(hard) for _ in range(400 * PROMPTS)]
 
     def reward(completions, gold, **_):
         return [float(v == RIGHT) for v in grader.grade(list(zip(gold, completions)))]
@@ -85,7 +85,7 @@ def main():
             beta=0.0,
             epsilon_high=0.28,
             loss_type="grpo",
-            learning_rate=float(args.lr),
+            learning_rate=3e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5 * STEPS,
             seed=args.seed,

@@ -3,7 +3,8 @@
     python bench/step.py --model DIR --prompts 8 --group 8 --new-tokens 128 --steps 3
 
 Prompts have about 64 tokens, completions exactly --new-tokens. All of them are trained on. One
-update runs before the clock starts. The last line is JSON.
+update runs before the clock starts. The last line is JSON; in it, learn_share_of_product_speed is
+the FLOP/s of learning by those of a large matrix product.
 """
 
 import json
@@ -62,8 +63,14 @@ def one_update(run):
 
 
 def main():
-    flags = {"micro_batch_tokens": 2048, "slots": 64, "recompute": False}
-    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, **flags)
+    args = common.parse(
+        __doc__,
+        **common.MODEL,
+        **common.UPDATE,
+        micro_batch_tokens=2048,
+        slots=64,
+        recompute=False,
+    )
     run = make_run(args)
     one_update(run)  # a warm-up
     rows = [one_update(run) for _ in range(args.steps)]
@@ -72,11 +79,11 @@ def main():
     result = {"seconds_per_step": seconds, "sample_seconds": seconds - learning}
     result |= {"learn_seconds": learning, "tokens_per_step": int(tokens)}
     result["tokens_per_second"] = tokens / seconds
-    result |= common.peak_memory(args)  # before the ceilings are measured
-    flops, _ = common.ceilings(args)
+    result |= common.peak_memory(args)  # before the large product
     weights = sum(p.numel() for p in run.policy.model.parameters())
     learned = tokens + 64 * args.prompts  # a prompt goes through the learner once
-    result["learn_fraction_of_roofline"] = 6 * weights * learned / flops / learning
+    speed = 6 * weights * learned / learning
+    result["learn_share_of_product_speed"] = speed / common.product_speed(args)
     print(json.dumps(result))
 
 

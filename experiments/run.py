@@ -40,7 +40,7 @@ COLUMNS = (
     "sample_seconds learn_seconds"
 )
 FILES = threading.Lock()  # of results: no thread reads while another one writes
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def shell(command, log):
@@ -57,7 +57,6 @@ def find_twin(command):
         for run in read_runs(path.stem):
             if run["command"] == command:
                 return run
-    return None
 
 
 def folder(name, arm, seed):

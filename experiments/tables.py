@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +38,18 @@ FRESH = range(20, 30)  # seeds that check what is reported; those from 30 on are
 
 
 def curve(run, level):
-    """Sampled tokens and accuracy of every evaluation; level 0: all problems."""
-    tokens, right, n = {}, {}, {}
+    """Accuracy, %, at every hundredth of the budget of sampled tokens, both ends included. Between
+    two evaluations it is interpolated. Level 0: all problems. -> tokens, accuracies"""
+    tokens, right, n = Counter(), Counter(), Counter()
     for row in run["evaluations"]:
         if level in (0, row["level"]):
             update = row["update"]
             tokens[update] = row["tokens_sampled"]
-            right[update] = right.get(update, 0) + row["accuracy"] * row["n"]
-            n[update] = n.get(update, 0) + row["n"]
-    updates = sorted(tokens)
-    accuracy = [100 * right[u] / n[u] for u in updates]
-    return np.array([tokens[u] for u in updates], float), np.array(accuracy)
+            right[update] += row["accuracy"] * row["n"]
+            n[update] += row["n"]
+    grid = np.linspace(0, run["budget"], 101)
+    accuracy = [100 * right[update] / n[update] for update in tokens]  # they are in order
+    return grid, np.interp(grid, list(tokens.values()), accuracy)
 
 
 def average(values, last=0):
@@ -57,24 +59,22 @@ def average(values, last=0):
 
 def measure(run):
     """-> {measure: value} of one run, at the budget of sampled tokens"""
-    at = {level: np.interp(run["budget"], *curve(run, level)) for level in (0, 1, 2)}
-    grid = np.linspace(0, run["budget"], 101)
-    level_2 = np.interp(grid, *curve(run, 2))
+    (grid, both), (_, level_1), (_, level_2) = (curve(run, level) for level in (0, 1, 2))
     reached = grid[level_2 >= 50]
     length = {row["level"]: row["length_mean"] for row in run["evaluations"]}  # the last of each
     updates = run["updates"]
     kept = updates["groups_kept"]
     drawn = sum(updates["groups_drawn"])
-    clipped = np.nan
-    if "clip_low_share" in updates:
-        clipped = average(updates["clip_low_share"]) + average(updates["clip_high_share"])
+    clipped = 0
+    for key in ("clip_low_share", "clip_high_share"):
+        clipped += average(updates.get(key, [np.nan]))
     return {
-        "accuracy": at[0],
-        "level 1": at[1],
-        "level 2": at[2],
-        "area": np.interp(grid, *curve(run, 0)).mean(),
+        "accuracy": both[-1],
+        "level 1": level_1[-1],
+        "level 2": level_2[-1],
+        "area": both.mean(),
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
-        "forgotten": np.interp(grid, *curve(run, 1)).max() - at[1],
+        "forgotten": level_1.max() - level_1[-1],
         "pass@16": 100 * run.get("pass@16", np.nan),
         "length 1": length[1],
         "length 2": length[2],
@@ -123,7 +123,7 @@ def one_per_level(measured):
             continue
         sizes = {row["level"]: row["n"] for row in run["evaluations"]}
         own = {"level 1": easy[seed]["level 1"], "level 2": hard[seed]["level 2"]}
-        own["accuracy"] = np.average([own["level 1"], own["level 2"]], weights=[sizes[1], sizes[2]])
+        own["accuracy"] = np.average(list(own.values()), weights=[sizes[1], sizes[2]])
         joined[seed] = dict.fromkeys((*OUTCOME, *COURSE), np.nan) | own
     return joined
 
@@ -145,10 +145,9 @@ def best_rate(arm):
 
 def interval(values):
     """Mean and half of the 95 % t-interval; of a single value: nan"""
-    values = np.asarray(values, float)
     if len(values) < 2:
-        return values.mean(), np.nan
-    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        return np.mean(values), np.nan
+    return np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
 def cell(values, decimals):
@@ -197,8 +196,8 @@ def compare(measured):
         if arm == first:
             continue
         found = [difference(by_seed, measured[first], name) for name in COMPARED]
-        cells = [f"{mean:+.1f} ± {half:.1f}".replace(" ± nan", "") for mean, half in found]
-        cells = [text.replace("+nan", "-") for text in cells]
+        cells = [f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
+        cells = [text.replace(" ± nan", "").replace("+nan", "-") for text in cells]
         yield f"| {arm}, less {first} | {' | '.join(cells)} |"
         mean, half = found[0]
         word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
@@ -210,34 +209,35 @@ def compare(measured):
 
 def draw(name):
     """Accuracy over sampled tokens, means over seeds; a point is the end of a seed."""
-    runs = {arm: read(name, arm) for arm in EXPERIMENTS[name]}
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
         ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
-        for i, (arm, by_seed) in enumerate(runs.items()):
-            if not by_seed:
+        for i, arm in enumerate(EXPERIMENTS[name]):
+            found = [curve(run, level) for run in read(name, arm).values()]
+            if not found:
                 continue
-            budget = next(iter(by_seed.values()))["budget"]
-            grid = np.linspace(0, budget, 101)
-            curves = [np.interp(grid, *curve(run, level)) for run in by_seed.values()]
-            ax.plot(grid / 1000, np.mean(curves, 0), color=f"C{i % 10}", label=arm)
-            x = np.full(len(curves), budget / 1000 * (1 + 0.012 * i))
-            ax.plot(x, [values[-1] for values in curves], ".", color=f"C{i % 10}", alpha=0.6)
+            grids, curves = zip(*found)
+            grid, color = grids[0] / 1000, f"C{i % 10}"
+            ax.plot(grid, np.mean(curves, 0), color=color, label=arm)
+            ends = [values[-1] for values in curves]
+            ax.plot([grid[-1] * (1 + 0.012 * i)] * len(ends), ends, ".", color=color, alpha=0.6)
         ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
         ax.spines[["top", "right"]].set_visible(False)
-    names = ax.get_legend_handles_labels()
-    figure.legend(*names, loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+    )
     figure.savefig(RESULTS / f"{name}.png", dpi=100)
 
 
 def report(name):
     """Write the table, verdict and picture of an experiment, as far as its runs are there."""
-    measured = {arm: measures(name, arm) for arm in EXPERIMENTS[name]}
-    measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
+    measured = {}
+    for arm in EXPERIMENTS[name]:
+        if by_seed := measures(name, arm):
+            measured[arm] = by_seed
     if not measured:
         sys.exit(f"{name}: there is no result yet")
-    joined = one_per_level(measured)
-    if joined:
+    if joined := one_per_level(measured):
         measured["one per level"] = joined
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
@@ -250,8 +250,8 @@ def report(name):
 def agreement(name):
     """Is the mean over fresh seeds in the 95 % prediction interval that the reported ones give?"""
     for arm in EXPERIMENTS[name]:
-        reported = [m["accuracy"] for m in measures(name, arm).values()]
-        fresh = [m["accuracy"] for m in measures(name, arm, fresh=True).values()]
+        both = measures(name, arm), measures(name, arm, fresh=True)
+        reported, fresh = ([m["accuracy"] for m in some.values()] for some in both)
         if reported and fresh:
             mean, half = interval(reported)
             half *= np.sqrt(1 + len(reported) / len(fresh))  # of a mean over that many new seeds
