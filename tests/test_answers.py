@@ -559,6 +559,12 @@ def test_canonical_answers_stay_apart():
     assert len({canonical(answer) for answer in answers}) == len(answers)
 
 
+def test_more_digits_than_python_writes_are_no_error():
+    """A gold answer of 5,000 digits ended in a traceback, before any clock."""
+    assert not gradable(rf"0.\overline{{{'1' * 5000}}}")
+    assert canonical("9" * 900 + "e3999") == "9" * 900 + "e3999"
+
+
 def test_canonical_takes_any_text_in_little_time():
     """It runs in the process of the training run, where nothing limits it."""
     monsters = ["((" * 99, "a" * 199, r"\text{" * 30, "x," * 99, "((((1,2),3),4),5)", "=" * 150]
