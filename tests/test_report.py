@@ -189,8 +189,10 @@ def make_run(
     """A run directory, with a hand-made log."""
     folder.mkdir()
     level = {"quality": 1.0, "buffer_groups": 4, "group_size": group_size, "max_new_tokens": 9}
-    level |= {"updates": num_updates, "tokens": None, "reward": "math", "length_weight": 0}
+    level |= {"updates": num_updates, "tokens": None, "length_weight": 0}
+    level["reward"] = str(report.Path.cwd() / "r.py:f")
     config = {"model": str(report.Path.cwd() / "assets/tiny"), "data": "d", "eval_data": None}
+    config["system"] = text
     config |= {"levels": [level], "dtype": "float32", "torch": "2", "device": "cpu", "seed": 0}
     (folder / "config.json").write_text(json.dumps(config))
     write(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
@@ -276,18 +278,26 @@ def test_no_completion_ends_the_script(tmp_path):
     assert page.isascii()
 
 
-def test_the_page_names_no_folder_of_the_machine(tmp_path):
+def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    """A folder with an umlaut was named: config.json spells it in ASCII."""
+    (tmp_path / "Übung").mkdir()
+    monkeypatch.chdir(tmp_path / "Übung")
     page = report.write_page([make_run(tmp_path / "run", 2)]).read_text()
-    assert str(report.Path.cwd()) not in page and '"assets/tiny"' in page
+    config = content(page)["config"]
+    assert (config["model"], config["levels"][0]["reward"]) == ("assets/tiny", "r.py:f")
+    assert "bung" not in page
 
 
-def test_the_page_loses_no_text_of_a_completion(tmp_path, monkeypatch):
-    """From the folder "/" every "//" vanished, and from "/x" the text 1/x/2 became 12."""
+def test_the_page_loses_no_text(tmp_path, monkeypatch):
+    """From the folder "/" every "//" vanished, and from "/x" the text 1/x/2 became 12: of
+    completions, and of a system prompt."""
     for here in (report.Path("/"), tmp_path):
         monkeypatch.chdir(here)
         text = f"1//2, 1{here}/2"
         page = report.write_page([make_run(tmp_path / f"run{len(str(here))}", 2, text=text)])
-        assert all(row["text"][0] == text for row in content(page.read_text())["rows"][2:4])
+        found = content(page.read_text())
+        assert all(row["text"][0] == text for row in found["rows"][2:4])
+        assert found["config"]["system"] == text
 
 
 def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, capsys):

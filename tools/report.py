@@ -148,8 +148,12 @@ def write_page(folders):
     _, metrics, evaluations = runs[0]
     # A page that is published need not tell whose folder it was.
     here = f"{Path.cwd()}/"
-    config = json.loads((folder / "config.json").read_text().replace(here, ""))
-    for name in ("inputs", "model_files"):  # hashes, by paths of this machine
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model", "data", "eval_data", "examples", "out"):
+        config[name] = (config.get(name) or "").removeprefix(here)
+    for level in config["levels"]:
+        level["reward"] = level["reward"].removeprefix(here)
+    for name in ("inputs", "model_files", "reward"):  # by paths of this machine
         config.pop(name, None)
     content = {
         "config": config,
