@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from bisect import bisect_left
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 import answers
 from parts import sources
-from parts.files import explained, is_text, read_records, squash, write_records
+from parts.files import explained, force_to_disk, is_text, read_records, squash, write_records
 
 # Of DeepScaleR and FastCuRL. Their protocols put a blank before it (parts/papers.py).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -53,7 +54,7 @@ def parse_problem(record, default_id):
         raise ValueError('"answer" must be a text or a number that is finite')
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
-    if level is not None and not is_number(level):
+    if level is not None and not (is_number(level) and abs(level) < 1e308):
         raise ValueError('"level" must be a number')
     if name is None:
         name = default_id
@@ -63,9 +64,8 @@ def parse_problem(record, default_id):
 
 
 def is_number(value):
-    """A finite one, as a float too. To Python True is an integer, and its JSON reader lets NaN
-    pass."""
-    return type(value) in (int, float) and abs(value) < 1e308
+    """A finite one. To Python True is an integer, and its JSON reader lets NaN pass."""
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def read_problems(name, columns=()):
@@ -122,10 +122,17 @@ def gradable(name, problems):
 
 
 def write_problems(path, problems):
-    """So that read_problems reads them back. The file is there whole or not at all."""
-    part = Path(f"{path}.part")  # of a process that was killed, it is written anew
-    write_records(part, (p.record() for p in problems))
-    part.rename(path)
+    """So that read_problems reads them back. The file is there whole or not at all.
+
+    Raises OSError, also if it exists: it may have come into being since that was checked.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        write_records(part, (p.record() for p in problems))
+        force_to_disk(part)
+        os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def without_repeats(problems):

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from infra.ranks import Stop
-from parts.files import sha256, write_records
+from parts.files import force_to_disk, sha256, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
 CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names
@@ -198,13 +198,3 @@ def damage(path):
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def force_to_disk(*paths):
-    """Force files and folders to the disk, so that their data arrive before one is renamed."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

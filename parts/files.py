@@ -1,7 +1,8 @@
-"""Files: JSON lines in and out, hashes, and errors that say where they come from."""
+"""Files: JSON lines in and out, hashes, the disk, and errors that say where they come from."""
 
 import hashlib
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,3 +65,13 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def force_to_disk(*paths):
+    """Force files and folders to the disk, so that their data arrive before one is renamed."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -76,7 +76,15 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
         data.write_problems(path, killed())
     assert not path.exists()
     data.write_problems(path, [Problem("b", "2", "2")])
+    with pytest.raises(FileExistsError):  # another evaluation was faster
+        data.write_problems(path, [Problem("c", "3", "3")])
     assert [p.id for p in read_problems(path)] == ["b"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_integer_of_any_size_is_an_answer():
+    """400 digits, more than a float holds, were refused."""
+    assert data.parse_problem({"problem": "1", "answer": 10**400}, "p").answer == str(10**400)
 
 
 def test_repeats_and_overlap_are_found():
