@@ -150,6 +150,7 @@ def newest_whole(run):
         if not reason:
             return path
         tqdm.write(f"{path}: skipped, it is damaged ({reason})")
+    tqdm.write(f"--like {run}: it has no whole checkpoint, so give --model")
     return Path(run) / "checkpoints"  # which is refused as a model
 
 
@@ -193,7 +194,7 @@ def load(args, device):
         problems = data.read_problems(path, args.columns)
         data.gradable(path, problems)  # as others count them: those that fail it stay
         prompts = files[path] = policy.render(problems)
-        policy.show(prompts)
+        policy.show(path, prompts)
     return policy, files
 
 
@@ -205,7 +206,7 @@ def open_folder(args, policy, files):
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
     measured = policy.measuring(args.temperature, args.max_new_tokens)
     settings["weights"] = measured["weights"]
-    settings["prompts"] = digest(repr((files, policy.stop_ids)))
+    settings["prompts"] = digest((files, policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
     with explained(f"--out {out}: exists already, and is no evaluation to go on with"):
@@ -354,6 +355,10 @@ def main(arguments=None):
             refuse(parser, error)
         try:
             sample_rest(args, policy, files, out / "completions.jsonl", ranks)
+            if ranks.first:
+                print(json.dumps(conclude(args, files, out, config)))
+        except OSError as error:
+            refuse(parser, error)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
             parser.exit(130, words if ranks.first else None)
@@ -361,8 +366,6 @@ def main(arguments=None):
             refuse(
                 parser, f"out of memory: lower --slots {args.slots}; with --out {out} it goes on"
             )
-        if ranks.first:
-            print(json.dumps(conclude(args, files, out, config)))
 
 
 if __name__ == "__main__":

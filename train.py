@@ -307,7 +307,7 @@ def evaluate(run):
 
     prompts = [prompt for some in run.held_out.values() for prompt in some]
     if not run.evaluations:
-        run.policy.show(prompts)
+        run.policy.show(cfg.eval_data, prompts)
     done = iter(ranks.spread(requests(cfg.seed, prompts, 1), work))
     rows = []
     for level, some in run.held_out.items():

@@ -47,7 +47,7 @@ class Stage:
     tokens: int = 0  # sampled in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
-    extended_after: tuple = ()  # every M_l that --resume --updates raised
+    extended_after: list = field(default_factory=list)  # every M_l that --resume --updates raised
 
     @property
     def progress(self):

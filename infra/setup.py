@@ -1,6 +1,7 @@
 """From a command line to a run, and from the end of a run to an exit code."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from infra.ranks import Ranks, Stop, one_speaks, refuse
 from infra.run import Run, Stage
 from infra.tracker import Tracker
 from parts import kernels, lora
-from parts.files import sha256
+from parts.files import explained, sha256
 from parts.optimizer import Learner
 from parts.policy import Policy, digest
 from rewards import Grader, import_file, load_reward
@@ -62,13 +63,14 @@ def as_started(given):
         config = json.loads(path.read_text())
         flags = {name: config[name] for name in vars(Config())}
         check(Config(**flags))
-        if not all(config[name] for name in ("inputs", "model_files", "kernels", "torch")):
-            raise KeyError("inputs")
+        if not all(config[name] for name in ("read", "model_files", "kernels", "threads", "torch")):
+            raise KeyError("read")
         if config["revision"]:
             flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error})"
+            f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error}); one "
+            "that another version of EPRLI began goes on with that version alone"
         ) from error
     may_change = MAY_CHANGE.split()
     for name in given:
@@ -101,7 +103,7 @@ def read_data(cfg):
         "repeats_removed": len(found) - len(different),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
-        "read": {"--data": digest(str(found)), "--eval-data": digest(str(held_out))},
+        "read": {"--data": digest(found), "--eval-data": digest(held_out)},
     }
     return levels, train_set, held_out, facts
 
@@ -241,9 +243,11 @@ def begin(cfg, ranks):
         raise ValueError(
             f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
         )
-    used = kernels.use(ranks.from_first(kernels.probe))
+    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
+        raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
+    here = computing(ranks.from_first(kernels.probe))
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
-    inputs = facts.pop("read") | hashes([cfg.examples])
+    read, inputs = facts.pop("read"), hashes([cfg.data, cfg.eval_data, cfg.examples])
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
         if path := reward.rpartition(":")[0]:
@@ -251,14 +255,14 @@ def begin(cfg, ranks):
     config = {
         **with_full_paths(cfg),
         **facts,
+        **here,
         # tools/report.html shows these four.
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(stage.order.prompts) for stage in stages],
         "objective": explain(cfg, [stage.level for stage in stages]),
         "levels": [asdict(stage.level) for stage in stages],
-        "torch": torch.__version__,
-        "kernels": used,
+        "read": read,
         "inputs": inputs,
         "model_files": hashes(policy.folder.iterdir()),
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
@@ -269,7 +273,7 @@ def begin(cfg, ranks):
         return make_run(cfg, directory, ranks, stages, held_out, policy)
     except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
         if ranks.first:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
         raise
 
 
@@ -283,40 +287,42 @@ def go_on(cfg, config, ranks):
     checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
     if cfg.kl_coef or not checkpoint:
         files = files | config["model_files"]
-    here = {"torch": torch.__version__, "kernels": kernels.use(config["kernels"])}
-    if not here.items() <= config.items():
-        tqdm.write(f"the run began with others than {here}: it is not bit for bit the same")
+    ranks.from_first(lambda: must_be_unchanged(cfg.out, files, hashes(files)))
+    for name, now in computing(config["kernels"]).items():
+        if now != config[name]:
+            tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
     stages, held_out, policy, facts = ranks.together(lambda: load(cfg, model, ranks.device))
-    ranks.from_first(lambda: must_be_unchanged(cfg.out, files, facts["read"] | hashes(files)))
+    ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
     run = make_run(cfg, directory, ranks, stages, held_out, policy)
     sizes = run.resume(checkpoint)
-    extend(run, config)
-    ranks.from_first(lambda: directory.cut_logs(sizes))  # once nothing is refused any more
+    extended = extend(run, config)
+    ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
+    if extended != config:
+        ranks.from_first(lambda: directory.replace_config(extended))
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
 
 def extend(run, config):
-    """Give the last level of a resumed run its larger --updates, and write that down.
+    """Give the last level of a resumed run its larger --updates.
 
-    config  its config.json, as it was.  Raises ValueError
+    config  its config.json, as it was -> as it is from now on.  Raises ValueError
     """
     last = run.stages[-1]
     last.extended_after = config.get("extended_after", [])
     before = [level["updates"] for level in config["levels"]]
     now = [stage.level.updates for stage in run.stages]
     if now == before:
-        return
+        return config
     if run.cfg.tokens or now[:-1] != before[:-1] or now < before or last.over:
         raise ValueError(
             f"--updates {now}: with --resume it extends the last level, which must not have ended "
             f"early, or by --tokens; {run.directory.out} has {before}"
         )
-    last.extended_after += before[-1:]
+    last.extended_after = [*last.extended_after, before[-1]]
     levels = [asdict(stage.level) for stage in run.stages]
-    changes = {"updates": now, "levels": levels, "extended_after": last.extended_after}
-    run.ranks.from_first(lambda: run.directory.replace_config(config | changes))
+    return config | {"updates": now, "levels": levels, "extended_after": last.extended_after}
 
 
 def load(cfg, model, device):
@@ -324,10 +330,10 @@ def load(cfg, model, device):
     levels, train_set, held_out, facts = read_data(cfg)
     policy = load_policy(cfg, model, device)
     if model == cfg.model:
-        with data.explained(f'{cfg.data}: "measured" is not what eval.py writes'):
+        with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
             check_measured(cfg, levels, train_set, policy)
     stages, cut_facts = make_stages(cfg, levels, train_set, policy)
-    policy.show(stages[0].order.prompts)
+    policy.show(cfg.data, stages[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
     return stages, prompts, policy, facts | cut_facts | eval_facts
 
@@ -343,6 +349,15 @@ def load_policy(cfg, model, device):
     if model == cfg.model and cfg.lora_rank:
         lora.add(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     return policy
+
+
+def computing(choice):
+    """With what a run computes, of which its bits depend.  choice  of parts/kernels.py"""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.use(choice),
+    }
 
 
 def make_run(cfg, directory, ranks, stages, held_out, policy):
@@ -444,7 +459,7 @@ def conduct(train, run):
             if stop.__cause__ and run.ranks.first:
                 traceback.print_exception(stop.__cause__)
         try:
-            if not (code and run.broken):  # else the last good checkpoint is better
+            if not run.broken:  # else the last good checkpoint is better
                 with memory_explained(run):
                     run.save()
         except Stop as stop:
@@ -460,7 +475,9 @@ def conclude(run, ended):
     out = run.directory.out
     if run.evaluations:
         print(run.table())
-    if run.saved:
+    if run.broken:
+        print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
+    elif run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:
         print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)

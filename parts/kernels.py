@@ -52,13 +52,12 @@ def probe():
 
 
 def use(choice):
-    """Set the choice for this process; returns what is used, with the number of threads, which
-    decides the order of sums.
+    """Set the choice for this process; returns what is used.
 
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    _in_use = choice | {"packed": [], "threads": torch.get_num_threads()}
+    _in_use = choice | {"packed": []}
     x = torch.ones(8, 16, device="cpu")
     if seconds(onednn_linear, x, x) == math.inf:
         _in_use["linear"] = "torch"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import torch
@@ -89,13 +89,18 @@ class Policy:
                 )
         return prompts
 
-    def show(self, prompts):
-        """Print two examples as the model sees them, and how many leave no room to answer."""
+    def show(self, name, prompts):
+        """Print two examples as the model sees them, and how many leave no room to answer.
+
+        name  of the file or set
+        """
         for prompt in prompts[:2]:
             text = self.tokenizer.decode(prompt.tokens)
             tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
         if too_long := sum(not self.room(p) for p in prompts):
-            tqdm.write(f"{too_long} of these prompts fill the context and count as wrong")
+            tqdm.write(
+                f"{name}: {too_long} of {len(prompts)} prompts fill the context and count as wrong"
+            )
 
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
@@ -105,8 +110,8 @@ class Policy:
         """What pass rates depend on, beside the problem; JSON."""
         files = sorted(self.folder.glob("*model*.safetensors"))
         return {
-            "weights": digest("".join(map(sha256, files)))[:12],
-            "prompt": digest(json.dumps(self.prompting))[:12],
+            "weights": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12],
+            "prompt": digest(self.prompting)[:12],
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
@@ -121,7 +126,10 @@ class Policy:
         return [self.tokenizer.decode([token]) for token in completion.tokens]
 
 
-def digest(text):
+def digest(value):
+    """A hash of a value as JSON. Of what is none, an image of a data set, only its type counts: its
+    text would tell its place in memory."""
+    text = json.dumps(value, default=lambda x: vars(x) if is_dataclass(x) else type(x).__name__)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -130,8 +130,10 @@ def try_one(policy, prompt, seed=0):
     return attempts
 
 
-def test_prompts_beyond_the_context_count_as_wrong(toy_policy):
+def test_prompts_beyond_the_context_count_as_wrong(toy_policy, capsys):
     prompts = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
+    toy_policy.show("p.jsonl", prompts)
+    assert "p.jsonl: 1 of 2 prompts fill the context" in capsys.readouterr().out
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
     work = requests(0, prompts, 2)
@@ -311,7 +313,7 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
         return original(model, prompts, keys, **settings)
 
     original = policies.sample
-    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(policies, "sample", sample)
     flags = "--data p.jsonl --protocol deepscaler --samples 2 --max-new-tokens 4 --top-k 9 --out o"
     summary = json.loads(run(*flags.split())[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
@@ -433,6 +435,18 @@ def test_a_gpu_without_memory_is_one_sentence(tmp_path, run, monkeypatch, capsys
         run(*SHORT.split(), "--out", "o")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     assert stop.value.code == 2 and "error: " in line and said in line
+
+
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path, run, monkeypatch, capsys):
+    """Another evaluation wrote it, hours after it was looked for. It is said in one line."""
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    real = evaluation.result_of
+    path = tmp_path / "g.jsonl"
+    monkeypatch.setattr(evaluation, "result_of", lambda rows: path.write_text("x") and real(rows))
+    with pytest.raises(SystemExit, match="2"):
+        run(*SHORT.split(), "--add-pass-rate", path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "File exists" in line and path.read_text() == "x"
 
 
 # --------------------------------------------------------------------------- processes and crashes
@@ -605,7 +619,9 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     (tmp_path / "run/checkpoints").mkdir()
     with pytest.raises(SystemExit):
         evaluation.main([*like, "--examples", ""])
-    assert "run/checkpoints: no config.json, so this is not a" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "run: it has no whole checkpoint" in said.out
+    assert "run/checkpoints: no config.json, so this is not a" in said.err
     for name in ("000099", "000100", "000101", "000102", "000200.damaged"):
         write_checkpoint(tmp_path / "run/checkpoints" / name)
     (tmp_path / "run/checkpoints/000102/checksums.json").unlink()

@@ -203,6 +203,16 @@ def test_a_signal_while_updates_are_broken_leaves_the_last_good_checkpoint(
     assert checkpoints(tmp_path) == ["000002"]
 
 
+def test_a_run_that_ends_while_broken_keeps_the_last_good_checkpoint(
+    run, tmp_path, capsys, monkeypatch
+):
+    """At a normal end, weights in doubt were saved, and the good ones deleted."""
+    spoil(monkeypatch, {4}, nan_loss)  # the second step of the last update
+    assert run(updates=2, keep_checkpoints=1) == 0
+    assert "the last good checkpoint is run/checkpoints/000001" in capsys.readouterr().out
+    assert checkpoints(tmp_path) == ["000001"]
+
+
 def test_a_sampler_without_finite_logits_says_so_in_its_log_probs():
     """An index behind the vocabulary, or a made-up probability, would hide what is wrong."""
     logits = torch.full((3, 5), float("nan"))

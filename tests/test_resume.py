@@ -20,12 +20,15 @@ import pytest
 import torch
 from launch import at_call, at_event, die, fail, full_disk, tell, words
 from safetensors.torch import load_file
+from test_train import level
 from transformers import AutoModelForCausalLM
 
 import model
+from eprli import Buffer
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
 from infra.ranks import Stop
+from infra.setup import extend
 from parts import policy as policies
 
 pytestmark = pytest.mark.faults
@@ -196,8 +199,8 @@ def test_a_kill_changes_nothing_where_two_threads_learn(workshop):
     assert launch.wait(again) == [0] and "not bit for bit" not in launch.said(workshop)
     assert_the_same(workshop, "killed", "threads", last=2)
     assert resumed(workshop, "one thread") == 0
-    said = "the run began with others than {'torch': .*'threads': 1}}: it is not bit for bit"
-    assert re.search(said, launch.said(workshop))
+    (said,) = re.findall(".*not bit for bit.*", launch.said(workshop))
+    assert said == "threads 2, now 1: the run is not bit for bit the same"
 
 
 def test_kills_at_random_moments_one_after_the_other(workshop):
@@ -576,6 +579,26 @@ def test_an_extension_that_is_refused_cuts_no_log(extended):
     assert [(extended / "refused" / name).read_bytes() for name in LOGS] == before
 
 
+def test_an_extension_leaves_the_config_that_it_was_given():
+    """The list in it grew, so that the old config was the new one."""
+    stage = run.Stage(1, level(updates=9), None, None, Buffer())
+    longer = SimpleNamespace(stages=[stage], cfg=SimpleNamespace(tokens=None))
+    config = {"levels": [{"updates": 4}], "extended_after": [2]}
+    assert extend(longer, config)["extended_after"] == stage.extended_after == [2, 4]
+    assert config["extended_after"] == [2]
+
+
+def test_a_refused_extension_is_not_written_down(extended):
+    """config.json had the larger budget, though a log had lost lines."""
+    out = extended / "lost"
+    shutil.copytree(extended / "longer", out)
+    truncate(out / "metrics.jsonl")
+    before = (out / "config.json").read_bytes()
+    assert resumed(extended, "lost", "--updates", "4", "9") == 2
+    assert "lines were lost" in launch.said(extended)
+    assert (out / "config.json").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -613,9 +636,19 @@ def test_inputs_that_changed_are_refused(workshop):
     try:
         data.write_text(before + '\n{"problem": "new", "answer": 1, "pass_rate": 0.5}')
         assert resumed(workshop, "inputs") == 2
-        assert "--data is gone, or is not what it was" in launch.said(workshop)
+        assert "p.jsonl is gone, or is not what it was" in launch.said(workshop)
+        data.unlink()
+        assert resumed(workshop, "inputs") == 2
+        assert "p.jsonl is gone, or is not what it was" in launch.said(workshop)
     finally:
         data.write_text(before)
+
+
+class Image:
+    """Of a data set. Its text is another one in every process."""
+
+    def __repr__(self):
+        return f"<at {os.getpid()}>"
 
 
 def with_a_hub(folder, newest, rows, kill=False):
@@ -640,13 +673,15 @@ def test_what_comes_from_the_hub_is_what_it_was(workshop, changes):
     shutil.copytree(workshop / "toy", workshop / "today")
     flip(workshop / "today/model.safetensors")
     rows = [json.loads(line) for line in (workshop / "p.jsonl").read_text().splitlines()]
+    rows[0]["image"] = Image()
     flags = {"model": "o/m", "data": "o/d:train", "eval_data": "o/d:test", "reward": "math"}
     flags |= {"filter": "all"} | changes
     hub = functools.partial(with_a_hub, workshop, "yesterday")
     assert began(workshop, "hub whole", functools.partial(hub, rows), **flags) == 0
     assert began(workshop, "hub", functools.partial(hub, rows, kill=True), **flags) < 0
     other = [rows[0] | {"answer": "2"}, *rows[1:]]
-    for some, code in ((other, 2), (rows, 0)):
+    source = [rows[0] | {"source": "another"}, *rows[1:]]  # a reward may read it
+    for some, code in ((other, 2), (source, 2), (rows, 0)):
         sabotage = functools.partial(with_a_hub, workshop, "today", some)
         processes = launch.start(workshop, ["--resume", "hub"], sabotage=sabotage)
         assert launch.wait(processes) == [code], launch.said(workshop)
@@ -662,7 +697,7 @@ def test_a_helper_of_the_reward_that_changed_is_refused(workshop):
     (workshop / "reward_helper.py").write_text(EVEN)
     assert began(workshop, "helped", reward="with_helper.py:even") == 0, launch.said(workshop)
     assert resumed(workshop, "helped") == 0
-    (workshop / "reward_helper.py").write_text(EVEN + "# another")
+    (workshop / "reward_helper.py").write_text("raise SystemExit('it must not be executed')")
     assert resumed(workshop, "helped") == 2
     assert "reward_helper.py is gone, or is not what it was" in launch.said(workshop)
 
@@ -719,7 +754,7 @@ def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, kl_coef, da
 def test_the_choice_of_kernels_is_kept(workshop):
     """A clock decided it once; a second decision might be another, and change bits."""
     path = workshop / "whole/config.json"
-    assert set(json.loads(path.read_text())["kernels"]) == {"linear", "packed", "threads"}
+    assert set(json.loads(path.read_text())["kernels"]) == {"linear", "packed"}
     sabotage = functools.partial(
         at_call, "parts.kernels.probe", 1, functools.partial(fail, Stop(""))
     )

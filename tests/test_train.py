@@ -376,6 +376,15 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run").exists() == works
 
 
+def test_a_tracker_that_is_missing_is_said_before_all_else(workshop, monkeypatch, capsys):
+    """After a large model was loaded, though a millisecond tells."""
+    monkeypatch.setattr("infra.setup.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("infra.setup.load", None)
+    with pytest.raises(SystemExit, match="2"):
+        workshop(tracker="wandb")
+    assert "--tracker wandb: first `pip install wandb`" in capsys.readouterr().err
+
+
 def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     out = workshop(eval_data="p.jsonl", save_every=1, length_weight=0.5)
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
