@@ -17,7 +17,6 @@ import inspect
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -73,7 +72,8 @@ def serve(pipe, seconds):
 
     No verdict is without its case: SIGPROF, the clock, can kill a child only between receiving a
     case and sending the verdict. If the child dies of anything else, it may have been idle, so this
-    process ends without a word. The pipe is then closed, and the next case gets a new worker.
+    process ends without a word, which closes the pipe. A case sent in that very moment is an error
+    without a judge; any later one gets a new worker.
     """
     signal.signal(signal.SIGPROF, signal.SIG_IGN)
     answers.equal("x+1", "1+\\frac{x}{1}")  # imports, and fills the parser's caches
@@ -93,6 +93,8 @@ def serve(pipe, seconds):
 
 def judge(pipe, seconds):
     """Judge case after case. SIGPROF kills this process if one takes more processor time."""
+    import resource  # here, so that Windows, which lacks it, comes to the sentence of parts/
+
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     while True:
@@ -257,10 +259,10 @@ class TooLate(BaseException):
 def call_within(seconds, problem, function, *arguments):
     """function(*arguments); raises TooLate in it when that time is over, and again and again.
 
-    A function that catches it is late all the same. If it goes on for ever, the process ends: no
-    signal handler can leave a loop that catches everything.
+    A function that catches it, or sets an alarm of its own, is late all the same. If it goes on for
+    ever, the process ends: no signal handler can leave a loop that catches everything.
     """
-    alarms = 0
+    alarms, end = 0, time.monotonic() + seconds
 
     def stop(*_):
         nonlocal alarms
@@ -277,11 +279,14 @@ def call_within(seconds, problem, function, *arguments):
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        finally:  # the alarm may ring in it, once
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if alarms:
+        if time.monotonic() > end:
             raise TooLate
 
 

@@ -397,7 +397,7 @@ def test_bad_run_directories(begun, refused):
     without_seed = {name: value for name, value in good.items() if name != "seed"}
     configs = {
         "is not that of a run (KeyError: 'seed')": without_seed,
-        "is not that of a run (KeyError: 'inputs')": good | {"inputs": None},
+        "is not that of a run (KeyError: 'read')": good | {"read": None},
         "--lr must be above 0": good | {"lr": -1},
         "is not that of a run (TypeError": [],
     }
@@ -422,7 +422,7 @@ import scipy.stats, torch, tqdm, transformers
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 sys.platform = "win32"
 sys.modules["fcntl"] = sys.modules["resource"] = None
-for name in ("eval", "train"):
+for name in ("eval", "rewards", "train"):
     try:
         importlib.import_module(name)
     except SystemExit as stop:
@@ -434,6 +434,6 @@ def test_windows_is_told_so_in_one_line():
     """Before fcntl and resource are imported, which it lacks."""
     words = [sys.executable, "-c", ON_WINDOWS]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    lines = [f"{name} EPRLI needs Linux" for name in ("eval", "train")]
+    lines = [f"{name} EPRLI needs Linux" for name in ("eval", "rewards", "train")]
     said = done.stdout.splitlines()
-    assert len(said) == 2 and all(map(str.startswith, said, lines)), done.stderr
+    assert len(said) == 3 and all(map(str.startswith, said, lines)), done.stderr

@@ -438,7 +438,14 @@ def indignant(problem, response):
         raise ValueError from error
 
 
-@pytest.mark.parametrize("reward", [stubborn, busy, deaf, indignant])
+def alarmed(problem, response):
+    """Its own alarm replaces ours, as math-verify's does."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(0.3)
+    return 1.0
+
+
+@pytest.mark.parametrize("reward", [stubborn, busy, deaf, indignant, alarmed])
 def test_a_reward_that_takes_too_long_is_stopped(reward):
     """Whatever it makes of that: one that caught TooLate was given its number. And its clock does
     not ring later."""
@@ -448,6 +455,23 @@ def test_a_reward_that_takes_too_long_is_stopped(reward):
     assert 0.2 <= time.monotonic() - start < 5
     assert rewards.outcomes(lambda problem, response: 3, Problem("p", "1", "1"), ["a"], 0.2) == [3]
     time.sleep(0.3)
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_an_alarm_after_the_return_does_not_ring_later(monkeypatch):
+    """Handled between the return and the end of the clock, it left clock and handler behind."""
+    before, real, rung = signal.getsignal(signal.SIGALRM), signal.setitimer, []
+
+    def setitimer(which, seconds, *interval):
+        if not seconds and not rung:
+            rung.append(1)
+            signal.raise_signal(signal.SIGALRM)
+        return real(which, seconds, *interval)
+
+    monkeypatch.setattr(signal, "setitimer", setitimer)
+    with contextlib.suppress(rewards.TooLate):
+        rewards.outcomes(lambda problem, response: 1, Problem("p", "1", "1"), ["a"], 60)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) == before
 
 
