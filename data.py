@@ -20,9 +20,6 @@ from parts.files import explained, force_to_disk, is_text, read_records, squash,
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 
-# Q_l by default, for the shipped problems. Level 1: solved in 20 % of the attempts or more.
-QUALITY = [0.8, 1.0]
-
 
 # --------------------------------------------------------------------------------------- problems
 

@@ -1,10 +1,12 @@
-"""EPRLI (arXiv 2508.01604), the equations: pure functions on tensors, and three small records.
+"""EPRLI (arXiv 2508.01604), the equations and the curriculum: pure functions, and small records.
 
     A_i = (r_i - mean_G r) / std_G r                               group_advantage
     r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_reward
     J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)  (Eq. 1)
                                                                    clipped_objective, loss_weight
     fill a buffer with N_l groups whose R_l differ (DAPO)          Buffer
+    for level l = 1 .. L: for update = 1 .. M_l                    LevelState, next_level
+    the learning rate over a level                                 learning_rate
 
 In one sentence: DAPO's loop in which the hyper-parameters are indexed by a level of difficulty, run
 level after level on one shared policy. Where the paper's description is silent or contradicts
@@ -52,9 +54,22 @@ Shapes: P groups, G completions per group, B completions, T tokens.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+# Q_l by default, for the shipped problems. Level 1: solved in 20 % of the attempts or more.
+QUALITY = [0.8, 1.0]
+# Defaults by level, for the shipped model: a value for level 1 of several levels, and one for all
+# others or for a single level.
+LEVEL_DEFAULTS = {
+    "quality": QUALITY,
+    "max_new_tokens": [96, 128],
+    "length_weight": [0.0, 0.3],
+    "updates": [20, 40],
+}
+# Updates in a row that may fail to fill a buffer, before the level ends (7)
+MOST_SKIPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +234,7 @@ class Group:
     completions: list  # each with .tokens (ids) and .logprobs (nats, under the policy that sampled)
     outcome: torch.Tensor  # (G,)  R_l of each completion
     length_reward: torch.Tensor  # (G,)  K_l x length term
+    advantage: torch.Tensor  # (G,)  A of each completion
     sampled_after: int  # updates that its policy had been trained on when it sampled the group
     late: bool = False  # R_l took too long: no number, and no fault of the policy's
 
@@ -292,3 +308,70 @@ class Buffer:
         leaving = set(groups)
         self.counts[fate] += len(leaving)
         self.groups = [g for g in self.groups if g not in leaving]
+
+
+# ------------------------------------------------------------------------------------- curriculum
+
+
+@dataclass
+class LevelState:
+    """A level at work: what it carries from update to update."""
+
+    number: int  # from 1
+    level: Level
+    order: object  # in which its prompts are drawn, see data.Order
+    reward_fn: object  # R_l: a user's function, or None: the verifier
+    buffer: Buffer
+    trained: int = 0  # updates of this level that changed the policy
+    tokens: int = 0  # sampled in this level's updates, whatever became of them
+    skips: int = 0  # in a row
+    last_update: int = 0  # number of its newest update; 0: none yet
+    extended_after: list = field(default_factory=list)  # every M_l that --resume --updates raised
+
+    @property
+    def progress(self):
+        """Share of the level's budget that is used up: of updates or of tokens, the larger."""
+        budgets = (self.trained, self.level.updates), (self.tokens, self.level.tokens)
+        return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
+
+    @property
+    def schedule(self):
+        """(updates so far, progress) as `learning_rate` sees them: its schedule begins anew
+        where each budget ended before it was extended, and then has no warm-up."""
+        if not self.extended_after:
+            return self.trained, self.progress
+        begin = 0
+        for end in (*self.extended_after, self.level.updates):
+            if self.trained < end:
+                break
+            begin = end
+        return math.inf if begin else self.trained, (self.trained - begin) / (end - begin)
+
+    @property
+    def over(self):
+        return self.progress == 1 or self.skips == MOST_SKIPS
+
+
+def next_level(states, schedule):
+    """The level of the next update: one level after the other, or each in turn. None: all are over.
+
+    states  [LevelState, ...];  schedule  "sequential" or "interleaved"
+    """
+    left = [state for state in states if not state.over]
+    if schedule == "interleaved":
+        return min(left, key=lambda state: state.last_update, default=None)
+    return left[0] if left else None
+
+
+def learning_rate(cfg, trained, progress):
+    """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
+
+    trained   updates of the level that changed the policy so far
+    progress  share of the level's budget that is used up, in [0, 1)
+    """
+    rate = cfg.lr * min(1.0, (trained + 1) / max(cfg.warmup, 1))
+    if cfg.lr_decay == "none":
+        return rate
+    if cfg.lr_decay == "linear":
+        return rate * (1 - progress)
+    return rate * (1 + math.cos(math.pi * progress)) / 2

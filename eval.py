@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import data
+from eprli import QUALITY
 from infra.directory import checkpoints, create, damage, lock
 from infra.ranks import Ranks, one_speaks, refuse
 from parts import lora, papers
@@ -106,7 +107,13 @@ def make_parser():
     add(
         "--merge", type=Path, metavar="FOLDER", help="merge adapter --model into its base, and stop"
     )
-    add("--quality", type=float, nargs="+", default=data.QUALITY, help="thresholds of levels")
+    add(
+        "--quality",
+        type=float,
+        nargs="+",
+        default=QUALITY,
+        help="thresholds of levels",
+    )
     add("--allow-last-number", action="store_true", help="without a box, grade the last number")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     dtype = "default float32, on a GPU bfloat16 for any model but the shipped one"

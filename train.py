@@ -3,8 +3,8 @@
     python train.py                       the shipped model and problems, minutes on a laptop
     python train.py --model DIR_OR_HUB_NAME --data F.jsonl --eval-data G.jsonl
 
-`train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations in
-both. What can go wrong, is logged, saved or resumed is the business of `run` (infra/run.py).
+`train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
+the curriculum. How a run is counted, logged, saved and resumed is in infra/run.py.
 """
 
 import itertools
@@ -23,11 +23,12 @@ from eprli import (
     kl_penalty,
     length_reward,
     loss_weight,
+    next_level,
 )
 from infra.ranks import Stop
 from infra.setup import carry_out
 from infra.update import NotFinite
-from model import micro_batches, pad
+from model import pad
 from parts.policy import TRAINING, Sampling, attempt, requests
 from parts.statistics import interval
 from rewards import TooLate, outcomes, writes_steps
@@ -43,42 +44,54 @@ PEAKS = ("ratio_max", "gap_max")
 
 def train(run):
     """The loop of the paper. The comments quote the algorithm box of the README."""
-    # for level l = 1 .. L: for update = 1 .. M_l:
-    for stage in run.turns(evaluate):
-        level, buffer = stage.level, stage.buffer
-        with run.update(stage) as update:
+    cfg, ranks = run.cfg, run.ranks
+    while True:
+        if run.evaluation_due and cfg.eval_every != 0:
+            evaluate(run)
+        run.save_if_due()
+        ranks.raise_signals()  # one that came while learning takes effect here
+        # for level l = 1 .. L: for update = 1 .. M_l:
+        state = next_level(run.levels, cfg.schedule)
+        if state is None:
+            return
+        level, buffer, update = state.level, state.buffer, run.start_update(state)
+        try:
             # drop groups that were sampled more than one update ago
-            buffer.expire(run.trained, max_age=0 if run.cfg.surplus == "drop" else 1)
+            buffer.expire(run.trained, max_age=0 if cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l
             while buffer.pending < level.buffer_groups and update.prompts_left:
-                groups = draw(run, stage, update)
+                groups = draw(run, state, update)
                 # keep a group iff its R_l are not all equal
                 buffer.add(groups)
                 update.check_drawn()
-            # until the buffer holds N_l groups: never train on less
+            # until the buffer holds N_l groups: never train on less, else the update is skipped
             if buffer.pending >= level.buffer_groups:
                 groups = buffer.oldest(level.buffer_groups)
-                # A_i; mu_l times, minibatch by minibatch: one step of ascent on J_l
-                learn(run, stage, groups, update)
+                # mu_l times, minibatch by minibatch: one step of ascent on J_l
+                learn(run, state, groups, update)
                 buffer.remove(groups, "kept")
+        except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
+            update.fault = fault
+            buffer.remove(fault.groups, "broken")
+        run.end_update()  # counted and logged
 
 
 # ------------------------------------------------------------------------------------ draw, score
 
 
-def draw(run, stage, update):
+def draw(run, state, update):
     """Draw at most P_l prompts, sample G_l completions of each from the policy as it is, score.
 
     -> one Group per prompt
     """
-    cfg, level, order = run.cfg, stage.level, stage.order
+    cfg, level, order = run.cfg, state.level, state.order
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
-        count = min(count, level.buffer_groups - stage.buffer.pending)
+        count = min(count, level.buffer_groups - state.buffer.pending)
     first, work = order.drawn, []
     for number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
         streams = [
-            stream(cfg.seed, TRAINING, stage.number, number, g) for g in range(level.group_size)
+            stream(cfg.seed, TRAINING, state.number, number, g) for g in range(level.group_size)
         ]
         work.append((prompt, streams))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
@@ -92,7 +105,7 @@ def draw(run, stage, update):
             show_progress=run.ranks.first,
             clock=update.seconds,
         )
-        return [(a, score(run, stage, prompt, a)) for (prompt, _), a in zip(share, done)]
+        return [(a, score(run, state, prompt, a)) for (prompt, _), a in zip(share, done)]
 
     scored = run.ranks.spread(work, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
@@ -100,15 +113,15 @@ def draw(run, stage, update):
     return groups
 
 
-def score(run, stage, prompt, attempts):
-    """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, as a Group."""
-    level = stage.level
+def score(run, state, prompt, attempts):
+    """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, and A_i, as a Group."""
+    level = state.level
     outcome, late = [a.right for a in attempts], False
-    if stage.reward:
-        outcome, late = own_reward(run.cfg, stage, prompt.problem, [a.text for a in attempts])
+    if state.reward_fn:
+        outcome, late = own_reward(run.cfg, state, prompt.problem, [a.text for a in attempts])
     outcome = torch.tensor(outcome, dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
-    length = length_reward(
+    length = level.length_weight * length_reward(
         run.cfg.length_kind,
         torch.tensor([a.length for a in attempts], dtype=torch.float64),
         outcome >= 1,
@@ -120,23 +133,24 @@ def score(run, stage, prompt, attempts):
         prompt=prompt.tokens,
         completions=[a.completion for a in attempts],
         outcome=outcome,
-        length_reward=level.length_weight * length,
+        length_reward=length,
+        advantage=group_advantage(outcome + length, run.cfg.adv_std),
         sampled_after=run.trained,
         late=late,
     )
 
 
-def own_reward(cfg, stage, problem, responses):
+def own_reward(cfg, state, problem, responses):
     """The user's R_l of a group's completions -> numbers, whether it took too long
 
     An error in it ends the run and names the problem.
     """
     try:
-        return outcomes(stage.reward, problem, responses, cfg.reward_timeout), False
+        return outcomes(state.reward_fn, problem, responses, cfg.reward_timeout), False
     except TooLate:
         return [math.nan] * len(responses), True
     except (Exception, SystemExit) as error:
-        where = f"--reward {stage.level.reward}, problem {problem.id}"
+        where = f"--reward {state.level.reward}, problem {problem.id}"
         raise Stop(f"{where}: {type(error).__name__}: {error}") from error
 
 
@@ -153,30 +167,27 @@ class Sample:
     fresh: bool  # sampled by the policy that this update begins with
 
 
-def learn(run, stage, groups, update):
+def learn(run, state, groups, update):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
     run.doing = "learning"
     samples = []  # one list for each group
     for group in groups:
-        advantage = group_advantage(group.reward, cfg.adv_std).tolist()  # A_i
         fresh = group.sampled_after == run.trained
         update.carried += not fresh
-        samples.append([Sample(group, c, A, fresh) for c, A in zip(group.completions, advantage)])
-    for step in minibatches(cfg, stage.level.inner_epochs, samples, update.number):
-        sums, peaks = accumulate_gradient(run, stage.level, step)
-        if not update.steps:
+        pairs = zip(group.completions, group.advantage.tolist())
+        samples.append([Sample(group, completion, A, fresh) for completion, A in pairs])
+    for step in minibatches(cfg, state.level.inner_epochs, samples, update.number):
+        sums, peaks = accumulate_gradient(run, state.level, step)
+        number = len(update.steps) + 1
+        if number == 1:
             check_gap(cfg.dtype, sums)
         if not math.isfinite(sums["objective"]):
             learner.drop_gradient()
-            raise NotFinite(
-                f"the loss of step {len(update.steps) + 1} is {-sums['objective']}", groups
-            )
+            raise NotFinite(f"the loss of step {number} is {-sums['objective']}", groups)
         norm = learner.step(update.lr, cfg.max_grad_norm)
         if not math.isfinite(norm):
-            raise NotFinite(
-                f"the gradient's norm in step {len(update.steps) + 1} is {norm}", groups
-            )
+            raise NotFinite(f"the gradient's norm in step {number} is {norm}", groups)
         update.steps.append({"grad_norm": norm, **sums, **peaks})
     update.seconds["learn"] += time.perf_counter() - start
 
@@ -207,38 +218,19 @@ def check_gap(dtype, sums):
 def accumulate_gradient(run, level, step):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
-    How the step is cut into micro-batches, over the processes and over their threads changes
-    nothing.
+    The step's sum is divided once, by counts of the whole step. So how the learner cuts it into
+    micro-batches, over processes and threads, changes nothing.
 
     -> {name: sum over the step's tokens; objective}, {name: maximum}: of all processes, on each
     """
-    ranks, models = run.ranks, run.learner.models  # a thread for each model
-    num_tokens = sum(len(s.completion.tokens) for s in step)  # counted before the first backward
-    counts = len(step), num_tokens
-    parts = split(step, ranks.size * len(models))
-    # Threads hold their micro-batches at the same time.
-    shares = [cut(part, run.cfg.micro_batch_tokens // len(models)) for part in parts]
-    # FSDP averages gradients over the processes, and we need their sum.
-    scale = ranks.size if ranks.sharded else 1
-    most = max(map(len, shares))
+    counts = len(step), sum(len(s.completion.tokens) for s in step)
 
-    def backward(model, share):
-        found = []
-        for micro in share:
-            J, some = objective(run, level, model, micro, counts)
-            (-scale * J).backward()
-            found.append(some)
-        # FSDP gathers weights from all processes, so one without samples takes part with a dummy.
-        for _ in range(most - len(share) if ranks.sharded else 0):
-            J, _ = objective(run, level, model, step[:1], counts)
-            (0 * J).backward()
-        return found
+    def objective_of(model, micro):
+        return objective(run, level, model, micro, counts)
 
-    first = ranks.rank * len(models)
-    found = run.learner.add_gradients(backward, shares[first : first + len(models)])
-    found = [some for part in ranks.gather(found) for some in part]
-    sums = {name: sum(some[name] for some in found) for name in SUMS}
-    peaks = {name: max(some[name] for some in found) for name in PEAKS}
+    found = run.learner.add_gradients(step, objective_of, run.cfg.micro_batch_tokens)
+    sums = {name: sum(logged[name] for logged in found) for name in SUMS}
+    peaks = {name: max(logged[name] for logged in found) for name in PEAKS}
     return sums, peaks
 
 
@@ -274,23 +266,6 @@ def objective(run, level, model, micro, counts):
     return J, found
 
 
-def split(step, num_parts):
-    """Contiguous parts of about equal numbers of tokens, so that most groups stay together."""
-    parts, before = [[] for _ in range(num_parts)], 0
-    num_tokens = sum(len(s.completion.tokens) for s in step)
-    for s in step:
-        parts[before * num_parts // num_tokens].append(s)
-        before += len(s.completion.tokens)
-    return parts
-
-
-def cut(samples, max_tokens):
-    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample)."""
-    prompts = [s.group.prompt for s in samples]
-    completions = [s.completion.tokens for s in samples]
-    return [[samples[i] for i in rows] for rows in micro_batches(prompts, completions, max_tokens)]
-
-
 # --------------------------------------------------------------------------------------- evaluate
 
 
@@ -298,7 +273,8 @@ def evaluate(run):
     """Held-out accuracy of every bin of difficulty: one sample a problem at the training
     temperature, at most --eval-max-new-tokens, whatever level is being trained."""
     cfg, ranks = run.cfg, run.ranks
-    longest = max(stage.level.max_new_tokens for stage in run.stages)
+    run.doing = "evaluating"
+    longest = max(state.level.max_new_tokens for state in run.levels)
     sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)
 
     def work(share):

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import data
+from eprli import QUALITY
 from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, Policy, Sampling, attempt, requests
 from rewards import RIGHT, Grader
 
@@ -64,7 +65,7 @@ def main():
     parts = {}
     for name in ("train", "heldout"):
         problems = data.read_problems(SHIPPED / f"{name}.jsonl")
-        parts[name] = data.cut_levels(problems, data.QUALITY, "pass_rate")[0]
+        parts[name] = data.cut_levels(problems, QUALITY, "pass_rate")[0]
     easy, hard = (texts(policy, level, args.seed) for level in parts["train"])
     rows = [next(easy) for _ in range(20 * PROMPTS)]  # 20 updates of level 1
     rows += [next(hard) for _ in range(400 * PROMPTS)]

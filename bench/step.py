@@ -15,10 +15,10 @@ import common
 
 import train
 from data import Order, Problem
-from eprli import Buffer
+from eprli import Buffer, LevelState
 from infra.flags import Config, resolve_levels
 from infra.ranks import Ranks
-from infra.run import Run, Stage
+from infra.run import Run
 from infra.update import Update
 from parts.optimizer import Learner
 from parts.policy import Policy
@@ -45,19 +45,19 @@ def make_run(args):
     policy = replace(policy, stop_ids=())
     problems = [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)]
     prompts = policy.render(problems)
-    stage = Stage(1, level, Order(prompts, "bench"), reward, Buffer())
+    state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner = Learner(policy.model, ranks, args.recompute)
-    return Run(cfg, None, ranks, policy, None, learner, Grader(), [stage], {})
+    return Run(cfg, None, ranks, policy, None, learner, Grader(), [state], {})
 
 
 def one_update(run):
     """-> seconds, those of learning among them, completion tokens"""
-    stage = run.stages[0]
-    update = Update(2, stage, 1e-6, run.cfg.max_draws)  # the first would print completions
+    state = run.levels[0]
+    update = Update(2, state, 1e-6, run.cfg.max_draws)  # the first would print completions
 
     def work():
-        train.learn(run, stage, train.draw(run, stage, update), update)
+        train.learn(run, state, train.draw(run, state, update), update)
 
     return common.seconds(work), update.seconds["learn"], update.total("tokens")
 

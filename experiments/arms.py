@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
+from eprli import QUALITY
 from experiments.problems import terms
 from parts.policy import SHIPPED
 
@@ -205,7 +206,7 @@ def prepare():
         right = sum(i < p.pass_rate * len(samples) for i in rng.sample(samples, 4))
         four.append(replace(p, pass_rate=right / 4))
     files = {
-        "few": data.cut_levels(held_out, data.QUALITY, "pass_rate")[0][1][:64],
+        "few": data.cut_levels(held_out, QUALITY, "pass_rate")[0][1][:64],
         "four": four,
         "shuffled": ranked(problems, lambda p: rng.random()),
         "steps": ranked(problems, lambda p: (len(terms(p.problem)), rng.random())),

@@ -9,20 +9,14 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser
 
-from data import QUALITY, Prompting
+from data import Prompting
+from eprli import LEVEL_DEFAULTS as DEFAULTS
 from eprli import Level
 from model import LOGITS_PER_CHUNK
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
-from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, default_dtype, is_shipped
+from parts.policy import SHIPPED, SLOTS, TINY, default_dtype, is_shipped
 
-# What differs by level: a value for level 1 of several, and one for all others or a single level.
-BY_LEVEL = {
-    "quality": QUALITY,
-    "max_new_tokens": [96, MAX_NEW_TOKENS],
-    "length_weight": [0.0, 0.3],
-    "updates": [20, 40],
-}
 LR = 3e-4
 
 
@@ -79,7 +73,7 @@ class Levels:
     )
 
     quality: list[float] | None = flag(
-        f"Q_l, upper bound of difficulty; default {BY_LEVEL['quality']}, or one level of "
+        f"Q_l, upper bound of difficulty; default {DEFAULTS['quality']}, or one level of "
         "everything if no problem has a pass rate [paper: two levels; where they are cut: ours]"
     )
     difficulty: Literal["pass_rate", "level"] = flag(
@@ -94,12 +88,12 @@ class Levels:
         "N_l, groups that an update trains on [ours; FastCuRL 64-128]", [16]
     )
     max_new_tokens: list[int] | None = flag(
-        f"Len_l, longest completion, tokens; default {BY_LEVEL['max_new_tokens']} for the shipped "
+        f"Len_l, longest completion, tokens; default {DEFAULTS['max_new_tokens']} for the shipped "
         "model, none for others [ours; DeepScaleR 8192-24576]"
     )
     reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
-        f"K_l, weight of the length reward; default {BY_LEVEL['length_weight']} "
+        f"K_l, weight of the length reward; default {DEFAULTS['length_weight']} "
         "[ours; paper: K_l > 0, without a number; DAPO: 0.5]"
     )
     eps_low: list[float] = flag("ratio's lower clip bound is 1 - eps_low [DAPO]", [0.2])
@@ -108,7 +102,7 @@ class Levels:
         "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1]
     )
     updates: list[int] | None = flag(
-        f"M_l, updates of the level; 0: it is not trained; default {BY_LEVEL['updates']}, or no "
+        f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']}, or no "
         "bound where --tokens is given [ours]"
     )
     tokens: list[int] | None = flag(
@@ -346,7 +340,7 @@ def check(cfg):
 
 def level_values(cfg, measured):
     """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) or BY_LEVEL.get(name) for name in PER_LEVEL}
+    values = {name: getattr(cfg, name) or DEFAULTS.get(name) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
     values["tokens"] = cfg.tokens or [None]
     if cfg.tokens and not cfg.updates:

@@ -120,6 +120,10 @@ class Ranks:
                 raise failure if rank == self.rank else kind(message)
         return result
 
+    def raise_signals(self):
+        """Let a signal that has come take effect now, on all processes."""
+        self.together(lambda: None)
+
     def gather(self, value):
         """The values of all processes, in their order, on all."""
         if self.size == 1:

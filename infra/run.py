@@ -1,15 +1,11 @@
-"""A run at work: what is due next, and all that may happen to one update.
+"""A run at work: where it stands, what is due, and what it writes down.
 
-The loop of train.py uses `Run.turns` and `Run.update`. `turns` yields the level of every update,
-after the evaluation and the checkpoint that are due. `update` is the context of one update: it
-counts and logs. A number that is not finite ends the update and no more. A signal or an error while
-sampling takes back all that the update did. Signals take no effect while learning.
+train.py decides what happens; a Run counts it, logs it, saves it, and takes up a saved state.
 """
 
 import json
 import math
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,193 +13,143 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import name_level
-from eprli import Buffer, Group, Level
-from infra.ranks import Stop
-from infra.update import NotFinite, Update
-from model import PART_BYTES
+from eprli import MOST_SKIPS, Group, learning_rate
+from infra.directory import RunDirectory
+from infra.flags import Config
+from infra.ranks import Ranks, Stop
+from infra.tracker import Tracker
+from infra.update import Update
+from model import PART_BYTES, Transformer
 from parts import lora
-from parts.optimizer import learning_rate
+from parts.optimizer import Learner
+from parts.policy import Policy
+from rewards import Grader
 from rollout import Completion
 
-# Updates in a row that may fail to fill a buffer, before the level ends (eprli.py, 7)
-MOST_SKIPS = 3
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
-COUNTERS = ("trained", "tokens", "skips", "last_update")  # of a Stage
-PROGRESS = ("turns_taken", "broken", "evaluation_due", "evaluations", "first_entropy")  # of a Run
-
-
-@dataclass
-class Stage:
-    """A level at work: what it carries from update to update."""
-
-    number: int  # from 1
-    level: Level
-    order: object  # data.Order of its prompts
-    reward: object  # a user's function, or None: the grader's outcome
-    buffer: Buffer
-    trained: int = 0  # updates of this level that changed the policy
-    tokens: int = 0  # sampled in this level's updates, whatever became of them
-    skips: int = 0  # in a row
-    last_update: int = 0  # number of its newest update; 0: none yet
-    extended_after: list = field(default_factory=list)  # every M_l that --resume --updates raised
-
-    @property
-    def progress(self):
-        """Share of the level's budget that is used up: of updates or of tokens, the larger."""
-        budgets = (self.trained, self.level.updates), (self.tokens, self.level.tokens)
-        return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
-
-    @property
-    def schedule(self):
-        """(updates so far, progress) as the learning rate sees them: its schedule begins anew
-        where each budget ended before it was extended, and then has no warm-up."""
-        if not self.extended_after:
-            return self.trained, self.progress
-        begin = 0
-        for end in (*self.extended_after, self.level.updates):
-            if self.trained < end:
-                break
-            begin = end
-        return math.inf if begin else self.trained, (self.trained - begin) / (end - begin)
-
-    @property
-    def over(self):
-        return self.progress == 1 or self.skips == MOST_SKIPS
-
-
-def next_stage(stages, schedule):
-    """One level after the other, or each in turn; None when all are over."""
-    left = [stage for stage in stages if not stage.over]
-    if schedule == "interleaved":
-        return min(left, key=lambda stage: stage.last_update, default=None)
-    return left[0] if left else None
+COUNTERS = ("trained", "tokens", "skips", "last_update")  # of a LevelState
+PROGRESS = ("num_updates", "broken", "evaluation_due", "evaluations", "first_entropy")  # of a Run
 
 
 @dataclass
 class Run:
     """All that a run consists of, and where it stands."""
 
-    cfg: object  # flags.Config
-    directory: object
-    ranks: object
-    policy: object
-    reference: object  # the starting policy's model, for the KL term; or None
-    learner: object
-    grader: object
-    stages: list
+    cfg: Config
+    directory: RunDirectory
+    ranks: Ranks
+    policy: Policy
+    reference: Transformer | None  # the starting policy's model, for the KL term
+    learner: Learner
+    grader: Grader
+    levels: list  # of LevelState
     held_out: dict  # {number of a bin of difficulty, None if it is not known: [data.Prompt, ...]}
-    turns_taken: int = 0  # updates so far, skipped ones included
+    num_updates: int = 0  # so far, skipped ones included
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
     saved: str | None = None  # name of the newest checkpoint
-    ahead: bool = False  # weights or logs hold what the counters do not yet: no saving now
+    update: Update | None = None  # at work
+    half_done: bool = False  # weights or logs hold what the counters do not yet: no saving now
     doing: str = "setting up"  # what it does, where memory may run out
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
-    tracker: object = None  # of the first process, with --tracker
+    tracker: Tracker | None = None  # of the first process, with --tracker
+    bar: tqdm | None = None
 
     @property
     def trained(self):
         """Updates that changed the policy."""
-        return sum(stage.trained for stage in self.stages)
+        return sum(state.trained for state in self.levels)
 
     @property
     def tokens(self):
         """Sampled so far, over all levels."""
-        return sum(stage.tokens for stage in self.stages)
+        return sum(state.tokens for state in self.levels)
 
     @property
     def progress(self):
         """Share of the whole run's budget that is used up."""
         done = total = 0
-        for stage in self.stages:
-            budget = stage.level.tokens or stage.level.updates or 0
-            done += budget * (stage.over or stage.progress)
+        for state in self.levels:
+            budget = state.level.tokens or state.level.updates or 0
+            done += budget * (state.over or state.progress)
             total += budget
         return done / total if total else 1
 
-    def turns(self, evaluate):
-        """The stage of every update; between them what is due: evaluate(self), a checkpoint."""
+    def progress_bar(self):
         silent = not self.ranks.first
-        with tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent) as bar:
-            while True:
-                if self.evaluation_due and self.cfg.eval_every != 0:
-                    self.doing = "evaluating"
-                    evaluate(self)
-                self.evaluation_due = False
-                if self.due(self.cfg.save_every) and not self.broken:
-                    self.save()
-                # A signal that came while learning takes effect here.
-                stage = self.ranks.together(lambda: next_stage(self.stages, self.cfg.schedule))
-                if stage is None:
-                    return
-                yield stage
-                bar.update(self.progress - bar.n)
+        self.bar = tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent)
+        return self.bar
 
     def due(self, every):
         """Whether what happens after every so many updates, or never (0, None), is due now."""
-        return bool(every and self.turns_taken and self.turns_taken % every == 0)
+        return bool(every and self.num_updates and self.num_updates % every == 0)
 
-    @contextmanager
-    def update(self, stage):
-        """One update of a level. Raises Stop after MOST_BROKEN updates that met bad numbers."""
+    def save_if_due(self):
+        if self.due(self.cfg.save_every) and not self.broken:
+            self.save()
+
+    def start_update(self, state):
+        """-> the next Update, of this level"""
         self.doing = "sampling"
-        lr = learning_rate(self.cfg, *stage.schedule)
-        update = Update(self.turns_taken + 1, stage, lr, self.cfg.max_draws)
-        drawn, buffer = stage.order.drawn, stage.buffer
-        before = list(buffer.groups), Counter(buffer.counts)
-        try:
-            yield update
-        except NotFinite as fault:
-            update.fault = fault
-            stage.buffer.remove(fault.groups, "broken")
-        except BaseException:
-            stage.order.drawn = drawn
-            buffer.groups, buffer.counts = before
-            self.ahead = bool(update.steps)
-            raise
-        self.ahead = True
-        self.count(stage, update)
-        self.log(stage, update)
-        self.ahead = False
+        lr = learning_rate(self.cfg, *state.schedule)
+        self.update = Update(self.num_updates + 1, state, lr, self.cfg.max_draws)
+        return self.update
+
+    def take_back(self):
+        """Undo an update that a signal or an error has ended. Weights that it has changed stay."""
+        if self.update:
+            self.update.take_back()
+            self.half_done |= bool(self.update.steps)
+
+    def end_update(self):
+        """Count and log. Raises Stop after MOST_BROKEN updates that met bad numbers."""
+        update, self.update, self.half_done = self.update, None, True
+        self.count(update)
+        self.log(update)
+        self.half_done = False
+        if self.bar:
+            self.bar.update(self.progress - self.bar.n)
         if self.broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
                 f"{update.fault}. {self.directory.last_good()}; lower --lr, or look at --reward"
             )
 
-    def count(self, stage, update):
+    def count(self, update):
         """Count an update that is over, and say whether an evaluation is due."""
-        self.turns_taken += 1
-        stage.last_update = self.turns_taken
-        stage.tokens += sum(row["tokens"] for row in update.rows)
-        stage.trained += bool(update.steps)
+        state = update.state
+        self.num_updates += 1
+        state.last_update = self.num_updates
+        state.tokens += sum(row["tokens"] for row in update.rows)
+        state.trained += bool(update.steps)
         if update.fault:
             self.broken += 1
-            stage.skips = 0
+            state.skips = 0
         elif update.steps:
-            self.broken = stage.skips = 0
+            self.broken = state.skips = 0
         else:
-            stage.skips += 1
-        if stage.over:
-            stage.buffer.remove(stage.buffer.groups, "stale")
-        self.evaluation_due = stage.over or self.due(self.cfg.eval_every)
+            state.skips += 1
+        if state.over:
+            state.buffer.remove(state.buffer.groups, "stale")
+        self.evaluation_due = state.over or self.due(self.cfg.eval_every)
 
     # ------------------------------------------------------------------------------------- logs
 
-    def log(self, stage, update):
+    def log(self, update):
         """Write one update down, and tell of it."""
-        row, written = update.row(), update.written(self.cfg, self.policy)
+        state = update.state
+        row, written = update.row(), update.rows_to_write(self.cfg, self.policy)
         row["completions_left_out"] = len(update.rows) - len(written)
         self.directory.append("completions.jsonl", written)
         self.directory.append("metrics.jsonl", [row])
         if self.tracker:
             self.tracker.send(update.number, row, update.rows)
         update.tell(row, self.directory.out)
-        if stage.skips == MOST_SKIPS:
-            tqdm.write(f"  level {stage.number} ends early after {MOST_SKIPS} skipped updates")
+        if state.skips == MOST_SKIPS:
+            tqdm.write(f"  level {state.number} ends early after {MOST_SKIPS} skipped updates")
         entropy = row["entropy"]
         if not math.isfinite(entropy):
             return
@@ -217,13 +163,14 @@ class Run:
 
     def evaluated(self, rows):
         """Write down and print the held-out accuracy of every level."""
-        rows = [{"update": self.turns_taken, "tokens_sampled": self.tokens, **row} for row in rows]
-        self.ahead = True
+        self.evaluation_due = False
+        rows = [{"update": self.num_updates, "tokens_sampled": self.tokens, **row} for row in rows]
+        self.half_done = True
         self.directory.append("eval.jsonl", rows)
         if self.tracker:
             held_out = {f"held out, {name_level(r['level'])}": r["accuracy"] for r in rows}
-            self.tracker.send(self.turns_taken, held_out)
-        self.ahead = False
+            self.tracker.send(self.num_updates, held_out)
+        self.half_done = False
         self.saved = None  # a checkpoint of this update, if there is one, lacks these rows
         self.evaluations += rows
         for row in rows:
@@ -243,11 +190,11 @@ class Run:
         """Held-out accuracy of every level (rows) before and after every level (columns)."""
         columns = {"before": 0}
         if self.cfg.schedule == "interleaved":
-            columns["after"] = self.turns_taken
+            columns["after"] = self.num_updates
         else:
-            for stage in self.stages:
-                if stage.last_update:
-                    columns[f"after level {stage.number}"] = stage.last_update
+            for state in self.levels:
+                if state.last_update:
+                    columns[f"after level {state.number}"] = state.last_update
         cells = {}
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
@@ -262,8 +209,8 @@ class Run:
 
     def save(self):
         """Write the state, unless it is on the disk. Every process must call. Raises Stop."""
-        name = f"{self.turns_taken:06d}"
-        if name == self.saved or self.ahead:
+        name = f"{self.num_updates:06d}"
+        if name == self.saved or self.half_done:
             return
         self.doing = "saving"
         parts = in_parts(self.learner.tensors())
@@ -329,10 +276,10 @@ def in_parts(tensors):
 def pack(run):
     """Everything but weights, optimizer and logs, for json.dumps(..., default=plain)."""
     levels = []
-    for stage in run.stages:
-        drawn, buffer = stage.order.drawn, stage.buffer
+    for state in run.levels:
+        drawn, buffer = state.order.drawn, state.buffer
         level = {"drawn": drawn, "counts": buffer.counts, "groups": buffer.groups}
-        levels.append(level | {name: getattr(stage, name) for name in COUNTERS})
+        levels.append(level | {name: getattr(state, name) for name in COUNTERS})
     return {"progress": {name: getattr(run, name) for name in PROGRESS}, "levels": levels}
 
 
@@ -341,16 +288,16 @@ def plain(value):
     return value.tolist() if isinstance(value, torch.Tensor) else vars(value)
 
 
-def unpack(run, state):
+def unpack(run, packed):
     """The inverse of `pack`, into a run that has just begun."""
-    vars(run).update(state["progress"])
-    for stage, level in zip(run.stages, state["levels"], strict=True):
-        stage.order.drawn = level["drawn"]
+    vars(run).update(packed["progress"])
+    for state, level in zip(run.levels, packed["levels"], strict=True):
+        state.order.drawn = level["drawn"]
         for name in COUNTERS:
-            setattr(stage, name, level[name])
-        stage.buffer.counts = Counter(level["counts"])
+            setattr(state, name, level[name])
+        state.buffer.counts = Counter(level["counts"])
         for row in level["groups"]:
             row["completions"] = [Completion(**completion) for completion in row["completions"]]
-            for name in ("outcome", "length_reward"):
+            for name in ("outcome", "length_reward", "advantage"):
                 row[name] = torch.tensor(row[name], dtype=torch.float64)
-            stage.buffer.groups.append(Group(**row))
+            state.buffer.groups.append(Group(**row))

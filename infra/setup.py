@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eprli import Buffer
+from eprli import Buffer, LevelState
 from infra import memory
 from infra.directory import RunDirectory, create
 from infra.flags import (
@@ -32,7 +32,7 @@ from infra.flags import (
     stated,
 )
 from infra.ranks import Ranks, Stop, one_speaks, refuse
-from infra.run import Run, Stage
+from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels, lora
 from parts.files import explained, sha256
@@ -169,7 +169,7 @@ def make_stages(cfg, levels, train_set, policy):
             too_long += len(own) - len(prompts)
         order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(cfg.filter == "all")
-        stages.append(Stage(number, level, order, load_reward(level.reward), buffer))
+        stages.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
             f"{'' if level.trains else ', not trained'}"
@@ -309,10 +309,10 @@ def extend(run, config):
 
     config  its config.json, as it was -> as it is from now on.  Raises ValueError
     """
-    last = run.stages[-1]
+    last = run.levels[-1]
     last.extended_after = config.get("extended_after", [])
     before = [level["updates"] for level in config["levels"]]
-    now = [stage.level.updates for stage in run.stages]
+    now = [stage.level.updates for stage in run.levels]
     if now == before:
         return config
     if run.cfg.tokens or now[:-1] != before[:-1] or now < before or last.over:
@@ -321,7 +321,7 @@ def extend(run, config):
             f"early, or by --tokens; {run.directory.out} has {before}"
         )
     last.extended_after = [*last.extended_after, before[-1]]
-    levels = [asdict(stage.level) for stage in run.stages]
+    levels = [asdict(state.level) for state in run.levels]
     return config | {"updates": now, "levels": levels, "extended_after": last.extended_after}
 
 
@@ -410,7 +410,7 @@ def memory_explained(run=None):
             "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
-            run.ahead = True
+            run.half_done = True
             print(words, file=sys.stderr)
         raise Stop(words) from None
 
@@ -448,7 +448,7 @@ def conduct(train, run):
     code, ended = 0, None
     with run.ranks.signals():
         try:
-            with memory_explained(run):
+            with memory_explained(run), run.progress_bar():
                 train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
@@ -458,6 +458,7 @@ def conduct(train, run):
             code, ended = 1, str(stop)
             if stop.__cause__ and run.ranks.first:
                 traceback.print_exception(stop.__cause__)
+        run.take_back()
         try:
             if not run.broken:  # else the last good checkpoint is better
                 with memory_explained(run):
@@ -481,7 +482,7 @@ def conclude(run, ended):
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:
         print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)
-    elif run.turns_taken:
+    elif run.num_updates:
         from tools import report  # matplotlib takes a second to import
 
         print(f"picture: {report.draw([out])}")

@@ -9,7 +9,6 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from eprli import group_advantage
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
@@ -34,14 +33,14 @@ class Update:
 
     rows    one per completion drawn
     groups  all that were drawn
-    steps  one per optimizer step: what train.accumulate_gradient found, and the gradient's norm
+    steps  one per optimizer step: what train.accumulate_gradient says, and the gradient's norm
     """
 
-    def __init__(self, number, stage, lr, max_draws):
-        self.number, self.stage, self.lr = number, stage, lr
-        self.prompts_left = max_draws * stage.level.prompts  # that may still be drawn
+    def __init__(self, number, state, lr, max_draws):
+        self.number, self.state, self.lr = number, state, lr
+        self.prompts_left = max_draws * state.level.prompts  # that may still be drawn
         self.carried = 0  # groups trained on that an older policy sampled
-        self.counts_before = Counter(stage.buffer.counts)
+        self.before = state.order.drawn, list(state.buffer.groups), Counter(state.buffer.counts)
         self.draws = 0
         self.rows = []
         self.scored = []  # those of groups whose R_l came in time
@@ -63,7 +62,7 @@ class Update:
             for i, (a, outcome, length_reward) in enumerate(scored):
                 row = {
                     "update": self.number,
-                    "level": self.stage.number,
+                    "level": self.state.number,
                     "problem_id": prompt.problem.id,
                     "problem": prompt.problem.problem,
                     "answer": prompt.problem.answer,
@@ -86,8 +85,13 @@ class Update:
                     f"({a.verdict}; answer {prompt.problem.answer!r})"
                 )
 
-    def written(self, cfg, policy):
-        """The rows for completions.jsonl: of all groups, or of --keep-completions.
+    def take_back(self):
+        """Order and buffer as they were before the update."""
+        state = self.state
+        state.order.drawn, state.buffer.groups, state.buffer.counts = self.before
+
+    def rows_to_write(self, cfg, policy):
+        """Rows of completions.jsonl: of all groups, or of --keep-completions.
 
         The first of them is the first drawn whose outcomes differ, if there is one, and shows its
         tokens. The others are the first drawn.
@@ -97,10 +101,10 @@ class Update:
         rows = []
         for i in order[: cfg.keep_completions or None]:
             group = self.groups[i]
-            advantage = group_advantage(group.reward, cfg.adv_std).tolist()
-            own = self.rows[i * len(advantage) :]
-            for row, A, completion in zip(own, advantage, group.completions):
-                row |= {"group": i, "advantage": A}
+            first = i * len(group.completions)
+            scored = zip(self.rows[first:], group.advantage.tolist(), group.completions)
+            for row, advantage, completion in scored:
+                row = row | {"group": i, "advantage": advantage}
                 if i == order[0]:
                     row["pieces"] = policy.pieces(completion)
                     row["logprobs"] = [round(x, 3) + 0.0 for x in completion.logprobs]  # no -0.0
@@ -113,7 +117,7 @@ class Update:
             reward = row["outcome"] + row["length_reward"]
             if not math.isfinite(reward):
                 raise NotFinite(
-                    f"--reward {self.stage.level.reward} returned, "
+                    f"--reward {self.state.level.reward} returned, "
                     f"for problem {row['problem_id']}, {reward}"
                 )
         if self.count("broken") > self.late:
@@ -121,7 +125,7 @@ class Update:
 
     def count(self, fate):
         """How many groups had this fate in this update."""
-        return self.stage.buffer.counts[fate] - self.counts_before[fate]
+        return self.state.buffer.counts[fate] - self.before[2][fate]
 
     def total(self, name):
         """Summed over the steps."""
@@ -141,7 +145,7 @@ class Update:
         rewards = [group.reward for group in self.groups if not group.late]
         row = {
             "update": self.number,
-            "level": self.stage.number,
+            "level": self.state.number,
             "accuracy": ratio(verdicts[RIGHT], len(rows)),
             "reward_mean": mean([x for r in rewards for x in r.tolist()]),
             "reward_variance_within": mean([r.var(correction=0).item() for r in rewards]),
@@ -154,7 +158,7 @@ class Update:
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
             "reward_timeouts": self.late,
-            "groups_pending": self.stage.buffer.pending,
+            "groups_pending": self.state.buffer.pending,
             "carried_share": ratio(self.carried, self.count("kept")),
             "objective": mean_of("objective", steps),
             "entropy": self.per_token("entropy"),
@@ -177,7 +181,7 @@ class Update:
 
     def tell(self, row, folder):
         """Print its line, and what a person should hear of.  row: see `row`"""
-        where = f"level {self.stage.number} ({self.stage.progress:.0%}) update {self.number}"
+        where = f"level {self.state.number} ({self.state.progress:.0%}) update {self.number}"
         tqdm.write(f"{where} | {LINE.format(**row).replace('nan%', '-').replace('nan', '-')}")
         failures = row["grader_timeouts"] + row["grader_errors"]
         if failures > MOST_FAILURES * len(self.rows):
@@ -191,7 +195,7 @@ class Update:
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:
-            tqdm.write(f"  update {self.number} skipped: {unfilled(row, self.stage.level)}")
+            tqdm.write(f"  update {self.number} skipped: {unfilled(row, self.state.level)}")
 
 
 LINE = (

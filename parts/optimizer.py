@@ -1,4 +1,4 @@
-"""AdamW on the weights of a policy: float32 masters, shards over processes, the learning rate."""
+"""AdamW on the weights of a policy: sums of gradients, float32 masters, shards over processes."""
 
 import copy
 import math
@@ -7,22 +7,10 @@ from functools import partial
 
 import torch
 
+from model import micro_batches
+
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
-
-
-def learning_rate(cfg, trained, progress):
-    """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
-
-    trained   updates of the level that changed the policy so far
-    progress  share of the level's budget that is used up, in [0, 1)
-    """
-    rate = cfg.lr * min(1.0, (trained + 1) / max(cfg.warmup, 1))
-    if cfg.lr_decay == "none":
-        return rate
-    if cfg.lr_decay == "linear":
-        return rate * (1 - progress)
-    return rate * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Learner:
@@ -69,17 +57,49 @@ class Learner:
         on_cpu = self.weights[0].device.type == "cpu" and torch.get_num_threads() > 1
         return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
 
-    def add_gradients(self, backward, shares):
-        """backward(model, share) -> [...] leaves a gradient; a model and a thread for each share.
-        -> the results of all.  Gradients are summed in the order of shares, so that every run has
-        the same bits."""
-        if len(shares) == 1:
-            return backward(self.model, *shares)
-        found = list(self.pool.map(backward, self.models, shares))
+    def add_gradients(self, samples, objective, micro_batch_tokens):
+        """Add the gradient of -J over the samples of a step: a sum over its micro-batches.
+
+        samples    of the whole step: every process, and every thread, takes a share
+        objective  (model, micro-batch) -> J, what is logged of it
+        -> [what is logged of a micro-batch, ...] of all processes, on each
+
+        Gradients are summed in the order of shares, so that every run has the same bits.
+        """
+        ranks, models = self.ranks, self.models  # a thread for each model
+        parts = split(samples, ranks.size * len(models))
+        # Threads hold their micro-batches at the same time.
+        shares = [cut_micro_batches(part, micro_batch_tokens // len(models)) for part in parts]
+        most = max(map(len, shares)) if ranks.sharded else 0
+        # FSDP averages gradients over the processes, and we need their sum.
+        scale = ranks.size if ranks.sharded else 1
+
+        def backward(model, share):
+            found = []
+            for micro in share:
+                J, logged = objective(model, micro)
+                (-scale * J).backward()
+                found.append(logged)
+            # FSDP gathers weights from all processes, so one without samples runs a dummy.
+            for _ in range(most - len(share)):
+                J, _ = objective(model, samples[:1])
+                (0 * J).backward()
+            return found
+
+        first = ranks.rank * len(models)
+        own = shares[first : first + len(models)]
+        if len(models) == 1:
+            found = backward(self.model, *own)
+        else:
+            found = sum(self.pool.map(backward, models, own), [])
+            self.join_gradients()
+        return sum(ranks.gather(found), [])
+
+    def join_gradients(self):
+        """The gradients of the second model are added to those of the first."""
         for ours, theirs in zip(*(model.parameters() for model in self.models)):
             grads = [p.grad for p in (ours, theirs) if p.grad is not None]
             ours.grad, theirs.grad = sum(grads) if grads else None, None
-        return sum(found, [])
 
     def step(self, lr, max_norm):
         """One step at learning rate lr; returns the gradient's norm before it was clipped.
@@ -127,6 +147,23 @@ class Learner:
                 master.copy_(value)
             else:
                 self.adamw.state[master][kind] = value
+
+
+def split(samples, num_parts):
+    """Contiguous parts of about equal numbers of tokens, so that most groups stay together."""
+    parts, before = [[] for _ in range(num_parts)], 0
+    num_tokens = sum(len(s.completion.tokens) for s in samples)
+    for s in samples:
+        parts[before * num_parts // num_tokens].append(s)
+        before += len(s.completion.tokens)
+    return parts
+
+
+def cut_micro_batches(samples, max_tokens):
+    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample)."""
+    prompts = [s.group.prompt for s in samples]
+    completions = [s.completion.tokens for s in samples]
+    return [[samples[i] for i in rows] for rows in micro_batches(prompts, completions, max_tokens)]
 
 
 def move_gradient(master, weight):

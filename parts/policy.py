@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 import data
+from eprli import LEVEL_DEFAULTS
 from model import Transformer
 from parts import lora
 from parts.files import explained, sha256
@@ -26,7 +27,8 @@ SHIPPED = (
     Path(__file__).parents[1] / "assets"
 )  # a tiny checkpoint, and its problems with pass rates
 TINY = SHIPPED / "tiny"
-MAX_NEW_TOKENS, SLOTS = 128, 256  # defaults that fit the shipped model
+MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
+SLOTS = 256  # likewise
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
 

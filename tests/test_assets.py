@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import QUALITY, cut_levels, overlap, read_problems, without_repeats
+from data import cut_levels, overlap, read_problems, without_repeats
+from eprli import QUALITY
 from experiments import warmstart
 from experiments.problems import generate
 from model import Transformer

@@ -259,6 +259,7 @@ def group(*outcome, sampled_after=0, length=None, logprob=-1.0):
         completions=[SimpleNamespace(tokens=[1], logprobs=[logprob])] * len(outcome),
         outcome=outcome,
         length_reward=torch.zeros_like(outcome) if length is None else torch.tensor(length),
+        advantage=group_advantage(outcome),
         sampled_after=sampled_after,
     )
 

@@ -325,7 +325,7 @@ def idle_run(tmp_path):
     ranks = Ranks()
     nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "grader"))
     return Run(
-        directory=RunDirectory(tmp_path, ranks), ranks=ranks, stages=[], held_out={}, **nothing
+        directory=RunDirectory(tmp_path, ranks), ranks=ranks, levels=[], held_out={}, **nothing
     )
 
 

@@ -10,11 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
 import train
-from eprli import Buffer, Group
+from data import Order
+from eprli import Buffer, Group, LevelState, group_advantage
 from infra.flags import Config, resolve_levels
 from infra.memory import plan, total
 from infra.ranks import Ranks
-from infra.run import Run, Stage
+from infra.run import Run
 from infra.update import Update
 from model import Transformer
 from parts import kernels, lora
@@ -65,6 +66,7 @@ def fill(cfg, level, model, prompt):
     done = sample(model, prompts, keys, limits, **options)
     outcome = torch.arange(level.group_size).double() % 2
     rest = {"outcome": outcome, "length_reward": 0 * outcome, "sampled_after": 0}
+    rest["advantage"] = group_advantage(outcome)
     return [Group(prompt=p, completions=c, **rest) for p, c in zip(prompts, done)]
 
 
@@ -92,10 +94,10 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
     groups, sampling, _ = peak(lambda: fill(cfg, level, learner.model, prompt))
-    stage = Stage(1, level, None, None, Buffer())
-    run = Run(cfg, None, Ranks(), None, None, learner, None, [stage], {})
-    update = Update(1, stage, 0.0, cfg.max_draws)
-    _, learning, moments = peak(lambda: train.learn(run, stage, groups, update))
+    state = LevelState(1, level, Order([], ""), None, Buffer())
+    run = Run(cfg, None, Ranks(), None, None, learner, None, [state], {})
+    update = Update(1, state, 0.0, cfg.max_draws)
+    _, learning, moments = peak(lambda: train.learn(run, state, groups, update))
     parts = plan(cfg, [level], learner.model, prompt)
     always += moments  # which come with the first step
     for phase, found in {"always": always, "sampling": sampling, "learning": learning}.items():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eprli import Group, group_advantage
+from eprli import Buffer, Group, group_advantage
 from infra.update import Update
 from parts.policy import Policy
 from rollout import Completion
@@ -125,18 +125,24 @@ class Pieces:
         return [f"<{token}>" for token in completion.tokens]
 
 
+LEVEL_STATE = SimpleNamespace(
+    number=1,
+    buffer=Buffer(),
+    order=SimpleNamespace(drawn=0),
+    level=SimpleNamespace(prompts=9),
+)
+
+
 def drawn(*outcomes):
     """An Update that has drawn these groups."""
-    stage = SimpleNamespace(
-        number=1, buffer=SimpleNamespace(counts={}), level=SimpleNamespace(prompts=9)
-    )
-    update = Update(1, stage, 0.1, 1)
+    update = Update(1, LEVEL_STATE, 0.1, 1)
     groups, prompts, attempts = [], [], []
     for number, outcome in enumerate(outcomes):
         done = [Completion([i, number], [-1e-9, -0.12345], True) for i in range(len(outcome))]
         outcome = torch.tensor(outcome, dtype=torch.float64)
         group = {"prompt": [1], "completions": done, "outcome": outcome}
-        groups.append(Group(**group, length_reward=0 * outcome, sampled_after=0))
+        group |= {"length_reward": 0 * outcome, "advantage": group_advantage(outcome)}
+        groups.append(Group(**group, sampled_after=0))
         problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
         prompts.append(SimpleNamespace(problem=problem))
         facts = {"verdict": "right", "length": 2, "text": "x"}
@@ -155,7 +161,7 @@ def test_whole_groups_are_written_and_one_shows_its_tokens(keep, expected):
     would lose it."""
     update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
     cfg = SimpleNamespace(keep_completions=keep, adv_std="group")
-    rows = update.written(cfg, Pieces())
+    rows = update.rows_to_write(cfg, Pieces())
     assert [row["group"] for row in rows] == [number for number in expected for _ in range(3)]
     assert [row["sample"] for row in rows] == [0, 1, 2] * len(expected)
     assert [row["problem_id"] for row in rows[:3]] == ["p2"] * 3
@@ -169,8 +175,8 @@ def test_whole_groups_are_written_and_one_shows_its_tokens(keep, expected):
 
 def test_where_no_group_teaches_the_first_shows_its_tokens():
     cfg = SimpleNamespace(keep_completions=1, adv_std="group")
-    assert [row["group"] for row in drawn([0, 0], [1, 1]).written(cfg, Pieces())] == [0, 0]
-    assert drawn().written(cfg, Pieces()) == []
+    assert [row["group"] for row in drawn([0, 0], [1, 1]).rows_to_write(cfg, Pieces())] == [0, 0]
+    assert drawn().rows_to_write(cfg, Pieces()) == []
 
 
 def test_pieces_of_tokens_spell_the_text(tokenizer):
@@ -328,13 +334,11 @@ def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_
 
 
 def test_completions_do_not_command_the_terminal(capsys):
-    stage = SimpleNamespace(number=1, buffer=SimpleNamespace(counts={}))
-    stage.level = SimpleNamespace(prompts=1)
     group = SimpleNamespace(late=False, outcome=torch.zeros(1), length_reward=torch.zeros(1))
     problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
     done = SimpleNamespace(stopped=True)
     attempt = SimpleNamespace(completion=done, verdict="wrong", length=1, text="3\x1b[31m\u202e")
-    Update(1, stage, 0.1, 1).drew([SimpleNamespace(problem=problem)], [[attempt]], [group])
+    Update(1, LEVEL_STATE, 0.1, 1).drew([SimpleNamespace(problem=problem)], [[attempt]], [group])
     said = capsys.readouterr().out
     assert said.strip().isprintable() and "3\\x1b[31m\\u202e" in said
 

@@ -16,15 +16,14 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import Problem, Prompt
-from eprli import Buffer, Group, Level, kl_penalty
+from data import Order, Problem, Prompt
+from eprli import Buffer, Group, Level, LevelState, group_advantage, kl_penalty, learning_rate
 from infra.flags import Config, fill
 from infra.ranks import Ranks
-from infra.run import Stage
 from infra.setup import check_measured
 from infra.update import Update
 from model import pad
-from parts.optimizer import Learner, learning_rate
+from parts.optimizer import Learner
 from parts.policy import Attempt
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
@@ -81,6 +80,7 @@ def group(prompt, completions, rewards=(1.0, 0.0)):
         completions=completions,
         outcome=rewards,
         length_reward=torch.zeros_like(rewards),
+        advantage=group_advantage(rewards),
         sampled_after=1,
     )
 
@@ -182,8 +182,8 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
         learner = Learner(model, Ranks())
         learner.step = look
         run = a_run(model, learner=learner, loss_norm=norm, minibatches=minibatches)
-        stage = Stage(1, level(), None, None, Buffer())
-        learn(run, stage, groups, Update(1, stage, 0.1, max_draws=1))
+        state = LevelState(1, level(), Order([], ""), None, Buffer())
+        learn(run, state, groups, Update(1, state, 0.1, max_draws=1))
     assert len(seen) == 1 + 2 + 4
     assert all((g - seen[0]).abs().max() < 1e-12 for g in seen)
 
@@ -224,7 +224,7 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
     def progress(updates, tokens):
         own = level(updates=updates, tokens=tokens)
-        return Stage(1, own, None, None, Buffer(), trained=3, tokens=500).progress
+        return LevelState(1, own, None, None, Buffer(), trained=3, tokens=500).progress
 
     assert progress(4, None) == 0.75
     assert progress(None, 2000) == 0.25
@@ -736,7 +736,7 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
         completion = Completion([7] * n, [-1.0] * n, True)
         attempts.append(Attempt(completion, text, "1", verdict))
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
-    group = train.score(run, SimpleNamespace(level=own, reward=reward), prompt, attempts)
+    group = train.score(run, SimpleNamespace(level=own, reward_fn=reward), prompt, attempts)
     assert group.length_reward.tolist() == pytest.approx(expected)
     assert group.right.tolist() == [True, False]
 
