@@ -1,0 +1,65 @@
+"""The rooms of the house: who may import whom, and that nobody imports in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the ground up: a module imports those that stand before it, and no other.
+ORDER = """
+infra
+parts parts.files parts.kernels
+answers.spelling answers.shapes answers.equality answers
+eprli model rollout
+parts.sources data rewards
+parts.lora parts.optimizer parts.papers parts.policy parts.statistics
+infra.ranks infra.directory infra.memory infra.tracker infra.flags infra.update infra.run
+infra.setup
+tools tools.verdict tools.report tools.compare
+train eval
+"""
+FLOORS = ORDER.split()
+ROOMS = ("answers", "infra", "parts", "tools")
+
+
+def modules():
+    """{name: path} of all modules outside tests, bench, experiments and assets."""
+    found = {path.stem: path for path in ROOT.glob("*.py")}
+    for room in ROOMS:
+        for path in (ROOT / room).glob("*.py"):
+            found[room if path.stem == "__init__" else f"{room}.{path.stem}"] = path
+    return found
+
+
+def imported(path, known):
+    """Names of the project's modules that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & known
+
+
+def test_every_module_has_its_floor():
+    assert sorted(modules()) == sorted(FLOORS)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_go_down(name):
+    """A circle loads a module twice or half, and a reader who follows it never arrives."""
+    own = FLOORS.index(name)
+    above = {
+        other for other in imported(modules()[name], set(FLOORS)) if FLOORS.index(other) >= own
+    }
+    assert not above, f"{name} imports {above}"
+
+
+def test_what_keeps_a_run_safe_is_no_part_of_the_algorithm():
+    """The equations, the model, the sampler and the rewards know nothing of runs."""
+    for name in ("eprli", "model", "rollout", "data", "rewards", "answers.equality"):
+        found = imported(modules()[name], set(FLOORS))
+        assert not [other for other in found if other.startswith(("infra", "tools"))], name
