@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 import data
 from eprli import QUALITY
 from infra.directory import checkpoints, create, damage, lock
-from infra.ranks import Ranks, one_speaks, refuse
+from infra.ranks import Ranks, refuse, silence_others
 from parts import lora, papers
 from parts.files import explained, write_records
 from parts.policy import (
@@ -193,7 +193,7 @@ def make_row(path, problem_id, level, sample, attempt):
     }
 
 
-def load(args, device):
+def load_inputs(args, device):
     """Read and check everything. -> Policy, {file: prompts}.  Raises ValueError or OSError"""
     check(args)
     policy, files = Policy.load(args.model, args.dtype, device, args), {}
@@ -264,7 +264,7 @@ def sample_rest(args, policy, files, log, ranks):
     print(f"{log}: {done} problems are done, {len(work) - done} are left")
     size = max(1, 2 * args.slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
-        rows = ranks.spread(work[start : start + size], sample_share)
+        rows = ranks.share_out(work[start : start + size], sample_share)
         ranks.from_first(lambda rows=rows: write_records(log, rows, "a"))
     grader.close()
 
@@ -306,7 +306,7 @@ def add_pass_rates(path, prompts, results, measured):
     data.write_problems(path, problems)
 
 
-def conclude(args, files, out, config):
+def write_results(args, files, out, config):
     """Write results.jsonl and summary.json, print tables -> what summary.json holds
 
     config  config.json, an open file
@@ -340,7 +340,7 @@ def conclude(args, files, out, config):
 
 
 def main(arguments=None):
-    one_speaks()
+    silence_others()
     parser = make_parser()
     with contextlib.ExitStack() as stack:
         try:
@@ -355,15 +355,15 @@ def main(arguments=None):
                     raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
             ranks = stack.enter_context(Ranks(args.device))
-            policy, files = ranks.together(lambda: load(args, ranks.device))
+            policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
             out = ranks.from_first(lambda: open_folder(args, policy, files))
-            config = ranks.together(lambda: ranks.first and lock(out / "config.json"))
+            config = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             refuse(parser, error)
         try:
             sample_rest(args, policy, files, out / "completions.jsonl", ranks)
             if ranks.first:
-                print(json.dumps(conclude(args, files, out, config)))
+                print(json.dumps(write_results(args, files, out, config)))
         except OSError as error:
             refuse(parser, error)
         except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from eprli import (
     next_level,
 )
 from infra.ranks import Stop
-from infra.setup import carry_out
+from infra.setup import run_command
 from infra.update import NotFinite
 from model import pad
 from parts.policy import TRAINING, Sampling, attempt, requests
@@ -107,7 +107,7 @@ def draw(run, state, update):
         )
         return [(a, score(run, state, prompt, a)) for (prompt, _), a in zip(share, done)]
 
-    scored = run.ranks.spread(work, sample_and_score)  # if one process fails, all raise
+    scored = run.ranks.share_out(work, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
     update.drew([prompt for prompt, _ in work], [attempts for attempts, _ in scored], groups)
     return groups
@@ -284,7 +284,7 @@ def evaluate(run):
     prompts = [prompt for some in run.held_out.values() for prompt in some]
     if not run.evaluations:
         run.policy.show(cfg.eval_data, prompts)
-    done = iter(ranks.spread(requests(cfg.seed, prompts, 1), work))
+    done = iter(ranks.share_out(requests(cfg.seed, prompts, 1), work))
     rows = []
     for level, some in run.held_out.items():
         right, lengths, steps = zip(*itertools.islice(done, len(some)))
@@ -296,9 +296,20 @@ def evaluate(run):
     run.evaluated(rows)
 
 
+def draw_run(out):
+    """The picture and the page of a run directory."""
+    from tools import report  # matplotlib takes a second to import
+
+    print(f"picture: {report.draw([out])}")
+    print(f"page:    {report.write_page([out])}")
+    metrics = report.read_log(out / "metrics.jsonl")
+    if left_out := sum(row["completions_left_out"] for row in metrics):
+        print(f"{left_out:,} completions were not written down (--keep-completions)")
+
+
 def main(arguments=None):
     """Set a run up, train, and leave with an exit code that says how it ended."""
-    carry_out(train, arguments)
+    run_command(train, draw_run, arguments)
 
 
 if __name__ == "__main__":

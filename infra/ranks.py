@@ -2,7 +2,7 @@
 
 Sampling, grading and gradients are spread over the processes. Every process keeps a full copy of
 all other state, the buffer included, and computes the same decisions from it, so none waits for a
-message that never comes. A process may raise on its own only inside `together`, which raises on
+message that never comes. A process may raise on its own only inside `on_all`, which raises on
 all.
 """
 
@@ -27,18 +27,21 @@ MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
 
-def one_speaks():
-    """Whether this is the process that speaks; the others print nothing from now on."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
+def is_first():
+    """Whether this is the process that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def silence_others():
+    """The other processes print nothing from now on."""
+    if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
-    return first
 
 
 def refuse(parser, error):
     """Bad input ends the program with one line of one process, and exit code 2."""
     words = f"{parser.prog}: error: {squash(str(error))}\n"
-    parser.exit(2, words if one_speaks() else None)
+    parser.exit(2, words if is_first() else None)
 
 
 class Stop(Exception):
@@ -56,7 +59,7 @@ class Ranks:
     first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
     signal      number of the SIGINT, SIGTERM or SIGHUP that came, or None. It takes effect at once
-                inside `together`, elsewhere at the next call of it, so that no update is left half
+                inside `on_all`, elsewhere at the next call of it, so that no update is left half
                 done.
                 A second signal, a second later, leaves at once without saving.
     """
@@ -64,7 +67,7 @@ class Ranks:
     def __init__(self, device="cpu", sharded=False):
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self.first = self.rank == 0
+        self.first = is_first()
         self.device, self.sharded = torch.device(device), sharded
         self.signal, self.signal_time, self.interruptible = None, 0.0, False
         if sharded and "RANK" not in os.environ:
@@ -89,18 +92,18 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------- work
 
-    def spread(self, items, work):
+    def share_out(self, items, work):
         """work(share) -> one result per item, each process for a contiguous share of about equal
         number; the results of all, in order, on all."""
         start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
-        parts = self.gather(self.together(lambda: work(items[start:end])))
+        parts = self.gather(self.on_all(lambda: work(items[start:end])))
         return [result for part in parts for result in part]
 
     def from_first(self, work, interruptible=True):
         """work() of the first process, on every process."""
-        return self.gather(self.together(lambda: self.first and work(), interruptible))[0]
+        return self.gather(self.on_all(lambda: self.first and work(), interruptible))[0]
 
-    def together(self, work, interruptible=True):
+    def on_all(self, work, interruptible=True):
         """work() on every process; what one raises, Ctrl-C included, is raised on all."""
         result = failure = words = None
         try:
@@ -122,7 +125,7 @@ class Ranks:
 
     def raise_signals(self):
         """Let a signal that has come take effect now, on all processes."""
-        self.together(lambda: None)
+        self.on_all(lambda: None)
 
     def gather(self, value):
         """The values of all processes, in their order, on all."""

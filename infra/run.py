@@ -224,7 +224,7 @@ class Run:
                 for _ in parts:
                     pass
 
-        self.ranks.together(work, interruptible=False)
+        self.ranks.on_all(work, interruptible=False)
         self.saved = name
 
     def check_weights(self, tensors):

@@ -31,7 +31,7 @@ from infra.flags import (
     resolve_levels,
     stated,
 )
-from infra.ranks import Ranks, Stop, one_speaks, refuse
+from infra.ranks import Ranks, Stop, is_first, refuse, silence_others
 from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels, lora
@@ -108,7 +108,7 @@ def read_data(cfg):
     return levels, train_set, held_out, facts
 
 
-def cut(cfg, name, problems, qualities):
+def cut_by_difficulty(cfg, name, problems, qualities):
     """-> {number from 1: problems}, counts of those that belong to no level
 
     Where nothing is known of the difficulty: {None: all problems}.
@@ -152,11 +152,11 @@ def check_measured(cfg, levels, train_set, policy):
             )
 
 
-def make_stages(cfg, levels, train_set, policy):
-    """Cut the levels and render everything before minutes are spent. -> stages, facts"""
+def make_levels(cfg, levels, train_set, policy):
+    """Cut the levels and render everything before minutes are spent. -> [LevelState, ...], facts"""
     qualities = [level.quality for level in levels]
-    parts, left_out = cut(cfg, cfg.data, train_set, qualities)
-    stages, too_long = [], 0
+    parts, left_out = cut_by_difficulty(cfg, cfg.data, train_set, qualities)
+    states, too_long = [], 0
     for number, level in enumerate(levels, 1):
         own, prompts = parts.get(None) or parts[number], []  # None: one set for every level
         if level.trains:
@@ -169,7 +169,7 @@ def make_stages(cfg, levels, train_set, policy):
             too_long += len(own) - len(prompts)
         order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(cfg.filter == "all")
-        stages.append(LevelState(number, level, order, load_reward(level.reward), buffer))
+        states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
             f"{'' if level.trains else ', not trained'}"
@@ -179,7 +179,7 @@ def make_stages(cfg, levels, train_set, policy):
             'Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and '
             '"Q_{l-1} > Q_l"; see eprli.py'
         )
-    return stages, {"prompts_too_long": too_long, "left_out": left_out}
+    return states, {"prompts_too_long": too_long, "left_out": left_out}
 
 
 def cut_held_out(cfg, levels, held_out, policy):
@@ -187,7 +187,7 @@ def cut_held_out(cfg, levels, held_out, policy):
     if not held_out:
         return {}, {}
     qualities = cfg.eval_quality or [level.quality for level in levels]
-    parts, left_out = cut(cfg, cfg.eval_data, held_out, qualities)
+    parts, left_out = cut_by_difficulty(cfg, cfg.eval_data, held_out, qualities)
     if cfg.eval_quality and None in parts:
         raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
     prompts, seen = {}, [[]]
@@ -234,7 +234,7 @@ def must_be_unchanged(run, before, now):
 # ---------------------------------------------------------------------------------------- the run
 
 
-def begin(cfg, ranks):
+def start_run(cfg, ranks):
     """A new run. It makes its directory when all else has gone well.
 
     Raises ValueError or OSError, on all processes.
@@ -246,7 +246,9 @@ def begin(cfg, ranks):
     if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(kernels.probe))
-    stages, held_out, policy, facts = ranks.together(lambda: load(cfg, cfg.model, ranks.device))
+    levels, held_out, policy, facts = ranks.on_all(
+        lambda: load_inputs(cfg, cfg.model, ranks.device)
+    )
     read, inputs = facts.pop("read"), hashes([cfg.data, cfg.eval_data, cfg.examples])
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
@@ -259,31 +261,31 @@ def begin(cfg, ranks):
         # tools/report.html shows these four.
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
-        "problems": [len(stage.order.prompts) for stage in stages],
-        "objective": explain(cfg, [stage.level for stage in stages]),
-        "levels": [asdict(stage.level) for stage in stages],
+        "problems": [len(state.order.prompts) for state in levels],
+        "objective": explain(cfg, [state.level for state in levels]),
+        "levels": [asdict(state.level) for state in levels],
         "read": read,
         "inputs": inputs,
         "model_files": hashes(policy.folder.iterdir()),
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
-    directory = ranks.together(lambda: RunDirectory(out, ranks))
+    directory = ranks.on_all(lambda: RunDirectory(out, ranks))
     try:
-        return make_run(cfg, directory, ranks, stages, held_out, policy)
+        return make_run(cfg, directory, ranks, levels, held_out, policy)
     except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
         if ranks.first:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
 
-def go_on(cfg, config, ranks):
+def resume_run(cfg, config, ranks):
     """The run of a directory, from its newest checkpoint.
 
     config  its config.json
     Raises ValueError or OSError, on all processes.
     """
-    directory = ranks.together(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
+    directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
     checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
     if cfg.kl_coef or not checkpoint:
         files = files | config["model_files"]
@@ -292,9 +294,9 @@ def go_on(cfg, config, ranks):
         if now != config[name]:
             tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
-    stages, held_out, policy, facts = ranks.together(lambda: load(cfg, model, ranks.device))
+    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks.device))
     ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
-    run = make_run(cfg, directory, ranks, stages, held_out, policy)
+    run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
     extended = extend(run, config)
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
@@ -312,7 +314,7 @@ def extend(run, config):
     last = run.levels[-1]
     last.extended_after = config.get("extended_after", [])
     before = [level["updates"] for level in config["levels"]]
-    now = [stage.level.updates for stage in run.levels]
+    now = [state.level.updates for state in run.levels]
     if now == before:
         return config
     if run.cfg.tokens or now[:-1] != before[:-1] or now < before or last.over:
@@ -325,17 +327,17 @@ def extend(run, config):
     return config | {"updates": now, "levels": levels, "extended_after": last.extended_after}
 
 
-def load(cfg, model, device):
-    """Read and check everything. -> stages, held-out prompts, Policy, facts about the data"""
+def load_inputs(cfg, model, device):
+    """Read and check everything. -> levels, held-out prompts, Policy, facts about the data"""
     levels, train_set, held_out, facts = read_data(cfg)
     policy = load_policy(cfg, model, device)
     if model == cfg.model:
         with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
             check_measured(cfg, levels, train_set, policy)
-    stages, cut_facts = make_stages(cfg, levels, train_set, policy)
-    policy.show(cfg.data, stages[0].order.prompts)
+    states, cut_facts = make_levels(cfg, levels, train_set, policy)
+    policy.show(cfg.data, states[0].order.prompts)
     prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
-    return stages, prompts, policy, facts | cut_facts | eval_facts
+    return states, prompts, policy, facts | cut_facts | eval_facts
 
 
 def load_policy(cfg, model, device):
@@ -360,7 +362,7 @@ def computing(choice):
     }
 
 
-def make_run(cfg, directory, ranks, stages, held_out, policy):
+def make_run(cfg, directory, ranks, levels, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
         device = "meta" if cfg.lora_rank else ranks.device
@@ -377,9 +379,9 @@ def make_run(cfg, directory, ranks, stages, held_out, policy):
         f"{size:.3f} GB; --keep-checkpoints and one that is being written, "
         f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
     )
-    run = Run(cfg, directory, ranks, policy, reference, learner, grader, stages, held_out)
+    run = Run(cfg, directory, ranks, policy, reference, learner, grader, levels, held_out)
     if cfg.tracker:
-        run.tracker = ranks.together(lambda: ranks.first and Tracker(cfg, directory.out))
+        run.tracker = ranks.on_all(lambda: ranks.first and Tracker(cfg, directory.out))
     return run
 
 
@@ -415,10 +417,11 @@ def memory_explained(run=None):
         raise Stop(words) from None
 
 
-def carry_out(train, arguments):
-    """Set a run up, let `train` work on it, and leave with an exit code that says how it ended."""
+def run_command(train, draw, arguments):
+    """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
+    draw(its folder) makes the pictures of a run that came to its end."""
     parser = make_parser()
-    first = one_speaks()
+    silence_others()
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
@@ -428,22 +431,24 @@ def carry_out(train, arguments):
                 return print(explain(cfg, read_data(cfg)[0]))
             ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
             with memory_explained():
-                run = go_on(cfg, config, ranks) if config else begin(cfg, ranks)
+                run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
         except Stop as stop:
             parser.exit(1, f"{parser.prog}: {stop}\n")
         except (ValueError, OSError) as error:
             refuse(parser, error)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted before the run began\n"
-            parser.exit(128 + signal.SIGINT, words if first else None)
-        code, ended = conduct(train, run)
-        if first:
-            conclude(run, ended)
+            parser.exit(128 + signal.SIGINT, words if is_first() else None)
+        code, ended = train_and_save(train, run)
+        if is_first():
+            say_results(run, ended)
+            if not ended and run.num_updates:
+                draw(run.directory.out)
         if code:
             sys.exit(code)
 
 
-def conduct(train, run):
+def train_and_save(train, run):
     """Train, and save whatever ends it. -> exit code, what ended it before its time or None"""
     code, ended = 0, None
     with run.ranks.signals():
@@ -471,22 +476,11 @@ def conduct(train, run):
     return code, ended
 
 
-def conclude(run, ended):
-    """Say what there is to see."""
+def say_results(run, ended):
     out = run.directory.out
     if run.evaluations:
         print(run.table())
-    if run.broken:
-        print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
-    elif run.saved:
+    if run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:
         print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)
-    elif run.num_updates:
-        from tools import report  # matplotlib takes a second to import
-
-        print(f"picture: {report.draw([out])}")
-        print(f"page:    {report.write_page([out])}")
-        metrics = report.read_log(out / "metrics.jsonl")
-        if left_out := sum(row["completions_left_out"] for row in metrics):
-            print(f"{left_out:,} completions were not written down (--keep-completions)")

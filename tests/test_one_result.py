@@ -357,8 +357,8 @@ def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     assert len(learner.models) == threads
     run = a_run(model, learner=learner, loss_norm="token", **flags)
     for rank in range(size):
-        run.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
-        run.ranks.gather = lambda found: [found, [NOTHING]]
+        learner.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
+        learner.ranks.gather = lambda found: [found, [NOTHING]]
         accumulate_gradient(run, level(), samples)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 

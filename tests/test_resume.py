@@ -24,7 +24,7 @@ from test_train import level
 from transformers import AutoModelForCausalLM
 
 import model
-from eprli import Buffer
+from eprli import Buffer, LevelState
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
 from infra.ranks import Stop
@@ -581,7 +581,7 @@ def test_an_extension_that_is_refused_cuts_no_log(extended):
 
 def test_an_extension_leaves_the_config_that_it_was_given():
     """The list in it grew, so that the old config was the new one."""
-    stage = run.Stage(1, level(updates=9), None, None, Buffer())
+    stage = LevelState(1, level(updates=9), None, None, Buffer())
     longer = SimpleNamespace(stages=[stage], cfg=SimpleNamespace(tokens=None))
     config = {"levels": [{"updates": 4}], "extended_after": [2]}
     assert extend(longer, config)["extended_after"] == stage.extended_after == [2, 4]

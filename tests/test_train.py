@@ -379,7 +379,7 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
 def test_a_tracker_that_is_missing_is_said_before_all_else(workshop, monkeypatch, capsys):
     """After a large model was loaded, though a millisecond tells."""
     monkeypatch.setattr("infra.setup.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("infra.setup.load", None)
+    monkeypatch.setattr("infra.setup.load_inputs", None)
     with pytest.raises(SystemExit, match="2"):
         workshop(tracker="wandb")
     assert "--tracker wandb: first `pip install wandb`" in capsys.readouterr().err
