@@ -184,8 +184,11 @@ def ngrams(text):
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def flag(default, help):
-    return field(default_factory=lambda: default, metadata={"help": help})
+def flag(help, default=None):
+    """help  what it is, its unit, and in brackets where the default comes from"""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -195,26 +198,27 @@ class Prompting:
     _argument_group_name = "prompts"
 
     examples: str | None = flag(
-        None, "JSONL of worked examples {problem, solution} to put in front of every problem"
+        "JSONL of worked examples {problem, solution} to put in front of every problem"
     )
-    system: str | None = flag(None, "text of a system turn in front of all others")
-    suffix: str = flag(SUFFIX, f"text behind every problem; default a new line and: {INSTRUCTION}")
+    system: str | None = flag("text of a system turn in front of all others")
+    suffix: str = flag(f"text behind every problem; default a new line and: {INSTRUCTION}", SUFFIX)
     template_kwargs: str = flag(
-        "{}", "JSON object for the chat template, such as '{\"enable_thinking\": false}'"
+        "JSON object for the chat template, such as '{\"enable_thinking\": false}'", "{}"
     )
-    stop: list[str] = flag([], "further tokens that end a completion, as text, one token each")
+    stop: list[str] = flag("further tokens that end a completion, as text, one token each", [])
 
-    def read(self):
-        """-> keyword arguments of `render`. Raises ValueError"""
-        with explained(f"--template-kwargs {self.template_kwargs}: not a JSON object"):
-            template = dict(json.loads(self.template_kwargs))
-        examples = read_records(self.examples, parse_example) if self.examples else []
-        return {
-            "examples": examples,
-            "system": self.system,
-            "suffix": self.suffix,
-            "template": template,
-        }
+
+def read_prompting(flags):
+    """Prompting, or flags that hold it -> keyword arguments of `render`. Raises ValueError"""
+    with explained(f"--template-kwargs {flags.template_kwargs}: not a JSON object"):
+        template = dict(json.loads(flags.template_kwargs))
+    examples = read_records(flags.examples, parse_example) if flags.examples else []
+    return {
+        "examples": examples,
+        "system": flags.system,
+        "suffix": flags.suffix,
+        "template": template,
+    }
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ class LevelState:
     reward_fn: object  # R_l: a user's function, or None: the verifier
     buffer: Buffer
     trained: int = 0  # updates of this level that changed the policy
-    tokens: int = 0  # sampled in this level's updates, whatever became of them
+    tokens_sampled: int = 0  # in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
     extended_after: list = field(default_factory=list)  # every M_l that --resume --updates raised
@@ -331,7 +331,7 @@ class LevelState:
     @property
     def progress(self):
         """Share of the level's budget that is used up: of updates or of tokens, the larger."""
-        budgets = (self.trained, self.level.updates), (self.tokens, self.level.tokens)
+        budgets = (self.trained, self.level.updates), (self.tokens_sampled, self.level.tokens)
         return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
 
     @property

@@ -2,14 +2,14 @@
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import HfArgumentParser
 
-from data import Prompting
+from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
 from eprli import Level
 from model import LOGITS_PER_CHUNK
@@ -18,13 +18,6 @@ from parts.papers import PRESETS
 from parts.policy import SHIPPED, SLOTS, TINY, default_dtype, is_shipped
 
 LR = 3e-4
-
-
-def flag(help, default=None):
-    """help  what it is, its unit, and in brackets where the default comes from"""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -245,7 +238,8 @@ class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Leve
         return self.fsdp and not self.lora_rank
 
 
-SECTIONS = Config.__bases__[::-1]  # as --help shows them
+RESULT_SECTIONS = Levels, Objective, Optimizer, SamplingFlags  # that the result depends on
+SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
@@ -404,7 +398,7 @@ def explain(cfg, levels):
     if cfg.preset:
         lines.append(f"  --preset {cfg.preset}: {PRESETS[cfg.preset][1]}")
     default, preset = fill(Config()), stated(cfg.preset)
-    for section in SECTIONS[:4]:  # those that the result depends on
+    for section in RESULT_SECTIONS:
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]

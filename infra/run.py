@@ -29,7 +29,7 @@ from rollout import Completion
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
-COUNTERS = ("trained", "tokens", "skips", "last_update")  # of a LevelState
+COUNTERS = ("trained", "tokens_sampled", "skips", "last_update")  # of a LevelState
 PROGRESS = ("num_updates", "broken", "evaluation_due", "evaluations", "first_entropy")  # of a Run
 
 
@@ -64,9 +64,9 @@ class Run:
         return sum(state.trained for state in self.levels)
 
     @property
-    def tokens(self):
+    def tokens_sampled(self):
         """Sampled so far, over all levels."""
-        return sum(state.tokens for state in self.levels)
+        return sum(state.tokens_sampled for state in self.levels)
 
     @property
     def progress(self):
@@ -123,7 +123,7 @@ class Run:
         state = update.state
         self.num_updates += 1
         state.last_update = self.num_updates
-        state.tokens += sum(row["tokens"] for row in update.rows)
+        state.tokens_sampled += sum(row["tokens"] for row in update.rows)
         state.trained += bool(update.steps)
         if update.fault:
             self.broken += 1
@@ -164,7 +164,10 @@ class Run:
     def evaluated(self, rows):
         """Write down and print the held-out accuracy of every level."""
         self.evaluation_due = False
-        rows = [{"update": self.num_updates, "tokens_sampled": self.tokens, **row} for row in rows]
+        rows = [
+            {"update": self.num_updates, "tokens_sampled": self.tokens_sampled, **row}
+            for row in rows
+        ]
         self.half_done = True
         self.directory.append("eval.jsonl", rows)
         if self.tracker:

@@ -224,7 +224,7 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
     def progress(updates, tokens):
         own = level(updates=updates, tokens=tokens)
-        return LevelState(1, own, None, None, Buffer(), trained=3, tokens=500).progress
+        return LevelState(1, own, None, None, Buffer(), trained=3, tokens_sampled=500).progress
 
     assert progress(4, None) == 0.75
     assert progress(None, 2000) == 0.25
