@@ -36,6 +36,15 @@ def server():
     return context
 
 
+def quick():
+    """Leave out what costs a run seconds, and the choice of kernels by a clock: it changes bits."""
+    from parts import kernels
+    from tools import report
+
+    report.draw = lambda runs: "left out: it takes a second"
+    kernels.probe = lambda: {"linear": "torch", "packed": []}
+
+
 def child(folder, arguments, environment, sabotage, log, program):
     os.chdir(folder)
     os.environ.update(environment)
@@ -45,19 +54,14 @@ def child(folder, arguments, environment, sabotage, log, program):
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     from tqdm import tqdm
 
-    from parts import kernels
-    from tools import report
-
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     torch.set_num_threads(1)
-    report.draw = lambda runs: "left out: it takes a second"
-    kernels.probe = lambda: {"linear": "torch", "packed": []}  # else a clock decides, run by run
+    quick()
     if sabotage:
         sabotage()
     code = 1
     try:
-        importlib.import_module(program).main(arguments)
-        code = 0
+        code = importlib.import_module(program).main(arguments) or 0
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -68,7 +72,8 @@ def child(folder, arguments, environment, sabotage, log, program):
 
 
 def start(folder, arguments, world=1, sabotage=None, program="train"):
-    """Start PROGRAM.main(arguments) in `world` processes; `sabotage` runs first in each."""
+    """Start PROGRAM.main(arguments) in `world` processes; `sabotage` runs first in each. What main
+    returns is the exit code, None being 0."""
     if "--fsdp" in arguments and not FSDP_ON_CPU:
         pytest.skip(NO_FSDP)
     environment = {}
