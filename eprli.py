@@ -26,9 +26,10 @@ itself, this is how we read it. Every departure from the text is in this list:
  7. "Skip the update if the buffer is short": groups stay in the buffer from draw to draw. Surplus
     groups serve the next update, with the log-probs under which they were sampled: for them rho is
     not 1 in an update's first step (carried_share; --surplus drop is on-policy). A group that was
-    sampled more than one update ago is stale: it is dropped and counted. (So when levels take
-    turns, no surplus is used.) A skipped update does not change the policy, and counts neither in
-    M_l nor in the schedule of the learning rate. Under --tokens, what it sampled counts in both.
+    sampled more than one update ago is stale: it is dropped and counted. (When levels take turns,
+    the update of another level makes a level's surplus stale.) A skipped update does not change
+    the policy, and counts neither in M_l nor in the schedule of the learning rate. Under --tokens,
+    what it sampled counts in both.
  8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
     completion that ran out of tokens is graded like any other.
  9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a
@@ -243,11 +244,6 @@ class Group:
         return self.outcome + self.length_reward
 
     @property
-    def right(self):
-        """(G,) bool: R_l of a right completion is 1 or more."""
-        return self.outcome >= 1
-
-    @property
     def flat(self):
         """All outcomes equal: nothing to learn from. Length does not count."""
         return bool((self.outcome == self.outcome[0]).all())
@@ -335,9 +331,12 @@ class LevelState:
         return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
 
     @property
-    def schedule(self):
-        """(updates so far, progress) as `learning_rate` sees them: its schedule begins anew
-        where each budget ended before it was extended, and then has no warm-up."""
+    def lr_position(self):
+        """(updates so far, progress) for `learning_rate`.
+
+        Where --resume --updates has extended a budget, the decay begins anew at the end of the old
+        budget, without a warm-up.
+        """
         if not self.extended_after:
             return self.trained, self.progress
         begin = 0
@@ -350,6 +349,16 @@ class LevelState:
     @property
     def over(self):
         return self.progress == 1 or self.skips == MOST_SKIPS
+
+    def count(self, number, tokens_sampled, changed_policy, given_up):
+        """Count an update of this level, number `number` of the run. What waits when the level ends
+        is stale."""
+        self.last_update = number
+        self.tokens_sampled += tokens_sampled
+        self.trained += changed_policy
+        self.skips = 0 if changed_policy or given_up else self.skips + 1
+        if self.over:
+            self.buffer.remove(self.buffer.groups, "stale")
 
 
 def next_level(states, schedule):

@@ -21,6 +21,7 @@ from eprli import (
     diagnostics,
     group_advantage,
     kl_penalty,
+    learning_rate,
     length_reward,
     loss_weight,
     next_level,
@@ -54,7 +55,8 @@ def train(run):
         state = next_level(run.levels, cfg.schedule)
         if state is None:
             return
-        level, buffer, update = state.level, state.buffer, run.start_update(state)
+        level, buffer = state.level, state.buffer
+        update = run.start_update(state, learning_rate(cfg, *state.lr_position))
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.trained, max_age=0 if cfg.surplus == "drop" else 1)
@@ -63,7 +65,7 @@ def train(run):
                 groups = draw(run, state, update)
                 # keep a group iff its R_l are not all equal
                 buffer.add(groups)
-                update.check_drawn()
+                update.raise_if_not_finite()
             # until the buffer holds N_l groups: never train on less, else the update is skipped
             if buffer.pending >= level.buffer_groups:
                 groups = buffer.oldest(level.buffer_groups)
@@ -73,6 +75,7 @@ def train(run):
         except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
             update.fault = fault
             buffer.remove(fault.groups, "broken")
+        # (Any other error, and a signal, ends the run: infra/setup.py takes the update back.)
         run.end_update()  # counted and logged
 
 
@@ -192,13 +195,16 @@ def learn(run, state, groups, update):
     update.seconds["learn"] += time.perf_counter() - start
 
 
-def minibatches(cfg, epochs, samples, update):
+def minibatches(cfg, epochs, samples, number):
     """The samples of every optimizer step of an update: an equal part of the groups, in an order
-    that is new for every pass.  samples: a list for each group -> yields lists of Sample"""
+    that is new for every pass.
+
+    samples  a list for each group;  number  of the update  -> yields lists of Sample
+    """
     parts = cfg.minibatches
     for epoch in range(epochs):
         order = list(samples)
-        random.Random(f"{cfg.seed}/minibatches/{update}/{epoch}").shuffle(order)
+        random.Random(f"{cfg.seed}/minibatches/{number}/{epoch}").shuffle(order)
         for part in range(parts):
             groups = order[len(order) * part // parts : len(order) * (part + 1) // parts]
             yield [sample for group in groups for sample in group]

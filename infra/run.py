@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import name_level
-from eprli import MOST_SKIPS, Group, learning_rate
+from eprli import MOST_SKIPS, Group
 from infra.directory import RunDirectory
 from infra.flags import Config
 from infra.ranks import Ranks, Stop
@@ -49,6 +49,7 @@ class Run:
     num_updates: int = 0  # so far, skipped ones included
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
+    save_due: bool = False
     saved: str | None = None  # name of the newest checkpoint
     update: Update | None = None  # at work
     half_done: bool = False  # weights or logs hold what the counters do not yet: no saving now
@@ -88,13 +89,12 @@ class Run:
         return bool(every and self.num_updates and self.num_updates % every == 0)
 
     def save_if_due(self):
-        if self.due(self.cfg.save_every) and not self.broken:
+        if self.save_due and not self.broken:
             self.save()
 
-    def start_update(self, state):
+    def start_update(self, state, lr):
         """-> the next Update, of this level"""
         self.doing = "sampling"
-        lr = learning_rate(self.cfg, *state.schedule)
         self.update = Update(self.num_updates + 1, state, lr, self.cfg.max_draws)
         return self.update
 
@@ -107,7 +107,15 @@ class Run:
     def end_update(self):
         """Count and log. Raises Stop after MOST_BROKEN updates that met bad numbers."""
         update, self.update, self.half_done = self.update, None, True
-        self.count(update)
+        state, tokens = update.state, sum(row["tokens"] for row in update.rows)
+        self.num_updates += 1
+        state.count(self.num_updates, tokens, bool(update.steps), bool(update.fault))
+        if update.fault:
+            self.broken += 1
+        elif update.steps:
+            self.broken = 0
+        self.evaluation_due = state.over or self.due(self.cfg.eval_every)
+        self.save_due |= self.due(self.cfg.save_every)
         self.log(update)
         self.half_done = False
         if self.bar:
@@ -117,24 +125,6 @@ class Run:
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
                 f"{update.fault}. {self.directory.last_good()}; lower --lr, or look at --reward"
             )
-
-    def count(self, update):
-        """Count an update that is over, and say whether an evaluation is due."""
-        state = update.state
-        self.num_updates += 1
-        state.last_update = self.num_updates
-        state.tokens_sampled += sum(row["tokens"] for row in update.rows)
-        state.trained += bool(update.steps)
-        if update.fault:
-            self.broken += 1
-            state.skips = 0
-        elif update.steps:
-            self.broken = state.skips = 0
-        else:
-            state.skips += 1
-        if state.over:
-            state.buffer.remove(state.buffer.groups, "stale")
-        self.evaluation_due = state.over or self.due(self.cfg.eval_every)
 
     # ------------------------------------------------------------------------------------- logs
 
@@ -228,7 +218,7 @@ class Run:
                     pass
 
         self.ranks.on_all(work, interruptible=False)
-        self.saved = name
+        self.saved, self.save_due = name, False
 
     def check_weights(self, tensors):
         for name, tensor in tensors:

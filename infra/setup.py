@@ -168,7 +168,7 @@ def make_levels(cfg, levels, train_set, policy):
             prompts = fitting(policy, own)
             too_long += len(own) - len(prompts)
         order = data.Order(prompts, f"{cfg.seed}/{number}")
-        buffer = Buffer(cfg.filter == "all")
+        buffer = Buffer(keep_flat=cfg.filter == "all")
         states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"

@@ -111,7 +111,7 @@ class Update:
                 rows.append(row)
         return rows
 
-    def check_drawn(self):
+    def raise_if_not_finite(self):
         """Raise NotFinite if a group was drawn that holds a number that is not finite."""
         for row in self.scored:
             reward = row["outcome"] + row["length_reward"]

@@ -309,8 +309,3 @@ def test_flat_groups_are_told_apart_in_both_codings(wrong):
         some.add([*flat, group(1, wrong)])
     assert buffer.counts == {"drawn": 4, "all_right": 2, "all_wrong": 1}
     assert everything.pending == 4
-
-
-def test_part_of_a_reward_is_not_right():
-    """A completion with half of its steps right, 0.5, would count as solved if any reward did."""
-    assert group(-1, 0, 0.5, 1, 1.5).right.tolist() == [False, False, False, True, True]

@@ -738,7 +738,6 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
     group = train.score(run, SimpleNamespace(level=own, reward_fn=reward), prompt, attempts)
     assert group.length_reward.tolist() == pytest.approx(expected)
-    assert group.right.tolist() == [True, False]
 
 
 def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(workshop, capsys):
