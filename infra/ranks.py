@@ -21,8 +21,6 @@ from parts.files import squash
 
 # A process whose completions are short waits for the others. If one dies, torchrun ends all.
 PATIENCE = timedelta(days=1)
-# Before torch 2.9 gloo sums where FSDP2 asks for a mean. 2.9 rounds the factor that clips.
-FSDP_ON_CPU = torch.__version__ >= (2, 10)
 MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
@@ -74,11 +72,6 @@ class Ranks:
             raise ValueError(
                 "--fsdp needs the processes that torchrun starts: "
                 "torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)"
-            )
-        if sharded and device == "cpu" and not FSDP_ON_CPU:
-            raise ValueError(
-                f"--fsdp on CPUs needs torch 2.10 or newer (this is {torch.__version__}): "
-                "older ones compute other gradients"
             )
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])

@@ -13,13 +13,9 @@ import threading
 import traceback
 from pathlib import Path
 
-import pytest
 import torch
 
-from infra.ranks import FSDP_ON_CPU
-
 ROOT = Path(__file__).resolve().parents[1]
-NO_FSDP = "--fsdp on CPUs needs a newer torch"
 PRELOAD = """train tools.report launch torch.distributed.tensor torch.distributed.fsdp
 transformers.models.llama.configuration_llama transformers.models.qwen3.configuration_qwen3
 transformers.tokenization_utils_tokenizers scipy.stats"""
@@ -74,8 +70,6 @@ def child(folder, arguments, environment, sabotage, log, program):
 def start(folder, arguments, world=1, sabotage=None, program="train"):
     """Start PROGRAM.main(arguments) in `world` processes; `sabotage` runs first in each. What main
     returns is the exit code, None being 0."""
-    if "--fsdp" in arguments and not FSDP_ON_CPU:
-        pytest.skip(NO_FSDP)
     environment = {}
     if world > 1 or "--fsdp" in arguments:
         with socket.socket() as free:

@@ -248,12 +248,6 @@ def test_declared_levels_need_their_highest_numbers(refused):
     refused("--difficulty level needs --quality", words)
 
 
-def test_fsdp_on_a_cpu_needs_a_torch_that_averages(refused, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("infra.ranks.FSDP_ON_CPU", False)
-    refused("--fsdp on CPUs needs torch 2.10 or newer", [*BASE.split(), "--fsdp"])
-
-
 def test_help_shows_every_flag_once_in_groups(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])

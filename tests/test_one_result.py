@@ -25,7 +25,7 @@ from test_train import a_run, level, off_policy_samples
 
 from infra import ranks
 from infra.flags import Config
-from infra.ranks import FSDP_ON_CPU, Ranks
+from infra.ranks import Ranks
 from model import log_softmax
 from parts import kernels, lora
 from parts.optimizer import Learner
@@ -271,7 +271,6 @@ def out_of_memory(rank, original):
     return original()
 
 
-@pytest.mark.skipif(not FSDP_ON_CPU, reason=launch.NO_FSDP)
 def test_torchrun_itself(workshop):
     """The command of the README, word for word but for its flags."""
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
