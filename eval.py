@@ -199,7 +199,7 @@ def load_inputs(args, device):
     policy, files = Policy.load(args.model, args.dtype, device, args), {}
     for path in args.data:
         problems = data.read_problems(path, args.columns)
-        data.gradable(path, problems)  # as others count them: those that fail it stay
+        data.gradable(path, problems)  # says which; they stay
         prompts = files[path] = policy.render(problems)
         policy.show(path, prompts)
     return policy, files

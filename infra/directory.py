@@ -56,7 +56,7 @@ class RunDirectory:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
 
     def replace_config(self, config):
-        """Write config.json anew. If another process locks the new file first, it has the run."""
+        """Write config.json anew, and lock it.  Raises ValueError if another process has it."""
         part, path = self.out / "config.part", self.out / "config.json"
         part.write_text(json.dumps(config, indent=1))
         force_to_disk(part)

@@ -82,7 +82,7 @@ class Levels:
     )
     max_new_tokens: list[int] | None = flag(
         f"Len_l, longest completion, tokens; default {DEFAULTS['max_new_tokens']} for the shipped "
-        "model, none for others [ours; DeepScaleR 8192-24576]"
+        "model; any other needs it given [ours; DeepScaleR 8192-24576]"
     )
     reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
@@ -141,9 +141,9 @@ class Optimizer:
 
     lr: float | None = flag(
         f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
-        "the shipped model, none for others. With --lora-rank the best rate is about ten times the "
-        "best of full training (Schulman et al. 2025). A preset states one of full training, not "
-        "known to be its best [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
+        "the shipped model; any other needs it given. With --lora-rank the best rate is about ten "
+        "times the best of full training (Schulman et al. 2025). A preset states one of full "
+        "training, not known to be its best [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
     )
     warmup: int = flag("updates of linear warm-up, in each level [ours; DAPO 10 steps]", 5)
     lr_decay: Literal["none", "linear", "cosine"] = flag(

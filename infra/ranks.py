@@ -46,7 +46,7 @@ class Stop(Exception):
     """The run cannot go on. The message says why, and what to do."""
 
 
-# As which of these an error travels to other processes: the first that fits.
+# An error is raised on the other processes as the first of these kinds that it is.
 KINDS = KeyboardInterrupt, Stop, ValueError, OSError, torch.OutOfMemoryError, Exception
 
 

@@ -95,7 +95,7 @@ def read_data(cfg):
     different = data.without_repeats(found)
     train_set = data.gradable(cfg.data, different)
     held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
-    data.gradable(cfg.eval_data, held_out)  # as others count them: those that fail it stay
+    data.gradable(cfg.eval_data, held_out)  # says which; in evaluation they stay
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     exact, near = data.overlap(train_set, held_out)
     facts = {
@@ -131,7 +131,7 @@ def fitting(policy, problems):
 
 
 def check_measured(cfg, levels, train_set, policy):
-    """Say what was other when the pass rates that cut the levels were measured."""
+    """Print in what the measurement of the pass rates differs from this run."""
     if cfg.difficulty != "pass_rate":
         return
     now = policy.measuring(cfg.temperature, max(level.max_new_tokens for level in levels))
@@ -354,7 +354,7 @@ def load_policy(cfg, model, device):
 
 
 def computing(choice):
-    """With what a run computes, of which its bits depend.  choice  of parts/kernels.py"""
+    """What decides the bits of a run, beside its flags and inputs.  choice  see parts/kernels.py"""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

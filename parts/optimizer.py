@@ -51,8 +51,8 @@ class Learner:
 
     def takes_two_threads(self):
         """Whether two threads compute gradients side by side. On a CPU the operations of a small
-        model are too short to be cut over its cores. A large one would need more memory: with LoRA,
-        too, where the copy has the frozen weights."""
+        model are too short to be cut over its cores. For a large model the copy would take too much
+        memory, also with LoRA: it holds the frozen weights too."""
         size = sum(weight.numel() for weight in self.model.parameters())
         on_cpu = self.weights[0].device.type == "cpu" and torch.get_num_threads() > 1
         return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
