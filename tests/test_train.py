@@ -652,7 +652,7 @@ def test_held_out_prompts_that_are_too_long_are_said_once(workshop, tmp_path, ca
     texts = "a", "b" * 300, "c", "d" * 300
     write_lines(tmp_path / "long.jsonl", [{"problem": text, "answer": "1"} for text in texts])
     workshop(eval_data="long.jsonl", updates=1)
-    words = "2 of these prompts fill the context and count as wrong"
+    words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
     assert capsys.readouterr().out.count(words) == 1
 
 
