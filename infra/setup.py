@@ -480,7 +480,9 @@ def say_results(run, ended):
     out = run.directory.out
     if run.evaluations:
         print(run.table())
-    if run.saved:
+    if run.broken:
+        print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
+    elif run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")
     if ended:
         print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)

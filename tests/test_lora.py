@@ -268,7 +268,7 @@ def workshop(tmp_path, toy_folder, monkeypatch):
         words = FLAGS.split()
         for name, value in flags.items():
             words += [f"--{name.replace('_', '-')}", *str(value).split()]
-        setup.run_command(train, None, words)
+        setup.run_command(train, lambda out: None, words)
         return sorted((tmp_path / "run/checkpoints").iterdir())[-1]
 
     return run

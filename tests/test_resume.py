@@ -581,10 +581,10 @@ def test_an_extension_that_is_refused_cuts_no_log(extended):
 
 def test_an_extension_leaves_the_config_that_it_was_given():
     """The list in it grew, so that the old config was the new one."""
-    stage = LevelState(1, level(updates=9), None, None, Buffer())
-    longer = SimpleNamespace(stages=[stage], cfg=SimpleNamespace(tokens=None))
+    state = LevelState(1, level(updates=9), None, None, Buffer())
+    longer = SimpleNamespace(levels=[state], cfg=SimpleNamespace(tokens=None))
     config = {"levels": [{"updates": 4}], "extended_after": [2]}
-    assert extend(longer, config)["extended_after"] == stage.extended_after == [2, 4]
+    assert extend(longer, config)["extended_after"] == state.extended_after == [2, 4]
     assert config["extended_after"] == [2]
 
 
