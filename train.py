@@ -47,6 +47,7 @@ def train(run):
     """The loop of the paper. The comments quote the algorithm box of the README."""
     cfg, ranks = run.cfg, run.ranks
     while True:
+        # what the last update made due
         if run.evaluation_due and cfg.eval_every != 0:
             evaluate(run)
         run.save_if_due()
@@ -56,11 +57,12 @@ def train(run):
         if state is None:
             return
         level, buffer = state.level, state.buffer
+        # pi_old <- pi: completions keep the log-probs under which they are sampled
         update = run.start_update(state, learning_rate(cfg, *state.lr_position))
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.trained, max_age=0 if cfg.surplus == "drop" else 1)
-            # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l
+            # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l, A_i
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
                 # keep a group iff its R_l are not all equal
@@ -74,9 +76,9 @@ def train(run):
                 buffer.remove(groups, "kept")
         except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
             update.fault = fault
-            buffer.remove(fault.groups, "broken")
-        # (Any other error, and a signal, ends the run: infra/setup.py takes the update back.)
-        run.end_update()  # counted and logged
+            buffer.remove(fault.groups, "broken")  # that it was learning from, if it got there
+        # A signal or a Stop ends the run here: infra/setup.py takes the update back, and saves.
+        run.end_update(update)  # counted and logged
 
 
 # ------------------------------------------------------------------------------------ draw, score
@@ -124,7 +126,7 @@ def score(run, state, prompt, attempts):
         outcome, late = own_reward(run.cfg, state, prompt.problem, [a.text for a in attempts])
     outcome = torch.tensor(outcome, dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
-    length = level.length_weight * length_reward(
+    length_term = level.length_weight * length_reward(
         run.cfg.length_kind,
         torch.tensor([a.length for a in attempts], dtype=torch.float64),
         outcome >= 1,
@@ -136,8 +138,8 @@ def score(run, state, prompt, attempts):
         prompt=prompt.tokens,
         completions=[a.completion for a in attempts],
         outcome=outcome,
-        length_reward=length,
-        advantage=group_advantage(outcome + length, run.cfg.adv_std),
+        length_reward=length_term,
+        advantage=group_advantage(outcome + length_term, run.cfg.adv_std),
         sampled_after=run.trained,
         late=late,
     )

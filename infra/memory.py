@@ -69,7 +69,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     wide = max(size, 4)  # of a master, norm or log-prob: float32 at least
     _, per_key = layer_bytes(model, size, wide)
     level = max(levels, key=lambda level: level.max_new_tokens)
-    longest = max(level.max_new_tokens, cfg.eval_max_new_tokens or 0 if held_out else 0)
+    longest = max(level.max_new_tokens, (cfg.eval_max_new_tokens or 0) if held_out else 0)
     room = round_up(min(prompt + longest, model.context), ROOM)
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
     rows = max(MIN_ROWS, min(cfg.slots, max(drawn, ceil(held_out / processes))))

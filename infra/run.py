@@ -104,9 +104,9 @@ class Run:
             self.update.take_back()
             self.half_done |= bool(self.update.steps)
 
-    def end_update(self):
+    def end_update(self, update):
         """Count and log. Raises Stop after MOST_BROKEN updates that met bad numbers."""
-        update, self.update, self.half_done = self.update, None, True
+        self.update, self.half_done = None, True
         state, tokens = update.state, sum(row["tokens"] for row in update.rows)
         self.num_updates += 1
         state.count(self.num_updates, tokens, bool(update.steps), bool(update.fault))

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -392,6 +392,8 @@ def memory_table(cfg):
         held_out = []
     policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
+    limit = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
+    cfg = replace(cfg, eval_max_new_tokens=limit)
     levels = [level for level in levels if level.trains] or levels
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return memory.table(memory.plan(cfg, levels, policy.model, longest, len(held_out), processes))
@@ -449,7 +451,10 @@ def run_command(train, draw, arguments):
 
 
 def train_and_save(train, run):
-    """Train, and save whatever ends it. -> exit code, what ended it before its time or None"""
+    """Train, and save when it comes to its end, or when a signal or a Stop ends it.
+
+    -> exit code, what ended it before its time or None
+    """
     code, ended = 0, None
     with run.ranks.signals():
         try:
