@@ -62,7 +62,7 @@ def train(run):
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.trained, max_age=0 if cfg.surplus == "drop" else 1)
-            # repeat: draw P_l prompts, sample G_l completions of each, r_i = R_l + K_l length_l, A_i
+            # repeat: draw P_l prompts, G_l completions of each, r_i = R_l + K_l length_l, A_i
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
                 # keep a group iff its R_l are not all equal
