@@ -415,7 +415,8 @@ def memory_explained(run=None):
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True
-            print(words, file=sys.stderr)
+            if not run.ranks.first:  # which says it at its end
+                print(words, file=sys.stderr)
         raise Stop(words) from None
 
 
@@ -475,6 +476,8 @@ def train_and_save(train, run):
                     run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
+    if run.broken and not code:
+        code, ended = 1, "the run ended while its numbers were not finite"
     run.grader.close()
     if run.tracker:
         run.tracker.finish()

@@ -39,6 +39,7 @@ def imported(path, known):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names & known
