@@ -493,7 +493,9 @@ def test_any_number_of_processes_writes_the_same_files(evaluated, whole, world):
     assert contents(many) == contents(whole)
     last = launch.said(many).splitlines()[-1]
     assert json.loads(last) == json.loads((whole / "o/summary.json").read_text())
-    assert launch.said(many, rank=1) == ""
+    # torch 2.10 itself announces the connection.
+    others = launch.said(many, rank=1).splitlines()
+    assert not [line for line in others if not line.startswith("[Gloo]")]
 
 
 @pytest.mark.faults
