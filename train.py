@@ -36,7 +36,7 @@ from rewards import TooLate, outcomes, writes_steps
 from rollout import Completion, stream
 
 # Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
-# of 0.5 B: 0.011 in bfloat16.
+# of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
 MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.05}
 # What `objective` finds, and how it adds up over micro-batches and processes.
 SUMS = ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh")
