@@ -260,7 +260,8 @@ def call_within(seconds, problem, function, *arguments):
     """function(*arguments); raises TooLate in it when that time is over, and again and again.
 
     A function that catches it, or sets an alarm of its own, is late all the same. If it goes on for
-    ever, the process ends: no signal handler can leave a loop that catches everything.
+    ever, the process ends: no signal handler can leave a loop that catches everything. (One that
+    has taken the alarm away and goes on for ever hangs.)
     """
     alarms, end = 0, time.monotonic() + seconds
 
