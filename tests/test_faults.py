@@ -213,6 +213,13 @@ def test_a_run_that_ends_while_broken_keeps_the_last_good_checkpoint(
     assert checkpoints(tmp_path) == ["000001"]
 
 
+def test_a_checkpoint_that_was_due_while_broken_is_made_up_for(run, tmp_path, monkeypatch):
+    """A kill would else cost up to twice --save-every updates."""
+    spoil(monkeypatch, {3}, nan_loss)  # the first step of the second update
+    assert run(updates=4, save_every=2, keep_checkpoints=9) == 0
+    assert checkpoints(tmp_path) == ["000003", "000004", "000005"]
+
+
 def test_a_sampler_without_finite_logits_says_so_in_its_log_probs():
     """An index behind the vocabulary, or a made-up probability, would hide what is wrong."""
     logits = torch.full((3, 5), float("nan"))
