@@ -7,6 +7,7 @@
     fill a buffer with N_l groups whose R_l differ (DAPO)          Buffer
     for level l = 1 .. L: for update = 1 .. M_l                    LevelState, next_level
     the learning rate over a level                                 learning_rate
+    the levels that the flags describe, with defaults              resolve_levels, Level
 
 In one sentence: DAPO's loop in which the hyper-parameters are indexed by a level of difficulty, run
 level after level on one shared policy. Where the paper's description is silent or contradicts
@@ -55,7 +56,7 @@ Shapes: P groups, G completions per group, B completions, T tokens.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -384,3 +385,60 @@ def learning_rate(cfg, trained, progress):
     if cfg.lr_decay == "linear":
         return rate * (1 - progress)
     return rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
+
+
+def resolve_levels(cfg, measured):
+    """The levels that the flags describe: [Level, ...]. Raises ValueError
+
+    cfg       the flags, see infra/flags.py. Each per-level flag has one value, or one per level.
+    measured  whether some training problem has a pass rate
+    """
+    values = level_values(cfg, measured)
+    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
+    num_levels = max(len(values[name]) for name in binding)
+    for name in binding:
+        if len(values[name]) not in (1, num_levels):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"there are {num_levels} levels, and {option} needs 1 or {num_levels} "
+                f"values, not {len(values[name])}{'' if getattr(cfg, name) else ' as by default'}"
+            )
+    levels = []
+    for i in range(num_levels):
+        settings = {}  # of this level
+        for name, by_level in values.items():
+            settings[name] = by_level[-1 if num_levels == 1 else min(i, len(by_level) - 1)]
+        cache = cfg.overlong_cache or max(1, settings["max_new_tokens"] // 5)
+        if cache > settings["max_new_tokens"]:
+            raise ValueError(
+                f"--overlong-cache {cache} exceeds --max-new-tokens: all would be punished"
+            )
+        levels.append(Level(**settings, overlong_cache=cache))
+    return levels
+
+
+def level_values(cfg, measured):
+    """{name: its values} of the per-level flags, with all defaults."""
+    values = {name: getattr(cfg, name) or LEVEL_DEFAULTS.get(name) for name in PER_LEVEL}
+    values["prompts"] = cfg.prompts or cfg.buffer_groups
+    values["tokens"] = cfg.tokens or [None]
+    if cfg.tokens and not cfg.updates:
+        values["updates"] = [None]
+    if cfg.difficulty == "level":
+        if not cfg.quality:
+            raise ValueError(
+                "--difficulty level needs --quality: the highest declared number of each level, "
+                "e.g. --quality 1 2"
+            )
+    elif not measured:
+        values["quality"] = cfg.quality or [1.0]
+        if set(values["quality"]) != {1.0}:
+            raise ValueError(
+                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
+                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
+                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
+            )
+    return values

@@ -15,8 +15,8 @@ import common
 
 import train
 from data import Order, Problem
-from eprli import Buffer, LevelState
-from infra.flags import Config, resolve_levels
+from eprli import Buffer, LevelState, resolve_levels
+from infra.flags import Config
 from infra.ranks import Ranks
 from infra.run import Run
 from infra.update import Update

@@ -1,4 +1,4 @@
-"""The flags of train.py: defaults, units, sources, checks, and the levels that they describe."""
+"""The flags of train.py: defaults, units, sources, checks."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
-from eprli import Level
+from eprli import PER_LEVEL
 from model import LOGITS_PER_CHUNK
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
@@ -240,7 +240,6 @@ class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Leve
 
 RESULT_SECTIONS = Levels, Objective, Optimizer, SamplingFlags  # that the result depends on
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
-PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
     "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
@@ -330,58 +329,6 @@ def check(cfg):
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not good(value):
                     raise ValueError(f"{option(name)} must be {words}, found {value}")
-
-
-def level_values(cfg, measured):
-    """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) or DEFAULTS.get(name) for name in PER_LEVEL}
-    values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["tokens"] = cfg.tokens or [None]
-    if cfg.tokens and not cfg.updates:
-        values["updates"] = [None]
-    if cfg.difficulty == "level":
-        if not cfg.quality:
-            raise ValueError(
-                "--difficulty level needs --quality: the highest declared number of each level, "
-                "e.g. --quality 1 2"
-            )
-    elif not measured:
-        values["quality"] = cfg.quality or [1.0]
-        if set(values["quality"]) != {1.0}:
-            raise ValueError(
-                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
-                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
-                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
-            )
-    return values
-
-
-def resolve_levels(cfg, measured):
-    """The levels that the per-level flags describe. Each flag has one value, or one per level.
-
-    measured  whether some training problem has a pass rate
-    """
-    values = level_values(cfg, measured)
-    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
-    num_levels = max(len(values[name]) for name in binding)
-    for name in binding:
-        if len(values[name]) not in (1, num_levels):
-            raise ValueError(
-                f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
-                f"values, not {len(values[name])}{'' if getattr(cfg, name) else ' as by default'}"
-            )
-    levels = []
-    for i in range(num_levels):
-        own = {}
-        for name, some in values.items():
-            own[name] = some[-1 if num_levels == 1 else min(i, len(some) - 1)]
-        cache = cfg.overlong_cache or max(1, own["max_new_tokens"] // 5)
-        if cache > own["max_new_tokens"]:
-            raise ValueError(
-                f"--overlong-cache {cache} exceeds --max-new-tokens: all would be punished"
-            )
-        levels.append(Level(**own, overlong_cache=cache))
-    return levels
 
 
 def explain(cfg, levels):

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eprli import Buffer, LevelState
+from eprli import Buffer, LevelState, resolve_levels
 from infra import memory
 from infra.directory import RunDirectory, create
 from infra.flags import (
@@ -28,7 +28,6 @@ from infra.flags import (
     given_flags,
     make_parser,
     option,
-    resolve_levels,
     stated,
 )
 from infra.ranks import Ranks, Stop, is_first, refuse, silence_others

@@ -24,7 +24,8 @@ import run as runner  # noqa: E402
 import tables  # noqa: E402
 
 from data import Problem, read_problems  # noqa: E402
-from infra.flags import Config, make_parser, resolve_levels  # noqa: E402
+from eprli import resolve_levels  # noqa: E402
+from infra.flags import Config, make_parser  # noqa: E402
 from parts.files import write_records  # noqa: E402
 
 

@@ -11,8 +11,8 @@ from transformers import Qwen2Config
 
 import train
 from data import Order
-from eprli import Buffer, Group, LevelState, group_advantage
-from infra.flags import Config, resolve_levels
+from eprli import Buffer, Group, LevelState, group_advantage, resolve_levels
+from infra.flags import Config
 from infra.memory import plan, total
 from infra.ranks import Ranks
 from infra.run import Run
