@@ -26,8 +26,8 @@ from eprli import (
     loss_weight,
     next_level,
 )
+from infra.command import run_command
 from infra.ranks import Stop
-from infra.setup import run_command
 from infra.update import NotFinite
 from model import pad
 from parts.policy import TRAINING, Sampling, attempt, requests
@@ -77,7 +77,7 @@ def train(run):
         except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
             update.fault = fault
             buffer.remove(fault.groups, "broken")  # that it was learning from, if it got there
-        # A signal or a Stop ends the run here: infra/setup.py takes the update back, and saves.
+        # A signal or a Stop ends the run here: infra/command.py takes the update back, and saves.
         run.end_update(update)  # counted and logged
 
 

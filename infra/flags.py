@@ -1,6 +1,7 @@
 """The flags of train.py: defaults, units, sources, checks."""
 
 import argparse
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -286,6 +287,46 @@ def make_parser():
     for action in parser._actions:
         action.option_strings = [name for name in action.option_strings if "_" not in name]
     return parser
+
+
+def read_flags(parser, arguments):
+    """-> Config, config.json of the run to resume or None.  Raises ValueError"""
+    parser.parse_args(arguments)  # --help ends here
+    given, config = given_flags(parser, arguments), None
+    flags = stated(given.get("preset"))
+    if "resume" in given:
+        flags, config = as_started(given)
+    cfg = Config(**{**flags, **given})
+    check(cfg)
+    return fill(cfg), config
+
+
+def as_started(given):
+    """-> {name: value} of all flags of the run that is to be resumed, its config.json"""
+    run = given.pop("resume")
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        flags = {name: config[name] for name in vars(Config())}
+        check(Config(**flags))
+        if not all(config[name] for name in ("read", "model_files", "kernels", "threads", "torch")):
+            raise KeyError("read")
+        if config["revision"]:
+            flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error}); one "
+            "that another version of EPRLI began goes on with that version alone"
+        ) from error
+    may_change = MAY_CHANGE.split()
+    for name in given:
+        if name not in may_change:
+            raise ValueError(
+                f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
+                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
+                f"from a checkpoint (--model {run}/checkpoints/...)"
+            )
+    return flags | {"out": run}, config
 
 
 def given_flags(parser, arguments):

@@ -7,9 +7,12 @@ be. Sampling and learning take turns: the memory of one is free before the other
 under a mask, to every head.)
 """
 
+import os
+from dataclasses import replace
 from math import ceil
 
 from parts import kernels
+from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
 
 
@@ -107,3 +110,17 @@ def table(parts):
     always, *phases = map(total, parts.values())
     peak = f"{(always + max(phases)) / 1e9:10.3f} GB, and what Python and its libraries take"
     return "\n".join([*lines, f"{'at its peak, one process':38}{peak}"])
+
+
+def memory_table(cfg):
+    """The table of --plan: only the data, the tokenizer and the model's config are read."""
+    levels, train_set, held_out, _ = read_data(cfg)
+    if cfg.eval_every == 0:
+        held_out = []
+    policy = load_policy(cfg, cfg.model, "meta")
+    longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
+    limit = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
+    cfg = replace(cfg, eval_max_new_tokens=limit)
+    levels = [level for level in levels if level.trains] or levels
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return table(plan(cfg, levels, policy.model, longest, len(held_out), processes))

@@ -8,15 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
-infra
 parts parts.files parts.kernels
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
 parts.sources data rewards
-parts.lora parts.optimizer parts.papers parts.policy parts.statistics
+parts.lora parts.optimizer parts.papers parts.policy parts.inputs parts.statistics
 infra.ranks infra.directory infra.memory infra.tracker infra.flags infra.update infra.run
-infra.setup
-tools tools.verdict tools.report tools.compare
+infra.setup infra.command
+tools.verdict tools.report tools.compare
 train eval
 """
 FLOORS = ORDER.split()

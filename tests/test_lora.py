@@ -13,7 +13,7 @@ from test_plan import peak
 
 import eval as evaluation
 import train
-from infra import setup
+from infra import command
 from infra.ranks import Ranks
 from model import ChosenLogprobs, Transformer
 from parts import kernels, lora
@@ -268,7 +268,7 @@ def workshop(tmp_path, toy_folder, monkeypatch):
         words = FLAGS.split()
         for name, value in flags.items():
             words += [f"--{name.replace('_', '-')}", *str(value).split()]
-        setup.run_command(train, lambda out: None, words)
+        command.run_command(train, lambda out: None, words)
         return sorted((tmp_path / "run/checkpoints").iterdir())[-1]
 
     return run

@@ -20,9 +20,9 @@ from data import Order, Problem, Prompt
 from eprli import Buffer, Group, Level, LevelState, group_advantage, kl_penalty, learning_rate
 from infra.flags import Config, fill
 from infra.ranks import Ranks
-from infra.setup import check_measured
 from infra.update import Update
 from model import pad
+from parts.inputs import check_measured
 from parts.optimizer import Learner
 from parts.policy import Attempt
 from rollout import Completion, sample, stream

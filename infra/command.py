@@ -1,0 +1,127 @@
+"""From a command line to a run, and from the end of a run to an exit code.
+
+What ends a run             the update at work          what is saved then    exit code
+the end of the last level   -                           the state             0
+SIGINT, SIGTERM, SIGHUP     is finished if it learns,   the state             128 + signal
+                            else taken back
+another, a second later     is lost                     nothing               128 + signal
+SIGKILL, a crash            is lost                     nothing               -
+Stop                        is taken back               the state before it   1
+Stop after a step (a)       is lost                     nothing               1
+any other exception         is lost                     nothing               1, and a traceback
+
+(a) An optimizer step has changed the weights, or a line of a log cannot be written, or one of
+    several processes has no memory left: weights and counters no longer belong together.
+
+If the last update met a number that is not finite, nothing is saved either, and 0 becomes 1.
+Whatever the row, --resume goes on from the newest checkpoint that is whole, and cuts the logs back
+to it. Bad input ends with exit code 2 before a run directory is made.
+"""
+
+import contextlib
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from infra.flags import explain, make_parser, read_flags
+from infra.memory import memory_table
+from infra.ranks import Ranks, Stop, is_first, refuse, silence_others
+from infra.setup import resume_run, start_run
+from parts.inputs import read_data
+
+
+def run_command(train, draw, arguments):
+    """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
+    draw(its folder) makes the pictures of a run that came to its end."""
+    parser = make_parser()
+    silence_others()
+    with contextlib.ExitStack() as stack:
+        try:
+            cfg, config = read_flags(parser, arguments)
+            if cfg.plan:
+                return print(memory_table(cfg))
+            if cfg.explain:
+                return print(explain(cfg, read_data(cfg)[0]))
+            ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
+            with memory_explained():
+                run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
+        except Stop as stop:
+            parser.exit(1, f"{parser.prog}: {stop}\n")
+        except (ValueError, OSError) as error:
+            refuse(parser, error)
+        except KeyboardInterrupt:
+            words = f"{parser.prog}: interrupted before the run began\n"
+            parser.exit(128 + signal.SIGINT, words if is_first() else None)
+        code, ended = train_and_save(train, run)
+        if is_first():
+            say_results(run, ended)
+            if not ended and run.num_updates:
+                draw(run.directory.out)
+        if code:
+            sys.exit(code)
+
+
+def train_and_save(train, run):
+    """Train, and save when it comes to its end, or when a signal or a Stop ends it.
+
+    -> exit code, what ended it before its time or None
+    """
+    code, ended = 0, None
+    with run.ranks.signals():
+        try:
+            with memory_explained(run), run.progress_bar():
+                train(run)
+        except KeyboardInterrupt:
+            code = 128 + (run.ranks.signal or signal.SIGINT)
+            state = run.directory.last_good() if run.broken else "the state is saved"
+            ended = f"interrupted: {state}, --resume {run.directory.out} goes on"
+        except Stop as stop:
+            code, ended = 1, str(stop)
+            if stop.__cause__ and run.ranks.first:
+                traceback.print_exception(stop.__cause__)
+        run.take_back()
+        try:
+            if not run.broken:  # else the last good checkpoint is better
+                with memory_explained(run):
+                    run.save()
+        except Stop as stop:
+            code, ended = 1, str(stop)
+    if run.broken and not code:
+        code, ended = 1, "the run ended while its numbers were not finite"
+    run.grader.close()
+    if run.tracker:
+        run.tracker.finish()
+    return code, ended
+
+
+@contextlib.contextmanager
+def memory_explained(run=None):
+    """Within the block, a GPU whose memory is full is a Stop: what the run did, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        words = (
+            f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
+            "evaluating), --micro-batch-tokens or --logits-per-chunk (learning), or use "
+            "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
+        )
+        if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
+            run.half_done = True
+            if not run.ranks.first:  # which says it at its end
+                print(words, file=sys.stderr)
+        raise Stop(words) from None
+
+
+def say_results(run, ended):
+    out = run.directory.out
+    if run.evaluations:
+        print(run.table())
+    if run.broken:
+        print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
+    elif run.saved:
+        print(f"model:   {out / 'checkpoints' / run.saved}")
+    if ended:
+        print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)

@@ -1,0 +1,169 @@
+"""From files to levels: what a run trains on, and what it is evaluated on.
+
+The way of a line of --data, and what is left out on it:
+
+    data.read_problems      it becomes a Problem
+    data.without_repeats    left out: a problem that stands further up, but for blanks
+    data.gradable           left out: an answer that the grader cannot compare with others
+    cut_by_difficulty       it comes to a level (or to several with one Q_l); left out: what is
+                            always solved, unmeasured, or harder than all Q_l
+    Policy.render           it becomes a Prompt: tokens
+    fitting                 left out: a prompt that leaves no room for a completion
+    data.Order              train.draw takes its level's prompts in a random order
+"""
+
+import json
+
+from tqdm import tqdm
+
+import data
+from eprli import Buffer, LevelState, resolve_levels
+from parts import lora
+from parts.files import explained
+from parts.policy import Policy, digest
+from rewards import load_reward
+
+
+def load_inputs(cfg, model, device):
+    """Read and check everything, by the functions below, in their order.
+
+    model  cfg.model, or the checkpoint that a resumed run goes on from
+    -> [LevelState, ...], held-out prompts, Policy, {fact: what config.json says of the data}
+    """
+    levels, train_set, held_out, facts = read_data(cfg)
+    policy = load_policy(cfg, model, device)
+    if model == cfg.model:
+        with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
+            check_measured(cfg, levels, train_set, policy)
+    states, cut_facts = make_levels(cfg, levels, train_set, policy)
+    policy.show(cfg.data, states[0].order.prompts)
+    prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
+    return states, prompts, policy, facts | cut_facts | eval_facts
+
+
+def read_data(cfg):
+    """What a run trains on and is evaluated on, before any model is loaded.
+
+    -> the levels, training problems, held-out problems, {fact: what config.json says of them}
+    """
+    found = data.read_problems(cfg.data, cfg.columns)
+    different = data.without_repeats(found)
+    train_set = data.gradable(cfg.data, different)
+    held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
+    data.gradable(cfg.eval_data, held_out)  # says which; in evaluation they stay
+    levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
+    exact, near = data.overlap(train_set, held_out)
+    facts = {
+        "ungradable_left_out": len(different) - len(train_set),
+        "repeats_removed": len(found) - len(different),
+        "overlap_with_eval": len(exact),
+        "near_overlap_with_eval": len(near),
+        "read": {"--data": digest(found), "--eval-data": digest(held_out)},
+    }
+    return levels, train_set, held_out, facts
+
+
+def load_policy(cfg, model, device):
+    """The policy of a checkpoint of this run, or the one that the run starts from (cfg.model)."""
+    policy = Policy.load(str(model), cfg.dtype, device, cfg)
+    if model == cfg.model and lora.read_config(policy.folder):
+        raise ValueError(
+            f"--model {model} is an adapter: make a whole checkpoint of it first (python eval.py "
+            f"--model {model} --merge FOLDER)"
+        )
+    if model == cfg.model and cfg.lora_rank:
+        lora.add(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    return policy
+
+
+def check_measured(cfg, levels, train_set, policy):
+    """Print in what the measurement of the pass rates differs from this run."""
+    if cfg.difficulty != "pass_rate":
+        return
+    now = policy.measuring(cfg.temperature, max(level.max_new_tokens for level in levels))
+    kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
+    for measured in map(json.loads, sorted(kinds)):
+        if not measured:
+            tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
+            continue
+        other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
+        if other:
+            tqdm.write(
+                f"{cfg.data}: measured with {measured.get('model')} otherwise: {'; '.join(other)}"
+            )
+        if measured.get("samples", 0) < 16:
+            tqdm.write(
+                f"{cfg.data}: measured with {measured.get('samples')} samples a problem: "
+                "fewer than 16 tell little"
+            )
+
+
+def make_levels(cfg, levels, train_set, policy):
+    """Cut the levels and render everything before minutes are spent. -> [LevelState, ...], facts"""
+    qualities = [level.quality for level in levels]
+    parts, left_out = cut_by_difficulty(cfg, cfg.data, train_set, qualities)
+    states, too_long = [], 0
+    for number, level in enumerate(levels, 1):
+        own, prompts = parts.get(None) or parts[number], []  # None: one set for every level
+        if level.trains:
+            if not own:
+                raise ValueError(
+                    f"level {number} (Q = {level.quality:g}) has no problem: choose another "
+                    f"--quality ({cfg.data} left out: {left_out})"
+                )
+            prompts = fitting(policy, own)
+            too_long += len(own) - len(prompts)
+        order = data.Order(prompts, f"{cfg.seed}/{number}")
+        buffer = Buffer(keep_flat=cfg.filter == "all")
+        states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
+        tqdm.write(
+            f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
+            f"{'' if level.trains else ', not trained'}"
+        )
+    if qualities != sorted(qualities):
+        tqdm.write(
+            'Q decreases: the harder level trains first. The paper says both "Q1 < Q2" and '
+            '"Q_{l-1} > Q_l"; see eprli.py'
+        )
+    return states, {"prompts_too_long": too_long, "left_out": left_out}
+
+
+def cut_by_difficulty(cfg, name, problems, qualities):
+    """-> {number from 1: problems}, counts of those that belong to no level
+
+    Where nothing is known of the difficulty: {None: all problems}.
+    """
+    if all(data.difficulty(p, cfg.difficulty) is None for p in problems):
+        tqdm.write(f"{name}: no problem has a {cfg.difficulty}, so they are one set")
+        return {None: problems}, {}
+    parts, left_out = data.cut_levels(problems, qualities, cfg.difficulty)
+    return dict(enumerate(parts, 1)), left_out
+
+
+def fitting(policy, problems):
+    """Prompts that leave room for a completion. Raises ValueError if there are none."""
+    prompts = [p for p in policy.render(problems) if policy.room(p)]
+    if not prompts:
+        raise ValueError(
+            f"every prompt is longer than the context of {policy.model.context} tokens"
+        )
+    return prompts
+
+
+def cut_held_out(cfg, levels, held_out, policy):
+    """-> {number of a level: its prompts}, facts. By default they are cut as the levels are."""
+    if not held_out:
+        return {}, {}
+    qualities = cfg.eval_quality or [level.quality for level in levels]
+    parts, left_out = cut_by_difficulty(cfg, cfg.eval_data, held_out, qualities)
+    if cfg.eval_quality and None in parts:
+        raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
+    prompts, seen = {}, [[]]
+    for number, own in parts.items():
+        if own not in seen:  # levels may share their problems
+            seen.append(own)
+            prompts[number] = policy.render(own)
+            tqdm.write(f"held out, {data.name_level(number)}: {len(own)} problems")
+    if not prompts:
+        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
+    return prompts, {"eval_left_out": left_out}
