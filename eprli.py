@@ -258,7 +258,7 @@ class Group:
 class Buffer:
     """The dynamic buffer of one level: groups that wait for their update.
 
-    counts says what became of all others, and nothing is lost: at any time
+    counts says what became of all others (`kept`: trained on), and nothing is lost: at any time
     drawn = kept + all_right + all_wrong + broken + stale + pending.
     """
 
@@ -301,7 +301,7 @@ class Buffer:
         return self.groups[:num_groups]
 
     def remove(self, groups, fate):
-        """Waiting groups leave: kept (they were trained on), stale or broken."""
+        """Waiting groups leave. Their fate is kept (trained on), stale or broken."""
         leaving = set(groups)
         self.counts[fate] += len(leaving)
         self.groups = [g for g in self.groups if g not in leaving]
@@ -333,28 +333,30 @@ class LevelState:
 
     @property
     def lr_position(self):
-        """(updates so far, progress) for `learning_rate`.
+        """(trained, progress, extended) for `learning_rate`.
 
-        Where --resume --updates has extended a budget, the decay begins anew at the end of the old
-        budget, without a warm-up.
+        Where --resume --updates has extended a budget, progress begins anew at the end of the old
+        budget.
         """
         if not self.extended_after:
-            return self.trained, self.progress
+            return self.trained, self.progress, False
         begin = 0
         for end in (*self.extended_after, self.level.updates):
             if self.trained < end:
                 break
             begin = end
-        return math.inf if begin else self.trained, (self.trained - begin) / (end - begin)
+        return self.trained, (self.trained - begin) / (end - begin), begin > 0
 
     @property
     def over(self):
         return self.progress == 1 or self.skips == MOST_SKIPS
 
-    def count(self, number, tokens_sampled, changed_policy, given_up):
-        """Count an update of this level, number `number` of the run. What waits when the level ends
-        is stale."""
-        self.last_update = number
+    def count(self, update, tokens_sampled, changed_policy, given_up):
+        """Count an update of this level. What waits when the level ends is stale.
+
+        update  its number in the run
+        """
+        self.last_update = update
         self.tokens_sampled += tokens_sampled
         self.trained += changed_policy
         self.skips = 0 if changed_policy or given_up else self.skips + 1
@@ -373,13 +375,15 @@ def next_level(states, schedule):
     return left[0] if left else None
 
 
-def learning_rate(cfg, trained, progress):
+def learning_rate(cfg, trained, progress, extended=False):
     """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
     trained   updates of the level that changed the policy so far
     progress  share of the level's budget that is used up, in [0, 1)
+    extended  whether it is in updates that --resume --updates has added: they have no warm-up
     """
-    rate = cfg.lr * min(1.0, (trained + 1) / max(cfg.warmup, 1))
+    warm_up = 1.0 if extended else min(1.0, (trained + 1) / max(cfg.warmup, 1))
+    rate = cfg.lr * warm_up
     if cfg.lr_decay == "none":
         return rate
     if cfg.lr_decay == "linear":

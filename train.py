@@ -38,7 +38,7 @@ from rollout import Completion, stream
 # Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
 # of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
 MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.05}
-# What `objective` finds, and how it adds up over micro-batches and processes.
+# What `objective` logs, and how it adds up over micro-batches and processes.
 SUMS = ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh")
 PEAKS = ("ratio_max", "gap_max")
 
@@ -93,12 +93,13 @@ def draw(run, state, update):
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
         count = min(count, level.buffer_groups - state.buffer.pending)
-    first, work = order.drawn, []
-    for number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
+    first, requested = order.drawn, []
+    for draw_number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
         streams = [
-            stream(cfg.seed, TRAINING, state.number, number, g) for g in range(level.group_size)
+            stream(cfg.seed, TRAINING, state.number, draw_number, g)
+            for g in range(level.group_size)
         ]
-        work.append((prompt, streams))
+        requested.append((prompt, streams))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
     def sample_and_score(share):
@@ -112,9 +113,9 @@ def draw(run, state, update):
         )
         return [(a, score(run, state, prompt, a)) for (prompt, _), a in zip(share, done)]
 
-    scored = run.ranks.share_out(work, sample_and_score)  # if one process fails, all raise
+    scored = run.ranks.share_out(requested, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
-    update.drew([prompt for prompt, _ in work], [attempts for attempts, _ in scored], groups)
+    update.drew([prompt for prompt, _ in requested], [attempts for attempts, _ in scored], groups)
     return groups
 
 
@@ -184,15 +185,15 @@ def learn(run, state, groups, update):
         samples.append([Sample(group, completion, A, fresh) for completion, A in pairs])
     for step in minibatches(cfg, state.level.inner_epochs, samples, update.number):
         sums, peaks = accumulate_gradient(run, state.level, step)
-        number = len(update.steps) + 1
-        if number == 1:
+        step_number = len(update.steps) + 1
+        if step_number == 1:
             check_gap(cfg.dtype, sums)
         if not math.isfinite(sums["objective"]):
             learner.drop_gradient()
-            raise NotFinite(f"the loss of step {number} is {-sums['objective']}", groups)
+            raise NotFinite(f"the loss of step {step_number} is {-sums['objective']}", groups)
         norm = learner.step(update.lr, cfg.max_grad_norm)
         if not math.isfinite(norm):
-            raise NotFinite(f"the gradient's norm in step {number} is {norm}", groups)
+            raise NotFinite(f"the gradient's norm in step {step_number} is {norm}", groups)
         update.steps.append({"grad_norm": norm, **sums, **peaks})
     update.seconds["learn"] += time.perf_counter() - start
 
@@ -236,9 +237,9 @@ def accumulate_gradient(run, level, step):
     def objective_of(model, micro):
         return objective(run, level, model, micro, counts)
 
-    found = run.learner.add_gradients(step, objective_of, run.cfg.micro_batch_tokens)
-    sums = {name: sum(logged[name] for logged in found) for name in SUMS}
-    peaks = {name: max(logged[name] for logged in found) for name in PEAKS}
+    logs = run.learner.add_gradients(step, objective_of, run.cfg.micro_batch_tokens)
+    sums = {name: sum(logged[name] for logged in logs) for name in SUMS}
+    peaks = {name: max(logged[name] for logged in logs) for name in PEAKS}
     return sums, peaks
 
 
@@ -266,12 +267,12 @@ def objective(run, level, model, micro, counts):
                 ids, mask, cfg.temperature, cfg.logits_per_chunk
             )
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
-    found = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
+    logged = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
     fresh = mask.new_tensor([[s.fresh] for s in micro])
     gap = (logprob - logprob_old).detach().abs()[mask & fresh]
-    found |= {"objective": J.item(), "gap": gap.sum().item(), "fresh": gap.numel()}
-    found["gap_max"] = gap.max().item() if gap.numel() else 0.0
-    return J, found
+    logged |= {"objective": J.item(), "gap": gap.sum().item(), "fresh": gap.numel()}
+    logged["gap_max"] = gap.max().item() if gap.numel() else 0.0
+    return J, logged
 
 
 # --------------------------------------------------------------------------------------- evaluate

@@ -76,14 +76,14 @@ class RunDirectory:
 
     def cut_logs(self, sizes):
         """Cut the logs back to the bytes that they had when a checkpoint was written."""
-        found = self.log_sizes()
+        now = self.log_sizes()
         for name, size in sizes.items():
-            if found.get(name, 0) < size:
+            if now.get(name, 0) < size:
                 raise ValueError(
-                    f"{self.out / name}: {found.get(name, 0)} bytes, but the checkpoint was "
+                    f"{self.out / name}: {now.get(name, 0)} bytes, but the checkpoint was "
                     f"written after {size}: lines were lost"
                 )
-        for name in found:  # once all are known to be long enough
+        for name in now:  # once all are known to be long enough
             os.truncate(self.out / name, sizes.get(name, 0))
 
     # ------------------------------------------------------------------------------ checkpoints
@@ -151,8 +151,8 @@ class RunDirectory:
 
 def checkpoints(run):
     """Folders of checkpoints, newest first; whether they are whole is another question."""
-    found = [p for p in (Path(run) / "checkpoints").iterdir() if p.name.isdecimal()]
-    return sorted(found, key=lambda p: int(p.name), reverse=True)
+    folders = [p for p in (Path(run) / "checkpoints").iterdir() if p.name.isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
 
 def create(out, config, kind=""):

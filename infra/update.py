@@ -13,7 +13,8 @@ from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions; more grader failures than that are said
-FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")  # of groups, see Buffer
+# Of groups, see Buffer. `kept` groups were trained on; those that wait are not counted yet.
+FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")
 PHASES = ("sample", "grade", "learn")
 
 

@@ -46,8 +46,8 @@ def read_data(cfg):
 
     -> the levels, training problems, held-out problems, {fact: what config.json says of them}
     """
-    found = data.read_problems(cfg.data, cfg.columns)
-    different = data.without_repeats(found)
+    problems = data.read_problems(cfg.data, cfg.columns)
+    different = data.without_repeats(problems)
     train_set = data.gradable(cfg.data, different)
     held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
     data.gradable(cfg.eval_data, held_out)  # says which; in evaluation they stay
@@ -55,10 +55,10 @@ def read_data(cfg):
     exact, near = data.overlap(train_set, held_out)
     facts = {
         "ungradable_left_out": len(different) - len(train_set),
-        "repeats_removed": len(found) - len(different),
+        "repeats_removed": len(problems) - len(different),
         "overlap_with_eval": len(exact),
         "near_overlap_with_eval": len(near),
-        "read": {"--data": digest(found), "--eval-data": digest(held_out)},
+        "read": {"--data": digest(problems), "--eval-data": digest(held_out)},
     }
     return levels, train_set, held_out, facts
 
@@ -104,20 +104,21 @@ def make_levels(cfg, levels, train_set, policy):
     parts, left_out = cut_by_difficulty(cfg, cfg.data, train_set, qualities)
     states, too_long = [], 0
     for number, level in enumerate(levels, 1):
-        own, prompts = parts.get(None) or parts[number], []  # None: one set for every level
+        problems = parts.get(None) or parts[number]  # None: one set for every level
+        prompts = []
         if level.trains:
-            if not own:
+            if not problems:
                 raise ValueError(
                     f"level {number} (Q = {level.quality:g}) has no problem: choose another "
                     f"--quality ({cfg.data} left out: {left_out})"
                 )
-            prompts = fitting(policy, own)
-            too_long += len(own) - len(prompts)
+            prompts = fitting(policy, problems)
+            too_long += len(problems) - len(prompts)
         order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(keep_flat=cfg.filter == "all")
         states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
-            f"level {number}: difficulty up to {level.quality:g}, {len(own)} problems"
+            f"level {number}: difficulty up to {level.quality:g}, {len(problems)} problems"
             f"{'' if level.trains else ', not trained'}"
         )
     if qualities != sorted(qualities):
@@ -159,11 +160,11 @@ def cut_held_out(cfg, levels, held_out, policy):
     if cfg.eval_quality and None in parts:
         raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
     prompts, seen = {}, [[]]
-    for number, own in parts.items():
-        if own not in seen:  # levels may share their problems
-            seen.append(own)
-            prompts[number] = policy.render(own)
-            tqdm.write(f"held out, {data.name_level(number)}: {len(own)} problems")
+    for number, problems in parts.items():
+        if problems not in seen:  # levels may share their problems
+            seen.append(problems)
+            prompts[number] = policy.render(problems)
+            tqdm.write(f"held out, {data.name_level(number)}: {len(problems)} problems")
     if not prompts:
         raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
     return prompts, {"eval_left_out": left_out}

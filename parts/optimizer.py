@@ -19,9 +19,20 @@ class Learner:
     Weights of less than float32 have float32 masters, which own gradients and moments: an update
     of 1e-6 of a weight would vanish in bfloat16.
 
-    model  what the gradient goes through: the policy's own model, or under FSDP a sharded copy
-           whose shards are the masters. The policy's own weights stay whole on every process:
-           sampling from shards would gather them for every token.
+    model    what gradients go through
+    models   one for each thread that computes gradients
+    weights  those of the policy's model that are learned (with LoRA its factors). Every process has
+             them whole: sampling from shards would gather them for every token.
+    masters  what AdamW steps on. `publish` copies them to the weights, where they are others.
+
+    case                model            models         weights    masters
+    float32, float64    the policy's     model          as given   the weights themselves
+    two threads, on a   the policy's     model, twin    as given   the weights themselves; the twin
+      CPU, if small                                                reads them, and has gradients
+    bfloat16            the policy's     model          bfloat16   float32 copies; a hook moves
+                                                                   each gradient to them
+    FSDP                a sharded copy   model          as given   the shards of the copy, float32
+                                                                   or wider
     """
 
     def __init__(self, policy_model, ranks, recompute=False):
@@ -40,8 +51,8 @@ class Learner:
         self.models = [self.model]
         if self.takes_two_threads():
             twin = copy.deepcopy(self.model)  # which takes gradients of its own
-            for weight, own in zip(twin.parameters(), self.model.parameters()):
-                weight.data = own.data
+            for copied, original in zip(twin.parameters(), self.model.parameters()):
+                copied.data = original.data
             self.models.append(twin)
             threads = torch.get_num_threads() // 2
             self.pool = ThreadPoolExecutor(2, "learn", torch.set_num_threads, (threads,))
@@ -75,25 +86,25 @@ class Learner:
         scale = ranks.size if ranks.sharded else 1
 
         def backward(model, share):
-            found = []
+            logs = []
             for micro in share:
                 J, logged = objective(model, micro)
                 (-scale * J).backward()
-                found.append(logged)
+                logs.append(logged)
             # FSDP gathers weights from all processes, so one without samples runs a dummy.
             for _ in range(most - len(share)):
                 J, _ = objective(model, samples[:1])
                 (0 * J).backward()
-            return found
+            return logs
 
         first = ranks.rank * len(models)
-        own = shares[first : first + len(models)]
+        shares_here = shares[first : first + len(models)]
         if len(models) == 1:
-            found = backward(self.model, *own)
+            logs = backward(self.model, *shares_here)
         else:
-            found = sum(self.pool.map(backward, models, own), [])
+            logs = sum(self.pool.map(backward, models, shares_here), [])
             self.join_gradients()
-        return sum(ranks.gather(found), [])
+        return sum(ranks.gather(logs), [])
 
     def join_gradients(self):
         """The gradients of the second model are added to those of the first."""

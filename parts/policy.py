@@ -238,7 +238,7 @@ def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
     clock  a Counter to which the seconds `sample` and `grade` are added
     """
     start = time.perf_counter()
-    prompts, keys = [prompt for prompt, _ in work], [own for _, own in work]
+    prompts, keys = [prompt for prompt, _ in work], [streams for _, streams in work]
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
     with tqdm(
         desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
@@ -263,7 +263,7 @@ def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
     if clock is not None:
         clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
     attempts = (Attempt(*part, verdict) for part, verdict in zip(parts, verdicts))
-    return [[next(attempts) for _ in own] for own in keys]
+    return [[next(attempts) for _ in streams] for streams in keys]
 
 
 def requests(seed, prompts, samples, purpose=EVALUATION):
@@ -273,8 +273,8 @@ def requests(seed, prompts, samples, purpose=EVALUATION):
     the measurement of difficulty use others: problems that were called hard after unlucky samples
     look easier with new samples, even without any training.
     """
-    found = []
+    pairs = []
     for prompt in prompts:
         number = zlib.crc32(prompt.problem.id.encode())
-        found.append((prompt, [stream(seed, purpose, number, k) for k in range(samples)]))
-    return found
+        pairs.append((prompt, [stream(seed, purpose, number, k) for k in range(samples)]))
+    return pairs
