@@ -93,10 +93,10 @@ def load(model, config, folder, base):
         if {path.name: sha256(path) for path in base.glob("*.safetensors")} != trained:
             raise ValueError("its *.safetensors are not what they were")
         add(model, config["r"], config["lora_alpha"], config["target_modules"])
-        found = load_file(folder / WEIGHTS)
-        check_tensors(folder, found, tensors(model))
+        factors = load_file(folder / WEIGHTS)
+        check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():
-            factor.copy_(found[name])
+            factor.copy_(factors[name])
 
 
 @torch.no_grad()

@@ -84,8 +84,10 @@ def print_table(summary):
     summary  what summary.json holds; a benchmark is known by the name of its file
     """
     measure = f"avg@{summary['samples']}"
-    found = {Path(path).stem: levels["all"][measure] for path, levels in summary["files"].items()}
-    ours = [found.get(name) for name in FIVE]
+    results = {}  # by the name of a file, without its folder and ending
+    for path, levels in summary["files"].items():
+        results[Path(path).stem] = levels["all"][measure]
+    ours = [results.get(name) for name in FIVE]
     if not any(ours):
         return
     ours.append(mean_of(ours) if all(ours) else None)

@@ -85,18 +85,18 @@ def find_layout(record, columns):
 def in_our_columns(record, columns):
     """-> the record with our names for its columns, and the names that they had"""
     layout = find_layout(record, columns)
-    found = dict(record)
+    ours = dict(record)
     for theirs in layout.values():
-        found.pop(theirs.partition(".")[0], None)
-    found |= {name: column(record, theirs) for name, theirs in layout.items()}
-    if isinstance(found["problem"], list):
-        found["problem"] = last_question(found["problem"])
+        ours.pop(theirs.partition(".")[0], None)
+    ours |= {name: column(record, theirs) for name, theirs in layout.items()}
+    if isinstance(ours["problem"], list):
+        ours["problem"] = last_question(ours["problem"])
     if columns or list(layout.values()) != ["problem", "answer"]:
-        found["answer"] = final_answer(found["answer"])
-    level = str(found.get("level"))
+        ours["answer"] = final_answer(ours["answer"])
+    level = str(ours.get("level"))
     if level.startswith("Level "):  # of MATH, a few are "Level ?"
-        found["level"] = int(level[6:]) if level[6:].isdecimal() else None
-    return found, layout.values()
+        ours["level"] = int(level[6:]) if level[6:].isdecimal() else None
+    return ours, layout.values()
 
 
 def last_question(turns):
