@@ -4,7 +4,8 @@
     python train.py --model DIR_OR_HUB_NAME --data F.jsonl --eval-data G.jsonl
 
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
-the curriculum. How a run is counted, logged, saved and resumed is in infra/run.py.
+the curriculum. How a run is counted, logged and saved is in infra/run.py, how it begins or is
+resumed in infra/setup.py, how it ends in infra/command.py.
 """
 
 import itertools
