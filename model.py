@@ -28,9 +28,12 @@ from parts import kernels
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
-# Elements of the logits that `token_logprobs` makes at once. It holds three such tensors, in
-# float32.
+# Logits that the learner makes at once: at least of 512 tokens, since every chunk reads and writes
+# the whole gradient of the head, and that takes as long as the products of 40 to 300 tokens.
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
+LEAST_TOKENS = 512
+# Logits whose softmax a thread of a CPU works on at once: what it makes of them stays in its cache.
+LOGITS_IN_CACHE = 1 << 19
 
 
 def at_least_float32(x):
@@ -353,7 +356,7 @@ class Transformer(nn.Module):
         """See Body.forward."""
         return self.lm_head(self.model(*inputs))
 
-    def token_logprobs(self, ids, mask, temperature, logits_per_chunk=LOGITS_PER_CHUNK):
+    def token_logprobs(self, ids, mask, temperature):
         """Log-prob of each completion token given those before it in its row, and its entropy.
 
         ids   (B, T)  each row is a prompt, its completion, and any ids as padding
@@ -379,8 +382,7 @@ class Transformer(nn.Module):
         tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
         more = self.model(tokens, positions, cache.attention(rows, starts, len(offset) - 1))
         hidden = torch.cat([last, more], 1)[offset < lengths[:, None]]  # in the order of ids[mask]
-        size = max(1, logits_per_chunk // self.config.vocab_size)
-        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, ids[mask], temperature, size)
+        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, ids[mask], temperature)
         empty = torch.zeros(ids.shape, dtype=values[0].dtype, device=ids.device)
         return tuple(empty.masked_scatter(mask, value) for value in values)
 
@@ -509,23 +511,41 @@ def log_softmax(logits, temperature):
     return torch.log_softmax(logits, -1)
 
 
+def rows_in_cache(vocab_size):
+    """Rows of logits that a softmax on a CPU works on at once."""
+    return max(1, torch.get_num_threads() * LOGITS_IN_CACHE // vocab_size)
+
+
+def in_cache(logits):
+    """logits (N, V) -> their rows, part by part: a softmax makes several tensors of a part."""
+    return logits.split(len(logits) if logits.is_cuda else rows_in_cache(logits.shape[1]))
+
+
+def tokens_per_chunk(vocab_size):
+    """Tokens whose logits the learner holds at once."""
+    return max(LEAST_TOKENS, LOGITS_PER_CHUNK // vocab_size)
+
+
 class ChosenLogprobs(torch.autograd.Function):
-    """Log-probs of chosen tokens from hidden states and the head, `size` tokens at a time.
+    """Log-probs of chosen tokens from hidden states and the head, chunk by chunk.
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
-    gradient. The logits of all tokens never exist, and one buffer takes the gradient of the head,
-    unless it is frozen.
+    gradient. The logits of all tokens never exist: those of a chunk are made in one buffer, and
+    their gradient is written over them. One more takes the gradient of the head, unless it is
+    frozen.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, size):
+    def forward(ctx, hidden, weight, targets, temperature):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.size = temperature, size
+        ctx.temperature = temperature
         chosen, entropy = [], []
-        for h, target in zip(hidden.split(size), targets.split(size)):
-            logprobs = log_softmax(kernels.linear(h, weight), temperature)
-            chosen.append(logprobs.gather(-1, target[:, None])[:, 0])
-            entropy.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
+        for _, logits, target in chunks_of_logits(hidden, weight, targets):
+            parts = in_cache(logits)
+            for part, ids in zip(parts, target.split(len(parts[0]))):
+                logprobs = log_softmax(part, temperature)
+                chosen.append(logprobs.gather(-1, ids[:, None])[:, 0])
+                entropy.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
         chosen, entropy = torch.cat(chosen), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
         return chosen, entropy
@@ -541,22 +561,36 @@ class ChosenLogprobs(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
         narrow = learned and weight.dtype != wide
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
-        chunks = zip(*(x.split(ctx.size) for x in (hidden, targets, grad, hidden_grad)))
-        for i, (h, target, g, out) in enumerate(chunks):
-            g = g / ctx.temperature
-            logprobs = log_softmax(kernels.linear(h, weight), ctx.temperature)
-            logits_grad = logprobs.exp_().mul_(-g[:, None])  # (1[v = chosen] - p_v) g
-            logits_grad[torch.arange(len(h), device=h.device), target] += g
-            logits_grad = logits_grad.to(weight.dtype)
-            out.copy_(kernels.linear(logits_grad, weight.t()))
+        grad = grad / ctx.temperature
+        for i, (at, logits, target) in enumerate(chunks_of_logits(hidden, weight, targets)):
+            parts = in_cache(logits)
+            size = len(parts[0])
+            for part, ids, g in zip(parts, target.split(size), grad[at].split(size)):
+                # (1[v = chosen] - p_v) g
+                logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g[:, None])
+                logits_grad[torch.arange(len(g), device=g.device), ids] += g
+                part.copy_(logits_grad)
+            hidden_grad[at] = kernels.linear(logits, weight.t())
             if learned:
-                partial_sum.addmm_(logits_grad.t(), h)
+                partial_sum.addmm_(logits.t(), hidden[at])
             if narrow and i % 8 == 7:
                 weight_grad += partial_sum
                 partial_sum.zero_()
         if narrow:
             weight_grad += partial_sum
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None
+
+
+def chunks_of_logits(hidden, weight, targets):
+    """-> yields a slice of the tokens, their logits (n, V), their targets.
+
+    The next logits are written over these.
+    """
+    size = min(len(hidden), tokens_per_chunk(len(weight)))
+    buffer = hidden.new_empty(size, len(weight))
+    for start in range(0, len(hidden), size):
+        at = slice(start, min(start + size, len(hidden)))
+        yield at, kernels.linear(hidden[at], weight, out=buffer[: at.stop - start]), targets[at]
 
 
 # --------------------------------------------------------------------------------- micro-batches

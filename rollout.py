@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import additive_mask, log_softmax, scaled_dot_product
+from model import additive_mask, in_cache, log_softmax, scaled_dot_product
 
 PREFILL_TOKENS = 8192  # padded prompt tokens that go through the model at once (memory only)
 ROOM = 32  # the room of the KV cache is a multiple of it, in positions
@@ -321,8 +321,12 @@ class Slots:
         keys = np.array([sample.key for sample in samples], np.uint64)
         positions = np.array([len(sample.tokens) for sample in samples])
         u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
-        tokens, logprobs = choose(self.logits, u, temperature, top_k, top_p)
-        chosen = torch.stack([tokens.double(), logprobs.double()]).tolist()  # one GPU sync
+        parts = in_cache(self.logits)
+        chosen = []
+        for logits, some in zip(parts, u.split(len(parts[0]))):
+            tokens, logprobs = choose(logits, some, temperature, top_k, top_p)
+            chosen.append(torch.stack([tokens.double(), logprobs.double()]))
+        chosen = torch.cat(chosen, 1).tolist()  # one GPU sync
         for sample, token, logprob in zip(samples, *chosen):
             sample.tokens.append(int(token))
             sample.logprobs.append(logprob)

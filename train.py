@@ -254,7 +254,7 @@ def objective(run, level, model, micro, counts):
     ids, mask = pad(
         [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
     )
-    logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature, cfg.logits_per_chunk)
+    logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature)
     sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
     advantage = logprob.new_tensor([s.advantage for s in micro])
@@ -264,9 +264,7 @@ def objective(run, level, model, micro, counts):
     J = clipped_objective(logprob, logprob_old, advantage, weight, mask, *bounds)  # Eq. 1
     if run.reference is not None:
         with torch.no_grad():
-            logprob_ref, _ = run.reference.token_logprobs(
-                ids, mask, cfg.temperature, cfg.logits_per_chunk
-            )
+            logprob_ref, _ = run.reference.token_logprobs(ids, mask, cfg.temperature)
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
     logged = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
     fresh = mask.new_tensor([[s.fresh] for s in micro])

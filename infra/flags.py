@@ -13,7 +13,6 @@ from transformers import HfArgumentParser
 from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
 from eprli import PER_LEVEL
-from model import LOGITS_PER_CHUNK
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
 from parts.policy import SHIPPED, SLOTS, TINY, default_dtype, is_shipped
@@ -213,10 +212,6 @@ class Memory:
     micro_batch_tokens: int = flag(
         "padded tokens per backward pass; memory only, never changes the result [ours]", 2048
     )
-    logits_per_chunk: int = flag(
-        "logits that the learner holds at once, tokens x vocabulary; memory only [ours]",
-        LOGITS_PER_CHUNK,
-    )
     recompute: bool = flag(
         "activation checkpointing: compute a layer again in the backward pass; memory only [ours]",
         False,
@@ -243,7 +238,7 @@ RESULT_SECTIONS = Levels, Objective, Optimizer, SamplingFlags  # that the result
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens logits_per_chunk recompute fsdp save_every keep_checkpoints "
+    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints "
     "keep_completions tracker updates"
 )
 RULES = (
@@ -260,7 +255,7 @@ RULES = (
     ),
     (
         "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws logits_per_chunk keep_checkpoints eval_max_new_tokens",
+        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens",
         lambda v: v >= 1,
         "at least 1",
     ),

@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 from math import ceil
 
+from model import rows_in_cache, tokens_per_chunk
 from parts import kernels
 from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
@@ -36,6 +37,13 @@ def layer_bytes(model, size, wide):
     return norms + attention + mlp, 2 * kv_heads * model.head_dim * size
 
 
+def softmax_bytes(cfg, rows, vocabulary, wide):
+    """Of what is made of (rows, V) logits, on the way to log-probs, entropy, gradient or choice."""
+    if cfg.device == "cpu":
+        rows = min(rows, rows_in_cache(vocabulary))
+    return 3 * wide * rows * vocabulary
+
+
 def micro_batch(cfg, level, model, prompt, size, wide):
     """A full one: completions of one length, of one prompt or several. -> {what: bytes}"""
     config, num_layers = model.config, len(model.model.layers)
@@ -48,8 +56,8 @@ def micro_batch(cfg, level, model, prompt, size, wide):
     masked = completions > 1 or prompt > length  # see model.PromptCache
     head = model.lm_head.weight.requires_grad * vocabulary * hidden
     layer = tokens * per_token + keys * per_key
-    # Log-probs, and two tensors on the way to them, to the entropy or to the gradient
-    logits = 3 * wide * min(cfg.logits_per_chunk, tokens * vocabulary)
+    rows = min(tokens, tokens_per_chunk(vocabulary))
+    logits = rows * vocabulary * size + softmax_bytes(cfg, rows, vocabulary, wide)
     return {
         # With recomputation the input of each layer is kept, and one layer computed again.
         "activations": num_layers * (tokens * hidden * size if cfg.recompute else layer),
@@ -76,10 +84,11 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     room = round_up(min(prompt + longest, model.context), ROOM)
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
     rows = max(MIN_ROWS, min(cfg.slots, max(drawn, ceil(held_out / processes))))
+    vocabulary = model.config.vocab_size
     sampling = {
         "KV cache": rows * room * len(layers) * per_key,
-        # With what is made of them; running the prompts takes less.
-        "logits": rows * model.config.vocab_size * (size + 4 * wide),
+        # Those of two steps, and what is made of them; running the prompts takes less.
+        "logits": rows * vocabulary * 2 * size + softmax_bytes(cfg, rows, vocabulary, wide),
     }
     if kernels.packs(cfg.device, model.lm_head.weight.dtype):
         sampling["weights laid out"] = nbytes(layers, model.lm_head)
@@ -90,14 +99,14 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         learning["gathered layers"] = gathered * (2 + wide // size)
-    masters = learned[0].itemsize < 4 and not cfg.sharded  # their gradients stay between updates
+    learning["gradients"] = shard
+    masters = learned[0].itemsize < 4 and not cfg.sharded
     always = {
         # The starting policy's too. With LoRA they are the same.
         "weights": nbytes(model) * (2 if cfg.kl_coef and not cfg.lora_rank else 1),
         "master weights": shard * (masters or cfg.sharded),
         "moments": 2 * shard,
     }
-    (always if masters else learning)["gradients"] = shard
     return {"always": always, "sampling": sampling, "learning": learning}
 
 

@@ -46,7 +46,6 @@ class Learner:
         if self.has_copies:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
-                master.grad = torch.zeros_like(master)
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.models = [self.model]
         if self.takes_two_threads():
@@ -128,7 +127,8 @@ class Learner:
         return norm
 
     def drop_gradient(self):
-        self.adamw.zero_grad(set_to_none=not self.has_copies)
+        """Its memory is free while completions are sampled."""
+        self.adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def publish(self):
@@ -178,8 +178,11 @@ def cut_micro_batches(samples, max_tokens):
 
 
 def move_gradient(master, weight):
-    """A hook of the backward pass."""
-    master.grad += weight.grad
+    """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
+    if master.grad is None:
+        master.grad = weight.grad.float()
+    else:
+        master.grad += weight.grad
     weight.grad = None
 
 

@@ -180,7 +180,6 @@ FLAGS = """
 --max-new-tokens 0 | --max-new-tokens must be at least 1
 --slots 0 | --slots must be at least 1
 --micro-batch-tokens 0 | --micro-batch-tokens must be at least 1
---logits-per-chunk 0 | --logits-per-chunk must be at least 1
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
 --keep-completions -1 | --keep-completions must be at least 0

@@ -402,7 +402,7 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     error = capsys.readouterr().err
     (said,) = [line for line in error.splitlines() if "out of memory" in line]
     assert f"out of memory while {phase}:" in said and "Traceback" not in error
-    flags = "--slots --micro-batch-tokens --logits-per-chunk --recompute --lora-rank --fsdp --plan"
+    flags = "--slots --micro-batch-tokens --recompute --lora-rank --fsdp --plan"
     for flag in flags.split():
         assert flag in said
     assert [path.name for path in tmp_path.glob("run/checkpoints/*")] == saved

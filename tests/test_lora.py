@@ -62,7 +62,7 @@ def logprob_sum(model):
     """A function of the log-probs of completions with a gradient that is not uniform."""
     ids, mask = some_ids(), torch.zeros(3, 20, dtype=torch.bool)
     mask[0, 5:15] = mask[1, 9:20] = mask[2, 5:9] = True
-    logprob, _ = model.token_logprobs(ids, mask, 0.8, 97 * 4)
+    logprob, _ = model.token_logprobs(ids, mask, 0.8)
     return (logprob * torch.linspace(-1, 2, 60).view(3, 20)).sum()
 
 
@@ -201,7 +201,7 @@ def test_a_frozen_head_takes_no_gradient_while_learning(frozen):
     """The head of a model of 1.5 B has 233 M weights, whose gradient nobody reads."""
     hidden = torch.randn(4, 64, requires_grad=True)
     weight = torch.randn(5000, 64, requires_grad=not frozen)
-    logprob, _ = ChosenLogprobs.apply(hidden, weight, torch.arange(4), 1.0, 1)
+    logprob, _ = ChosenLogprobs.apply(hidden, weight, torch.arange(4), 1.0)
     _, most, _ = peak(logprob.sum().backward)
     assert (most < weight.nbytes) == frozen
 

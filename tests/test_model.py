@@ -227,16 +227,19 @@ SEQUENCES = {  # prompts, completions
 
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [1, 97 * 3, 10**9])
-def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk):
-    """Values and gradients: a chunk that is lost, a temperature that is forgotten, a token that
-    sees another's prompt, its padding or what comes after it fails."""
+@pytest.mark.parametrize("chunk, in_cache", [(1, 1), (3, 2), (10**9, 4)])
+def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk, in_cache, monkeypatch):
+    """Values and gradients: a chunk that is lost or read after the next one lies in its buffer, a
+    temperature that is forgotten, a token that sees another's prompt, its padding or what comes
+    after it fails."""
+    monkeypatch.setattr("model.tokens_per_chunk", lambda vocab_size: chunk)
+    monkeypatch.setattr("model.rows_in_cache", lambda vocab_size: in_cache)
     model = random_model(dtype=torch.float64)
     ids, mask = pad(*SEQUENCES[name])
     weight = torch.randn(*ids.shape, dtype=torch.double)
     results = []
     for function in (
-        lambda: model.token_logprobs(ids, mask, temperature, chunk),
+        lambda: model.token_logprobs(ids, mask, temperature),
         lambda: dense(model, ids, mask, temperature),
     ):
         model.zero_grad()
@@ -247,7 +250,7 @@ def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk):
     assert all((v[~mask] == 0).all() for v in results[0][:2])
 
 
-def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks():
+def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks(monkeypatch):
     """A sum in bfloat16 stands still once an addend is below 1/512 of it: 512 chunks would lose
     half of the gradient."""
     torch.manual_seed(0)
@@ -258,7 +261,8 @@ def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks():
     targets = torch.zeros(2048, dtype=torch.long)
     grads = []
     for size in (2, 2048):
-        ChosenLogprobs.apply(hidden, weight, targets, 1.0, size)[0].sum().backward()
+        monkeypatch.setattr("model.tokens_per_chunk", lambda vocab_size, size=size: size)
+        ChosenLogprobs.apply(hidden, weight, targets, 1.0)[0].sum().backward()
         grads.append(weight.grad.float())
         weight.grad = None
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[1].norm()

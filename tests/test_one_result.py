@@ -108,7 +108,7 @@ def assert_equal(one, other, tolerance=1e-9):
 
 # --------------------------------------------------------------------------- memory and processes
 
-SETTINGS = """1 --slots 3 --micro-batch-tokens 1 --logits-per-chunk 1 --recompute
+SETTINGS = """1 --slots 3 --micro-batch-tokens 1 --recompute
 1 --slots 9
 2 --micro-batch-tokens 1
 2 --fsdp
@@ -366,7 +366,6 @@ def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     "flags",
     [
         {"micro_batch_tokens": 1},
-        {"logits_per_chunk": 200},
         {"recompute": True},
         {"size": 3},
         {"size": 12},  # some have no samples

@@ -89,7 +89,7 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     torch.manual_seed(0)
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
     shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
-    flags = {"dtype": "float32", "micro_batch_tokens": 500, "logits_per_chunk": 1 << 17, **flags}
+    flags = {"dtype": "float32", "micro_batch_tokens": 500, **flags}
     cfg = Config(minibatches=1, device="cpu", **shape, **flags)
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
@@ -152,7 +152,6 @@ def lora_run(model, length, **flags):
     """The plan for 8 completions of so many tokens in one micro-batch, with LoRA of rank 16."""
     lora.add(model, 16, 32.0)
     cfg = {"dtype": "bfloat16", "device": "cuda", "slots": 8, "lora_rank": 16, **flags}
-    cfg["logits_per_chunk"] = 1 << 26  # the default on a GPU
     counts = {"group_size": [8], "buffer_groups": [1], "max_new_tokens": [length]}
     cfg = Config(minibatches=1, **cfg, **counts)
     return plan(cfg, resolve_levels(cfg, measured=False), model, 256, 8)

@@ -107,6 +107,14 @@ def test_rows_idle_return_copy_and_leave(monkeypatch):
     check(ids[[3, 1]], [19, 19], 12)
 
 
+def test_choosing_a_few_rows_at_a_time_changes_nothing(monkeypatch):
+    """A part of the logits with the random numbers of another."""
+    model = random_model(dtype=torch.float64)
+    expected = complete(model, slots=16)
+    monkeypatch.setattr("model.rows_in_cache", lambda vocab_size: 3)
+    assert complete(model, slots=16) == expected
+
+
 def test_a_captured_step_is_the_step(monkeypatch):
     """What a GPU does, with torch.fx in the place of a CUDA graph: a trace of the operations of the
     step on the tensors that it met, blind to everything in Python. A trace that is replayed after
