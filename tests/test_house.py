@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
+infra
 parts parts.files parts.kernels
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
@@ -15,7 +16,7 @@ parts.sources data rewards
 parts.lora parts.optimizer parts.papers parts.policy parts.inputs parts.statistics
 infra.ranks infra.directory infra.memory infra.tracker infra.flags infra.update infra.run
 infra.setup infra.command
-tools.verdict tools.report tools.compare
+tools tools.verdict tools.report tools.compare
 train eval
 """
 FLOORS = ORDER.split()
