@@ -6,10 +6,10 @@ Some CPUs and builds of torch lack these kernels, or have them in float32 only. 
 does not tell, so `probe` tries them. Everything works without them.
 """
 
-import math
 import os
 import timeit
-from functools import partial
+from contextlib import suppress
+from itertools import starmap
 
 # Read at torch's first tensor: large tensors of a CPU then lie in pages of 2 MB where Linux has
 # them. A new tensor of 256 MB takes 0.03 s to fill instead of 0.2 s.
@@ -43,17 +43,8 @@ def probe():
     Returns what JSON can hold: {"linear": "torch" or "onednn", the product of training in float32;
     "packed": the dtypes in which sampling packs its weights}.
     """
-    x, weight = torch.ones(512, 256, device="cpu"), torch.ones(256, 256, device="cpu")
-    by_torch = seconds(partial(training_products, F.linear), x, weight)
-    by_onednn = seconds(partial(training_products, onednn_linear), x, weight)
-    choice = {"linear": "onednn" if GAIN * by_onednn < by_torch else "torch", "packed": []}
-    for name in ("float32", "bfloat16"):
-        # Decoding, in a layer of a real model: packing pays for wide layers.
-        dtype = getattr(torch, name)
-        x, weight = (torch.ones(n, 576, dtype=dtype, device="cpu") for n in (32, 1536))
-        if GAIN * seconds(onednn_linear, x, weight, packed=True) < seconds(F.linear, x, weight):
-            choice["packed"].append(name)
-    return choice
+    packed = [name for name in ("float32", "bfloat16") if gain_in_decoding(name) > GAIN]
+    return {"linear": "onednn" if gain_in_training() > GAIN else "torch", "packed": packed}
 
 
 def use(choice):
@@ -62,39 +53,38 @@ def use(choice):
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    _in_use = choice | {"packed": []}
-    x = torch.ones(8, 16, device="cpu")
-    if seconds(onednn_linear, x, x) == math.inf:
-        _in_use["linear"] = "torch"
-    for name in choice["packed"]:
-        x = x.to(getattr(torch, name))
-        if seconds(onednn_linear, x, x, packed=True) < math.inf:
-            _in_use["packed"].append(name)
+    linear = choice["linear"] if gain_in_training() else "torch"
+    _in_use = {"linear": linear, "packed": list(filter(gain_in_decoding, choice["packed"]))}
     return _in_use
 
 
 def chosen():
     """The choice in force. The first call probes, unless `use` came before."""
-    if _in_use is None:
-        use(probe())
-    return _in_use
+    return _in_use or use(probe())
 
 
-def seconds(product, x, weight, packed=False):
-    """The fastest of a few calls of product(x, weight); infinity where there is no such kernel."""
-    try:
-        if packed:
-            weight = pack(weight, len(x))
-        return min(timeit.repeat(lambda: product(x, weight), number=1, repeat=5))
-    except MISSING:
-        return math.inf
+def gain_in_training():
+    """How many times as fast as torch's kernel oneDNN's is; 0 where this machine has none."""
+    x, weight = torch.ones(512, 256, device="cpu"), torch.ones(256, 256, device="cpu")
+    # The output, and the gradients of input and weight.
+    products = (x, weight), (x, weight.t()), (x.t(), x.t())
+    with suppress(*MISSING):
+        return seconds(F.linear, products) / seconds(onednn_linear, products)
+    return 0
 
 
-def training_products(product, x, weight):
-    """Of a forward and a backward pass: the output, and the gradients of input and weight."""
-    product(x, weight)
-    product(x, weight.t())
-    product(x.t(), x.t())
+def gain_in_decoding(name):
+    """As above, of packed weights in a layer of a real model.  name  of a dtype"""
+    x, weight = (torch.ones(n, 576, dtype=getattr(torch, name), device="cpu") for n in (32, 1536))
+    with suppress(*MISSING):
+        packed = pack(weight, len(x))
+        return seconds(F.linear, [(x, weight)]) / seconds(onednn_linear, [(x, packed)])
+    return 0
+
+
+def seconds(linear, products):
+    """The fastest of a few times that all products take."""
+    return min(timeit.repeat(lambda: list(starmap(linear, products)), number=1, repeat=5))
 
 
 # --------------------------------------------------------------------------------------- its use
