@@ -184,11 +184,13 @@ def ngrams(text):
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def flag(help, default=None):
-    """help  what it is, its unit, and in brackets where the default comes from"""
+def flag(help, default=None, **more):
+    """help  what it is, its unit, and in brackets where the default comes from
+    more  for argparse
+    """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,25 @@ Training, evaluation and the measurement of difficulty share `attempt`: the same
 and grader.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import data
+from data import flag
 from eprli import QUALITY
 from infra.directory import checkpoints, create, damage, lock
+from infra.flags import Machine, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, silence_others
 from parts import lora, papers
 from parts.files import explained, write_records
@@ -39,7 +40,6 @@ from parts.policy import (
     EVALUATION,
     MAX_NEW_TOKENS,
     SHIPPED,
-    SLOTS,
     TINY,
     Policy,
     Sampling,
@@ -54,71 +54,47 @@ from rewards import RIGHT, Grader, writes_steps
 
 # ----------------------------------------------------------------------------------- command line
 
-# flag            default  least  meaning
-NUMBERS = f"""
---samples         16       1      completions per problem
---k               0        0      k of pass@k; 0: as many as --samples
---max-new-tokens  0       0      longest completion, tokens; shipped model: {MAX_NEW_TOKENS}
---temperature     1.0      0      0 is greedy; 1 as in training
---top-p           1.0      0      nucleus, above 0; 1 is off, as in training
---top-k           0        0      likeliest tokens; 0 is off, as in training
---seed            0        0      of the random streams
---slots           {SLOTS}      1      completions decoded at once (memory and speed only)
-"""
 # What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
 LIKE = "temperature examples system suffix template_kwargs stop allow_last_number dtype columns"
 
 
-def at_least(least, kind):
-    """A type of argparse: a finite number that is not below `least`"""
+@dataclass(frozen=True)
+class Flags(Machine):
+    """The flags of eval.py, beside data.Prompting."""
 
-    def number(text):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
-        return value
+    _argument_group_name = "evaluation"
 
-    return number
+    model: str = flag("checkpoint folder or hub name[@revision]", str(TINY))
+    data: list[str] = flag(
+        "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks",
+        [str(SHIPPED / "heldout.jsonl")],
+    )
+    columns: list[str] = flag("of --data: problem=NAME answer=NAME", [])
+    like: str | None = flag("training run: its settings and newest checkpoint as defaults")
+    protocol: Literal[tuple(papers.PROTOCOLS)] | None = flag(
+        "published defaults of flags and suffix"
+    )
+    samples: int = flag("completions per problem", 16)
+    k: int = flag("k of pass@k; 0: as many as --samples", 0)
+    max_new_tokens: int = flag(f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0)
+    temperature: float = flag("0 is greedy; 1 as in training", 1.0)
+    top_p: float = flag("nucleus, above 0; 1 is off, as in training", 1.0)
+    top_k: int = flag("likeliest tokens; 0 is off, as in training", 0)
+    seed: int = flag("of the random streams", 0)
+    quality: list[float] = flag("thresholds of levels", QUALITY)
+    allow_last_number: bool = flag("without a box, grade the last number", False)
+    out: Path | None = flag("new, or of a stopped evaluation; default runs/eval-<date-time>")
+    add_pass_rate: Path | None = flag("file to write: the problems with their pass rates")
+    merge: Path | None = flag("folder to write: adapter --model merged into its base; then stop")
+    compare: str | None = flag("test the difference of two results: A B", nargs=2)
 
 
-def make_parser():
-    parser = HfArgumentParser(
-        data.Prompting,
-        description=__doc__.split("\n")[0],
-        usage="%(prog)s [--flag value ...]   (--help lists the flags)",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", default=str(TINY), help="checkpoint folder or hub name[@revision]")
-    add("--columns", nargs="+", default=[], help="of --data: problem=NAME answer=NAME")
-    add(
-        "--like", metavar="RUN", help="training run: its settings and newest checkpoint as defaults"
-    )
-    problems = "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks"
-    add("--data", nargs="+", default=[str(SHIPPED / "heldout.jsonl")], help=problems)
-    add("--protocol", choices=papers.PROTOCOLS, help="published defaults of flags and suffix")
-    for line in NUMBERS.strip().splitlines():
-        name, default, least, meaning = line.split(maxsplit=3)
-        kind = float if "." in default else int
-        add(name, type=at_least(int(least), kind), default=kind(default), help=meaning)
-    add("--compare", nargs=2, metavar="DIR", help="test the difference of two results")
-    add("--out", type=Path, help="new, or of a stopped evaluation; default runs/eval-<date-time>")
-    add("--add-pass-rate", type=Path, metavar="FILE", help="write the problems with pass rates")
-    add(
-        "--merge", type=Path, metavar="FOLDER", help="merge adapter --model into its base, and stop"
-    )
-    add(
-        "--quality",
-        type=float,
-        nargs="+",
-        default=QUALITY,
-        help="thresholds of levels",
-    )
-    add("--allow-last-number", action="store_true", help="without a box, grade the last number")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "default float32, on a GPU bfloat16 for any model but the shipped one"
-    add("--dtype", choices=("float32", "bfloat16", "float64"), help=dtype)
-    return parser
+SECTIONS = Flags, data.Prompting
+RULES = (
+    ("samples slots", lambda v: v >= 1, "at least 1"),
+    ("k max_new_tokens temperature top_k seed", lambda v: 0 <= v < math.inf, "at least 0"),
+    ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
+)
 
 
 def parse_args(parser, arguments):
@@ -126,8 +102,7 @@ def parse_args(parser, arguments):
     args = parser.parse_args(arguments)
     if args.like:
         parser.set_defaults(**flags_of(args.like))
-    if args.protocol:
-        parser.set_defaults(**papers.PROTOCOLS[args.protocol])
+    parser.set_defaults(**papers.PROTOCOLS.get(args.protocol, {}))
     args = parser.parse_args(arguments)
     args.k = args.k or args.samples
     args.dtype = args.dtype or default_dtype(args.model, args.device)
@@ -162,9 +137,8 @@ def newest_whole(run):
 
 
 def check(args):
-    """Raise ValueError for flags that do not go together."""
-    if args.k > args.samples or not 0 < args.top_p <= 1:
-        raise ValueError("--k must be at most --samples, and --top-p in (0, 1]")
+    """Raise ValueError for flags that cannot be, or do not go together."""
+    check_ranges(args, [*RULES, ("k", lambda v: v <= args.samples, "at most --samples")])
     if not args.max_new_tokens:
         raise ValueError(
             f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
@@ -341,7 +315,7 @@ def write_results(args, files, out, config):
 
 def main(arguments=None):
     silence_others()
-    parser = make_parser()
+    parser = make_parser(SECTIONS)
     with contextlib.ExitStack() as stack:
         try:
             args = parse_args(parser, arguments)

@@ -196,8 +196,8 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True)
-class Memory:
-    _argument_group_name = "memory and speed"
+class Machine:
+    """Flags of eval.py too."""
 
     device: Literal["cpu", "cuda"] = flag(
         "where the model lives [ours]", "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,6 +209,12 @@ class Memory:
     slots: int = flag(
         "completions decoded together, on each process; memory and speed only [ours]", SLOTS
     )
+
+
+@dataclass(frozen=True)
+class Memory(Machine):
+    _argument_group_name = "memory and speed"
+
     micro_batch_tokens: int = flag(
         "padded tokens per backward pass; memory only, never changes the result [ours]", 2048
     )
@@ -270,11 +276,11 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-def make_parser():
+def make_parser(sections=SECTIONS):
     """One option for every flag. HfArgumentParser also reads --group_size for --group-size; --help
     shows the latter alone."""
     parser = HfArgumentParser(
-        SECTIONS,
+        sections,
         description="EPRLI: reinforcement learning level by level (arXiv 2508.01604).",
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
         allow_abbrev=False,
@@ -359,9 +365,14 @@ def check(cfg):
     if cfg.difficulty == "pass_rate":
         rate = "in (0, 1]: a difficulty is 1 - pass rate"
         rules.insert(0, ("quality eval_quality", lambda v: 0 < v <= 1, rate))
+    check_ranges(cfg, rules)
+
+
+def check_ranges(flags, rules):
+    """Raise ValueError where a flag breaks one of the rules (names, test of a value, words)."""
     for names, good, words in rules:
         for name in names.split():
-            values = getattr(cfg, name)
+            values = getattr(flags, name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not good(value):
                     raise ValueError(f"{option(name)} must be {words}, found {value}")

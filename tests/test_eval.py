@@ -21,6 +21,7 @@ from data import Problem, read_problems
 from eval import make_row, result_of
 from infra import directory
 from infra.directory import lock
+from infra.flags import make_parser
 from parts import papers
 from parts import policy as policies
 from parts.policy import Attempt, Sampling, attempt, requests
@@ -266,7 +267,7 @@ def run(toy_folder, tmp_path, monkeypatch, capsys):
 
 
 def parsed(*flags):
-    return evaluation.parse_args(evaluation.make_parser(), flags)
+    return evaluation.parse_args(make_parser(evaluation.SECTIONS), flags)
 
 
 def write_lines(path, rows):
@@ -356,10 +357,10 @@ def test_published_means_are_those_of_their_rows():
         ("--template-kwargs {", "--template-kwargs {: not a JSON object"),
         ("--stop ab", "--stop 'ab': is 2 tokens of this tokenizer, not one"),
         ("--columns problem=q", "expected problem=NAME answer=NAME"),
-        ("--samples 0", "argument --samples: must be at least 1"),
+        ("--samples 0", "--samples must be at least 1, found 0"),
         ("--samples 2 --k 3", "--k must be"),
         ("--top-p 0", "--top-p"),
-        ("--temperature nan", "argument --temperature: must be at least 0"),
+        ("--temperature nan", "--temperature must be at least 0, found nan"),
         ("--colour red", "unrecognized"),
         ("--add-pass-rate no/such/folder/g.jsonl", "g.jsonl"),
         ("--add-pass-rate p.jsonl", "p.jsonl: needs"),
