@@ -291,7 +291,7 @@ def write_results(args, files, out, config):
         while rows := [json.loads(line) for line in islice(lines, args.samples)]:
             results.append(result_of(rows))
     write_records(out / "results.jsonl", [{"settings": summary}, *results])
-    summary |= {"files": {}, "verdicts": Counter()}
+    summary |= {"files": {}, "verdicts": sum((r["verdicts"] for r in results), Counter())}
     for path, prompts in files.items():
         some = [result for result in results if result["file"] == path]
         print(
@@ -299,8 +299,6 @@ def write_results(args, files, out, config):
             f"{args.max_new_tokens} tokens a completion"
         )
         summary["files"][path] = summarise(some, args.k)
-        for result in some:
-            summary["verdicts"] += result["verdicts"]
         if args.add_pass_rate:
             measured = summary["measured"] | {
                 "model": Path(args.model).name,

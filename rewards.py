@@ -328,16 +328,11 @@ def parse_case(record, _):
 def main():
     parser = argparse.ArgumentParser(description="Grade a file of cases.")
     parser.add_argument("cases", help=f"JSONL of {CASE}; the last two may be left out")
-    parser.add_argument(
-        "--allow-last-number", action="store_true", help="without a box, take the last number"
-    )
-    args = parser.parse_args()
     try:
-        cases = read_records(args.cases, parse_case)
+        cases = read_records(parser.parse_args().cases, parse_case)
     except ValueError as error:
         parser.error(str(error))
-    grader = Grader(allow_last_number=args.allow_last_number)
-    start = time.perf_counter()
+    grader, start = Grader(), time.perf_counter()
     pairs = []
     for case in cases:
         answer = case["prediction"].strip() or None

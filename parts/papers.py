@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import INSTRUCTION
+from parts.statistics import shown
 
 # --preset: the flags that a source states, as on the command line; and what it leaves unsaid, or
 # uses and we do not have. Stages on the same problems are levels that share them (--quality 1).
@@ -92,6 +93,6 @@ def print_table(summary):
         return
     ours.append(mean_of(ours) if all(ours) else None)
     title = f"{Path(summary['model']).name} ({summary['protocol'] or 'own settings'})"
-    cells = ["{:.1f} % [{:.1f}, {:.1f}]".format(*100 * np.array(x)) if x else "-" for x in ours]
+    cells = [shown(measure, x) if x else "-" for x in ours]
     for first, *others in [HEADER, [title, *cells], *ROWS]:
         print(f"{first:38}" + "".join(f"  {cell:19}" for cell in others))
