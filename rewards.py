@@ -215,8 +215,6 @@ def load_reward(name):
     path = Path(path)
     if not colon:
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
-    if not path.is_file():
-        raise ValueError(f"reward {name!r}: there is no file {path}")
     if path.suffix != ".py":
         raise ValueError(f"reward {name!r}: {path} is not a Python file")
     with explained(f"reward {name!r}: importing {path} failed"):

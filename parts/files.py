@@ -21,16 +21,10 @@ def explained(words):
 def read_records(path, parse=lambda record, name: record):
     """JSON lines of one file, each through parse(record, default id); errors name file and line."""
     path, records = Path(path), []
-    try:
+    hub = "a data set of the hub is written OWNER/NAME[:CONFIGURATION]:SPLIT"
+    with explained(f"{path}: cannot be read as UTF-8 text; {hub}"):
         # str.splitlines would also cut at U+2028, which is legal within a string.
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); a data set of the hub is written "
-            "OWNER/NAME[:CONFIGURATION]:SPLIT"
-        ) from error
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():

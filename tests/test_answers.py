@@ -500,6 +500,7 @@ B <- ABCDE
 0 <- \frac{0}{0}
 1 <- \text{True}
 # algebra
+\frac{1}{0} <- \frac{2}{0}
 2^{k-1} <- 2^k-1
 a^b <- ab
 \lfloor n/2 \rfloor <- \lceil n/2 \rceil

@@ -127,9 +127,9 @@ def test_bad_problems(folder, refused, content, message):
 
 
 ENCODED = [
-    (b'{"problem": "gr\xf6\xdfer"}', "x.jsonl: not UTF-8 text"),
-    (GOOD.encode("utf-16"), "x.jsonl: not UTF-8 text"),
-    (pickle.dumps(GOOD), "x.jsonl: not UTF-8 text"),
+    (b'{"problem": "gr\xf6\xdfer"}', "x.jsonl: cannot be read as UTF-8 text"),
+    (GOOD.encode("utf-16"), "x.jsonl: cannot be read as UTF-8 text"),
+    (pickle.dumps(GOOD), "x.jsonl: cannot be read as UTF-8 text"),
     (b"[" * 10_000, "x.jsonl, line 1"),
     (GOOD.replace("0.5", '0.5, "level": %s' % ("9" * 400)).encode(), '"level" must be a number'),
     (GOOD.replace("0.5", '0.5, "measured": 1').encode(), '"measured" is not what eval.py writes'),
@@ -147,8 +147,8 @@ def test_bad_files(folder, refused, content, message):
 # ------------------------------------------------------------------------------------------- flags
 
 FLAGS = """
---data none.jsonl | none.jsonl: cannot be read (No such file or directory)
---data taken | taken: cannot be read (Is a directory)
+--data none.jsonl | none.jsonl: cannot be read as UTF-8 text
+--data taken | taken: cannot be read as UTF-8 text
 --eval-data none.jsonl | none.jsonl: cannot be read
 --examples none.jsonl | none.jsonl: cannot be read
 --examples good.jsonl | a worked example needs the texts "problem" and "solution"
@@ -187,7 +187,7 @@ FLAGS = """
 --lora-rank -1 | --lora-rank must be at least 0
 --lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0
 --lora-rank 2 --lora-targets q_proj lm_head | must be among q_proj k_proj v_proj o_proj
---reward none.py:f | there is no file none.py
+--reward none.py:f | importing none.py failed (FileNotFoundError
 --reward maths | reward 'maths': expected math, or path.py:function
 --reward broken.py:f | importing broken.py failed (SyntaxError
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError

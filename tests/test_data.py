@@ -41,7 +41,7 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
             GOOD.replace("{", '{"id": "a", ') + "\n" + GOOD.replace("{", '{"id": "a", '),
             "'a' stands",
         ),
-        (b"caf\xe9", "not UTF-8"),
+        (b"caf\xe9", "as UTF-8 text"),
         (None, "cannot be read"),
     ],
 )

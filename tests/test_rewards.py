@@ -333,7 +333,7 @@ def test_user_reward(tmp_path):
     assert load_reward("math") is None
     for name, message in (
         (f"{path}:long", "no function long"),
-        (f"{tmp_path}/none.py:f", "no file"),
+        (f"{tmp_path}/none.py:f", "No such file"),
         (f"{broken}:f", "importing .* failed"),
         ("maths", "expected math"),
     ):
