@@ -15,7 +15,7 @@ from eprli import LEVEL_DEFAULTS as DEFAULTS
 from eprli import PER_LEVEL
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
-from parts.policy import SHIPPED, SLOTS, TINY, default_dtype, is_shipped
+from parts.policy import SHIPPED, TINY, default_dtype, is_shipped
 
 LR = 3e-4
 
@@ -206,8 +206,9 @@ class Machine:
         "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
         "model but the shipped one [ours]"
     )
-    slots: int = flag(
-        "completions decoded together, on each process; memory and speed only [ours]", SLOTS
+    slots: int | None = flag(
+        "completions decoded together, on each process; memory and speed only; default: what the "
+        "free memory holds, at most 256 [ours]"
     )
 
 
@@ -215,8 +216,9 @@ class Machine:
 class Memory(Machine):
     _argument_group_name = "memory and speed"
 
-    micro_batch_tokens: int = flag(
-        "padded tokens per backward pass; memory only, never changes the result [ours]", 2048
+    micro_batch_tokens: int | None = flag(
+        "padded tokens per backward pass; memory only, never changes the result; default: what the "
+        "free memory holds, at most 2048, on a GPU 32768 [ours]"
     )
     recompute: bool = flag(
         "activation checkpointing: compute a layer again in the backward pass; memory only [ours]",

@@ -1,5 +1,8 @@
 """The memory that a run will need, before it begins:  python train.py --plan [flags of the run]
 
+By the same arithmetic `settle` chooses --slots and --micro-batch-tokens where they are not given,
+and refuses a run that cannot fit.
+
 For N processes on another machine: WORLD_SIZE=N python train.py --plan [--fsdp] ...
 All numbers are bytes of one process, with completions as long and micro-batches as full as they may
 be. Sampling and learning take turns: the memory of one is free before the other begins.
@@ -7,14 +10,24 @@ be. Sampling and learning take turns: the memory of one is free before the other
 under a mask, to every head.)
 """
 
+import math
 import os
+import re
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from model import rows_in_cache, tokens_per_chunk
 from parts import kernels
 from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
+
+SLOTS = range(256, 0, -MIN_ROWS)  # of which the first that fits is chosen
+MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a micro-batch that are chosen, measured on CPUs
+SHARE = 0.9  # of the free memory that a run may plan with: the plan is right to some 10 %
 
 
 def total(part):
@@ -37,9 +50,9 @@ def layer_bytes(model, size, wide):
     return norms + attention + mlp, 2 * kv_heads * model.head_dim * size
 
 
-def softmax_bytes(cfg, rows, vocabulary, wide):
+def softmax_bytes(device, rows, vocabulary, wide):
     """Of what is made of (rows, V) logits, on the way to log-probs, entropy, gradient or choice."""
-    if cfg.device == "cpu":
+    if device == "cpu":
         rows = min(rows, rows_in_cache(vocabulary))
     return 3 * wide * rows * vocabulary
 
@@ -50,14 +63,16 @@ def micro_batch(cfg, level, model, prompt, size, wide):
     vocabulary, hidden = config.vocab_size, config.hidden_size
     per_token, per_key = layer_bytes(model, size, wide)
     length = min(level.max_new_tokens, model.context - prompt)
-    tokens = max(cfg.micro_batch_tokens, prompt + length)
+    tokens = max(cfg.micro_batch_tokens or MOST_TOKENS[cfg.device], prompt + length)
+    if cfg.device == "cuda":  # where a micro-batch has one prompt
+        tokens = min(tokens, prompt + level.group_size * length)
     completions = (tokens - prompt) // length
     keys = completions * (prompt + length)
-    masked = completions > 1 or prompt > length  # see model.PromptCache
+    masked = prompt > length or (completions > 1 and cfg.device == "cpu")  # see model.PromptCache
     head = model.lm_head.weight.requires_grad * vocabulary * hidden
     layer = tokens * per_token + keys * per_key
     rows = min(tokens, tokens_per_chunk(vocabulary))
-    logits = rows * vocabulary * size + softmax_bytes(cfg, rows, vocabulary, wide)
+    logits = rows * vocabulary * size + softmax_bytes(cfg.device, rows, vocabulary, wide)
     return {
         # With recomputation the input of each layer is kept, and one layer computed again.
         "activations": num_layers * (tokens * hidden * size if cfg.recompute else layer),
@@ -66,6 +81,24 @@ def micro_batch(cfg, level, model, prompt, size, wide):
         "attention mask": masked * length * keys * size,
         "gradient of the head": head * (wide + size * (size < 4)),
     }
+
+
+def sampling_bytes(device, model, rows, length):
+    """While so many completions are decoded, up to `length` tokens with their prompts. -> {what:
+    bytes}"""
+    layers, weight = model.model.layers, model.lm_head.weight
+    wide, vocabulary, rows = max(weight.itemsize, 4), model.config.vocab_size, max(MIN_ROWS, rows)
+    _, per_key = layer_bytes(model, weight.itemsize, wide)
+    room = round_up(min(length, model.context), ROOM)
+    parts = {
+        "KV cache": rows * room * len(layers) * per_key,
+        # Those of two steps, and what is made of them; running the prompts takes less.
+        "logits": rows * vocabulary * 2 * weight.itemsize
+        + softmax_bytes(device, rows, vocabulary, wide),
+    }
+    if kernels.packs(device, weight.dtype):
+        parts["weights laid out"] = nbytes(layers, model.lm_head)
+    return parts
 
 
 def plan(cfg, levels, model, prompt, held_out=0, processes=1):
@@ -78,20 +111,11 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     layers = model.model.layers
     size = model.lm_head.weight.itemsize  # bytes of a weight or activation
     wide = max(size, 4)  # of a master, norm or log-prob: float32 at least
-    _, per_key = layer_bytes(model, size, wide)
     level = max(levels, key=lambda level: level.max_new_tokens)
     longest = max(level.max_new_tokens, (cfg.eval_max_new_tokens or 0) if held_out else 0)
-    room = round_up(min(prompt + longest, model.context), ROOM)
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
-    rows = max(MIN_ROWS, min(cfg.slots, max(drawn, ceil(held_out / processes))))
-    vocabulary = model.config.vocab_size
-    sampling = {
-        "KV cache": rows * room * len(layers) * per_key,
-        # Those of two steps, and what is made of them; running the prompts takes less.
-        "logits": rows * vocabulary * 2 * size + softmax_bytes(cfg, rows, vocabulary, wide),
-    }
-    if kernels.packs(cfg.device, model.lm_head.weight.dtype):
-        sampling["weights laid out"] = nbytes(layers, model.lm_head)
+    rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes)))
+    sampling = sampling_bytes(cfg.device, model, rows, prompt + longest)
     learning = micro_batch(cfg, level, model, prompt, size, wide)
     learned = [p for p in model.parameters() if p.requires_grad]
     whole = sum(p.numel() for p in learned) * max(learned[0].itemsize, 4)
@@ -110,15 +134,118 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     return {"always": always, "sampling": sampling, "learning": learning}
 
 
+# ------------------------------------------------------------------------------------- what fits
+
+
+def free_bytes(device):
+    """What this process may still take: of its GPU, or its share of what Linux calls available, in
+    a container at most what its limit leaves. Infinity where the system does not say (macOS)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not known.exists():
+        return math.inf
+    free = int(re.search(r"MemAvailable:\s+(\d+)", known.read_text())[1]) * 1024
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        used = int((group / "memory.current").read_text())
+        free = min(free, max(0, int(limit.read_text()) - used))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def most_that_fits(flag, sizes, needed, free):
+    """The first of some falling sizes with which so much is free.
+
+    needed  size -> bytes;  raises ValueError if the last does not fit either
+    """
+    for size in sizes:
+        if needed(size) <= SHARE * free:
+            return size
+    raise ValueError(
+        f"{flag} {size} would take {needed(size) / 1e9:.1f} GB with completions as long as they "
+        f"may be, and {free / 1e9:.1f} GB are free: lower --max-new-tokens, or to train use "
+        f"--recompute or --lora-rank 16, or give {flag}, if most completions are shorter"
+    )
+
+
+def settle(cfg, levels, model, prompt, held_out, processes, free):
+    """Choose --slots and --micro-batch-tokens, where they are not given, by the free memory.
+
+    free  bytes that a process may take for all of the run;  the others: see `plan`
+    -> Config.  Raises ValueError if the run cannot fit
+    """
+
+    def needed(phase, **flags):
+        parts = plan(replace(cfg, **flags), levels, model, prompt, held_out, processes)
+        return total(parts["always"]) + total(parts[phase])
+
+    always = plan(cfg, levels, model, prompt, held_out, processes)["always"]
+    if total(always) > SHARE * free:
+        parts = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in always.items() if n)
+        raise ValueError(
+            f"a process of this run always holds {total(always) / 1e9:.1f} GB ({parts}), and "
+            f"{free / 1e9:.1f} GB are free: --lora-rank 16 holds little more than the weights, and "
+            "--fsdp cuts the rest over its processes"
+        )
+    if cfg.slots is None:
+        slots = most_that_fits("--slots", SLOTS, lambda n: needed("sampling", slots=n), free)
+        cfg = replace(cfg, slots=slots)
+    if cfg.micro_batch_tokens is None:
+        sizes = [MOST_TOKENS[cfg.device] >> halvings for halvings in range(8)]
+        tokens = most_that_fits(
+            "--micro-batch-tokens",
+            sizes,
+            lambda n: needed("learning", micro_batch_tokens=n),
+            free,
+        )
+        cfg = replace(cfg, micro_batch_tokens=tokens)
+    return cfg
+
+
+def settled(cfg, states, held_out, policy, ranks):
+    """`settle` for a run whose weights are loaded, the same on all processes.
+
+    states  [LevelState, ...];  held_out  {number: prompts}
+    """
+    prompts = [prompt for part in held_out.values() for prompt in part]
+    held_out = len(prompts) if cfg.eval_every != 0 else 0
+    prompts += [prompt for state in states for prompt in state.order.prompts]
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+    described, levels = to_plan(cfg, [state.level for state in states])
+    free = min(ranks.gather(free_bytes(ranks.device))) + nbytes(policy.model)
+    shape = levels, policy.model, longest, held_out, ranks.size
+    described = settle(described, *shape, free)
+    slots, tokens = described.slots, described.micro_batch_tokens
+    tqdm.write(
+        f"memory: at most {peak(plan(described, *shape)) / 1e9:.2f} GB of {free / 1e9:.2f} GB with "
+        f"--slots {slots} --micro-batch-tokens {tokens}; --plan says for what"
+    )
+    return replace(cfg, slots=slots, micro_batch_tokens=tokens)
+
+
+def to_plan(cfg, levels):
+    """-> Config with the longest completion of an evaluation, the levels that are trained"""
+    limit = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
+    levels = [level for level in levels if level.trains] or levels
+    return replace(cfg, eval_max_new_tokens=limit), levels
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def peak(parts):
+    always, *phases = map(total, parts.values())
+    return always + max(phases)
+
+
 def table(parts):
     """The plan for a terminal, and its peak."""
     lines = []
     for phase, part in parts.items():
         lines.append(f"{phase:38}{total(part) / 1e9:10.3f} GB")
         lines += [f"    {what:34}{n / 1e9:10.3f}" for what, n in part.items() if n]
-    always, *phases = map(total, parts.values())
-    peak = f"{(always + max(phases)) / 1e9:10.3f} GB, and what Python and its libraries take"
-    return "\n".join([*lines, f"{'at its peak, one process':38}{peak}"])
+    most = f"{peak(parts) / 1e9:10.3f} GB, and what Python and its libraries take"
+    return "\n".join([*lines, f"{'at its peak, one process':38}{most}"])
 
 
 def memory_table(cfg):
@@ -128,8 +255,6 @@ def memory_table(cfg):
         held_out = []
     policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
-    limit = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
-    cfg = replace(cfg, eval_max_new_tokens=limit)
-    levels = [level for level in levels if level.trains] or levels
+    cfg, levels = to_plan(cfg, levels)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return table(plan(cfg, levels, policy.model, longest, len(held_out), processes))

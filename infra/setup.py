@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
 from infra.flags import explain
+from infra.memory import settled
 from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels
@@ -37,6 +38,7 @@ def start_run(cfg, ranks):
     levels, held_out, policy, facts = ranks.on_all(
         lambda: load_inputs(cfg, cfg.model, ranks.device)
     )
+    cfg = settled(cfg, levels, held_out, policy, ranks)
     read, inputs = facts.pop("read"), hashes([cfg.data, cfg.eval_data, cfg.examples])
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
@@ -98,6 +100,7 @@ def resume_run(cfg, config, ranks):
     model = checkpoint or cfg.model
     levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks.device))
     ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
+    cfg = settled(cfg, levels, held_out, policy, ranks)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
     extended = extend(run, config)

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from transformers import Qwen2Config
 import train
 from data import Order
 from eprli import Buffer, Group, LevelState, group_advantage, resolve_levels
+from infra import memory
 from infra.flags import Config
-from infra.memory import plan, total
+from infra.memory import plan, settle, total
 from infra.ranks import Ranks
 from infra.run import Run
 from infra.update import Update
@@ -89,7 +91,7 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     torch.manual_seed(0)
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
     shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
-    flags = {"dtype": "float32", "micro_batch_tokens": 500, **flags}
+    flags = {"dtype": "float32", "micro_batch_tokens": 500, "slots": 64, **flags}
     cfg = Config(minibatches=1, device="cpu", **shape, **flags)
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
@@ -126,6 +128,7 @@ def shape(hidden, inner, layers, heads, kv_heads, tied):
 def long_run(model, held_out=0, processes=1, **flags):
     """The plan for completions of 24,576 tokens, 16 a group, on GPUs."""
     cfg = {"dtype": "bfloat16", "device": "cuda", "recompute": True, "slots": 16, **flags}
+    cfg = {"micro_batch_tokens": 2048} | cfg
     counts = {"group_size": [16], "buffer_groups": [1], "max_new_tokens": [24576]}
     cfg = Config(minibatches=1, **cfg, **counts)
     return plan(cfg, resolve_levels(cfg, measured=False), model, 256, held_out, processes)
@@ -152,6 +155,7 @@ def lora_run(model, length, **flags):
     """The plan for 8 completions of so many tokens in one micro-batch, with LoRA of rank 16."""
     lora.add(model, 16, 32.0)
     cfg = {"dtype": "bfloat16", "device": "cuda", "slots": 8, "lora_rank": 16, **flags}
+    cfg = {"micro_batch_tokens": 2048} | cfg
     counts = {"group_size": [8], "buffer_groups": [1], "max_new_tokens": [length]}
     cfg = Config(minibatches=1, **cfg, **counts)
     return plan(cfg, resolve_levels(cfg, measured=False), model, 256, 8)
@@ -185,6 +189,54 @@ def test_7b_over_8_cards_is_sharded():
     assert eight["learning"]["gradients"] == one["learning"]["gradients"] // 8
     assert eight["always"]["weights"] == one["always"]["weights"]  # whole, to sample from
     assert peak_gigabytes(eight) < 80 < peak_gigabytes(one)
+
+
+@pytest.mark.parametrize(
+    "gigabytes, length, flags",
+    [
+        (80, 24576, {}),  # 256 slots would take 182 GB for their cache alone
+        (48, 8192, {}),
+        (48, 4096, {"recompute": False}),
+        (24, 8192, {"lora_rank": 16}),
+    ],
+)
+def test_what_is_not_given_is_the_most_that_fits(gigabytes, length, flags):
+    """A default that dies in the middle of the first draw, or that wastes a large card."""
+    model = shape(1536, 8960, 28, 12, 2, True)
+    if "lora_rank" in flags:
+        lora.add(model, 16, 32.0)
+    counts = {"group_size": [16], "buffer_groups": [64], "max_new_tokens": [length]}
+    flags = {"recompute": True, "device": "cuda", "dtype": "bfloat16", **flags}
+    cfg = Config(minibatches=1, **counts, **flags)
+    levels = resolve_levels(cfg, measured=False)
+    cfg = settle(cfg, levels, model, 256, 0, 1, gigabytes * 1e9)
+
+    def fits(**flags):
+        return peak_gigabytes(plan(replace(cfg, **flags), levels, model, 256)) <= 0.9 * gigabytes
+
+    assert fits() and 8 <= cfg.slots < 256 and not fits(slots=cfg.slots + 8)
+    twice = 2 * cfg.micro_batch_tokens
+    assert twice == 65536 or not fits(micro_batch_tokens=twice)
+    given = replace(cfg, slots=16, micro_batch_tokens=512)
+    assert settle(given, levels, model, 256, 0, 1, gigabytes * 1e9) == given
+
+
+def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypatch):
+    """At the start, before it has a folder: AdamW's moments would come with the first step."""
+    model = shape(1536, 8960, 28, 12, 2, True)
+    cfg = Config(minibatches=1, device="cuda", dtype="bfloat16", max_new_tokens=[8192])
+    levels = resolve_levels(cfg, measured=False)
+    words = r"always holds 21.6 GB \(weights 3.1, .* moments 12.3\), and 24.0 GB .* --lora-rank"
+    with pytest.raises(ValueError, match=words):
+        settle(cfg, levels, model, 256, 0, 1, 24e9)
+    with pytest.raises(ValueError, match=r"--slots 8 would take .* lower --max-new-tokens"):
+        settle(cfg, levels, model, 256, 0, 1, 24.5e9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
+    words = f"--model {toy_folder} --lr 1 --max-new-tokens 9 --out {tmp_path}/run --device cpu"
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words.split())
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    assert "always holds" in capsys.readouterr().err
 
 
 def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkeypatch):
