@@ -1,7 +1,8 @@
 """Run bench/rollout.py and bench/step.py beside transformers and TRL, and print a table.
 
-    python bench/compare.py --peer-python VENV/bin/python --sizes 11m 135m --repeats 3
+    python bench/compare.py --peer-python VENV/bin/python --sizes CHECKPOINT 11m --repeats 3
 
+A size is one of bench/common.py, with random weights, or the folder of a checkpoint.
 VENV: python -m venv VENV && VENV/bin/pip install torch transformers trl. Nothing else should run on
 the machine meanwhile. The sides take turns (A B C A B C ...). Every run is appended to --log as a
 line of JSON; the table has medians, and ours by the best of the others. --what chooses: sampling of
@@ -26,10 +27,12 @@ SAMPLERS = {
 }
 UPDATES = {"ours": "step.py {shape}", "TRL": "peer_trl.py {shape}"}
 COMMANDS = {"heavy-tailed": SAMPLERS, "equal": SAMPLERS, "update": UPDATES}
-SHAPES = {  # of an update
+# Of an update; of other sizes and of a checkpoint the last one.
+SHAPES = {
     "2m": "--prompts 8 --group 8 --new-tokens 128",
     "11m": "--prompts 8 --group 8 --new-tokens 128",
     "135m": "--prompts 4 --group 4 --new-tokens 64",
+    "": "--prompts 2 --group 8 --new-tokens 128",
 }
 
 
@@ -54,7 +57,7 @@ def compare(args, what, values):
     found = {side: [] for side in COMMANDS[what]}
     for _ in range(args.repeats):
         for side, command in COMMANDS[what].items():
-            command += " --model {folder}/{size} --dtype {dtype}"
+            command += " --model {model} --dtype {dtype}"
             result = last_line(command.format(what=what, **values), args.peer_python)
             if result:
                 found[side].append(result)
@@ -73,7 +76,7 @@ def main():
     args = common.parse(
         __doc__,
         peer_python=sys.executable,
-        sizes=list(SHAPES),
+        sizes=["11m"],
         dtypes=["float32", "bfloat16"],
         what=list(COMMANDS),
         slots=32,
@@ -85,11 +88,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         common.make_workload(Path(folder, "heavy-tailed"), 12, 8, 192)
         common.make_workload(Path(folder, "equal"), 12, 8, 96, uniform=True)
-        for size in args.sizes:
-            common.make_model(size, Path(folder, size))
         for size, dtype, what in product(args.sizes, args.dtypes, args.what):
-            values = {"size": size, "dtype": dtype, "shape": SHAPES[size], "slots": args.slots}
-            compare(args, what, values | {"folder": folder})
+            model = Path(size)
+            if size in common.SIZES:
+                model = Path(folder, size)
+                common.make_model(size, model)
+            shape = SHAPES.get(size, SHAPES[""])
+            values = {"size": model.name, "model": str(model), "dtype": dtype, "shape": shape}
+            compare(args, what, values | {"folder": folder, "slots": args.slots})
 
 
 if __name__ == "__main__":
