@@ -30,6 +30,7 @@ from tqdm import tqdm
 import data
 from data import flag
 from eprli import QUALITY
+from infra import memory
 from infra.directory import checkpoints, create, damage, lock
 from infra.flags import Machine, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, silence_others
@@ -177,6 +178,20 @@ def load_inputs(args, device):
         prompts = files[path] = policy.render(problems)
         policy.show(path, prompts)
     return policy, files
+
+
+def choose_slots(args, policy, files, ranks):
+    """The most completions at once that fit the free memory. Raises ValueError if not even a few"""
+    prompts = [len(prompt.tokens) for prompts in files.values() for prompt in prompts]
+    longest, number = max(prompts) + args.max_new_tokens, len(prompts) * args.samples
+    held = memory.nbytes(policy.model)
+    free = min(ranks.gather(memory.free_bytes(ranks.device))) + held
+
+    def needed(slots):
+        parts = memory.sampling_bytes(args.device, policy.model, min(slots, number), longest)
+        return held + memory.total(parts)
+
+    return memory.most_that_fits("--slots", memory.SLOTS, needed, free)
 
 
 def open_folder(args, policy, files):
@@ -328,6 +343,7 @@ def main(arguments=None):
                 return print(json.dumps(lora.merge(policy, args.merge)))
             ranks = stack.enter_context(Ranks(args.device))
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
+            args.slots = args.slots or choose_slots(args, policy, files, ranks)
             out = ranks.from_first(lambda: open_folder(args, policy, files))
             config = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
         except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -92,6 +92,7 @@ def main():
             model = Path(size)
             if size in common.SIZES:
                 model = Path(folder, size)
+            if size in common.SIZES and not model.exists():
                 common.make_model(size, model)
             shape = SHAPES.get(size, SHAPES[""])
             values = {"size": model.name, "model": str(model), "dtype": dtype, "shape": shape}

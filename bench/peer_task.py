@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import data
 from eprli import QUALITY
-from parts.policy import MAX_NEW_TOKENS, SHIPPED, SLOTS, TINY, Policy, Sampling, attempt, requests
+from parts.policy import MAX_NEW_TOKENS, SHIPPED, TINY, Policy, Sampling, attempt, requests
 from rewards import RIGHT, Grader
 
 PROMPTS, GROUP, STEPS = 16, 16, 2  # of an update: prompts, completions of each, optimizer steps
@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
             return
         self.seconds += time.perf_counter() - self.start
         self.policy.model.load_state_dict(model.state_dict())
-        done = attempt(self.policy, self.grader, self.work, Sampling(MAX_NEW_TOKENS, 1.0, SLOTS))
+        done = attempt(self.policy, self.grader, self.work, Sampling(MAX_NEW_TOKENS, 1.0, 256))
         accuracy = 100 * sum(a.right for (a,) in done) / len(done)
         update = state.global_step // STEPS
         row = {"update": update, "seconds": round(self.seconds, 1), "level 2": round(accuracy, 1)}

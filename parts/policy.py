@@ -28,7 +28,6 @@ SHIPPED = (
 )  # a tiny checkpoint, and its problems with pass rates
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
-SLOTS = 256  # likewise
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
 
 

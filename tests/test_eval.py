@@ -19,12 +19,13 @@ import data
 import eval as evaluation
 from data import Problem, read_problems
 from eval import make_row, result_of
-from infra import directory
+from infra import directory, memory
 from infra.directory import lock
 from infra.flags import make_parser
+from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
-from parts.policy import Attempt, Sampling, attempt, requests
+from parts.policy import Attempt, Policy, Sampling, attempt, requests
 from parts.statistics import interval, majority, measure, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 from rollout import Completion
@@ -173,7 +174,7 @@ def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
 def test_thoughts_that_the_template_opened(monkeypatch, toy_policy, text, opening, verdict):
     """Without the opening put back, a box within thoughts that never close would pay."""
     (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
-    monkeypatch.setattr(policies.Policy, "text", lambda *_: text)
+    monkeypatch.setattr(Policy, "text", lambda *_: text)
     assert try_one(toy_policy, replace(prompt, opening=opening))[0].verdict == verdict
 
 
@@ -182,16 +183,16 @@ def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
-    policy = policies.Policy.load(str(folder))
+    policy = Policy.load(str(folder))
     assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
 
 
 def test_a_saved_policy_stops_where_it_stopped(toy_policy, toy_folder, tmp_path):
     """Else a checkpoint that was trained with --stop would run on in evaluation."""
-    policy = policies.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    policy = Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
     policy.model.save_pretrained(tmp_path)
     policy.save(tmp_path)
-    again = policies.Policy.load(str(tmp_path)).stop_ids
+    again = Policy.load(str(tmp_path)).stop_ids
     assert again == policy.stop_ids != toy_policy.stop_ids
 
 
@@ -208,7 +209,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% 
 def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
     """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
     they invent, and the box of its answer is graded. More stops are given as text."""
-    policy = policies.Policy.load(str(toy_folder))
+    policy = Policy.load(str(toy_folder))
     tokenizer = policy.tokenizer
     assert policies.end_of_turn(tokenizer) == tokenizer.eos_token_id
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
@@ -216,7 +217,7 @@ def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
     assert tokenizer.decode(policies.end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
     assert policies.end_of_turn(tokenizer) is None
-    policy = policies.Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    policy = Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
     assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
 
 
@@ -224,7 +225,7 @@ def test_a_policy_stops_where_its_template_ends_a_turn(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
     (folder / "chat_template.jinja").write_text(turns)
-    policy = policies.Policy.load(str(folder))
+    policy = Policy.load(str(folder))
     assert {policy.tokenizer.pad_token_id, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
 
 
@@ -232,7 +233,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_
     """Base models have none. Their prompt is the problem, the suffix and a new line."""
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     (folder / "chat_template.jinja").unlink()
-    policy = policies.Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
+    policy = Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
     (prompt,) = policy.render([Problem("a", "1+1", "2")])
     assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
     policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
@@ -242,7 +243,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_
 def test_a_template_takes_arguments(toy_folder):
     """Qwen3 thinks unless the template hears enable_thinking=False."""
     flags = data.Prompting(template_kwargs='{"enable_thinking": false}')
-    policy = policies.Policy.load(str(toy_folder), flags=flags)
+    policy = Policy.load(str(toy_folder), flags=flags)
     policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
     (prompt,) = policy.render([Problem("a", "1+1", "2")])
     assert policy.tokenizer.decode(prompt.tokens) == "no"
@@ -317,7 +318,7 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
     summary = json.loads(run(*flags.split())[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     assert (summary["samples"], summary["max_new_tokens"]) == (2, 4)
-    tokenizer = policies.Policy.load(summary["model"]).tokenizer
+    tokenizer = Policy.load(summary["model"]).tokenizer
     # A blank, where training has a new line.
     assert "1+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
     assert parsed("--protocol", "fastcurl").top_p == 1.0
@@ -413,6 +414,23 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
     assert len((tmp_path / "o/completions.jsonl").read_text().splitlines()) == 8
+
+
+def test_slots_follow_from_the_free_memory(run, toy_folder, tmp_path, monkeypatch, capsys):
+    """A default of 256 slots that a small card does not hold, found out in the middle of a run."""
+    policy = Policy.load(toy_folder)
+    problems = [Problem(str(i), "1 + 1", "2") for i in range(90)]
+    args = parsed("--samples", "3", "--max-new-tokens", "64", "--device", "cpu")
+    files, chosen = {"f": policy.render(problems)}, []
+    for free in (10**9, 2_000_000, 1_000_000):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        chosen.append(evaluation.choose_slots(args, policy, files, Ranks()))
+    assert 256 == chosen[0] > chosen[1] > chosen[2] >= 8
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    with pytest.raises(SystemExit) as stopped:
+        run(*SHORT.split())
+    assert stopped.value.code == 2 and "--slots 8 would take" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -635,7 +653,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert args.model == str(tmp_path / "run/checkpoints/000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
-    assert (args.seed, args.slots, args.data) == (0, 256, parsed().data)
+    assert (args.seed, args.slots, args.data) == (0, None, parsed().data)
     given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
     args = parsed(*given.split(), *like)
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
