@@ -1,14 +1,68 @@
 """What the tests share: tiny random models and a toy policy, made here; no network, no GPU."""
 
-import pytest
+import json
+import re
+from pathlib import Path
+
 import torch
+from pytest import fail, fixture, mark
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from experiments.warmstart import make_tokenizer
 from model import Transformer
+from parts import kernels
 from parts.policy import Policy
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def write_lines(path, rows):
+    path = Path(path)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def lines(path):
+    """Rows of a log; nan and infinity are no JSON."""
+
+    def refuse(name):
+        fail(f"{name} in {path}")
+
+    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def edit(path, changes):
+    """Change some fields of a JSON file."""
+    path.write_text(json.dumps((read(path) if path.exists() else {}) | changes))
+
+
+def spoil(path, change):
+    """change: {the fields that are other}, = all that the file holds now, or nothing: it is gone"""
+    if change.startswith("="):
+        path.write_text(change[2:])
+    elif change:
+        edit(path, json.loads(change))
+    else:
+        path.unlink()
+
+
+def table(text):
+    """Lines of "cell | cell | ..." -> [[cell, cell, ...]]"""
+    return [re.split(r" *\|(?: |$)", line) for line in text.strip("\n").splitlines()]
+
+
 SMALL = dict(
     vocab_size=97,
     hidden_size=48,
@@ -22,10 +76,29 @@ SMALL = dict(
 )
 
 
-@pytest.fixture(autouse=True)
+@fixture(autouse=True)
 def one_thread():
     """Threads that spin on a busy machine cost more than they give at these sizes."""
     torch.set_num_threads(1)
+
+
+@fixture
+def use_kernels():
+    """Whatever a test chooses holds for this test alone."""
+    before = kernels.chosen()
+    yield kernels.use
+    kernels.use(before)
+
+
+@fixture
+def printed(capsys):
+    """What was printed since it was last asked for."""
+    return lambda: capsys.readouterr().out
+
+
+families = mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+norms = mark.parametrize("norm", ["sequence", "token", "constant"])
+dtypes = mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 
 
 def small_config(family="llama", **changes):
@@ -44,17 +117,17 @@ def random_model(family="llama", dtype=torch.float32, seed=0, **changes):
     return model.to(dtype)
 
 
-@pytest.fixture
+@fixture
 def model():
     return random_model()
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def toy_folder(tmp_path_factory, tokenizer):
     """A checkpoint folder: one layer, the byte tokenizer, random weights."""
     folder = tmp_path_factory.mktemp("toy")
@@ -78,6 +151,6 @@ def toy_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture
+@fixture
 def toy_policy(toy_folder):
     return Policy.load(str(toy_folder))

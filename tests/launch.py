@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -67,10 +68,10 @@ def child(folder, arguments, environment, sabotage, log, program):
         os._exit(code)
 
 
-def start(folder, arguments, world=1, sabotage=None, program="train"):
-    """Start PROGRAM.main(arguments) in `world` processes; `sabotage` runs first in each. What main
+def start(folder, command, world=1, sabotage=None, program="train"):
+    """Start PROGRAM.main(command) in `world` processes; `sabotage` runs first in each. What main
     returns is the exit code, None being 0."""
-    environment = {}
+    arguments, environment = shlex.split(command), {}
     if world > 1 or "--fsdp" in arguments:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -81,8 +82,8 @@ def start(folder, arguments, world=1, sabotage=None, program="train"):
         if environment:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = str(Path(folder) / f"log{rank}")
-        words = str(folder), list(map(str, arguments)), dict(environment), sabotage, log, program
-        process = server().Process(target=child, daemon=True, args=words)
+        given = str(folder), arguments, dict(environment), sabotage, log, program
+        process = server().Process(target=child, daemon=True, args=given)
         process.start()
         processes.append(process)
     return processes
@@ -103,18 +104,8 @@ def said(folder, rank=0):
     return (Path(folder) / f"log{rank}").read_text()
 
 
-def words(**flags):
-    """{name: value} as a command line."""
-    result = []
-    for name, value in flags.items():
-        result.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            result += map(str, value if isinstance(value, tuple) else [value])
-    return result
-
-
 # --------------------------------------------------------------------------------------- sabotage
-# Made with functools.partial; they run in the child, before the run begins.
+# They run in the child, before the run begins.
 
 
 def at_event(number, action):
@@ -142,6 +133,11 @@ def at_event(number, action):
             leave(code)
 
         os._exit = telling
+
+
+def at(where, number, action):
+    """at_call, to be made in the child."""
+    return functools.partial(at_call, where, number, action)
 
 
 def at_call(where, number, action):

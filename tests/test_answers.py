@@ -4,7 +4,7 @@ import random
 import string
 import time
 
-import pytest
+from pytest import mark
 
 from answers.equality import canonical, equal, extract_answer, gradable, number, read
 
@@ -522,12 +522,12 @@ def cases(table):
     return [row.split(" <- ") for row in rows if not row.startswith("# ")]
 
 
-@pytest.mark.parametrize("gold, answer", [*cases(EQUAL), ("7", "\u200b7")])
+@mark.parametrize("gold, answer", [*cases(EQUAL), ("7", "\u200b7")])
 def test_equal(gold, answer):
     assert equal(gold, answer)
 
 
-@pytest.mark.parametrize("gold, answer", [*cases(DIFFERENT), *(("5", a) for a in UNPRINTABLE)])
+@mark.parametrize("gold, answer", [*cases(DIFFERENT), *(("5", a) for a in UNPRINTABLE)])
 def test_different(gold, answer):
     assert not equal(gold, answer)
 
@@ -549,7 +549,7 @@ x=5 | 5 | 5.0
 """
 
 
-@pytest.mark.parametrize("row", MEET.strip().split("\n"))
+@mark.parametrize("row", MEET.strip().split("\n"))
 def test_canonical_answers_meet(row):
     assert len({canonical(answer) for answer in row.split(" | ")}) == 1
 
@@ -614,7 +614,7 @@ def seconds(function, text):
     return time.process_time() - start
 
 
-@pytest.mark.parametrize("function", [canonical, gradable, extract_answer])
+@mark.parametrize("function", [canonical, gradable, extract_answer])
 def test_repetition_takes_no_time(function):
     """What no clock limits is linear in practice: a pattern took 0.5 s for 800 commas, and eight
     times as long for twice as many."""

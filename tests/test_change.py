@@ -3,7 +3,6 @@ resume where it has state, and leaves the tests that its section names green."""
 
 import functools
 import importlib
-import json
 import math
 import os
 import re
@@ -13,9 +12,9 @@ import subprocess
 import sys
 from itertools import groupby
 
-import launch
 import pytest
-from launch import ROOT, said, words
+from conftest import lines, write_lines
+from launch import ROOT, said, start, wait
 from test_resume import assert_the_same, checkpoints
 
 MOST_LINES, MOST_FILES = 15, 2  # of a change
@@ -25,24 +24,9 @@ CHANGES = {
     for title, text, diff in SECTION.findall((ROOT / "docs/change.md").read_text())
 }
 FOLDERS = ["answers", "experiments", "infra", "parts", "tests", "tools"]
-FLAGS = {
-    "model": "toy",
-    "data": "p.jsonl",
-    "reward": "r.py:even_start",
-    "quality": 1.0,
-    "group_size": 4,
-    "buffer_groups": 2,
-    "prompts": 4,
-    "max_new_tokens": 8,
-    "length_weight": 0.3,
-    "updates": 6,
-    "lr": 1e-2,
-    "warmup": 0,
-    "device": "cpu",
-    "save_every": 1,
-    "keep_checkpoints": 99,
-    "keep_completions": 0,
-}
+FLAGS = """--model toy --data p.jsonl --reward r.py:even_start --quality 1 --group-size 4
+--buffer-groups 2 --prompts 4 --max-new-tokens 8 --length-weight 0.3 --updates 6 --lr 1e-2
+--warmup 0 --device cpu --save-every 1 --keep-checkpoints 99 --keep-completions 0"""
 REWARD = """
 def even_start(problem, response):
     return float(ord(response[:1] or "1") % 2 == 0)
@@ -57,7 +41,7 @@ def workshop(tmp_path_factory, toy_folder):
     rows = []
     for i, c in enumerate("0123456789"):
         rows.append({"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": i * 7 % 5 / 5})
-    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_lines(folder / "p.jsonl", rows)
     (folder / "r.py").write_text(REWARD)
     copy = folder / "project"  # without what no test here needs
     copy.mkdir()
@@ -66,7 +50,7 @@ def workshop(tmp_path_factory, toy_folder):
     leave_out = shutil.ignore_patterns("results", "__pycache__")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=leave_out)
-    did(folder, words(**FLAGS, out="unchanged"))
+    did(folder, f"{FLAGS} --out unchanged")
     return folder
 
 
@@ -76,11 +60,10 @@ def git_apply(folder, diff, *options):
     subprocess.run(command, input=diff, text=True, cwd=folder / "project", env=alone, check=True)
 
 
-def did(folder, arguments, program="train"):
-    """PROGRAM.main(arguments) in a child that imports the copy of the project: it must go well."""
+def did(folder, command, program="train"):
+    """PROGRAM.main(command) in a child that imports the copy of the project: it must go well."""
     inside = functools.partial(move_to, str(folder / "project"))
-    code = launch.wait(launch.start(folder, arguments, sabotage=inside, program=program))
-    assert code == [0], said(folder)
+    assert wait(start(folder, command, sabotage=inside, program=program)) == [0], said(folder)
 
 
 def move_to(copy):
@@ -95,10 +78,6 @@ def move_to(copy):
     os.environ["PYTHONPATH"] = copy
     os.environ.pop("PYTEST_ADDOPTS", None)
     importlib.import_module("launch").quick()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def groups(out):
@@ -117,7 +96,7 @@ def goes_on(folder, run):
     shutil.copytree(folder / run, folder / again)
     for name in checkpoints(folder, again)[-2:]:
         shutil.rmtree(folder / again / "checkpoints" / name)
-    did(folder, ["--resume", again])
+    did(folder, f'--resume "{again}"')
     assert_the_same(folder, again, run, int(last))
 
 
@@ -173,11 +152,11 @@ def shorter_than_the_right_ones(folder, run, _):
 
 
 CHECKS = {
-    "RLOO's advantage": (leave_one_out, {"adv_std": "rloo"}),
-    "GSPO's ratio": (one_ratio, {}),
-    "Your own order of problems": (hardest_first, {}),
-    "Your own end of a level": (no_longer_rises, {"updates": 60, "allow_last_number": True}),
-    "Your own length reward": (shorter_than_the_right_ones, {"length_kind": "efficiency"}),
+    "RLOO's advantage": (leave_one_out, "--adv-std rloo"),
+    "GSPO's ratio": (one_ratio, ""),
+    "Your own order of problems": (hardest_first, ""),
+    "Your own end of a level": (no_longer_rises, "--updates 60 --allow-last-number"),
+    "Your own length reward": (shorter_than_the_right_ones, "--length-kind efficiency"),
 }
 
 
@@ -197,12 +176,12 @@ def test_a_worked_change_applies_and_acts(workshop, tmp_path, title, diff):
     assert len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- ))", diff, re.M)) <= MOST_LINES
     assert len(re.findall(r"^\+\+\+ ", diff, re.M)) <= MOST_FILES
     check, flags = CHECKS[title]
-    did(workshop, words(**{**FLAGS, **flags}, out=title))
+    did(workshop, f'{FLAGS} {flags} --out "{title}"')
     check(workshop, title, said(workshop))
 
     tests = re.findall(r"tests/test_\w+\.py(?:::\w+)?", CHANGES[title][0])
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", "project", "--basetemp", tmp_path]
-    did(workshop, [*options, *(f"project/{name}" for name in tests)], "pytest")
+    options = f"-q -p no:cacheprovider --rootdir project --basetemp {tmp_path} "
+    did(workshop, options + " ".join(f"project/{name}" for name in tests), "pytest")
 
 
 def test_every_change_is_checked():

@@ -5,8 +5,9 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
+from conftest import norms
+from pytest import approx, fixture, mark, raises
 from scipy import stats
 
 from eprli import (
@@ -44,13 +45,13 @@ CLIP = """
 """
 
 
-@pytest.mark.parametrize("A, rho, slope", table(CLIP).tolist())
+@mark.parametrize("A, rho, slope", table(CLIP).tolist())
 def test_clip_gates_the_right_side(A, rho, slope):
     """`maximum` for bad tokens, bounds swapped, or one bound for both sides fail a row."""
     logprob = torch.tensor([[math.log(rho)]], requires_grad=True)
     zero, mask, one = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1)
     clipped_objective(logprob, zero, A * one, one, mask, LOW, HIGH).backward()
-    assert logprob.grad.item() == pytest.approx(slope * rho)  # d rho / d logprob = rho
+    assert logprob.grad.item() == approx(slope * rho)  # d rho / d logprob = rho
     sums = diagnostics(logprob, zero, zero, A * one, mask, LOW, HIGH)
     gated = (slope == 0 and A < 0, slope == 0 and A > 0)
     assert (sums["clip_low"], sums["clip_high"]) == gated
@@ -71,7 +72,7 @@ def test_what_lies_under_the_mask_cannot_reach_the_gradient():
 # ----------------------------------------------------------------------------------- numpy oracle
 
 
-@pytest.fixture(params=range(3))
+@fixture(params=range(3))
 def ragged(request):
     """Random completions of unequal lengths, 7 rows of up to 9 tokens: log-probs (new, old,
     reference), entropy, advantages, mask. No function may change them: a label tensor edited
@@ -85,7 +86,7 @@ def ragged(request):
     assert all(map(np.array_equal, tensors, arrays))
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@norms
 def test_objective_equals_an_oracle(ragged, norm):
     """Token by token in plain loops: a wrong axis, denominator, mask or sign fails."""
     new, old, reference, _, advantage, mask = ragged
@@ -99,8 +100,8 @@ def test_objective_equals_an_oracle(ragged, norm):
         k3 += (math.exp(x) - 1 - x) / divisor
     weight = loss_weight(norm, mask.sum(1).double(), 7, num_tokens, 12)
     found = clipped_objective(new, old, advantage, weight, mask, LOW, HIGH)
-    assert found.item() == pytest.approx(J)
-    assert kl_penalty(new, reference, weight, mask).item() == pytest.approx(k3)
+    assert found.item() == approx(J)
+    assert kl_penalty(new, reference, weight, mask).item() == approx(k3)
 
 
 def test_diagnostics_equal_a_numpy_oracle(ragged):
@@ -117,7 +118,7 @@ def test_diagnostics_equal_a_numpy_oracle(ragged):
         "ratio_max": rho.max(),
     }
     found = diagnostics(new, old, entropy, advantage, mask, LOW, HIGH)
-    assert found == pytest.approx(expected)
+    assert found == approx(expected)
 
 
 # ------------------------------------------------------------------------------------- advantages
@@ -132,7 +133,7 @@ def test_advantage_is_the_z_score_of_its_group(ragged):
     assert torch.allclose(group_advantage(reward), z_score, rtol=1e-4)
 
 
-@pytest.mark.parametrize("G", [1, 3, 7, 16])
+@mark.parametrize("G", [1, 3, 7, 16])
 def test_equal_rewards_give_exactly_zero(G):
     """In float32 the mean of equal fractions can be off by one ulp; / 1e-6 makes that a signal."""
     reward = torch.tensor([0.0, 0.1, 0.35, 0.7, 1.0, -1.0])[:, None].expand(-1, G)
@@ -208,7 +209,7 @@ def expected_gradient(reward, G, std):
     )
 
 
-@pytest.mark.parametrize("G", [2, 3, 4])
+@mark.parametrize("G", [2, 3, 4])
 def test_group_mean_baseline_shrinks_the_policy_gradient_by_one_gth(G):
     """The mean includes the completion itself, so the gradient is (G - 1) / G of the exact one.
 
@@ -220,7 +221,7 @@ def test_group_mean_baseline_shrinks_the_policy_gradient_by_one_gth(G):
     assert torch.allclose(expected_gradient(REWARD, G, "none"), expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("G", [2, 3, 4])
+@mark.parametrize("G", [2, 3, 4])
 def test_std_biases_the_gradient_as_known(G):
     """For 0/1 rewards, dividing by std scales grad p by E_c sqrt(c (G - c)) / (G p (1 - p)).
 
@@ -241,7 +242,7 @@ def test_k3_value_and_gradient_by_enumeration():
     old, p, theta_ref = logprobs(THETA), probability(THETA), THETA.flip(1) * 0.5
     reference = logprobs(theta_ref)
     value = kl_penalty(old, reference, p, MASK)
-    assert value.item() == pytest.approx((p * ((old - reference) * MASK).sum(1)).sum().item())
+    assert value.item() == approx((p * ((old - reference) * MASK).sum(1)).sum().item())
     ours = gradient(lambda theta: kl_penalty(logprobs(theta), reference, p, MASK))
     reach = p @ MASK.double()  # the probability that a position is reached
     ref = theta_ref.softmax(-1)
@@ -293,13 +294,13 @@ def test_surplus_serves_the_next_update_and_no_other():
     buffer.add([surplus])
     buffer.expire(2)
     assert buffer.oldest(1) == [surplus]
-    with pytest.raises(AssertionError, match="never train on less"):
+    with raises(AssertionError, match="never train on less"):
         buffer.oldest(2)
     buffer.expire(3)
     assert buffer.groups == []
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0])
+@mark.parametrize("wrong", [0.0, -1.0])
 def test_flat_groups_are_told_apart_in_both_codings(wrong):
     """A hard-wired `== 0` for all wrong misses rewards of -1 and +1. Shaping before filtering makes
     an all-right group look mixed, and trains on length alone."""

@@ -1,6 +1,5 @@
 """Numbers one can trust: pass@k by brute force, intervals, votes, and the command line."""
 
-import functools
 import itertools
 import json
 import math
@@ -8,11 +7,13 @@ import shutil
 import signal
 from dataclasses import fields, replace
 from datetime import datetime
+from pathlib import Path
 
-import launch
 import numpy as np
-import pytest
 import torch
+from conftest import edit, files, lines, read, table, write_lines
+from launch import at, die, said, start, wait
+from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import data
@@ -32,22 +33,22 @@ from rollout import Completion
 from tools.compare import difference
 
 
-@pytest.mark.parametrize("n", range(1, 7))
+@mark.parametrize("n", range(1, 7))
 def test_pass_at_k_equals_brute_force(n):
     """1 - (1 - c/n)^k is biased low (0.810 for 0.900 at n 16, c 3, k 8)."""
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         draws = [any(i < c for i in draw) for draw in itertools.combinations(range(n), k)]
-        assert pass_at_k(n, c, k) == pytest.approx(np.mean(draws))
+        assert pass_at_k(n, c, k) == approx(np.mean(draws))
 
 
 def test_intervals():
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert wilson(5, 10) == approx((0.2366, 0.7634), abs=1e-3)
     for n in (1, 10, 399):  # else error bars turn negative
         assert wilson(0, n)[0] == 0
         assert wilson(n, n)[1] == 1
     mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
     half = 1.96 * math.sqrt(1 / 12 / 400)
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
+    assert (low, high) == approx((mean - half, mean + half), abs=0.003)
     assert interval([7.0]) == (7, 7, 7)
 
 
@@ -57,7 +58,7 @@ def test_an_interval_knows_of_what_it_did_not_see():
     assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
     assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
     assert papers.mean_of([interval([0] * 30)] * 5)[2] > 0.11 / math.sqrt(5)
-    assert papers.mean_of([(0.5, 0.3, 0.6)] * 4) == pytest.approx((0.5, 0.4, 0.55))
+    assert papers.mean_of([(0.5, 0.3, 0.6)] * 4) == approx((0.5, 0.4, 0.55))
 
 
 def test_samples_of_one_problem_are_one_cluster():
@@ -85,21 +86,23 @@ def test_measures_of_one_problem_by_hand():
     }
 
 
-@pytest.mark.parametrize(
-    "answers, is_right",
-    [
-        ("3 2 2", True),
-        ("3 2", False),  # a tie goes to the answer that was sampled first
-        ("2 3", True),
-        ("- - - 2", True),  # no answer casts no vote
-        ("- -", False),
-        ("0.5 2 1/2", False),  # spellings of one answer vote together
-        ("3 2 2 3", False),
-    ],
-)
+VOTES = """
+3 2 2 | True
+3 2 | False
+2 3 | True
+- - - 2 | True
+- - | False
+0.5 2 1/2 | False
+3 2 2 3 | False
+"""
+
+
+@mark.parametrize("answers, is_right", table(VOTES))
 def test_majority_rules(answers, is_right):
+    """A tie goes to the answer that was sampled first; no answer (-) casts no vote; spellings of
+    one answer vote together."""
     answers = [None if answer == "-" else answer for answer in answers.split()]
-    assert majority(answers, [answer == "2" for answer in answers]) == is_right
+    assert str(majority(answers, [answer == "2" for answer in answers])) == is_right
     assert majority("22", [True, False])  # if one spelling has two verdicts, the first counts
 
 
@@ -123,6 +126,17 @@ def test_sign_flips_have_their_size_and_power():
 # --------------------------------------------------------------------------------------- attempts
 
 TEN = Sampling(max_new_tokens=10, temperature=1.0, slots=8)
+ADD = [Problem("a", "1+1", "2")]
+
+
+def load(folder, **flags):
+    return Policy.load(str(folder), flags=data.Prompting(**flags))
+
+
+@fixture
+def own_folder(toy_folder, tmp_path):
+    """A checkpoint of which a test changes files."""
+    return shutil.copytree(toy_folder, tmp_path / "m")
 
 
 def try_one(policy, prompt, seed=0):
@@ -130,10 +144,10 @@ def try_one(policy, prompt, seed=0):
     return attempts
 
 
-def test_prompts_beyond_the_context_count_as_wrong(toy_policy, capsys):
-    prompts = toy_policy.render([Problem("a", "1" * 300, "1"), Problem("b", "1+1", "2")])
+def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
+    prompts = toy_policy.render([Problem("long", "1" * 300, "1"), *ADD])
     toy_policy.show("p.jsonl", prompts)
-    assert "p.jsonl: 1 of 2 prompts fill the context" in capsys.readouterr().out
+    assert "p.jsonl: 1 of 2 prompts fill the context" in printed()
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
     work = requests(0, prompts, 2)
@@ -146,13 +160,13 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, capsys):
 def test_streams_of_random_numbers(toy_policy):
     """Same seed, same samples. Samples that measured difficulty are not those that evaluate: else a
     problem that is hard by bad luck would be easier after training by better luck."""
-    (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
+    (prompt,) = toy_policy.render(ADD)
     texts = [[a.text for a in try_one(toy_policy, prompt, seed)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
     purposes = policies.TRAINING, policies.DIFFICULTY, policies.EVALUATION
     streams = [requests(0, [prompt], 4, purpose)[0][1] for purpose in purposes]
-    assert len({*streams[0], *streams[1], *streams[2]}) == 12
+    assert len(set(sum(streams, []))) == 12
     assert requests(0, [prompt], 4) == [(prompt, streams[2])]
 
 
@@ -163,7 +177,7 @@ def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
     assert requests(0, [prompts[2], prompts[0]], 2) == [c, a] and a[1] != b[1]
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "text, opening, verdict",
     [
         ("\\boxed{2}", "<think>", NO_ANSWER),
@@ -173,27 +187,30 @@ def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
 )
 def test_thoughts_that_the_template_opened(monkeypatch, toy_policy, text, opening, verdict):
     """Without the opening put back, a box within thoughts that never close would pay."""
-    (prompt,) = toy_policy.render([Problem("a", "1+1", "2")])
+    (prompt,) = toy_policy.render(ADD)
     monkeypatch.setattr(Policy, "text", lambda *_: text)
     assert try_one(toy_policy, replace(prompt, opening=opening))[0].verdict == verdict
 
 
-def test_stop_tokens_come_from_all_three_places(toy_folder, tmp_path):
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
-    policy = Policy.load(str(folder))
-    assert set(policy.stop_ids) == {policy.tokenizer.eos_token_id, 7, 8, 9}
+def test_stop_tokens_come_from_all_four_places(own_folder):
+    """Both configs, the tokenizer, and the token by which its template ends a turn."""
+    (own_folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    edit(own_folder / "config.json", {"eos_token_id": 9})
+    turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
+    (own_folder / "chat_template.jinja").write_text(turns)
+    policy = load(own_folder)
+    own = {policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id}
+    assert set(policy.stop_ids) == own | {7, 8, 9}
 
 
-def test_a_saved_policy_stops_where_it_stopped(toy_policy, toy_folder, tmp_path):
+def test_a_saved_policy_stops_where_it_stopped(toy_folder, tmp_path):
     """Else a checkpoint that was trained with --stop would run on in evaluation."""
-    policy = Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
+    policy = load(toy_folder, stop=["\n"])
+    tokenizer = policy.tokenizer
+    assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
     policy.model.save_pretrained(tmp_path)
     policy.save(tmp_path)
-    again = Policy.load(str(tmp_path)).stop_ids
-    assert again == policy.stop_ids != toy_policy.stop_ids
+    assert load(tmp_path).stop_ids == policy.stop_ids
 
 
 def test_the_stop_token_is_no_text(toy_policy):
@@ -206,35 +223,23 @@ def test_the_stop_token_is_no_text(toy_policy):
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
-def test_the_end_of_an_assistants_turn_stops(toy_folder, tmp_path):
+def test_the_end_of_an_assistants_turn_stops(toy_policy):
     """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
-    they invent, and the box of its answer is graded. More stops are given as text."""
-    policy = Policy.load(str(toy_folder))
-    tokenizer = policy.tokenizer
+    they invent, and the box of its answer is graded."""
+    tokenizer = toy_policy.tokenizer
     assert policies.end_of_turn(tokenizer) == tokenizer.eos_token_id
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
     assert tokenizer.decode(policies.end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
     assert policies.end_of_turn(tokenizer) is None
-    policy = Policy.load(str(toy_folder), flags=data.Prompting(stop=["\n"]))
-    assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
 
 
-def test_a_policy_stops_where_its_template_ends_a_turn(toy_folder, tmp_path):
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
-    (folder / "chat_template.jinja").write_text(turns)
-    policy = Policy.load(str(folder))
-    assert {policy.tokenizer.pad_token_id, policy.tokenizer.eos_token_id} == set(policy.stop_ids)
-
-
-def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_path):
+def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(own_folder, tmp_path):
     """Base models have none. Their prompt is the problem, the suffix and a new line."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    (folder / "chat_template.jinja").unlink()
-    policy = Policy.load(str(folder), flags=data.Prompting(suffix=" =", system="Add."))
-    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    (own_folder / "chat_template.jinja").unlink()
+    policy = load(own_folder, suffix=" =", system="Add.")
+    (prompt,) = policy.render(ADD)
     assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
     policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
     assert (tmp_path / "saved/chat_template.jinja").read_text() == data.PLAIN_TEMPLATE
@@ -242,163 +247,164 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(toy_folder, tmp_
 
 def test_a_template_takes_arguments(toy_folder):
     """Qwen3 thinks unless the template hears enable_thinking=False."""
-    flags = data.Prompting(template_kwargs='{"enable_thinking": false}')
-    policy = Policy.load(str(toy_folder), flags=flags)
+    policy = load(toy_folder, template_kwargs='{"enable_thinking": false}')
     policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
-    (prompt,) = policy.render([Problem("a", "1+1", "2")])
+    (prompt,) = policy.render(ADD)
     assert policy.tokenizer.decode(prompt.tokens) == "no"
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
-@pytest.fixture
-def run(toy_folder, tmp_path, monkeypatch, capsys):
-    """Run eval.py in a folder of its own -> the lines that it printed"""
+@fixture
+def run(toy_folder, tmp_path, monkeypatch, printed):
+    """Run eval.py in a folder of its own, with a problem in p.jsonl -> the lines that it printed"""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
+    write_problems("p.jsonl", 1)
 
-    def run(*flags):
-        evaluation.main(["--model", str(toy_folder), *map(str, flags)])
-        return capsys.readouterr().out.splitlines()
+    def run(flags):
+        evaluation.main(f"--model {toy_folder} {flags}".split())
+        return printed().splitlines()
 
     return run
 
 
-def parsed(*flags):
-    return evaluation.parse_args(make_parser(evaluation.SECTIONS), flags)
+@fixture
+def refused(run, capsys):
+    """It says one line with this message, and ends with exit code 2."""
+
+    def refused(message, flags):
+        with raises(SystemExit, match="^2$"):
+            run(flags)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert message in line
+
+    return refused
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, rows)))
+def parsed(flags=""):
+    return evaluation.parse_args(make_parser(evaluation.SECTIONS), flags.split())
 
 
-def test_command_line_writes_what_it_prints(tmp_path, run):
-    rows = [
-        {"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2 + 1, "source": "s"}
-        for i in range(5)
-    ]
-    write_lines(tmp_path / "p.jsonl", rows)
-    flags = "--data p.jsonl --samples 3 --k 2 --max-new-tokens 8 --out out --add-pass-rate g.jsonl"
-    printed = run(*flags.split())
+def write_problems(path, n):
+    rows = []
+    for i in range(n):
+        rows.append({"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2, "source": "s"})
+    write_lines(path, rows)
+
+
+def test_command_line_writes_what_it_prints(run):
+    write_problems("p.jsonl", 5)
+    flags = "--data p.jsonl --samples 3 --k 2 --max-new-tokens 8"
+    printed = run(f"{flags} --out out --add-pass-rate g.jsonl")
     summary = json.loads(printed[-1])
-    assert summary == json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary == read("out/summary.json")
     measures = summary["files"]["p.jsonl"]
-    assert list(measures) == ["level 1", "level 2", "all"]
+    assert list(measures) == ["level 0", "level 1", "all"]
     assert " ".join(measures["all"]) == "avg@3 pass@2 maj@3 length cut_off writes_steps"
-    lines = (tmp_path / "out/completions.jsonl").read_text().splitlines()
-    verdicts = [json.loads(line)["verdict"] for line in lines]
-    assert len(verdicts) == 15
-    assert verdicts.count(RIGHT) / 15 == pytest.approx(measures["all"]["avg@3"][0])
-    run(*flags.split()[:-2], "--out", "again")  # no longer measures difficulty
-    assert (tmp_path / "again/completions.jsonl").read_text().splitlines() != lines
-    rates = [p.pass_rate for p in read_problems(tmp_path / "g.jsonl")]
-    assert np.mean(rates) == pytest.approx(verdicts.count(RIGHT) / 15)
-    for p in read_problems(tmp_path / "g.jsonl"):
+    rows = lines("out/completions.jsonl")
+    right = [row["verdict"] == RIGHT for row in rows]
+    assert len(right) == 15
+    assert np.mean(right) == approx(measures["all"]["avg@3"][0])
+    run(f"{flags} --out again")  # no longer measures difficulty
+    assert lines("again/completions.jsonl") != rows
+    graded = read_problems("g.jsonl")
+    assert np.mean([p.pass_rate for p in graded]) == approx(np.mean(right))
+    for p in graded:
         assert p.other["source"] == "s" and p.pass_rate is not None
         measured = p.other["measured"]
         assert (measured["samples"], measured["temperature"], measured["examples"]) == (3, 1.0, 0)
         assert measured["max_new_tokens"] == 8
 
 
-def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, tmp_path, run):
+def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
     """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can
     compare. A flag that is given wins."""
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    seen = {}
+    seen, original = {}, policies.sample
 
     def sample(model, prompts, keys, **settings):
         seen.update(settings, prompts=prompts)
         return original(model, prompts, keys, **settings)
 
-    original = policies.sample
     monkeypatch.setattr(policies, "sample", sample)
-    flags = "--data p.jsonl --protocol deepscaler --samples 2 --max-new-tokens 4 --top-k 9 --out o"
-    summary = json.loads(run(*flags.split())[-1])
+    summary = json.loads(run(f"{SHORT} --protocol deepscaler --top-k 9 --out o")[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     assert (summary["samples"], summary["max_new_tokens"]) == (2, 4)
-    tokenizer = Policy.load(summary["model"]).tokenizer
+    tokenizer = load(summary["model"]).tokenizer
     # A blank, where training has a new line.
-    assert "1+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
-    assert parsed("--protocol", "fastcurl").top_p == 1.0
-    assert parsed().temperature == 1.0
+    assert "0+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
+    assert parsed("--protocol fastcurl").top_p == parsed().temperature == 1.0
 
 
-def test_benchmarks_end_in_the_papers_table(tmp_path, run):
+def test_benchmarks_end_in_the_papers_table(run):
     for name in papers.FIVE:
-        rows = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(3)]
-        write_lines(tmp_path / f"{name}.jsonl", rows)
-    files = [f"{name}.jsonl" for name in papers.FIVE]
-    printed = run("--data", *files, "--samples", 2, "--max-new-tokens", 4)
-    header, ours, *published, _ = printed[-10:]
-    assert header.split() == ["aime24", "math500", "amc22_23", "minerva", "olympiadbench", "mean"]
+        write_problems(f"{name}.jsonl", 3)
+    names = " ".join(f"{name}.jsonl" for name in papers.FIVE)
+    header, ours, *published, _ = run(f"{SHORT} --data {names}")[-10:]
+    assert " ".join(header.split()) == "aime24 math500 amc22_23 minerva olympiadbench mean"
     assert ours.startswith("toy0 (own settings)")
     assert ours.count("0.0 % [0.0, ") == 6  # five benchmarks and their mean
     assert "0.0]" not in ours  # no interval is empty
-    assert published[2].split()[-6:] == ["43.1", "87.8", "73.6", "30.2", "50.0", "57.0"]
+    assert " ".join(published[2].split()).endswith("43.1 87.8 73.6 30.2 50.0 57.0")
 
 
 def test_published_means_are_those_of_their_rows():
     """A digit that was copied wrongly shows."""
     for _, *values in papers.ROWS:
         *five, mean = map(float, values)
-        assert np.mean(five) == pytest.approx(mean, abs=0.1)
+        assert np.mean(five) == approx(mean, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--model no/such/folder/anywhere", "neither a folder nor"),
-        ("--data none.jsonl", "cannot be read"),
-        ("--data p.jsonl sub/p.jsonl", "stands twice"),
-        ("--max-new-tokens 0", "--max-new-tokens: our default fits the shipped model alone"),
-        ("--template-kwargs {", "--template-kwargs {: not a JSON object"),
-        ("--stop ab", "--stop 'ab': is 2 tokens of this tokenizer, not one"),
-        ("--columns problem=q", "expected problem=NAME answer=NAME"),
-        ("--samples 0", "--samples must be at least 1, found 0"),
-        ("--samples 2 --k 3", "--k must be"),
-        ("--top-p 0", "--top-p"),
-        ("--temperature nan", "--temperature must be at least 0, found nan"),
-        ("--colour red", "unrecognized"),
-        ("--add-pass-rate no/such/folder/g.jsonl", "g.jsonl"),
-        ("--add-pass-rate p.jsonl", "p.jsonl: needs"),
-        ("--out taken", "--out taken: exists already, and is no evaluation to go on with"),
-        ("--out run", "--out run: exists already, and is no evaluation to go on with"),
-        ("--like none", "--like none: it is not the folder of a training run (FileNotFound"),
-        ("--like taken", "--like taken: it is not the folder of a training run (FileNotFound"),
-        ("--like a", "--like a: it is not the folder of a training run ("),
-        ("--compare a q", "no problem in common"),
-        ("--compare a none", "cannot be read"),
-        ("--compare a taken", "cannot be read"),
-        ("--compare a strange", "not what eval.py writes"),
-        ("--compare a stranger", "not what eval.py writes"),
-        ("--compare a p.jsonl", "not what eval.py writes"),
-        ("--compare a odd", "not what eval.py writes"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, capsys, tmp_path, run):
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    write_result(tmp_path / "a", [[1]])
-    write_result(tmp_path / "q", [[1]], "q.jsonl")
-    write_lines(tmp_path / "strange/results.jsonl", [{"settings": {}}, {"text": "1"}])
+BAD = """
+--model no/such/folder/anywhere | neither a folder nor
+--data none.jsonl | cannot be read
+--data p.jsonl sub/p.jsonl | stands twice
+--max-new-tokens 0 | --max-new-tokens: our default fits the shipped model alone
+--template-kwargs { | --template-kwargs {: not a JSON object
+--stop ab | --stop 'ab': is 2 tokens of this tokenizer, not one
+--columns problem=q | expected problem=NAME answer=NAME
+--samples 0 | --samples must be at least 1, found 0
+--samples 2 --k 3 | --k must be
+--top-p 0 | --top-p
+--temperature nan | --temperature must be at least 0, found nan
+--colour red | unrecognized
+--add-pass-rate no/such/folder/g.jsonl | g.jsonl
+--add-pass-rate p.jsonl | p.jsonl: needs
+--out taken | --out taken: exists already, and is no evaluation to go on with
+--out run | --out run: exists already, and is no evaluation to go on with
+--like none | --like none: it is not the folder of a training run (FileNotFound
+--like taken | --like taken: it is not the folder of a training run (FileNotFound
+--like a | --like a: it is not the folder of a training run (
+--compare a q | no problem in common
+--compare a none | cannot be read
+--compare a taken | cannot be read
+--compare a strange | not what eval.py writes
+--compare a stranger | not what eval.py writes
+--compare a p.jsonl | not what eval.py writes
+--compare a odd | not what eval.py writes
+"""
+
+
+@mark.parametrize("flags, message", table(BAD))
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, refused):
+    write_result("a", [[1]])
+    write_result("q", [[1]], "q.jsonl")
+    write_lines("strange/results.jsonl", [{"settings": {}}, {"text": "1"}])
     wrong = {"file": "p", "problem_id": "0", "level": None, "n": 0, "right": 1}
-    write_lines(tmp_path / "stranger/results.jsonl", [{"settings": {}}, wrong])
-    write_lines(tmp_path / "odd/results.jsonl", [{"settings": 5}])
-    write_lines(tmp_path / "run/config.json", [{"levels": []}])
-    write_lines(tmp_path / "a/config.json", [{"levels": []}])
-    (tmp_path / "taken").mkdir()
+    write_lines("stranger/results.jsonl", [{"settings": {}}, wrong])
+    write_lines("odd/results.jsonl", [{"settings": 5}])
+    for name in ("run", "a"):
+        write_lines(f"{name}/config.json", [{"levels": []}])
+    Path("taken").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        run("--data", "p.jsonl", "--max-new-tokens", 4, *flags.split())
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    refused(message, f"--data p.jsonl --max-new-tokens 4 {flags}")
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
     """One line and the exit code of an interrupt, no traceback. The first batch stays on disk."""
-    write_lines(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": "2"} for i in range(9)])
+    write_problems("p.jsonl", 9)
     batches = []
 
     def interrupted(*args, **settings):
@@ -408,62 +414,48 @@ def test_ctrl_c_keeps_what_is_written(tmp_path, run, monkeypatch, capsys):
         return attempt(*args, **settings)
 
     monkeypatch.setattr(evaluation, "attempt", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        flags = "--data p.jsonl --samples 2 --slots 4 --max-new-tokens 4 --out o"
-        run(*flags.split())
-    assert stop.value.code == 130
+    with raises(SystemExit, match="^130$"):
+        run(f"{SHORT} --slots 4 --out o")
     assert "interrupted" in capsys.readouterr().err
-    assert len((tmp_path / "o/completions.jsonl").read_text().splitlines()) == 8
+    assert len(lines("o/completions.jsonl")) == 8
 
 
-def test_slots_follow_from_the_free_memory(run, toy_folder, tmp_path, monkeypatch, capsys):
+def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
     """A default of 256 slots that a small card does not hold, found out in the middle of a run."""
-    policy = Policy.load(toy_folder)
     problems = [Problem(str(i), "1 + 1", "2") for i in range(90)]
-    args = parsed("--samples", "3", "--max-new-tokens", "64", "--device", "cpu")
-    files, chosen = {"f": policy.render(problems)}, []
+    args = parsed("--samples 3 --max-new-tokens 64 --device cpu")
+    work, chosen = {"f": toy_policy.render(problems)}, []
     for free in (10**9, 2_000_000, 1_000_000):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        chosen.append(evaluation.choose_slots(args, policy, files, Ranks()))
+        chosen.append(evaluation.choose_slots(args, toy_policy, work, Ranks()))
     assert 256 == chosen[0] > chosen[1] > chosen[2] >= 8
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    with pytest.raises(SystemExit) as stopped:
-        run(*SHORT.split())
-    assert stopped.value.code == 2 and "--slots 8 would take" in capsys.readouterr().err
+    refused("--slots 8 would take", SHORT)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "where, said",
     [
         ("parts.policy.sample", "lower --slots 256; with --out o it goes on"),
         ("eval.data.gradable", "2.00 GiB"),
     ],
 )
-def test_a_gpu_without_memory_is_one_sentence(tmp_path, run, monkeypatch, capsys, where, said):
+def test_a_gpu_without_memory_is_one_sentence(refused, monkeypatch, where, said):
     """Not a traceback of forty lines, and what is done is kept."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0")
 
     monkeypatch.setattr(where, full)
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    with pytest.raises(SystemExit) as stop:
-        run(*SHORT.split(), "--out", "o")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
-    assert stop.value.code == 2 and "error: " in line and said in line
+    refused(said, f"{SHORT} --out o")
 
 
-def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path, run, monkeypatch, capsys):
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path, refused, monkeypatch):
     """Another evaluation wrote it, hours after it was looked for. It is said in one line."""
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    real = evaluation.result_of
-    path = tmp_path / "g.jsonl"
+    real, path = evaluation.result_of, tmp_path / "g.jsonl"
     monkeypatch.setattr(evaluation, "result_of", lambda rows: path.write_text("x") and real(rows))
-    with pytest.raises(SystemExit, match="2"):
-        run(*SHORT.split(), "--add-pass-rate", path)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert "File exists" in line and path.read_text() == "x"
+    refused("File exists", f"{SHORT} --add-pass-rate {path}")
+    assert path.read_text() == "x"
 
 
 # --------------------------------------------------------------------------- processes and crashes
@@ -471,28 +463,26 @@ def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path, run, mo
 FILES = "o/config.json o/completions.jsonl o/results.jsonl o/summary.json g.jsonl"
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def evaluated(toy_folder, tmp_path_factory):
     """evaluated(name, world, sabotage): measure the difficulty of 19 problems in a folder of that
     name, or go on with it -> the folder, exit codes. A process writes 4 problems at a time."""
     root = tmp_path_factory.mktemp("evaluated")
 
     def evaluated(name, world=1, sabotage=None):
-        rows = [{"problem": f"{i}+1", "answer": str(i + 1), "level": i % 2} for i in range(19)]
-        write_lines(root / name / "p.jsonl", rows)
-        flags = {"model": toy_folder, "data": "p.jsonl", "samples": 4, "slots": 8, "out": "o"}
-        flags |= {"max_new_tokens": 6, "dtype": "float64", "add_pass_rate": "g.jsonl"}
-        processes = launch.start(root / name, launch.words(**flags), world, sabotage, "eval")
-        return root / name, launch.wait(processes)
+        write_problems(root / name / "p.jsonl", 19)
+        flags = f"--model {toy_folder} --data p.jsonl --samples 4 --slots 8 --out o"
+        flags += " --max-new-tokens 6 --dtype float64 --add-pass-rate g.jsonl"
+        return root / name, wait(start(root / name, flags, world, sabotage, "eval"))
 
     return evaluated
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def whole(evaluated):
     """Of one process that nothing disturbed."""
     folder, codes = evaluated("whole")
-    assert codes == [0], launch.said(folder)
+    assert codes == [0], said(folder)
     return folder
 
 
@@ -500,40 +490,38 @@ def contents(folder):
     return [(folder / name).read_bytes() for name in FILES.split()]
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("world", [2, 3])
+@mark.faults
+@mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_writes_the_same_files(evaluated, whole, world):
     """A share that is left out, counted twice, or written in the order of processes. The last
     block leaves a process without problems."""
     many, codes = evaluated(f"many{world}", world)
-    assert codes == [0] * world, launch.said(many)
+    assert codes == [0] * world, said(many)
     assert contents(many) == contents(whole)
-    last = launch.said(many).splitlines()[-1]
-    assert json.loads(last) == json.loads((whole / "o/summary.json").read_text())
+    last = said(many).splitlines()[-1]
+    assert json.loads(last) == read(whole / "o/summary.json")
     # torch 2.10 itself announces the connection.
-    others = launch.said(many, rank=1).splitlines()
-    assert not [line for line in others if not line.startswith("[Gloo]")]
+    assert all(line.startswith("[Gloo]") for line in said(many, rank=1).splitlines())
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("before, after, done", [(1, 1, 8), (2, 1, 16), (1, 2, 8)])
+@mark.faults
+@mark.parametrize("before, after, done", [(1, 1, 8), (2, 1, 16), (1, 2, 8)])
 def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
     evaluated, whole, before, after, done
 ):
     """What was graded is lost or done twice; a half-written line is believed, or a problem with
     some of its samples."""
     name = f"killed{before}{after}"
-    sabotage = functools.partial(launch.at_call, "eval.attempt", 3, launch.die)
-    folder, codes = evaluated(name, before, sabotage)
+    folder, codes = evaluated(name, before, at("eval.attempt", 3, die))
     assert -signal.SIGKILL in codes and not (folder / "o/results.jsonl").exists()
     log = folder / "o/completions.jsonl"
-    assert len(log.read_text().splitlines()) == 4 * done
+    assert len(lines(log)) == 4 * done
     torn = (whole / "o/completions.jsonl").read_text().splitlines(keepends=True)[4 * done :]
     with open(log, "a") as file:  # of the next problem, 2.5 of 4 samples or 3.5
         file.write("".join(torn[: before + 1]) + torn[before + 1][:30])
     _, codes = evaluated(name, after)
-    assert codes == [0] * after, launch.said(folder)
-    assert f"{done} problems are done, {19 - done} are left" in launch.said(folder)
+    assert codes == [0] * after, said(folder)
+    assert f"{done} problems are done, {19 - done} are left" in said(folder)
     assert contents(folder) == contents(whole)
 
 
@@ -554,25 +542,20 @@ def changed_settings(folder, name):
     return {"temperature": "--temperature 0.5", "purpose": "--add-pass-rate g.jsonl"}.get(name, "")
 
 
-@pytest.mark.parametrize("name", ["temperature", "prompts", "stop tokens", "weights", "purpose"])
-def test_it_goes_on_with_the_same_settings_alone(toy_folder, tmp_path, run, capsys, name):
+@mark.parametrize("name", ["temperature", "prompts", "stop tokens", "weights", "purpose"])
+def test_it_goes_on_with_the_same_settings_alone(own_folder, tmp_path, run, refused, name):
     """Half of a result at another temperature, or of another model, would be a number of nothing.
     With the same settings nothing is sampled again, and the tables are printed once more."""
-    shutil.copytree(toy_folder, tmp_path / "m")
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    flags = ["--model", "m", *SHORT.split(), "--out", "o"]
-    before = run(*flags)
+    flags = f"--model m {SHORT} --out o"
+    before = run(flags)
     (i,) = (i for i, line in enumerate(before) if "0 problems are done, 1 are left" in line)
-    again = run(*flags, "--slots", "8")
+    again = run(f"{flags} --slots 8")
     assert "1 problems are done, 0 are left" in again[i] and again[i + 1 :] == before[i + 1 :]
-    more = changed_settings(tmp_path, name).split()
-    files = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
-    with pytest.raises(SystemExit) as stop:
-        run(*flags, *more)
-    assert stop.value.code == 2
+    more = changed_settings(tmp_path, name)
+    written = files(tmp_path)
     said = "prompts" if name == "stop tokens" else name
-    assert f"began with other settings ({said})" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "o").iterdir()} == files
+    refused(f"began with other settings ({said})", f"{flags} {more}")
+    assert files(tmp_path) == written
 
 
 def test_no_setting_is_forgotten():
@@ -585,14 +568,11 @@ def test_no_setting_is_forgotten():
     assert prompting < set(evaluation.LIKE.split()) < flags
 
 
-def test_two_processes_do_not_write_to_one_evaluation(tmp_path, run, capsys):
+def test_two_processes_do_not_write_to_one_evaluation(run, refused):
     """Each would append what the other appends."""
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    flags = [*SHORT.split(), "--out", "o"]
-    run(*flags)
-    with lock(tmp_path / "o/config.json"), pytest.raises(SystemExit) as stop:
-        run(*flags)
-    assert stop.value.code == 2 and "another process is writing" in capsys.readouterr().err
+    run(f"{SHORT} --out o")
+    with lock(Path("o/config.json")):
+        refused("another process is writing", f"{SHORT} --out o")
 
 
 class Noon(datetime):
@@ -601,73 +581,68 @@ class Noon(datetime):
         return cls(2025, 1, 1, 12)
 
 
-def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(tmp_path, run, monkeypatch):
+def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(run, monkeypatch):
     """The second died: at its end, or after minutes of loading. A folder that is named must be
     new."""
     monkeypatch.setattr(directory, "datetime", Noon)
-    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
     for _ in range(3):
-        run(*SHORT.split())
+        run(SHORT)
         directory.create(None, {"lr": 1})
     day = "20250101-120000"
     names = [f"{kind}{day}{more}" for kind in ("", "eval-") for more in ("", "-2", "-3")]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
-    config = json.loads((tmp_path / f"runs/{day}-2/config.json").read_text())
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted(names)
+    config = read(f"runs/{day}-2/config.json")
     assert config == {"lr": 1, "out": f"runs/{day}-2"}
-    with pytest.raises(OSError):
+    with raises(OSError):
         directory.create(f"runs/{day}", {})
 
 
 # --------------------------------------------------------------------------------- as in training
 
 
+TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
+"data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
+"levels": [{"max_new_tokens": 300}, {"max_new_tokens": 200}]}"""
+
+
 def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, capsys):
     """Another temperature, length or dtype than in training measures another policy. A flag that
     is given wins, then the protocol."""
-    config = {
-        "temperature": 0.7,
-        "examples": "e.jsonl",
-        "dtype": "bfloat16",
-        "seed": 5,
-        "data": "d",
-    }
-    config |= {"allow_last_number": True, "eval_max_new_tokens": None, "slots": 3}
-    config["levels"] = [{"max_new_tokens": 300}, {"max_new_tokens": 200}]
-    write_lines(tmp_path / "run/config.json", [config])
-    like = ["--like", str(tmp_path / "run")]
-    (tmp_path / "run/checkpoints").mkdir()
-    with pytest.raises(SystemExit):
-        evaluation.main([*like, "--examples", ""])
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    (run / "config.json").write_text(TRAINED)
+    with raises(SystemExit):
+        evaluation.main(["--like", str(run), "--examples", ""])
     said = capsys.readouterr()
     assert "run: it has no whole checkpoint" in said.out
     assert "run/checkpoints: no config.json, so this is not a" in said.err
     for name in ("000099", "000100", "000101", "000102", "000200.damaged"):
-        write_checkpoint(tmp_path / "run/checkpoints" / name)
-    (tmp_path / "run/checkpoints/000102/checksums.json").unlink()
-    (tmp_path / "run/checkpoints/000101/state.json").write_text("torn")
-    args = parsed(*like)
+        write_checkpoint(folder / name)
+    (folder / "000102/checksums.json").unlink()
+    (folder / "000101/state.json").write_text("torn")
+    args = parsed(f"--like {run}")
     said = capsys.readouterr().out
     assert "000102: skipped, it is damaged (FileNotFound" in said
     assert "000101: skipped, it is damaged (state.json is not what was written)" in said
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 5  # the run may be at work
-    assert args.model == str(tmp_path / "run/checkpoints/000100")
+    assert len(list(folder.iterdir())) == 5  # the run may be at work
+    assert args.model == str(folder / "000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
     assert (args.seed, args.slots, args.data) == (0, None, parsed().data)
     given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
-    args = parsed(*given.split(), *like)
+    args = parsed(f"{given} --like {run}")
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
     assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
-    write_lines(tmp_path / "run/config.json", [config | {"eval_max_new_tokens": 50}])
-    assert parsed(*like).max_new_tokens == 50
+    edit(run / "config.json", {"eval_max_new_tokens": 50})
+    assert parsed(f"--like {run}").max_new_tokens == 50
 
 
 def write_checkpoint(folder):
     folder.mkdir()
-    names = "state.json", "optimizer.safetensors"
-    for name in names:
+    sums = {}
+    for name in ("state.json", "optimizer.safetensors"):
         (folder / name).write_text(name)
-    sums = {name: directory.sha256(folder / name) for name in names}
+        sums[name] = directory.sha256(folder / name)
     (folder / "checksums.json").write_text(json.dumps(sums))
 
 
@@ -676,24 +651,24 @@ def write_checkpoint(folder):
 
 def write_result(folder, right, file="p.jsonl", **settings):
     """results.jsonl of one file: right[i][k], whether sample k of problem i is right."""
-    lines = [{"settings": settings}]
+    results = [{"settings": settings}]
     for i, many in enumerate(right):
         rows = []
         for k, r in enumerate(many):
             done = Attempt(Completion([5], [0.0], True), "", str(r), RIGHT if r else WRONG)
             rows.append(make_row(f"{folder}/{file}", str(i), None, k, done))
-        lines.append(result_of(rows))
-    write_lines(folder / "results.jsonl", lines)
+        results.append(result_of(rows))
+    write_lines(f"{folder}/results.jsonl", results)
 
 
-def test_compare_pairs_problems(tmp_path, run):
+def test_compare_pairs_problems(run):
     """By hand. Each side is better at one problem: paired by their order, which differs, they
     would not differ at all. A third problem has no partner."""
-    write_result(tmp_path / "a", [[1, 0], [1, 1], [1, 1]])
-    write_result(tmp_path / "b", [[1, 1], [0, 1]])
-    first, *lines = (tmp_path / "b/results.jsonl").read_text().splitlines()
-    (tmp_path / "published.jsonl").write_text("\n".join([first, *reversed(lines)]))
-    printed = run("--compare", "a", "published.jsonl")
+    write_result("a", [[1, 0], [1, 1], [1, 1]])
+    write_result("b", [[1, 1], [0, 1]])
+    first, *results = lines("b/results.jsonl")
+    write_lines("published.jsonl", [first, *reversed(results)])
+    printed = run("--compare a published.jsonl")
     report = json.loads(printed[-1])["p"]
     assert "3 problems in A, 2 in B, 2 in both" in printed
     expected = {"A": 0.75, "B": 0.75, "difference": 0, "low": -0.5, "high": 0.5, "p": 1}
@@ -703,23 +678,23 @@ def test_compare_pairs_problems(tmp_path, run):
     assert (report["majority"]["A"], report["majority"]["B"]) == (1.0, 0.5)
 
 
-def test_compare_reads_what_an_evaluation_publishes(tmp_path, run):
+def test_compare_reads_what_an_evaluation_publishes(run):
     """results.jsonl alone: without texts, without the folder around it."""
-    write_lines(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": "1"} for i in range(3)])
+    write_problems("p.jsonl", 3)
     for name in "ab":
-        run(*SHORT.split(), "--seed", ord(name), "--out", name)
-        shutil.move(tmp_path / name / "results.jsonl", tmp_path / f"{name}.jsonl")
-        shutil.rmtree(tmp_path / name)
-    assert "text" not in (tmp_path / "a.jsonl").read_text()
-    printed = run("--compare", "a.jsonl", "b.jsonl")
+        run(f"{SHORT} --seed {ord(name)} --out {name}")
+        shutil.move(f"{name}/results.jsonl", f"{name}.jsonl")
+        shutil.rmtree(name)
+    assert "text" not in Path("a.jsonl").read_text()
+    printed = run("--compare a.jsonl b.jsonl")
     assert printed[:2] == ["seed differs: A 97, B 98", "3 problems in A, 3 in B, 3 in both"]
     assert json.loads(printed[-1])["p"]["problems"] == 3
 
 
-def test_compare_says_which_settings_differ(tmp_path, run):
+def test_compare_says_which_settings_differ(run):
     """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better
     model."""
-    write_result(tmp_path / "a", [[1, 0]], temperature=1.0, k=2)
-    write_result(tmp_path / "b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
-    said = [line for line in run("--compare", "a", "b") if "differs" in line]
+    write_result("a", [[1, 0]], temperature=1.0, k=2)
+    write_result("b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
+    said = [line for line in run("--compare a b") if "differs" in line]
     assert said == ["protocol differs: A None, B 'deepscaler'", "temperature differs: A 1.0, B 0.6"]

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 
-import pytest
 import torch
-from conftest import random_model
+from conftest import column, dtypes, lines, random_model, table
+from pytest import fixture, mark
 from safetensors.torch import load_file
-from test_train import level, lines, workshop  # noqa: F401  the fixture
+from test_train import workshop  # noqa: F401  the fixture
 
 import train
 from experiments.warmstart import make_tokenizer
@@ -18,9 +18,8 @@ from infra.run import Run, pack, plain, unpack
 from model import Transformer
 from parts.optimizer import Learner
 from parts.statistics import interval
-from rollout import choose
 
-pytestmark = pytest.mark.faults
+pytestmark = mark.faults
 
 REWARDS = """
 import random
@@ -38,16 +37,16 @@ once = value(float("nan"), lambda n: n == 21)
 """
 
 
-@pytest.fixture
+@fixture
 def run(workshop, tmp_path):  # noqa: F811  pytest's way to use a fixture
     """A run of five updates; -> its exit code. Each draws two groups of four, and trains on them in
     two steps."""
     (tmp_path / "bad.py").write_text(REWARDS)
-    defaults = {"quality": 1.0, "updates": 5, "prompts": 2, "filter": "all", "save_every": 1}
+    defaults = "--quality 1 --updates 5 --prompts 2 --filter all --save-every 1"
 
-    def run(**flags):
+    def run(flags=""):
         try:
-            workshop(**{**defaults, "keep_checkpoints": 9, **flags})
+            workshop(f"{defaults} --keep-checkpoints 9 {flags}")
         except SystemExit as stop:
             return stop.code
         return 0
@@ -55,10 +54,10 @@ def run(workshop, tmp_path):  # noqa: F811  pytest's way to use a fixture
     return run
 
 
-@pytest.fixture
+@fixture
 def metrics(tmp_path):
     """The values of one key of metrics.jsonl."""
-    return lambda name: [row[name] for row in lines(tmp_path / "run/metrics.jsonl")]
+    return lambda name: column(lines(tmp_path / "run/metrics.jsonl"), name)
 
 
 def checkpoints(tmp_path):
@@ -95,37 +94,29 @@ def nan_gradient(J, logprob):
     return J + (0 * logprob.sum()).sqrt()  # 0, with a slope of 0 / 0
 
 
-@pytest.mark.parametrize("reward, value", [("nan", "nan"), ("inf", "inf")])
-def test_a_reward_that_is_never_finite_stops_the_run(run, tmp_path, capsys, metrics, reward, value):
-    assert run(reward=f"bad.py:{reward}") == 1
+@mark.parametrize("value", ["nan", "inf"])
+def test_a_reward_that_is_never_finite_stops_the_run(run, tmp_path, capsys, metrics, value):
+    assert run(f"--reward bad.py:{value}") == 1
     error = capsys.readouterr().err
     assert "3 updates in a row met numbers that are not finite" in error
-    assert f"--reward bad.py:{reward} returned, for problem p" in error and f", {value}" in error
+    assert f"--reward bad.py:{value} returned, for problem p" in error and f", {value}" in error
     assert "no checkpoint was written before" in error and not checkpoints(tmp_path)
     assert metrics("update") == [1, 2, 3] and all(metrics("groups_broken"))
     assert metrics("grad_norm") == [None] * 3  # nothing was learned from them
 
 
-def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, capsys, metrics):
-    assert run(reward="bad.py:once") == 0
+def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, printed, metrics):
+    assert run("--reward bad.py:once") == 0
     assert metrics("groups_broken") == [0, 0, 1, 0, 0, 0]  # the 21st completion is of update 3
     assert metrics("groups_kept") == [2, 2, 0, 2, 2, 2] and metrics("grad_norm")[2] is None
-    assert metrics("groups_pending")[:5] == [
-        0,
-        0,
-        1,
-        1,
-        1,
-    ]  # the sound group waits for the next update
-    fates = ("kept", "broken", "stale")
-    gone = sum(sum(metrics(f"groups_{fate}")) for fate in fates)
+    assert metrics("groups_pending")[1:4] == [0, 1, 1]  # the sound group waits for the next update
+    gone = sum(sum(metrics(f"groups_{fate}")) for fate in ("kept", "broken", "stale"))
     assert gone == sum(metrics("groups_drawn"))
-    assert metrics("reward_mean")[2] is None and "update 3 given up" in capsys.readouterr().out
-    outcomes = [row["outcome"] for row in lines(tmp_path / "run/completions.jsonl")]
-    assert outcomes.count(None) == 1
+    assert metrics("reward_mean")[2] is None and "update 3 given up" in printed()
+    assert column(lines(tmp_path / "run/completions.jsonl"), "outcome").count(None) == 1
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "change, said",
     [
         (nan_loss, "the loss of step 1 is nan"),
@@ -134,31 +125,31 @@ def test_one_bad_reward_costs_one_update_and_one_group(run, tmp_path, capsys, me
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_skips_its_update(
-    run, tmp_path, capsys, monkeypatch, metrics, change, said
+    run, tmp_path, printed, monkeypatch, metrics, change, said
 ):
     """Adam would carry a single nan on for ever."""
     spoil(monkeypatch, {5}, change)  # the first step of the third update
     assert run() == 0
-    assert f"update 3 given up: {said}" in capsys.readouterr().out
+    assert f"update 3 given up: {said}" in printed()
     assert metrics("groups_kept") == [2, 2, 0, 2, 2, 2] and metrics("groups_broken")[2] == 2
     assert checkpoints(tmp_path) == [f"{i:06d}" for i in (1, 2, 4, 5, 6)]  # none of doubt
 
 
-def test_the_steps_before_a_bad_one_stand(run, capsys, monkeypatch, metrics):
+def test_the_steps_before_a_bad_one_stand(run, printed, monkeypatch, metrics):
     """And those after it are not taken."""
     real, steps = Learner.publish, []
     monkeypatch.setattr(Learner, "publish", lambda self: steps.append(real(self)))
     spoil(monkeypatch, {6}, nan_loss)  # the second step of the second update, of four
-    assert run(inner_epochs=2, updates=2) == 1
-    assert "update 2 given up: the loss of step 2 is nan" in capsys.readouterr().out
+    assert run("--inner-epochs 2 --updates 2") == 1
+    assert "update 2 given up: the loss of step 2 is nan" in printed()
     assert metrics("groups_broken")[1] == 2 and metrics("grad_norm")[1] is not None
     assert len(steps) == 4 + 1
 
 
-@pytest.mark.parametrize("change", [nan_loss, nan_gradient])
+@mark.parametrize("change", [nan_loss, nan_gradient])
 def test_three_in_a_row_stop_the_run(run, tmp_path, capsys, monkeypatch, metrics, change):
     spoil(monkeypatch, range(3, 99), change)
-    assert run(updates=20) == 1
+    assert run("--updates 20") == 1
     error = capsys.readouterr().err
     assert "3 updates in a row" in error
     assert "the last good checkpoint is run/checkpoints/000001" in error
@@ -167,7 +158,7 @@ def test_three_in_a_row_stop_the_run(run, tmp_path, capsys, monkeypatch, metrics
 
 def test_two_in_a_row_do_not(run, monkeypatch, metrics):
     spoil(monkeypatch, {3, 4, 7, 8}, nan_loss)  # a bad update ends at its first step: four updates
-    assert run(updates=3) == 0
+    assert run("--updates 3") == 0
     assert metrics("groups_broken") == [0, 2, 2, 0, 2, 2, 0]
 
 
@@ -183,7 +174,7 @@ def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(
         return real(self, 1e30 if len(steps) == 3 else lr, max_norm)
 
     monkeypatch.setattr(Learner, "step", step)
-    assert run(updates=20, minibatches=1, keep_checkpoints=2) == 1
+    assert run("--updates 20 --minibatches 1 --keep-checkpoints 2") == 1
     assert "3 updates in a row" in capsys.readouterr().err
     assert checkpoints(tmp_path) == ["000002", "000003"]
 
@@ -198,36 +189,29 @@ def test_a_signal_while_updates_are_broken_leaves_the_last_good_checkpoint(
         return nan_loss(J, logprob)
 
     spoil(monkeypatch, {5}, tell)  # the first step of the third update
-    assert run(keep_checkpoints=1) == 128 + signal.SIGTERM
+    assert run("--keep-checkpoints 1") == 128 + signal.SIGTERM
     assert "the last good checkpoint is run/checkpoints/000002, --res" in capsys.readouterr().err
     assert checkpoints(tmp_path) == ["000002"]
 
 
 def test_a_run_that_ends_while_broken_keeps_the_last_good_checkpoint(
-    run, tmp_path, capsys, monkeypatch
+    run, tmp_path, printed, monkeypatch
 ):
     """At a normal end, weights in doubt were saved, and the good ones deleted."""
     spoil(monkeypatch, {4}, nan_loss)  # the second step of the last update
-    assert run(updates=2, keep_checkpoints=1) == 1
-    assert "the last good checkpoint is run/checkpoints/000001" in capsys.readouterr().out
+    assert run("--updates 2 --keep-checkpoints 1") == 1
+    assert "the last good checkpoint is run/checkpoints/000001" in printed()
     assert checkpoints(tmp_path) == ["000001"]
 
 
 def test_a_checkpoint_that_was_due_while_broken_is_made_up_for(run, tmp_path, monkeypatch):
     """A kill would else cost up to twice --save-every updates."""
     spoil(monkeypatch, {3}, nan_loss)  # the first step of the second update
-    assert run(updates=4, save_every=2, keep_checkpoints=9) == 0
+    assert run("--updates 4 --save-every 2") == 0
     assert checkpoints(tmp_path) == ["000003", "000004", "000005"]
 
 
-def test_a_sampler_without_finite_logits_says_so_in_its_log_probs():
-    """An index behind the vocabulary, or a made-up probability, would hide what is wrong."""
-    logits = torch.full((3, 5), float("nan"))
-    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.5, 0.999]), 1.0)
-    assert ((tokens >= 0) & (tokens < 5)).all() and logprobs.isnan().all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_written(run, tmp_path, capsys, monkeypatch, value):
     """By whatever means they became so."""
     real, steps = Learner.publish, []
@@ -249,14 +233,14 @@ def test_weights_that_are_not_finite_are_not_written(run, tmp_path, capsys, monk
 # ----------------------------------------------------------------------------------------- watchdog
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@dtypes
 def test_the_watchdog_is_silent_while_learner_and_sampler_agree(run, metrics, dtype):
-    assert run(dtype=dtype) == 0
+    assert run(f"--dtype {dtype}") == 0
     gaps = [gap for gap in metrics("logprob_gap_mean") if gap is not None]
     assert gaps and max(gaps) < train.MOST_GAP[dtype] / 3
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@dtypes
 def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, monkeypatch, dtype):
     """A temperature that one side forgets, a cache that is off by one: nothing crashes, and the
     ratio of Eq. 1 is wrong."""
@@ -266,13 +250,13 @@ def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, m
         return real([[*p[:-1], 77, 78, 79] for p in prompts], *others)
 
     monkeypatch.setattr(train, "pad", other_prompts)
-    assert run(dtype=dtype, lr=1e-3, model=sharp(tmp_path)) == 1
+    assert run(f"--dtype {dtype} --lr 1e-3 --model {sharp(tmp_path)}") == 1
     error = capsys.readouterr().err
     assert "differ from the sampler's by" in error and f"rounding in {dtype} explains" in error
     assert checkpoints(tmp_path) == ["000000"]  # no weight was touched
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@dtypes
 def test_the_watchdog_stops_a_learner_that_is_off_by_a_tenth_of_a_nat(
     run, capsys, monkeypatch, dtype
 ):
@@ -284,7 +268,7 @@ def test_the_watchdog_stops_a_learner_that_is_off_by_a_tenth_of_a_nat(
         return logprob - 0.1, entropy
 
     monkeypatch.setattr(Transformer, "token_logprobs", shifted)
-    assert run(dtype=dtype) == 1
+    assert run(f"--dtype {dtype}") == 1
     assert "differ from the sampler's by 0.1 nats" in capsys.readouterr().err
 
 
@@ -302,30 +286,27 @@ def sharp(tmp_path, stop_ids=None):
 # ------------------------------------------------------------------------------------------- advice
 
 
-@pytest.mark.parametrize(
-    "reward, flags, said",
+@mark.parametrize(
+    "flags, said",
     [
-        ("always", {}, "4 were all right and 0 all wrong; "),
-        ("always", {}, "The level is too easy: raise --quality"),
-        ("never", {}, "Completions do not come to an end: raise --max-new-tokens (now 6)"),
-        (
-            "never",
-            {"max_new_tokens": 90, "model": "stops"},
-            "The level is too hard: lower --quality",
-        ),
-        ("even", {"buffer_groups": 50, "max_new_tokens": 90}, "raise --max-draws or --prompts"),
+        ("always", "4 were all right and 0 all wrong; "),
+        ("always", "The level is too easy: raise --quality"),
+        ("never", "Completions do not come to an end: raise --max-new-tokens (now 6)"),
+        ("never --max-new-tokens 90 --model stops", "The level is too hard: lower --quality"),
+        ("even --buffer-groups 50 --max-new-tokens 90", "raise --max-draws or --prompts"),
     ],
 )
-def test_a_level_that_cannot_fill_its_buffer_says_why(run, tmp_path, capsys, reward, flags, said):
-    if "model" in flags:  # most of its tokens are likely to be stop tokens
-        flags = {**flags, "model": sharp(tmp_path, list(range(0, len(make_tokenizer()), 2)))}
-    assert run(reward=f"toy_reward.py:{reward}", filter="mixed", max_draws=2, **flags) == 0
-    printed = capsys.readouterr().out
-    assert "4 groups did not fill the buffer" in printed and said in printed
+def test_a_level_that_cannot_fill_its_buffer_says_why(run, tmp_path, printed, flags, said):
+    if "stops" in flags:  # most of its tokens are likely to be stop tokens
+        folder = sharp(tmp_path, list(range(0, len(make_tokenizer()), 2)))
+        flags = flags.replace("stops", str(folder))
+    assert run(f"--filter mixed --max-draws 2 --reward toy_reward.py:{flags}") == 0
+    text = printed()
+    assert "4 groups did not fill the buffer" in text and said in text
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 3  # it does not draw for ever
 
 
-@pytest.fixture
+@fixture
 def idle_run(tmp_path):
     """A run of which only the logs are used."""
     (tmp_path / "config.json").write_text("{}")
@@ -336,7 +317,7 @@ def idle_run(tmp_path):
     )
 
 
-def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, capsys):
+def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, printed):
     def evaluated(update, number, right, n=200):
         accuracy, low, high = interval([1] * right + [0] * (n - right))
         row = {"update": update, "level": number, "n": n}
@@ -345,13 +326,13 @@ def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, capsys):
     for update, one, two in ((0, 50, 10), (10, 150, 20), (20, 145, 100)):
         evaluated(update, 1, one)
         evaluated(update, 2, two)
-    assert "forgotten" not in capsys.readouterr().out  # 145 after 150 of 200 may be chance
+    assert "forgotten" not in printed()  # 145 after 150 of 200 may be chance
     evaluated(30, 1, 100)
     said = "level 1 is being forgotten: it was at 75.0% after 10 updates"
-    assert said in capsys.readouterr().out
+    assert said in printed()
 
 
-def test_a_collapse_of_entropy_is_warned_of(run, capsys, monkeypatch):
+def test_a_collapse_of_entropy_is_warned_of(run, printed, monkeypatch):
     real, calls = train.diagnostics, []
 
     def collapsing(*arguments):
@@ -361,9 +342,9 @@ def test_a_collapse_of_entropy_is_warned_of(run, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "diagnostics", collapsing)
     assert run() == 0
-    printed = capsys.readouterr().out.splitlines()
-    warned = [i for i, line in enumerate(printed) if "entropy has collapsed from" in line]
-    assert len(warned) == 2 and "(80%) update 4 " in printed[warned[0] - 1]
+    text = printed().splitlines()
+    warned = [i for i, line in enumerate(text) if "entropy has collapsed from" in line]
+    assert len(warned) == 2 and "(80%) update 4 " in text[warned[0] - 1]
 
 
 def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
@@ -377,17 +358,17 @@ def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
 # ----------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(
-    "where, phase, saved",
-    [
-        ("infra.setup.Learner", "setting up", []),
-        ("train.attempt", "sampling", ["000000"]),
-        ("train.draw", "sampling", ["000000"]),
-        ("train.objective", "learning", ["000000"]),
-        ("train.requests", "evaluating", ["000000"]),
-        ("infra.run.Run.check_weights", "saving", []),
-    ],
-)
+FULL = """
+infra.setup.Learner | setting up |
+train.attempt | sampling | 000000
+train.draw | sampling | 000000
+train.objective | learning | 000000
+train.requests | evaluating | 000000
+infra.run.Run.check_weights | saving |
+"""
+
+
+@mark.parametrize("where, phase, saved", table(FULL))
 def test_a_gpu_without_memory_is_said_in_one_sentence(
     run, tmp_path, capsys, monkeypatch, where, phase, saved
 ):
@@ -398,12 +379,12 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
     monkeypatch.setattr(where, full)
-    assert run(save_every=0, eval_every=int(phase == "evaluating"), eval_data="p.jsonl") == 1
+    every = int(phase == "evaluating")
+    assert run(f"--save-every 0 --eval-every {every} --eval-data p.jsonl") == 1
     error = capsys.readouterr().err
     (said,) = [line for line in error.splitlines() if "out of memory" in line]
     assert f"out of memory while {phase}:" in said and "Traceback" not in error
     flags = "--slots --micro-batch-tokens --recompute --lora-rank --fsdp --plan"
-    for flag in flags.split():
-        assert flag in said
-    assert [path.name for path in tmp_path.glob("run/checkpoints/*")] == saved
+    assert all(flag in said for flag in flags.split())
+    assert "".join(path.name for path in tmp_path.glob("run/checkpoints/*")) == saved
     assert (tmp_path / "run").exists() == (phase != "setting up")

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import launch
 import numpy as np
-import pytest
 import torch
 from conftest import random_model
-from launch import at_call, fail
+from launch import at, fail, said, start, wait
+from pytest import approx, fixture, mark
 from safetensors.torch import load_file
 from test_resume import without_time
-from test_train import a_run, level, off_policy_samples
+from test_train import a_run, gradients, level, off_policy_samples
 
 from infra import ranks
 from infra.flags import Config
@@ -32,7 +32,7 @@ from parts.optimizer import Learner
 from rollout import sample, stream, uniforms
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
-pytestmark = pytest.mark.faults
+pytestmark = mark.faults
 
 # Every second group is dropped, so surplus waits and draws are repeated. Of four processes one has
 # no prompt of three, and in an update's first step, on one group, no sample of three.
@@ -58,7 +58,7 @@ def raises(problem, response):
 """
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def workshop(tmp_path_factory, tokenizer):
     """A folder with a Qwen3 whose embedding is its head, problems, and a reward."""
     folder = tmp_path_factory.mktemp("one_result")
@@ -75,21 +75,19 @@ def workshop(tmp_path_factory, tokenizer):
 
 def ended(folder, setting, out, sabotage=None):
     """Train under a setting, "PROCESSES --flag value ..." -> exit codes"""
-    world, *flags = setting.split()
-    words = [*FLAGS.split(), *flags, "--out", out]
-    return launch.wait(launch.start(folder, words, int(world), sabotage), 60)
+    world, _, flags = setting.partition(" ")
+    return wait(start(folder, f'{FLAGS} {flags} --out "{out}"', int(world), sabotage), 60)
 
 
 def run(folder, setting, sabotage=None):
     """The folder of a run under this setting; tests share it."""
     if not (folder / setting).exists():
-        assert not any(ended(folder, setting, setting, sabotage)), launch.said(folder)
+        assert not any(ended(folder, setting, setting, sabotage)), said(folder)
     return folder / setting
 
 
-def resume(folder, out, world, *flags):
-    codes = launch.wait(launch.start(folder, ["--resume", out, *flags], world))
-    assert not any(codes), launch.said(folder)
+def resume(folder, out, world, flags=""):
+    assert not any(wait(start(folder, f"--resume '{out}' {flags}", world))), said(folder)
 
 
 def assert_equal(one, other, tolerance=1e-9):
@@ -98,7 +96,7 @@ def assert_equal(one, other, tolerance=1e-9):
     for name in ("metrics.jsonl", "eval.jsonl"):
         rows = [without_time(path / name) for path in (one, other)]
         for row, expected in zip(*rows, strict=True):
-            assert row == pytest.approx(expected, abs=tolerance)
+            assert row == approx(expected, abs=tolerance)
     files = sorted(path.name for path in (one / "checkpoints/000003").glob("*.safetensors"))
     assert len(files) == 2  # of the policy and of the optimizer
     for name in files:
@@ -117,7 +115,7 @@ SETTINGS = """1 --slots 3 --micro-batch-tokens 1 --recompute
 4 --fsdp"""
 
 
-@pytest.mark.parametrize("setting", SETTINGS.splitlines())
+@mark.parametrize("setting", SETTINGS.splitlines())
 def test_memory_and_processes_change_nothing_over_three_updates(workshop, setting):
     """A denominator per process, a mean of means, a process that takes another branch or waits for
     one without samples, shared weights that are sharded as two."""
@@ -129,7 +127,7 @@ def test_memory_and_processes_change_nothing_over_three_updates(workshop, settin
 LORA = "--lora-rank 2 --lora-alpha 8 --lr 1e-2"
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "setting", ["1 --slots 3 --micro-batch-tokens 1 --recompute", "2", "2 --fsdp", "4 --recompute"]
 )
 def test_factors_are_one_result_too(workshop, setting):
@@ -142,14 +140,14 @@ def test_factors_are_one_result_too(workshop, setting):
     assert all(tensor.any() for tensor in found.values())  # B was 0, and has been learned
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+@mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
     """Kernels of oneDNN save weights that FSDP frees and gathers again; bfloat16 has float32
     masters, and gives its rounded copies to checkpoint and sampler."""
     flags = f"--dtype {dtype} --updates 1"
     one, two = (run(workshop, f"{n} {flags}", by_onednn) for n in ("1", "2 --fsdp"))
     norms = [without_time(path / "metrics.jsonl")[0]["grad_norm"] for path in (one, two)]
-    assert norms[0] == pytest.approx(norms[1], rel=tolerance)
+    assert norms[0] == approx(norms[1], rel=tolerance)
     state, expected = (
         load_file(p / "checkpoints/000001/optimizer.safetensors") for p in (two, one)
     )
@@ -164,7 +162,7 @@ def by_onednn():
     kernels.probe = partial(dict, linear="onednn", packed=["float32"])
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "before, world, flags",
     [
         ("1", 2, "--fsdp True"),
@@ -177,20 +175,19 @@ def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, 
     """Checkpoints hold whole tensors, not shards. --fsdp need not be repeated; two processes that
     have it again go on bit for bit."""
     whole = run(workshop, before)
-    out = workshop / f"{before} resumed by {world}"
-    shutil.copytree(whole, out)
+    out = shutil.copytree(whole, workshop / f"{before} resumed by {world}")
     shutil.rmtree(out / "checkpoints/000003")
     if not flags:
-        assert launch.wait(launch.start(workshop, ["--resume", out])) == [2]
-        assert "--fsdp needs the processes that torchrun starts" in launch.said(workshop)
-    resume(workshop, out, world, *flags.split())
+        assert wait(start(workshop, f"--resume '{out}'")) == [2]
+        assert "--fsdp needs the processes that torchrun starts" in said(workshop)
+    resume(workshop, out, world, flags)
     assert_equal(out, whole, 1e-9 if flags else 0)
 
 
 # ------------------------------------------------------------------------- one process of several
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "where, call, number",
     [
         ("train.score", 4, SIGTERM),
@@ -201,12 +198,12 @@ def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, 
 def test_what_ends_one_process_ends_all_of_them(workshop, where, call, number):
     """None waits in vain for one that was killed or told to stop, and the run can be resumed."""
     out = f"{where} {call}"
-    codes = ended(workshop, "2", out, partial(at_call, where, call, partial(to_second, number)))
+    codes = ended(workshop, "2", out, at(where, call, partial(to_second, number)))
     if number == SIGKILL:
         assert codes[0] and codes[1] == -SIGKILL
     else:
         assert codes[0] > 128 and codes[1] == 128 + SIGTERM
-        assert "the state is saved" in launch.said(workshop)
+        assert "the state is saved" in said(workshop)
     resume(workshop, out, 2)
     assert_equal(workshop / out, run(workshop, "1"))
 
@@ -229,14 +226,14 @@ def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
 
 ZERO = ZeroDivisionError("nobody expected this")
 # Before the shards of the optimizer are gathered, for which the other process waits.
-UNSAVED = partial(at_call, "infra.run.Run.write", 1, partial(fail, ZERO))
+UNSAVED = at("infra.run.Run.write", 1, partial(fail, ZERO))
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "flags, sabotage, code, words",
     [
         ("--reward r.py:raises", None, 1, "process 1: --reward r.py:raises"),
-        ("", partial(at_call, "train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
+        ("", at("train.learn", 1, partial(fail, ZERO)), 1, "nobody expected this"),
         ("--fsdp", UNSAVED, 1, "checkpoint 000002 cannot be written (nobody expected this)"),
         ("--data none.jsonl", None, 2, "none.jsonl: cannot be read"),
     ],
@@ -245,28 +242,24 @@ def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code
     """A reward that raises on one process must not leave the other waiting. A process that leaves
     at once must not leave silently, or with code 0. What all processes find is said once."""
     assert ended(workshop, f"2 {flags}", words, sabotage) == [code, code]
-    assert words in launch.said(workshop)
-    assert sabotage or "rror" not in launch.said(workshop, 1)
+    assert words in said(workshop)
+    assert sabotage or "rror" not in said(workshop, 1)
 
 
-@pytest.mark.parametrize(
-    "where, phase", [("train.score", "sampling"), ("train.objective", "learning")]
-)
+@mark.parametrize("where, phase", [("train.score", "sampling"), ("train.objective", "learning")])
 def test_a_gpu_without_memory_ends_all_processes(workshop, where, phase):
     """While one has left, others wait for its gradients; a common save would wait for ever."""
-    sabotage = partial(at_call, where, 1, partial(out_of_memory, "1"))
-    codes = ended(workshop, "2", where, sabotage)
+    codes = ended(workshop, "2", where, at(where, 1, out_of_memory))
     assert all(codes) and codes[1] == 1
-    assert f"out of memory while {phase}" in launch.said(workshop, 1)
-    assert "Traceback" not in launch.said(workshop, 1)
     assert not any((workshop / where / "checkpoints").iterdir())
-    if phase == "sampling":  # which all end together
-        assert f"out of memory while {phase}" in launch.said(workshop)
-        assert "Traceback" not in launch.said(workshop)
+    for rank in (0, 1) if phase == "sampling" else (1,):  # sampling ends on all together
+        assert f"out of memory while {phase}" in said(workshop, rank)
+        assert "Traceback" not in said(workshop, rank)
 
 
-def out_of_memory(rank, original):
-    if os.environ["RANK"] == rank:
+def out_of_memory(original):
+    """On the second process."""
+    if os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory")
     return original()
 
@@ -274,9 +267,9 @@ def out_of_memory(rank, original):
 def test_torchrun_itself(workshop):
     """The command of the README, word for word but for its flags."""
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
-    words = [*command.split(), str(launch.ROOT / "train.py"), "--fsdp", *FLAGS.split()]
-    words += ["--out", "torchrun"]
-    done = subprocess.run(words, cwd=workshop, capture_output=True, text=True, timeout=180)
+    command += f" {launch.ROOT / 'train.py'} --fsdp {FLAGS} --out torchrun"
+    options = dict(cwd=workshop, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command.split(), **options)
     assert done.returncode == 0, done.stderr
     assert_equal(workshop / "torchrun", run(workshop, "1"))
     assert done.stdout.count("held-out accuracy") == 1  # one voice
@@ -318,10 +311,8 @@ def first_differences(one, other, work, exact):
         for key in keys:
             if one[key] == other[key]:
                 continue
-            differ = [a != b for a, b in zip(one[key], other[key])]
-            t = differ.index(
-                True
-            )  # else one goes on where the other stopped, and no token says why
+            # Else one goes on where the other stopped, and no token says why.
+            t = [a != b for a, b in zip(one[key], other[key])].index(True)
             logits = exact(torch.tensor([prompt + one[key][:t]]))[0, -1]
             u = uniforms(np.array([key]), np.array([t]))[0]
             distances.append((log_softmax(logits, 0.9).exp().cumsum(-1) - u).abs().min().item())
@@ -348,24 +339,24 @@ def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
 NOTHING = dict.fromkeys(SUMS + PEAKS, 0.0)
 
 
-def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
+def gradient(model, samples, size=1, recompute=False, threads=1, flags=""):
     """The sum of what `size` processes contribute."""
     torch.set_num_threads(threads)
     model.zero_grad()
     learner = Learner(model, Ranks(), recompute)
     assert len(learner.models) == threads
-    run = a_run(model, learner=learner, loss_norm="token", **flags)
+    run = a_run(model, f"--loss-norm token {flags}", learner=learner)
     for rank in range(size):
         learner.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
         learner.ranks.gather = lambda found: [found, [NOTHING]]
         accumulate_gradient(run, level(), samples)
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradients(model)
 
 
-@pytest.mark.parametrize(
-    "flags",
+@mark.parametrize(
+    "settings",
     [
-        {"micro_batch_tokens": 1},
+        {"flags": "--micro-batch-tokens 1"},
         {"recompute": True},
         {"size": 3},
         {"size": 12},  # some have no samples
@@ -374,12 +365,12 @@ def gradient(model, samples, size=1, recompute=False, threads=1, **flags):
     ],
     ids=str,
 )
-def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(flags):
+def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(settings):
     """A mean over tokens is over those of all micro-batches, threads and processes."""
     model = random_model()
     samples = off_policy_samples(model, 9)
-    one = gradient(model, samples, micro_batch_tokens=10**6)
-    assert (one - gradient(model, samples, **flags)).norm() < 1e-5 * one.norm()
+    one = gradient(model, samples, flags="--micro-batch-tokens 1000000")
+    assert (one - gradient(model, samples, **settings)).norm() < 1e-5 * one.norm()
     assert (one - gradient(model, samples[:-1])).norm() > 1e-2 * one.norm()
 
 
@@ -390,11 +381,9 @@ def test_two_threads_learn_from_the_newest_weights():
     before = gradient(model, samples)
     torch.set_num_threads(2)
     learner = Learner(model, Ranks())
-    run = a_run(model, learner=learner, loss_norm="token")
     learner.step(1e-3, 1.0)
-    accumulate_gradient(run, level(), samples)
-    two = torch.cat([p.grad.flatten() for p in model.parameters()])
-    one = gradient(model, samples)
+    accumulate_gradient(a_run(model, "--loss-norm token", learner=learner), level(), samples)
+    two, one = gradients(model), gradient(model, samples)
     assert (one - before).norm() > 1e-2 * one.norm()
     assert (one - two).norm() < 1e-5 * one.norm()
 
@@ -410,7 +399,7 @@ def test_a_large_model_with_few_trained_weights_is_not_copied(monkeypatch):
         assert len(Learner(model, Ranks()).models) == models
 
 
-@pytest.mark.parametrize(("message", "count"), [(1, 5), (5, 3), (100, 1)])
+@mark.parametrize(("message", "count"), [(1, 5), (5, 3), (100, 1)])
 def test_gradients_that_travel_together_come_back_to_their_parameters(monkeypatch, message, count):
     """In their order and shapes, however many travel together; what has no gradient counts as 0."""
     sent = []

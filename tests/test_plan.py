@@ -4,32 +4,25 @@ import gc
 import shutil
 from dataclasses import replace
 
-import pytest
 import torch
 from conftest import small_config
+from pytest import approx, mark, raises
+from test_train import config, group
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
 import train
 from data import Order
-from eprli import Buffer, Group, LevelState, group_advantage, resolve_levels
+from eprli import Buffer, LevelState, resolve_levels
 from infra import memory
-from infra.flags import Config
 from infra.memory import plan, settle, total
 from infra.ranks import Ranks
 from infra.run import Run
 from infra.update import Update
 from model import Transformer
-from parts import kernels, lora
+from parts import lora
 from parts.optimizer import Learner
 from rollout import sample, stream
-
-
-@pytest.fixture
-def use_kernels():
-    before = kernels.chosen()
-    yield kernels.use
-    kernels.use(before)
 
 
 def peak(work):
@@ -66,33 +59,31 @@ def fill(cfg, level, model, prompt):
     limits = [[level.max_new_tokens - k % 2 for k in samples]] * len(prompts)
     options = {"slots": cfg.slots, "stop_ids": (), "temperature": cfg.temperature}
     done = sample(model, prompts, keys, limits, **options)
-    outcome = torch.arange(level.group_size).double() % 2
-    rest = {"outcome": outcome, "length_reward": 0 * outcome, "sampled_after": 0}
-    rest["advantage"] = group_advantage(outcome)
-    return [Group(prompt=p, completions=c, **rest) for p, c in zip(prompts, done)]
+    return [group(p, c, torch.arange(level.group_size) % 2) for p, c in zip(prompts, done)]
 
 
-@pytest.mark.parametrize(
-    "family, prompt, length, tied, flags",
+@mark.parametrize(
+    "family, tied, flags",
     [
-        ("qwen2", 32, 48, True, {}),
-        ("llama", 32, 48, True, {"recompute": True}),
-        ("llama", 70, 50, False, {"dtype": "bfloat16"}),
-        ("qwen3", 32, 48, True, {"temperature": 0.6}),
-        ("qwen2", 32, 48, True, {"dtype": "float64", "recompute": True}),
-        ("qwen2", 32, 48, True, {"lora_rank": 8}),
-        ("llama", 70, 50, False, {"lora_rank": 8, "dtype": "bfloat16"}),
-        ("qwen2", 32, 48, True, {"lora_rank": 64, "dtype": "bfloat16", "recompute": True}),
+        ("qwen2", True, ""),
+        ("llama", True, "--recompute"),
+        ("llama", False, "--dtype bfloat16"),
+        ("qwen3", True, "--temperature 0.6"),
+        ("qwen2", True, "--dtype float64 --recompute"),
+        ("qwen2", True, "--lora-rank 8"),
+        ("llama", False, "--lora-rank 8 --dtype bfloat16"),
+        ("qwen2", True, "--lora-rank 64 --dtype bfloat16 --recompute"),
     ],
 )
-def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_kernels):
+def test_the_plan_is_what_a_run_takes(family, tied, flags, use_kernels):
     """Within 15 %, phase by phase: a tensor that is kept and was not counted, a cache that outlives
     sampling, weights laid out where no kernel reads them."""
     torch.manual_seed(0)
+    prompt, length = (32, 48) if tied else (70, 50)
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
-    shape = {"group_size": [8], "buffer_groups": [3], "max_new_tokens": [length]}
-    flags = {"dtype": "float32", "micro_batch_tokens": 500, "slots": 64, **flags}
-    cfg = Config(minibatches=1, device="cpu", **shape, **flags)
+    shape = f"--group-size 8 --buffer-groups 3 --max-new-tokens {length} --minibatches 1"
+    memory = "--dtype float32 --micro-batch-tokens 500 --slots 64 --device cpu"
+    cfg = config(f"{shape} {memory} {flags}")
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
     groups, sampling, _ = peak(lambda: fill(cfg, level, learner.model, prompt))
@@ -103,19 +94,19 @@ def test_the_plan_is_what_a_run_takes(family, prompt, length, tied, flags, use_k
     parts = plan(cfg, [level], learner.model, prompt)
     always += moments  # which come with the first step
     for phase, found in {"always": always, "sampling": sampling, "learning": learning}.items():
-        assert total(parts[phase]) == pytest.approx(found, rel=0.15), (phase, parts[phase], found)
+        assert total(parts[phase]) == approx(found, rel=0.15), (phase, parts[phase], found)
 
 
 # ------------------------------------------------------------------------- shapes that people train
 
 
-def shape(hidden, inner, layers, heads, kv_heads, tied):
-    """A Qwen2 in bfloat16, without data."""
+def shape(hidden, inner, heads, kv_heads, tied):
+    """A Qwen2 of 28 layers in bfloat16, without data."""
     config = Qwen2Config(
         vocab_size=151936,
         hidden_size=hidden,
         intermediate_size=inner,
-        num_hidden_layers=layers,
+        num_hidden_layers=28,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=32768,
@@ -125,13 +116,19 @@ def shape(hidden, inner, layers, heads, kv_heads, tied):
         return Transformer(config).to(torch.bfloat16)
 
 
-def long_run(model, held_out=0, processes=1, **flags):
-    """The plan for completions of 24,576 tokens, 16 a group, on GPUs."""
-    cfg = {"dtype": "bfloat16", "device": "cuda", "recompute": True, "slots": 16, **flags}
-    cfg = {"micro_batch_tokens": 2048} | cfg
-    counts = {"group_size": [16], "buffer_groups": [1], "max_new_tokens": [24576]}
-    cfg = Config(minibatches=1, **cfg, **counts)
+GPU = "--dtype bfloat16 --device cuda --minibatches 1"
+
+
+def planned(model, flags, held_out=0, processes=1):
+    """For one group."""
+    cfg = config(f"{GPU} --buffer-groups 1 --micro-batch-tokens 2048 {flags}")
     return plan(cfg, resolve_levels(cfg, measured=False), model, 256, held_out, processes)
+
+
+def long_run(model, flags="--recompute", **settings):
+    """The plan for completions of 24,576 tokens, 16 a group."""
+    length = "--group-size 16 --max-new-tokens 24576 --slots 16"
+    return planned(model, f"{length} {flags}", **settings)
 
 
 def peak_gigabytes(parts):
@@ -141,73 +138,68 @@ def peak_gigabytes(parts):
 
 def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     """Of a 1.5 B model: only with activation checkpointing."""
-    model = shape(1536, 8960, 28, 12, 2, True)
+    model = shape(1536, 8960, 12, 2, True)
     parts = long_run(model)
     cache = 16 * (24_576 + 256) * 28 * 2 * 2 * 128 * 2
     assert parts["sampling"]["KV cache"] == cache
-    evaluation = long_run(model, held_out=1000, slots=64)  # fills the slots
+    evaluation = long_run(model, "--slots 64", held_out=1000)  # fills the slots
     assert evaluation["sampling"]["KV cache"] == 4 * cache
     assert peak_gigabytes(parts) < 60
-    assert peak_gigabytes(long_run(model, recompute=False)) > 80
+    assert peak_gigabytes(long_run(model, "")) > 80
 
 
-def lora_run(model, length, **flags):
-    """The plan for 8 completions of so many tokens in one micro-batch, with LoRA of rank 16."""
+def lora_run(model, length, flags=""):
+    """The plan for 8 completions of so many tokens, with LoRA of rank 16."""
     lora.add(model, 16, 32.0)
-    cfg = {"dtype": "bfloat16", "device": "cuda", "slots": 8, "lora_rank": 16, **flags}
-    cfg = {"micro_batch_tokens": 2048} | cfg
-    counts = {"group_size": [8], "buffer_groups": [1], "max_new_tokens": [length]}
-    cfg = Config(minibatches=1, **cfg, **counts)
-    return plan(cfg, resolve_levels(cfg, measured=False), model, 256, 8)
+    shape = f"--slots 8 --group-size 8 --max-new-tokens {length} --lora-rank 16"
+    return planned(model, f"{shape} {flags}", held_out=8)
 
 
 def test_lora_trains_1_5b_on_a_card_of_24_gb():
     """8 x 4,096 tokens in one micro-batch, or one by one without activation checkpointing."""
-    model = shape(1536, 8960, 28, 12, 2, True)
-    whole = lora_run(model, 4096, micro_batch_tokens=8 * 4096 + 256, recompute=True)
+    model = shape(1536, 8960, 12, 2, True)
+    whole = lora_run(model, 4096, f"--micro-batch-tokens {8 * 4096 + 256} --recompute")
     assert 5 < peak_gigabytes(whole) < 20
     assert 5 < peak_gigabytes(lora_run(model, 4096)) < 20
     assert whole["learning"]["gradient of the head"] == 0
     factors = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert factors == 16 * 28 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
     assert whole["always"]["moments"] == 8 * factors and not whole["always"]["master weights"]
-    with_reference = lora_run(model, 4096, kl_coef=0.1)
+    with_reference = lora_run(model, 4096, "--kl-coef 0.1")
     assert with_reference["always"]["weights"] == whole["always"]["weights"]  # shared
 
 
 def test_lora_trains_7b_on_a_card_of_24_gb():
     """With completions of 12,288 tokens, one at a time and with activation checkpointing."""
-    model = shape(3584, 18944, 28, 28, 4, False)
-    assert 17 < peak_gigabytes(lora_run(model, 12_288, recompute=True)) < 24
+    model = shape(3584, 18944, 28, 4, False)
+    assert 17 < peak_gigabytes(lora_run(model, 12_288, "--recompute")) < 24
     assert peak_gigabytes(lora_run(model, 12_288)) > 24
 
 
 def test_7b_over_8_cards_is_sharded():
-    model = shape(3584, 18944, 28, 28, 4, False)
-    one, eight = (long_run(model, processes=n, fsdp=True) for n in (1, 8))
+    model = shape(3584, 18944, 28, 4, False)
+    one, eight = (long_run(model, "--fsdp --recompute", processes=n) for n in (1, 8))
     assert eight["always"]["moments"] == one["always"]["moments"] // 8
     assert eight["learning"]["gradients"] == one["learning"]["gradients"] // 8
     assert eight["always"]["weights"] == one["always"]["weights"]  # whole, to sample from
     assert peak_gigabytes(eight) < 80 < peak_gigabytes(one)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "gigabytes, length, flags",
     [
-        (80, 24576, {}),  # 256 slots would take 182 GB for their cache alone
-        (48, 8192, {}),
-        (48, 4096, {"recompute": False}),
-        (24, 8192, {"lora_rank": 16}),
+        (80, 24576, "--recompute"),  # 256 slots would take 182 GB for their cache alone
+        (48, 8192, "--recompute"),
+        (48, 4096, ""),
+        (24, 8192, "--recompute --lora-rank 16"),
     ],
 )
 def test_what_is_not_given_is_the_most_that_fits(gigabytes, length, flags):
     """A default that dies in the middle of the first draw, or that wastes a large card."""
-    model = shape(1536, 8960, 28, 12, 2, True)
-    if "lora_rank" in flags:
+    model = shape(1536, 8960, 12, 2, True)
+    if "lora" in flags:
         lora.add(model, 16, 32.0)
-    counts = {"group_size": [16], "buffer_groups": [64], "max_new_tokens": [length]}
-    flags = {"recompute": True, "device": "cuda", "dtype": "bfloat16", **flags}
-    cfg = Config(minibatches=1, **counts, **flags)
+    cfg = config(f"{GPU} --group-size 16 --buffer-groups 64 --max-new-tokens {length} {flags}")
     levels = resolve_levels(cfg, measured=False)
     cfg = settle(cfg, levels, model, 256, 0, 1, gigabytes * 1e9)
 
@@ -223,20 +215,19 @@ def test_what_is_not_given_is_the_most_that_fits(gigabytes, length, flags):
 
 def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypatch):
     """At the start, before it has a folder: AdamW's moments would come with the first step."""
-    model = shape(1536, 8960, 28, 12, 2, True)
-    cfg = Config(minibatches=1, device="cuda", dtype="bfloat16", max_new_tokens=[8192])
+    model = shape(1536, 8960, 12, 2, True)
+    cfg = config(f"{GPU} --max-new-tokens 8192")
     levels = resolve_levels(cfg, measured=False)
     words = r"always holds 21.6 GB \(weights 3.1, .* moments 12.3\), and 24.0 GB .* --lora-rank"
-    with pytest.raises(ValueError, match=words):
+    with raises(ValueError, match=words):
         settle(cfg, levels, model, 256, 0, 1, 24e9)
-    with pytest.raises(ValueError, match=r"--slots 8 would take .* lower --max-new-tokens"):
+    with raises(ValueError, match=r"--slots 8 would take .* lower --max-new-tokens"):
         settle(cfg, levels, model, 256, 0, 1, 24.5e9)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     words = f"--model {toy_folder} --lr 1 --max-new-tokens 9 --out {tmp_path}/run --device cpu"
-    with pytest.raises(SystemExit) as stopped:
+    with raises(SystemExit, match="^2$"):
         train.main(words.split())
-    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
-    assert "always holds" in capsys.readouterr().err
+    assert "always holds" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkeypatch):

@@ -5,20 +5,27 @@ import json
 import math
 import sqlite3
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
-from conftest import random_model
+from conftest import column, lines, norms, random_model, read, write_lines
+from pytest import approx, fixture, importorskip, mark, raises
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from data import Order, Problem, Prompt
-from eprli import Buffer, Group, Level, LevelState, group_advantage, kl_penalty, learning_rate
-from infra.flags import Config, fill
+from eprli import (
+    Buffer,
+    Group,
+    LevelState,
+    group_advantage,
+    kl_penalty,
+    learning_rate,
+    resolve_levels,
+)
+from infra.flags import Config, fill, make_parser
 from infra.ranks import Ranks
 from infra.update import Update
 from model import pad
@@ -40,34 +47,15 @@ METRICS = (
 )
 
 
-def lines(path):
-    """Rows of a log; nan and infinity are no JSON."""
-
-    def refuse(name):
-        pytest.fail(f"{name} in {path}")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+def config(flags):
+    return Config(**vars(make_parser().parse_args(flags.split())))
 
 
 def level(**changes):
-    return Level(
-        **{
-            "quality": 1.0,
-            "prompts": 2,
-            "group_size": 4,
-            "max_new_tokens": 30,
-            "reward": "math",
-            "length_weight": 0.0,
-            "overlong_cache": 6,
-            "eps_low": 0.2,
-            "eps_high": 0.28,
-            "inner_epochs": 1,
-            "buffer_groups": 2,
-            "updates": 1,
-            "tokens": None,
-            **changes,
-        }
-    )
+    flags = "--quality 1 --prompts 2 --group-size 4 --max-new-tokens 30 --overlong-cache 6"
+    flags += " --length-weight 0 --buffer-groups 2 --updates 1 --inner-epochs 1"
+    (own,) = resolve_levels(config(flags), measured=True)
+    return replace(own, **changes)
 
 
 # ---------------------------------------------------------------------------- gradients, in float64
@@ -102,44 +90,40 @@ def off_policy_samples(model, n=7):
     return samples
 
 
-def a_run(model, reference=None, learner=None, **flags):
+def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
-    cfg = fill(Config(temperature=0.8, **flags))
+    cfg = fill(config(f"--temperature 0.8 --micro-batch-tokens 4096 {flags}"))
     return SimpleNamespace(cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), trained=2)
 
 
-def gradient(model, samples, reference=None, **flags):
-    model.zero_grad()
-    accumulate_gradient(a_run(model, reference, **flags), level(), samples)
+def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.fixture(scope="module")
+def gradient(model, samples, flags, reference=None):
+    model.zero_grad()
+    accumulate_gradient(a_run(model, flags, reference), level(), samples)
+    return gradients(model)
+
+
+@fixture(scope="module")
 def work():
     """A model, another one as reference, and samples to train on."""
     model = random_model(dtype=torch.float64)
     return model, random_model(dtype=torch.float64, seed=1), off_policy_samples(model)
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@norms
 def test_gradient_does_not_depend_on_micro_batches_order_or_padding(work, norm):
     """A mean of micro-batch means, or a denominator counted per micro-batch, makes the gradient a
     function of memory."""
     model, reference, samples = work
-    flags = {"loss_norm": norm, "kl_coef": 0.1}
-    one = gradient(model, samples, reference, **flags, micro_batch_tokens=10**6)
+    flags = f"--loss-norm {norm} --kl-coef 0.1 --micro-batch-tokens"
+    one = gradient(model, samples, f"{flags} 1000000", reference)
     assert one.abs().max() > 1e-3
     for tokens, order in ((1, samples), (40, samples[::-1]), (100, samples[3:] + samples[:3])):
-        other = gradient(model, order, reference, **flags, micro_batch_tokens=tokens)
+        other = gradient(model, order, f"{flags} {tokens}", reference)
         assert (one - other).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_doubling_a_step_by_repetition_leaves_it_unchanged(work, norm):
-    """verl's Dr. GRPO mode lacks the division by B: there this doubles the gradient."""
-    model, _, samples = work
-    once, twice = (gradient(model, s, loss_norm=norm) for s in (samples, samples * 2))
-    assert (once - twice).abs().max() < 1e-12
 
 
 def test_the_norms_differ_by_what_they_divide_by(work):
@@ -147,7 +131,8 @@ def test_the_norms_differ_by_what_they_divide_by(work):
     T / Len of it."""
     model, _, samples = work
     norms = ("sequence", "token", "constant")
-    sequence, token, constant = (gradient(model, samples[4:5] * 3, loss_norm=n) for n in norms)
+    found = (gradient(model, samples[4:5] * 3, f"--loss-norm {norm}") for norm in norms)
+    sequence, token, constant = found
     assert (sequence - token).abs().max() < 1e-12 < constant.abs().max()
     assert (sequence * 19 / 30 - constant).abs().max() < 1e-12  # T = 19 of Len = 30
 
@@ -156,34 +141,36 @@ def test_the_kl_term_is_subtracted(work):
     """Added, it would drive the policy away from its start. Without advantages J is that term, of
     both policies at the temperature of sampling."""
     model, reference, samples = work
-    run = a_run(model, reference, kl_coef=0.1)
+    run = a_run(model, "--kl-coef 0.1", reference)
     still = [replace(s, advantage=0.0) for s in samples]
     J, _ = train.objective(run, level(), model, still, (len(still), 99))
     ids, mask = pad([s.group.prompt for s in still], [s.completion.tokens for s in still])
     own, start = (m.token_logprobs(ids, mask, 0.8)[0].detach() for m in (model, reference))
     expected = -0.1 * kl_penalty(own, start, 1 / (len(still) * mask.sum(1)), mask)
-    assert J.item() == pytest.approx(expected.item()) and J < -1e-3
+    assert J.item() == approx(expected.item()) and J < -1e-3
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@norms
 def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
-    """Each step divides by its own count: equal halves give equal gradients, not halves of one."""
+    """Each step divides by its own count: equal halves give equal gradients, not halves of one.
+    verl's Dr. GRPO mode lacks the division by B: there half a step has half the gradient."""
     model, _, samples = work
     groups = [group(s.group.prompt, [s.completion] * 2) for s in samples[3:4] * 4]
     model.zero_grad()
     seen = []
+
+    def look(lr, max_norm):  # takes no step
+        seen.append(gradients(model))
+        model.zero_grad()
+        return 0.0
+
     for minibatches in (1, 2, 4):
-
-        def look(lr, max_norm):  # takes no step
-            seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-            model.zero_grad()
-            return 0.0
-
         learner = Learner(model, Ranks())
         learner.step = look
-        run = a_run(model, learner=learner, loss_norm=norm, minibatches=minibatches)
+        flags = f"--loss-norm {norm} --minibatches {minibatches}"
         state = LevelState(1, level(), Order([], ""), None, Buffer())
-        learn(run, state, groups, Update(1, state, 0.1, max_draws=1))
+        update = Update(1, state, 0.1, max_draws=1)
+        learn(a_run(model, flags, learner=learner), state, groups, update)
     assert len(seen) == 1 + 2 + 4
     assert all((g - seen[0]).abs().max() < 1e-12 for g in seen)
 
@@ -202,21 +189,22 @@ def test_masters_keep_what_bfloat16_would_lose():
         weight.float().sum().backward()
         assert weight.grad is None  # its master has it
         norm = learner.step(1e-4, 1e9)
-    assert norm == pytest.approx(math.sqrt(before.numel()), rel=1e-3)
+    assert norm == approx(math.sqrt(before.numel()), rel=1e-3)
     (master,) = [m for w, m in zip(learner.weights, learner.masters) if w is weight]
     assert torch.allclose(master, before.float() - 20e-4, atol=1e-5)
     assert torch.equal(weight, master.bfloat16()) and not torch.equal(before, weight)
 
 
 def test_learning_rate_is_warm_up_times_decay():
-    def rates(n, **flags):
-        return [learning_rate(Config(lr=1.0, **flags), done, done / n) for done in range(n)]
+    def rates(n, flags):
+        cfg = config(f"--lr 1 {flags}")
+        return [learning_rate(cfg, done, done / n) for done in range(n)]
 
-    assert rates(4, warmup=2, lr_decay="linear") == pytest.approx([0.5, 0.75, 0.5, 0.25])
-    assert rates(3, warmup=0, lr_decay="none") == [1.0, 1.0, 1.0]
-    cosine = rates(8, warmup=0, lr_decay="cosine")
+    assert rates(4, "--warmup 2 --lr-decay linear") == approx([0.5, 0.75, 0.5, 0.25])
+    assert rates(3, "--warmup 0 --lr-decay none") == [1.0, 1.0, 1.0]
+    cosine = rates(8, "--warmup 0 --lr-decay cosine")
     assert cosine == sorted(cosine, reverse=True)
-    assert cosine[4] == pytest.approx(0.5) and cosine[-1] > 0
+    assert cosine[4] == approx(0.5) and cosine[-1] > 0
 
 
 def test_progress_follows_the_budget_that_is_used_up_first():
@@ -263,51 +251,37 @@ def slow(problems, responses):
         time.sleep(60)
     return [even(*pair) for pair in zip(problems, responses)]
 """
-DEFAULTS = {
-    "data": "p.jsonl",
-    "reward": "toy_reward.py:even",
-    "group_size": 4,
-    "buffer_groups": 2,
-    "max_new_tokens": 6,
-    "updates": 2,
-    "out": "run",
-    "device": "cpu",
-    "lr": 1e-2,
-    "warmup": 0,
-    "length_weight": 0.0,
-}
+DEFAULTS = """--data p.jsonl --reward toy_reward.py:even --group-size 4 --buffer-groups 2
+--max-new-tokens 6 --updates 2 --out run --device cpu --lr 1e-2 --warmup 0 --length-weight 0"""
 
 
-@pytest.fixture
+@fixture
 def workshop(tmp_path, toy_folder, monkeypatch):
-    """A folder with problems whose answer is one token away, and a function that trains on them."""
+    """A folder with problems whose answer is one token away, and a function that trains on them;
+    -> the folder of the run"""
     monkeypatch.chdir(tmp_path)
     rows = []
     for i, text in enumerate("0123456789abcdefghij"):
-        row = {"id": f"p{i}", "problem": text, "answer": "1"}
-        rows.append({**row, "pass_rate": [0.5, 0.1][i % 2], "level": i % 2 + 1})
-    write_lines(tmp_path / "p.jsonl", rows)
+        rows.append({"id": f"p{i}", "problem": text, "answer": "1", "level": i % 2 + 1})
+        rows[-1]["pass_rate"] = [0.5, 0.1][i % 2]
+    write_lines("p.jsonl", rows)
     (tmp_path / "toy_reward.py").write_text(REWARDS)
 
-    def run(*arguments, **flags):
-        flags = {"model": toy_folder, **DEFAULTS, **flags}
-        words = list(arguments)
-        for name, value in flags.items():
-            if value is None:
-                continue
-            values = value if isinstance(value, tuple) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    def run(flags="", defaults=DEFAULTS):
+        words = f"--model {toy_folder} {defaults} {flags}".split()
         train.main(words)
-        return tmp_path / flags["out"]
+        return tmp_path / make_parser().parse_args(words).out
 
     return run
 
 
-def write_lines(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
+@fixture
+def metrics(workshop):
+    """Train; -> the rows of metrics.jsonl"""
+    return lambda flags: lines(workshop(flags) / "metrics.jsonl")
 
 
-def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, capsys):
+def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, printed):
     """The shipped problems have the rates of the shipped model, and cut wrong levels for any other.
     With what measured them nothing is said."""
     own = toy_policy.measuring(1.0, 8) | {"model": "m", "samples": 64}
@@ -319,33 +293,32 @@ def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, capsys):
         "4 samples a problem: fewer than 16": own | {"samples": 4},
         "nothing says what measured": None,
     }
+    levels = [level(max_new_tokens=n) for n in (4, 8, 6)]
     for words, measured in cases.items():
         problems = [Problem("i", "1", "1", 0.5, other={"measured": measured})]
-        levels = [level(max_new_tokens=n) for n in (4, 8, 6)]
         check_measured(Config(), levels, problems, toy_policy)
-        said = capsys.readouterr().out
+        said = printed()
         assert words in said and bool(words) == bool(said)
 
 
-def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, capsys):
+def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed):
     """For real, offline. A tracker that fails later costs its own rows, not the run."""
-    trackio = pytest.importorskip("trackio", reason="needs the library trackio")
+    trackio = importorskip("trackio", reason="needs the library trackio")
     monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "tracked")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "tracked")
-    out = workshop(eval_data="p.jsonl", tracker="trackio")
+    out = workshop("--eval-data p.jsonl --tracker trackio")
     (run,) = trackio.Api().runs("eprli")
     assert run.name == "run" and run.config["lr"] == 1e-2
     with sqlite3.connect(tmp_path / "tracked/eprli.db") as file:
         rows = [json.loads(text) for (text,) in file.execute("select metrics from metrics")]
     sent = [row for row in rows if "reward_mean" in row]
     for row, logged in zip(sent, lines(out / "metrics.jsonl"), strict=True):
-        assert row["reward_mean"] == pytest.approx(logged["reward_mean"])
+        assert row["reward_mean"] == approx(logged["reward_mean"])
         assert row["completions"]["_type"] == "trackio.table"
-    ends = [row["held out, level 1"] for row in rows if "held out, level 1" in row]
-    assert len(ends) == 3
+    assert sum("held out, level 1" in row for row in rows) == 3
     monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
-    workshop(tracker="trackio", out="second")
-    assert "--tracker: update 4 is not sent (ZeroDivisionError" in capsys.readouterr().out
+    workshop("--tracker trackio --out second")
+    assert "--tracker: update 4 is not sent (ZeroDivisionError" in printed()
 
 
 BROKEN_TRACKER = """
@@ -359,7 +332,7 @@ def finish():
 """
 
 
-@pytest.mark.parametrize("works", [False, True])
+@mark.parametrize("works", [False, True])
 def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsys, works):
     """At the start nothing may be left behind; at the end it was a traceback of a run that had gone
     well."""
@@ -367,11 +340,11 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if works:
-        workshop(tracker="wandb")
+        workshop("--tracker wandb")
         assert "--tracker: cannot finish (OSError: no network)" in capsys.readouterr().out
     else:
-        with pytest.raises(SystemExit, match="2"):
-            workshop(tracker="wandb")
+        with raises(SystemExit, match="2"):
+            workshop("--tracker wandb")
         assert "--tracker wandb: cannot begin" in capsys.readouterr().err
     assert (tmp_path / "run").exists() == works
 
@@ -380,13 +353,13 @@ def test_a_tracker_that_is_missing_is_said_before_all_else(workshop, monkeypatch
     """After a large model was loaded, though a millisecond tells."""
     monkeypatch.setattr("infra.setup.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("infra.setup.load_inputs", None)
-    with pytest.raises(SystemExit, match="2"):
-        workshop(tracker="wandb")
+    with raises(SystemExit, match="2"):
+        workshop("--tracker wandb")
     assert "--tracker wandb: first `pip install wandb`" in capsys.readouterr().err
 
 
 def test_a_run_leaves_its_numbers_in_plain_files(workshop):
-    out = workshop(eval_data="p.jsonl", save_every=1, length_weight=0.5)
+    out = workshop("--eval-data p.jsonl --save-every 1 --length-weight 0.5")
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
     completions = lines(out / "completions.jsonl")
     assert [(row["update"], row["level"]) for row in metrics] == [(1, 1), (2, 1), (3, 2), (4, 2)]
@@ -396,12 +369,12 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
         rewards = [c["outcome"] + c["length_reward"] for c in mine]
         right = [c["verdict"] == "right" for c in mine]  # the grader's word, not R_l
         assert len(mine) == 4 * row["groups_drawn"] and row["completions_left_out"] == 0
-        assert row["tokens_sampled"] == sum(c["tokens"] for c in mine)
-        assert row["reward_mean"] == pytest.approx(sum(rewards) / len(mine))
+        assert row["tokens_sampled"] == sum(column(mine, "tokens"))
+        assert row["reward_mean"] == approx(sum(rewards) / len(mine))
         groups = torch.tensor(rewards, dtype=torch.float64).view(-1, 4)
         within, between = groups.var(1, correction=0).mean(), groups.mean(1).var(correction=0)
-        assert row["reward_variance_within"] == pytest.approx(within.item())
-        assert row["reward_variance_between"] == pytest.approx(between.item())
+        assert row["reward_variance_within"] == approx(within.item())
+        assert row["reward_variance_between"] == approx(between.item())
         assert row["accuracy"] == sum(right) / len(mine)
         assert row["logprob_gap_max"] < 1e-5 and row["kl_old"] >= 0
         assert 0 < row["entropy"] < math.log(262)
@@ -411,7 +384,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
         assert 0 <= row["writes_steps_share"] <= 1
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
-    assert json.loads((out / "config.json").read_text())["levels"][1]["quality"] == 1.0
+    assert read(out / "config.json")["levels"][1]["quality"] == 1.0
     assert (out / "report.png").stat().st_size > 10_000
     assert (out / "report.html").stat().st_size > 25_000
     last = out / "checkpoints/000004"
@@ -419,219 +392,201 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop):
     assert AutoTokenizer.from_pretrained(last).chat_template
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_fifteen_updates_raise_the_reward(workshop, seed):
+@mark.parametrize("seed", [0, 1])
+def test_fifteen_updates_raise_the_reward(metrics, seed):
     """The smallest proof that sign, ratio and advantage fit together; the reward is the share of
     even characters."""
-    out = workshop(updates=15, quality=1.0, group_size=8, buffer_groups=4, seed=seed)
-    rewards = [row["reward_mean"] for row in lines(out / "metrics.jsonl")]
+    rows = metrics(f"--updates 15 --quality 1 --group-size 8 --buffer-groups 4 --seed {seed}")
+    rewards = column(rows, "reward_mean")
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
 
 
-def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, capsys):
+def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, printed):
     """A bound that cut a group, or that reached the statistics, would pass unseen: they must be of
     all completions drawn."""
     every, some = (
-        workshop(out=f"keep{keep}", reward="toy_reward.py:sometimes", keep_completions=keep)
+        workshop(f"--out keep{keep} --keep-completions {keep} --reward toy_reward.py:sometimes")
         for keep in (0, 1)
     )
-    left_out = 0
-    for row, whole in zip(lines(some / "metrics.jsonl"), lines(every / "metrics.jsonl")):
+    rows = lines(some / "metrics.jsonl")
+    for row, whole in zip(rows, lines(every / "metrics.jsonl")):
         mine = [c for c in lines(some / "completions.jsonl") if c["update"] == row["update"]]
-        assert [c["sample"] for c in mine] == [0, 1, 2, 3] and all("pieces" in c for c in mine)
+        assert column(mine, "sample") == [0, 1, 2, 3] and all("pieces" in c for c in mine)
         assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
-        left_out += row["completions_left_out"]
         for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
             assert row[name] == whole[name]
-    assert f"{left_out} completions were not written down" in capsys.readouterr().out
+    left_out = sum(column(rows, "completions_left_out"))
+    assert f"{left_out} completions were not written down" in printed()
 
 
 def test_the_seed_decides(workshop):
-    texts = [(workshop(out=f"r{s}", seed=s) / "completions.jsonl").read_text() for s in (0, 1)]
-    assert texts[0] != texts[1]
+    one, other = (workshop(f"--seed {s} --out r{s}") / "completions.jsonl" for s in (0, 1))
+    assert one.read_text() != other.read_text()
 
 
-@pytest.mark.parametrize("quality", [(0.5, 0.9, 0.9), (0.5, 0.9, 0.9, 0.5)])
-def test_any_number_of_levels(workshop, quality):
-    limits = tuple(range(3, 3 + len(quality)))
-    metrics = lines(workshop(quality=quality, updates=1, max_new_tokens=limits) / "metrics.jsonl")
-    assert [row["level"] for row in metrics] == list(range(1, 1 + len(quality)))
-    assert all(row["length_mean"] <= 2 + row["level"] for row in metrics)  # each level's own cap
+@mark.parametrize("quality, limits", [("0.5 0.9 0.9", "3 4 5"), (".5 .9 .9 .5", "3 4 5 6")])
+def test_any_number_of_levels(metrics, quality, limits):
+    rows = metrics(f"--quality {quality} --updates 1 --max-new-tokens {limits}")
+    assert column(rows, "level") == list(range(1, 1 + len(limits.split())))
+    assert all(row["length_mean"] <= 2 + row["level"] for row in rows)  # each level's own cap
 
 
-def test_decreasing_quality_trains_the_harder_bin_first_and_warns(workshop, capsys):
-    out = workshop(quality=(1.0, 0.5), updates=1)
+def test_decreasing_quality_trains_the_harder_bin_first_and_warns(workshop, printed):
+    out = workshop("--quality 1.0 0.5 --updates 1")
     first = {c["problem_id"] for c in lines(out / "completions.jsonl") if c["update"] == 1}
     assert first <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
-    assert "Q1 < Q2" in capsys.readouterr().out
+    assert "Q1 < Q2" in printed()
 
 
-def test_interleaved_levels_take_turns(workshop):
-    out = workshop(schedule="interleaved", updates=(3, 1))
-    assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1, 2, 1, 1]
+def test_interleaved_levels_take_turns(metrics):
+    assert column(metrics("--schedule interleaved --updates 3 1"), "level") == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("reward, fate", [("never", "all_wrong"), ("always", "all_right")])
-def test_it_ends_when_every_problem_is_solved_or_none_is(workshop, reward, fate, capsys):
+@mark.parametrize("reward, fate", [("never", "all_wrong"), ("always", "all_right")])
+def test_it_ends_when_every_problem_is_solved_or_none_is(metrics, reward, fate, printed):
     """Dynamic sampling must not draw for ever: three skipped updates end a level."""
-    out = workshop(reward=f"toy_reward.py:{reward}", updates=9, max_draws=2)
-    metrics = lines(out / "metrics.jsonl")
-    assert [row["level"] for row in metrics] == [1, 1, 1, 2, 2, 2]
-    for row in metrics:
+    rows = metrics(f"--reward toy_reward.py:{reward} --updates 9 --max-draws 2")
+    assert column(rows, "level") == [1, 1, 1, 2, 2, 2]
+    for row in rows:
         assert row["groups_drawn"] == 4 == row[f"groups_{fate}"] and row["groups_kept"] == 0
         assert row["objective"] is None
-    assert "ends early after 3 skipped updates" in capsys.readouterr().out
+    assert "ends early after 3 skipped updates" in printed()
 
 
-def test_surplus_is_trained_on_next_and_then_stale(workshop):
+def test_surplus_is_trained_on_next_and_then_stale(metrics):
     """Without buffer.expire in the loop, old groups would be trained on under log-probs of a policy
     long gone."""
-    metrics = lines(workshop(quality=1.0, updates=3, prompts=7) / "metrics.jsonl")  # 2 are wanted
-    assert [row["groups_pending"] for row in metrics] == [5, 3, 0]
-    assert [row["groups_drawn"] for row in metrics] == [7, 0, 7]
-    assert [row["groups_stale"] for row in metrics] == [0, 0, 3 + 5]
-    assert [row["carried_share"] for row in metrics] == [0, 1, 0]
-    assert metrics[1]["accuracy"] is None and metrics[1]["ratio_max"] > 1.001  # off-policy
-    assert [row["logprob_gap_max"] is None for row in metrics] == [False, True, False]
+    rows = metrics("--quality 1 --updates 3 --prompts 7")  # 2 are wanted
+    assert column(rows, "groups_pending") == [5, 3, 0]
+    assert column(rows, "groups_drawn") == [7, 0, 7]
+    assert column(rows, "groups_stale") == [0, 0, 3 + 5]
+    assert column(rows, "carried_share") == [0, 1, 0]
+    assert rows[1]["accuracy"] is None and rows[1]["ratio_max"] > 1.001  # off-policy
+    assert [gap is None for gap in column(rows, "logprob_gap_max")] == [False, True, False]
 
 
-def test_a_skipped_update_does_not_age_the_buffer(workshop):
+def test_a_skipped_update_does_not_age_the_buffer(metrics):
     """Groups wait under the very policy that sampled them: three short draws fill one buffer."""
-    flags = {"prompts": 2, "buffer_groups": 6, "max_draws": 1, "filter": "all"}
-    metrics = lines(workshop(quality=1.0, updates=1, **flags) / "metrics.jsonl")
-    assert [row["groups_kept"] for row in metrics] == [0, 0, 6]
-    assert sum(row["groups_stale"] for row in metrics) == 0
+    flags = "--prompts 2 --buffer-groups 6 --max-draws 1 --filter all --quality 1 --updates 1"
+    rows = metrics(flags)
+    assert column(rows, "groups_kept") == [0, 0, 6]
+    assert not any(column(rows, "groups_stale"))
 
 
-def test_one_problem_drawn_twice_makes_two_groups(workshop, tmp_path):
+def test_one_problem_drawn_twice_makes_two_groups(workshop):
     """Grouping by prompt text would merge them; forgetting the draw index would sample the same
     completions twice."""
-    write_lines(tmp_path / "one.jsonl", [{"problem": "a", "answer": "1", "pass_rate": 0.5}])
-    flags = {"prompts": 1, "group_size": 8, "max_new_tokens": 30, "dtype": "float64"}
-    out = workshop(data="one.jsonl", quality=1.0, updates=1, **flags)
-    drawn = [c["text"] for c in lines(out / "completions.jsonl")]
+    write_lines("one.jsonl", [{"problem": "a", "answer": "1", "pass_rate": 0.5}])
+    flags = "--prompts 1 --group-size 8 --max-new-tokens 30 --dtype float64 --quality 1"
+    out = workshop(f"--data one.jsonl --updates 1 {flags}")
+    drawn = column(lines(out / "completions.jsonl"), "text")
     assert lines(out / "metrics.jsonl")[0]["groups_kept"] == 2
     assert len(drawn) % 16 == 0 and len(set(drawn)) == len(drawn)
 
 
-def test_what_is_logged_is_what_its_name_says(workshop):
-    """Against recomputation from the completions and the schedule."""
-    flags = {"filter": "all", "inner_epochs": 2, "eps_low": 1e-3, "eps_high": 0.9}
-    out = workshop(quality=1.0, updates=4, warmup=2, lr=1e-3, **flags)
-    for row in lines(out / "metrics.jsonl"):
+def test_what_is_logged_is_what_its_name_says(metrics):
+    """Against recomputation from the completions."""
+    flags = "--filter all --inner-epochs 2 --eps-low 1e-3 --eps-high 0.9 --lr 1e-3"
+    for row in metrics(f"--quality 1 --updates 4 --warmup 2 {flags}"):
         assert row["tokens_trained"] == 2 * row["tokens_sampled"]  # every group kept, two passes
-        assert row["lr"] == pytest.approx(1e-3 * [0.5, 0.75, 0.5, 0.25][row["update"] - 1])
         assert row["clip_high_share"] == 0 < row["clip_low_share"] < 1  # 1.9 is never reached
         assert 1 < row["ratio_max"] < 1.9 and row["grad_norm"] > 0
 
 
 def test_the_math_reward_is_the_graders_outcome(workshop):
-    rows = lines(workshop(reward="math", filter="all", updates=2) / "completions.jsonl")
+    rows = lines(workshop("--reward math --filter all") / "completions.jsonl")
     assert all(c["outcome"] == (c["verdict"] == "right") for c in rows)
 
 
-@pytest.mark.parametrize("one_in, said", [(10, True), (40, False)])
-def test_failures_of_the_grader_are_counted_and_said(workshop, monkeypatch, capsys, one_in, said):
+@mark.parametrize("one_in, said", [(10, True), (40, False)])
+def test_failures_of_the_grader_are_counted_and_said(metrics, monkeypatch, printed, one_in, said):
     """A reward that silently turns into zeros looks like a policy that does not learn."""
 
     def compare(self, cases):
         return ["wrong" if i % one_in else "timeout" for i in range(len(cases))]
 
     monkeypatch.setattr("rewards.Grader.compare", compare)
-    out = workshop(quality=1.0, updates=1, buffer_groups=10, filter="all")
-    (row,) = lines(out / "metrics.jsonl")
+    (row,) = metrics("--quality 1 --updates 1 --buffer-groups 10 --filter all")
     assert row["grader_timeouts"] == 40 // one_in and row["grader_errors"] == row["accuracy"] == 0
-    assert ("the grader gave up on 4 of 40" in capsys.readouterr().out) == said
+    assert ("the grader gave up on 4 of 40" in printed()) == said
 
 
-def test_kept_and_dropped_groups_add_up_over_a_run(workshop):
-    metrics = lines(workshop(updates=4, prompts=3, max_new_tokens=1) / "metrics.jsonl")
-    total = Counter()
-    for row in metrics:
-        total.update({name: n for name, n in row.items() if name.startswith("groups_")})
-    drawn, _ = total.pop("groups_drawn"), total.pop("groups_pending")
-    assert drawn == sum(total.values()) and metrics[-1]["groups_pending"] == 0
-    assert total["groups_kept"] == 2 * len(metrics)
-
-
-def test_surplus_that_is_dropped_is_never_trained_on(workshop):
+def test_surplus_that_is_dropped_is_never_trained_on(metrics):
     """DAPO and verl: all groups of an update are of the policy that it begins with."""
-    metrics = lines(workshop(quality=1.0, updates=3, prompts=7, surplus="drop") / "metrics.jsonl")
-    assert [row["groups_drawn"] for row in metrics] == [7, 7, 7]
-    assert [row["groups_stale"] for row in metrics] == [0, 5, 5 + 5]
-    assert [row["carried_share"] for row in metrics] == [0, 0, 0]
+    rows = metrics("--quality 1 --updates 3 --prompts 7 --surplus drop")
+    assert column(rows, "groups_drawn") == [7, 7, 7]
+    assert column(rows, "groups_stale") == [0, 5, 5 + 5]
+    assert column(rows, "carried_share") == [0, 0, 0]
 
 
-def test_only_missing_prompts_are_drawn(workshop):
+def test_only_missing_prompts_are_drawn(metrics):
     """Every other group is flat. Later draws are as small as they can be, so surplus is rare;
     all together stay within max_draws x P_l prompts."""
-    flags = {"quality": 1.0, "updates": 1, "prompts": 4, "buffer_groups": 3, "max_draws": 3}
-    rows = []
-    for surplus in ("missing", "keep"):
-        out = workshop(surplus=surplus, reward="toy_reward.py:sometimes", out=surplus, **flags)
-        rows += lines(out / "metrics.jsonl")
-    assert [row["groups_kept"] for row in rows] == [3, 3]
-    assert rows[0]["groups_stale"] == 0 < rows[1]["groups_stale"]
-    assert rows[0]["groups_drawn"] < rows[1]["groups_drawn"]
-    out = workshop(surplus="missing", reward="toy_reward.py:never", out="never", **flags)
-    assert lines(out / "metrics.jsonl")[0]["groups_drawn"] == 12
+    flags = (
+        "--quality 1 --updates 1 --prompts 4 --buffer-groups 3 --max-draws 3 --reward toy_reward"
+    )
+    (missing,) = metrics(f"{flags}.py:sometimes --surplus missing --out missing")
+    (keep,) = metrics(f"{flags}.py:sometimes --surplus keep --out keep")
+    assert missing["groups_kept"] == keep["groups_kept"] == 3
+    assert missing["groups_stale"] == 0 < keep["groups_stale"]
+    assert missing["groups_drawn"] < keep["groups_drawn"]
+    never = metrics(f"{flags} --reward toy_reward.py:never --surplus missing")
+    assert never[0]["groups_drawn"] == 12
 
 
-@pytest.mark.parametrize("tokens, trained", [((0, 40), {2}), ((40, 0), {1}), ((40, 40), {1, 2})])
+@mark.parametrize("tokens, trained", [("0 40", {2}), ("40 0", {1}), ("40 40", {1, 2})])
 def test_a_budget_of_tokens_ends_a_level_and_0_switches_it_off(workshop, tokens, trained):
     """Every level is evaluated, whether it is trained or not; a level ends with the first update
     that reaches its budget, and dropped groups count."""
-    out = workshop(eval_data="p.jsonl", updates=None, tokens=tokens, prompts=3)
+    flags = f"--eval-data p.jsonl --tokens {tokens} --prompts 3"
+    out = workshop(flags, DEFAULTS.replace("--updates 2", ""))
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
-    assert {row["level"] for row in metrics} == trained
+    assert set(column(metrics, "level")) == trained
     for number in trained:
         spent = [row["tokens_sampled"] for row in metrics if row["level"] == number]
-        assert sum(spent[:-1]) < tokens[number - 1] <= sum(spent)
-    assert {row["level"] for row in evaluations} == {1, 2}
-    assert evaluations[-1]["tokens_sampled"] == sum(row["tokens_sampled"] for row in metrics)
+        assert sum(spent[:-1]) < 40 <= sum(spent)
+    assert set(column(evaluations, "level")) == {1, 2}
+    assert evaluations[-1]["tokens_sampled"] == sum(column(metrics, "tokens_sampled"))
 
 
-def test_a_skipped_update_consumes_neither_updates_nor_the_schedule(workshop):
+def test_a_skipped_update_consumes_neither_updates_nor_the_schedule(metrics):
     """One prompt in three fills the buffer of one group."""
-    flags = {"quality": 1.0, "prompts": 1, "max_draws": 1, "buffer_groups": 1, "minibatches": 1}
-    out = workshop(reward="toy_reward.py:sometimes", updates=3, warmup=0, **flags)
-    metrics = lines(out / "metrics.jsonl")
-    trained = [row["groups_kept"] for row in metrics]
+    flags = "--quality 1 --prompts 1 --max-draws 1 --buffer-groups 1 --minibatches 1"
+    rows = metrics(f"{flags} --reward toy_reward.py:sometimes --updates 3")
+    trained = column(rows, "groups_kept")
     assert 0 in trained and sum(trained) == 3
-    rates = [row["lr"] / 1e-2 for row in metrics]
-    assert rates == pytest.approx([1 - sum(trained[:i]) / 3 for i in range(len(metrics))])
+    expected = [1e-2 * (1 - sum(trained[:i]) / 3) for i in range(len(rows))]
+    assert column(rows, "lr") == approx(expected)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "flags, expected",
     [
-        ({"updates": 2, "warmup": 2}, [0.5, 0.5, 0.5, 0.5]),
-        ({"updates": 2}, [1, 0.5, 1, 0.5]),
-        ({"updates": 2, "schedule": "interleaved"}, [1, 1, 0.5, 0.5]),
+        ("--warmup 2", [0.005, 0.005, 0.005, 0.005]),
+        ("", [0.01, 0.005, 0.01, 0.005]),
+        ("--schedule interleaved", [0.01, 0.01, 0.005, 0.005]),
     ],
 )
-def test_the_rate_warms_up_and_decays_within_each_level(workshop, flags, expected):
+def test_the_rate_warms_up_and_decays_within_each_level(metrics, flags, expected):
     """One schedule over all levels would give the last one the smallest steps."""
-    metrics = lines(workshop(**flags) / "metrics.jsonl")
-    assert [row["lr"] / 1e-2 for row in metrics] == pytest.approx(expected)
+    assert column(metrics(flags), "lr") == approx(expected)
 
 
 def test_levels_may_share_their_problems(workshop):
     """As when lengths rise on one set of problems; a bin keeps the number of its level."""
-    out = workshop(eval_data="p.jsonl", quality=(0.5, 0.5, 0.9), updates=1)
-    assert [row["level"] for row in lines(out / "eval.jsonl")][:2] == [1, 3]
+    out = workshop("--eval-data p.jsonl --quality 0.5 0.5 0.9 --updates 1")
+    assert column(lines(out / "eval.jsonl"), "level")[:2] == [1, 3]
 
 
 def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
     """One level and two levels are compared on the same bins, the same problems and samples."""
-    both = []
-    for quality in (1.0, (0.5, 1.0)):
-        flags = {"eval_quality": (0.5, 1.0), "eval_max_new_tokens": 9, "max_new_tokens": 5}
-        out = workshop(eval_data="p.jsonl", quality=quality, updates=1, out=f"r{quality}", **flags)
-        both.append(lines(out / "eval.jsonl")[:2])
-    assert both[0] == both[1]
-    assert [row["level"] for row in both[0]] == [1, 2]
-    assert both[0][0]["length_mean"] > 5  # not Len_l
+    flags = "--eval-quality 0.5 1.0 --eval-max-new-tokens 9 --max-new-tokens 5 --updates 1"
+    one, two = (
+        lines(workshop(f"--eval-data p.jsonl {flags} {more}") / "eval.jsonl")[:2]
+        for more in ("--quality 1 --out one", "--quality 0.5 1 --out two")
+    )
+    assert one == two and column(one, "level") == [1, 2]
+    assert one[0]["length_mean"] > 5  # not Len_l
 
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
@@ -643,78 +598,75 @@ def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch
         return attempt(policy, grader, work, sampling, **settings)
 
     monkeypatch.setattr(train, "attempt", watch)
-    workshop(eval_data="p.jsonl", max_new_tokens=(3, 9, 5), updates=1, temperature=0.7, quality=1)
+    flags = "--max-new-tokens 3 9 5 --updates 1 --temperature 0.7 --quality 1"
+    workshop(f"--eval-data p.jsonl {flags}")
     assert list(dict.fromkeys(seen)) == [(9, 0.7), (3, 0.7), (5, 0.7)]
 
 
-def test_held_out_prompts_that_are_too_long_are_said_once(workshop, tmp_path, capsys):
+LONG = [{"problem": c * n, "answer": "1", "pass_rate": 0.5} for c in "ab" for n in (1, 300)]
+
+
+def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed):
     """They count as wrong, and accuracy would be low for no reason that one sees."""
-    texts = "a", "b" * 300, "c", "d" * 300
-    write_lines(tmp_path / "long.jsonl", [{"problem": text, "answer": "1"} for text in texts])
-    workshop(eval_data="long.jsonl", updates=1)
+    write_lines("long.jsonl", LONG)
+    workshop("--eval-data long.jsonl --updates 1 --eval-quality 1")
     words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
-    assert capsys.readouterr().out.count(words) == 1
+    assert printed().count(words) == 1
 
 
-@pytest.mark.parametrize(
-    "flags",
+@mark.parametrize(
+    "flags, evaluations",
     [
-        {"loss_norm": "token", "adv_std": "none", "length_kind": "kimi", "length_weight": 1.0},
-        {"length_kind": "cosine", "length_weight": (0.0, 0.5), "minibatches": 1},
-        {"kl_coef": 0.1, "filter": "all", "reward": "math", "loss_norm": "constant"},
-        {"dtype": "bfloat16", "inner_epochs": (2, 1), "lr_decay": "cosine"},
-        {"difficulty": "level", "quality": (1, 2), "examples": "e.jsonl"},
-        {"eval_data": "p.jsonl", "eval_every": 1},
-        {"eval_data": "p.jsonl", "eval_every": 0},
+        ("--loss-norm token --adv-std none --length-kind kimi --length-weight 1", 0),
+        ("--length-kind cosine --length-weight 0 0.5 --minibatches 1", 0),
+        ("--kl-coef 0.1 --filter all --reward math --loss-norm constant", 0),
+        ("--dtype bfloat16 --inner-epochs 2 1 --lr-decay cosine", 0),
+        ("--difficulty level --quality 1 2 --examples e.jsonl", 0),
+        ("--eval-data p.jsonl --eval-every 1", 6),
+        ("--eval-data p.jsonl --eval-every 0", 0),
     ],
-    ids=str,
 )
-def test_settings_run(workshop, tmp_path, flags):
-    write_lines(tmp_path / "e.jsonl", [{"problem": "8", "solution": "\\boxed{1}"}])
-    out = workshop(**{"updates": 1, **flags})
+def test_settings_run(workshop, flags, evaluations):
+    write_lines("e.jsonl", [{"problem": "8", "solution": "\\boxed{1}"}])
+    out = workshop(f"--updates 1 {flags}")
     assert len(lines(out / "metrics.jsonl")) == 2
-    evaluated = lines(out / "eval.jsonl") if (out / "eval.jsonl").exists() else []
-    assert len(evaluated) == (6 if flags.get("eval_every") else 0)
+    assert sum(len(lines(path)) for path in out.glob("eval.jsonl")) == evaluations
 
 
-def test_data_without_pass_rates_is_one_level_and_says_so(workshop, tmp_path, capsys):
-    write_lines(tmp_path / "plain.jsonl", [{"problem": c, "answer": 1} for c in "abcdeea"])
-    out = workshop(data="plain.jsonl", updates=1)
-    printed = capsys.readouterr().out
-    assert "plain.jsonl: no problem has a pass_rate" in printed and "repeats_removed 2" in printed
-    assert [row["level"] for row in lines(out / "metrics.jsonl")] == [1]
+def test_data_without_pass_rates_is_one_level_and_says_so(metrics, printed):
+    write_lines("plain.jsonl", [{"problem": c, "answer": 1} for c in "abcdeea"])
+    assert column(metrics("--data plain.jsonl --updates 1"), "level") == [1]
+    text = printed()
+    assert "plain.jsonl: no problem has a pass_rate" in text and "repeats_removed 2" in text
 
 
-def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, tmp_path, capsys):
+def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, printed):
     """Measured training problems and a plain held-out file are an ordinary pair."""
-    write_lines(tmp_path / "plain.jsonl", [{"problem": c, "answer": 1} for c in "xy0"])
-    out = workshop(eval_data="plain.jsonl", updates=1)
+    write_lines("plain.jsonl", [{"problem": c, "answer": 1} for c in "xy0"])
+    out = workshop("--eval-data plain.jsonl --updates 1")
     assert [(r["level"], r["n"]) for r in lines(out / "eval.jsonl")] == [(None, 3)] * 3
-    printed = capsys.readouterr().out
-    assert "they are one set" in printed and "overlap_with_eval 1" in printed
-    assert "all problems" in printed.split("held-out accuracy")[-1]
+    text = printed()
+    assert "they are one set" in text and "overlap_with_eval 1" in text
+    assert "all problems" in text.split("held-out accuracy")[-1]
 
 
-def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, tmp_path, capsys):
-    texts = "a", "b" * 300, "c", "d" * 300
-    rows = [{"problem": text, "answer": "1", "pass_rate": 0.5} for text in texts]
-    write_lines(tmp_path / "long.jsonl", rows)
-    out = workshop(data="long.jsonl", quality=1.0, updates=1)
-    assert "prompts_too_long 2" in capsys.readouterr().out
-    drawn = {c["problem_id"] for c in lines(out / "completions.jsonl")}
-    assert drawn == {"long-1", "long-3"}
+def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, printed):
+    write_lines("long.jsonl", LONG)
+    out = workshop("--data long.jsonl --quality 1 --updates 1")
+    assert "prompts_too_long 2" in printed()
+    assert set(column(lines(out / "completions.jsonl"), "problem_id")) == {"long-1", "long-3"}
 
 
-def test_explain_prints_the_resolved_objective(workshop, capsys, tmp_path):
-    workshop("--explain", eps_high=(0.28, 0.4), length_weight=0.5)
-    printed = capsys.readouterr().out
+def test_explain_prints_the_resolved_objective(workshop, printed, tmp_path):
+    workshop("--explain --eps-high 0.28 0.4 --length-weight 0.5")
+    text = printed()
     for part in ("rho = pi / pi_old", "--eps-high 0.28 0.4 [given]", "--eps-low 0.2 0.2 [DAPO]"):
-        assert part in printed
-    assert "K_l length_l(kimi)" in printed and "--length-weight 0.5 0.5 [given]" in printed
+        assert part in text
+    assert "K_l length_l(kimi)" in text and "--length-weight 0.5 0.5 [given]" in text
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "kind, lengths, expected",
     [
         ("cosine", (5, 5), (0.25, -0.25)),
@@ -737,31 +689,29 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
         attempts.append(Attempt(completion, text, "1", verdict))
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
     group = train.score(run, SimpleNamespace(level=own, reward_fn=reward), prompt, attempts)
-    assert group.length_reward.tolist() == pytest.approx(expected)
+    assert group.length_reward.tolist() == approx(expected)
 
 
 def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(workshop, capsys):
-    with pytest.raises(SystemExit) as stop:
-        workshop(reward="toy_reward.py:crash")
+    with raises(SystemExit, match="1"):
+        workshop("--reward toy_reward.py:crash")
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and "--reward toy_reward.py:crash, problem p" in error
-    assert "KeyError: 'nothing'" in error
+    assert "--reward toy_reward.py:crash, problem p" in error and "KeyError: 'nothing'" in error
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["000000"]
 
 
-def test_a_reward_that_takes_too_long_costs_its_group_alone(workshop, capsys):
+def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed):
     """Not the update, as a nan does; its groups are counted, and no mean holds them."""
-    flags = {"reward_timeout": 0.5, "quality": 1.0, "prompts": 20, "length_weight": 0.5}
-    flags["keep_completions"] = 0
-    (row, _) = lines(workshop(reward="toy_reward.py:slow", **flags) / "metrics.jsonl")
+    flags = "--reward-timeout 0.5 --quality 1 --prompts 20 --length-weight 0.5 --keep-completions 0"
+    (row, _) = metrics(f"{flags} --reward toy_reward.py:slow")
     assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
     assert row["groups_kept"] == 2 and row["grad_norm"] > 0
     drawn = [c for c in lines(Path("run/completions.jsonl")) if c["update"] == 1]
     on_time = [c for c in drawn if c["problem_id"] not in ("p0", "p4", "p8")]
     assert len(drawn) == 80 and all(c["outcome"] is None for c in drawn if c not in on_time)
-    outcomes = [c["outcome"] for c in on_time]
-    assert row["outcome_mean"] == pytest.approx(sum(outcomes) / 68)
-    total = sum(outcomes) + sum(c["length_reward"] for c in on_time)
-    assert row["reward_mean"] == pytest.approx(total / 68)
-    assert row["tokens_sampled"] == sum(c["tokens"] for c in drawn)
-    assert "3 groups broken: --reward took longer" in capsys.readouterr().out
+    outcomes = sum(column(on_time, "outcome"))
+    assert row["outcome_mean"] == approx(outcomes / 68)
+    total = outcomes + sum(column(on_time, "length_reward"))
+    assert row["reward_mean"] == approx(total / 68)
+    assert row["tokens_sampled"] == sum(column(drawn, "tokens"))
+    assert "3 groups broken: --reward took longer" in printed()
