@@ -13,16 +13,17 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 import torch
+from conftest import edit, spoil, table
 from launch import ROOT
+from pytest import fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import train
 from infra.flags import Config
 from parts.papers import PRESETS
 
-pytestmark = pytest.mark.faults
+pytestmark = mark.faults
 
 BASE = """--model toy --data good.jsonl --quality 1 --group-size 2 --buffer-groups 2 --updates 1
 --max-new-tokens 4 --lr 1e-3 --out run --device cpu"""
@@ -40,7 +41,7 @@ BESIDE = {  # what stands beside the model and the problems
 }
 
 
-@pytest.fixture
+@fixture
 def folder(tmp_path, toy_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -58,7 +59,7 @@ def files(folder):
     return {p: p.lstat().st_mtime_ns for p in paths}
 
 
-@pytest.fixture
+@fixture
 def refused(folder, capsys):
     """refused(message, words): train.main of the command line says one line that holds the message,
     exits with 2, and writes nothing. -> the line"""
@@ -66,7 +67,7 @@ def refused(folder, capsys):
     def refuse(message, words):
         before = files(folder)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with raises(SystemExit) as stop:
             train.main(words)
         printed = capsys.readouterr().err
         said = [line for line in printed.strip().splitlines() if not line.startswith("usage:")]
@@ -76,11 +77,6 @@ def refused(folder, capsys):
         return said[0]
 
     return refuse
-
-
-def table(text):
-    """Lines of "input | message" -> [(input, message)]"""
-    return [re.split(r" *\| ", line) for line in text.strip().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -99,18 +95,18 @@ GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
 {"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
 {"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1:
-{"problem": " ", "answer": "1"} | "problem" must be a text that is not blank
+{"problem": " ", "answer": "1"} | x.jsonl, line 1: "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
-{"problem": "1", "answer": null} | no problem and answer in columns that are known
+{"problem": "1", "answer": null} | x.jsonl, line 1: no problem and answer in columns that are known
 {"problem": "1", "answer": true} | "answer" must be a text or a number
 {"problem": "1", "answer": ["1"]} | "answer" must be a text or a number
 {"question": "1", "final_answer": [2]} | x.jsonl, line 1: "answer" must be a text or a number
 {"problem": "1", "answer": NaN} | "answer" must be a text or a number
-{"problem": "1", "answer": 1e999} | "answer" must be a text or a number
-{"problem": "1", "answer": "1", "pass_rate": 50} | "pass_rate" must be a number in [0, 1]
+{"problem": "1", "answer": 1e999} | x.jsonl, line 1: "answer" must be a text or a number
+{"problem": "1", "answer": "1", "pass_rate": 50} | x.jsonl, line 1: "pass_rate" must be a number
 {"problem": "1", "answer": "1", "pass_rate": "0.5"} | "pass_rate" must be a number in [0, 1]
-{"problem": "1", "answer": "1", "pass_rate": NaN} | "pass_rate" must be a number in [0, 1]
-{"problem": "1", "answer": "1", "level": "hard"} | "level" must be a number
+{"problem": "1", "answer": "1", "pass_rate": NaN} | x.jsonl, line 1: "pass_rate"
+{"problem": "1", "answer": "1", "level": "hard"} | x.jsonl, line 1: "level" must be a number
 {"problem": "\ud800", "answer": "1"} | a lone surrogate
 {"problem": "1", "answer": "1", "id": "\ud800"} | a lone surrogate
 {"problem": "1", "answer": "1", "source": ["\udfff"]} | a lone surrogate
@@ -118,7 +114,7 @@ GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 """
 
 
-@pytest.mark.parametrize("content, message", table(FILES))
+@mark.parametrize("content, message", table(FILES))
 def test_bad_problems(folder, refused, content, message):
     text = content.replace("GOOD", GOOD).replace(r"\n", "\n")
     (folder / "x.jsonl").write_text(text)
@@ -132,13 +128,16 @@ ENCODED = [
     (pickle.dumps(GOOD), "x.jsonl: cannot be read as UTF-8 text"),
     (b"[" * 10_000, "x.jsonl, line 1"),
     (GOOD.replace("0.5", '0.5, "level": %s' % ("9" * 400)).encode(), '"level" must be a number'),
-    (GOOD.replace("0.5", '0.5, "measured": 1').encode(), '"measured" is not what eval.py writes'),
-    (GOOD.replace("0.5", "1.0").encode(), "has no problem: choose another --quality"),
+    (b'{"problem": "1", "answer": "1", "pass_rate": 0.5, "measured": 1}', '"measured" is not'),
+    (
+        b'{"problem": "1", "answer": "1", "pass_rate": 1.0}',
+        "has no problem: choose another --quality",
+    ),
     (b'{"problem": "%s", "answer": 1, "pass_rate": 0}' % (b"1" * 300), "longer than the context"),
 ]
 
 
-@pytest.mark.parametrize("content, message", ENCODED, ids=range(len(ENCODED)))
+@mark.parametrize("content, message", ENCODED, ids=range(len(ENCODED)))
 def test_bad_files(folder, refused, content, message):
     (folder / "x.jsonl").write_bytes(content)
     refused(message, [*BASE.split(), "--data", "x.jsonl"])
@@ -151,7 +150,7 @@ FLAGS = """
 --data taken | taken: cannot be read as UTF-8 text
 --eval-data none.jsonl | none.jsonl: cannot be read
 --examples none.jsonl | none.jsonl: cannot be read
---examples good.jsonl | a worked example needs the texts "problem" and "solution"
+--examples good.jsonl | good.jsonl, line 1: a worked example needs the texts "problem" and
 --examples half.jsonl | half.jsonl, line 1: half a character
 --quality 0.2 1.0 | level 1 (Q = 0.2) has no problem
 --updates 1 2 3 --quality 0.5 1 | 3 levels, and --quality needs 1 or 3 values, not 2
@@ -194,6 +193,10 @@ FLAGS = """
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
 --columns problem=a | --columns problem=a: expected problem=NAME answer=NAME
+--columns problem=a answer=b more=c | expected problem=NAME answer=NAME
+--columns c | expected problem=NAME answer=NAME
+--columns problem=a answer | expected problem=NAME answer=NAME
+--columns problem=a answer= | expected problem=NAME answer=NAME
 --data owner/name:train | owner/name:train: cannot be read
 --model toy --template-kwargs [1 | --template-kwargs [1: not a JSON object
 --model toy --stop 'two tokens' | --stop 'two tokens': is 10 tokens of this tokenizer, not one
@@ -218,12 +221,12 @@ FLAGS = """
 """
 
 
-@pytest.mark.parametrize("words, message", table(FLAGS))
+@mark.parametrize("words, message", table(FLAGS))
 def test_bad_flags(refused, words, message):
     refused(message, [*BASE.split(), *shlex.split(words)])
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "words, named",
     [
         ("", "--lr and --max-new-tokens"),
@@ -248,7 +251,7 @@ def test_declared_levels_need_their_highest_numbers(refused):
 
 
 def test_help_shows_every_flag_once_in_groups(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with raises(SystemExit) as stop:
         train.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
@@ -293,7 +296,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("message", TENSORS)
+@mark.parametrize("message", TENSORS)
 def test_bad_tensors(folder, refused, message):
     path = folder / "toy/model.safetensors"
     tensors = {**load_file(path), **TENSORS[message]}
@@ -334,17 +337,10 @@ chat_template.jinja = {# #} | chat template makes an empty prompt
 """
 
 
-@pytest.mark.parametrize("edit, message", table(EDITS))
-def test_bad_checkpoints(folder, refused, edit, message):
-    name, _, change = edit.partition(" ")
-    path = folder / "toy" / name
-    if change.startswith("="):
-        path.write_text(change[2:])
-    elif change:
-        flags = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(flags | json.loads(change)))
-    else:
-        path.unlink()
+@mark.parametrize("change, message", table(EDITS))
+def test_bad_checkpoints(folder, refused, change, message):
+    name, _, change = change.partition(" ")
+    spoil(folder / "toy" / name, change)
     refused(message, BASE.split())
 
 
@@ -352,8 +348,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, refused):
     path = folder / "toy/model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, EMBEDDING: tensors[EMBEDDING][:10].clone()}, path)
-    path = folder / "toy/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 10}))
+    edit(folder / "toy/config.json", {"vocab_size": 10})
     refused("not in the model's vocabulary of 10", BASE.split())
 
 
@@ -362,7 +357,7 @@ class Trap:
         return exec, ("open('sprung', 'w')",)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_no_pickle_is_opened(folder, refused, name):
     (folder / "toy/model.safetensors").unlink()
     torch.save({"weights": Trap()}, folder / "toy" / name)
@@ -373,14 +368,14 @@ def test_no_pickle_is_opened(folder, refused, name):
 # ---------------------------------------------------------------------------------- run directories
 
 
-@pytest.fixture
+@fixture
 def begun(folder):
     """A run that has ended."""
     train.main(BASE.split())
     return folder / "run/config.json"
 
 
-@pytest.mark.parametrize("words", ["--resume taken", "--resume nowhere", "--resume ''"])
+@mark.parametrize("words", ["--resume taken", "--resume toy", "--resume nowhere", "--resume ''"])
 def test_a_folder_that_is_no_run(refused, words):
     refused("config.json is not that of a run", shlex.split(words))
 

@@ -6,8 +6,10 @@ import random
 import sys
 from types import SimpleNamespace
 
-import pytest
+import numpy as np
 import sympy
+from conftest import table, write_lines
+from pytest import approx, importorskip, mark, raises
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -16,41 +18,8 @@ from data import Order, Problem, cut_levels, overlap, read_problems, render
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
-from parts.files import read_records
 from parts.policy import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
-
-GOOD = '{"problem": "1+1", "answer": "2"}'
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "nothing in it"),
-        (GOOD + "\n{oops", "line 2"),
-        (GOOD + "\n[1]", "line 2: expected a JSON object"),
-        ('{"problem": "1+1"}', "line 1: no problem and answer"),
-        ('{"problem": " ", "answer": "2"}', "line 1.*blank"),
-        ('{"problem": "1+1", "answer": null}', "line 1.*answer"),
-        ('{"problem": "1+1", "answer": Infinity}', "line 1.*finite"),
-        ('{"problem": "1+1", "answer": "2", "pass_rate": 1.5}', r"line 1.*pass_rate.*\[0, 1\]"),
-        ('{"problem": "1+1", "answer": "2", "pass_rate": NaN}', "line 1.*pass_rate"),
-        ('{"problem": "1+1", "answer": "2", "level": "two"}', "line 1.*level"),
-        ('{"problem": "2 \\ud800", "answer": "2"}', "line 1.*half a character"),
-        (
-            GOOD.replace("{", '{"id": "a", ') + "\n" + GOOD.replace("{", '{"id": "a", '),
-            "'a' stands",
-        ),
-        (b"caf\xe9", "as UTF-8 text"),
-        (None, "cannot be read"),
-    ],
-)
-def test_errors_name_file_and_line(text, message, tmp_path):
-    path = tmp_path / "p.jsonl"
-    if text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=f"p.jsonl.*{message}"):
-        read_problems(path)
 
 
 def test_a_problem_survives_a_round_trip(tmp_path):
@@ -72,11 +41,11 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
         raise KeyboardInterrupt
 
     path = tmp_path / "p.jsonl"
-    with pytest.raises(KeyboardInterrupt):
+    with raises(KeyboardInterrupt):
         data.write_problems(path, killed())
     assert not path.exists()
     data.write_problems(path, [Problem("b", "2", "2")])
-    with pytest.raises(FileExistsError):  # another evaluation was faster
+    with raises(FileExistsError):  # another evaluation was faster
         data.write_problems(path, [Problem("c", "3", "3")])
     assert [p.id for p in read_problems(path)] == ["b"]
     assert list(tmp_path.iterdir()) == [path]
@@ -96,17 +65,18 @@ def test_repeats_and_overlap_are_found():
     assert overlap(train, evaluation) == ([("e", "2")], [])
 
 
-@pytest.mark.parametrize(
-    "kept, evaluated, trained, is_near",
-    [
-        (7, 7, 60, False),  # a run of seven words may be chance
-        (8, 8, 60, True),
-        (24, 27, 27, True),  # 17 of 23 grams
-        (17, 20, 20, False),  # 10 of 16
-        (26, 28, 60, True),  # 19 of the evaluation problem's 21
-        (23, 27, 60, False),  # 16 of them
-    ],
-)
+NEAR = """
+# kept  evaluated  trained  near
+   7        7        60      0     # a run of seven words may be chance
+   8        8        60      1
+  24       27        27      1     # 17 of 23 grams
+  17       20        20      0     # 10 of 16
+  26       28        60      1     # 19 of the evaluation problem's 21
+  23       27        60      0     # 16 of them
+"""
+
+
+@mark.parametrize("kept, evaluated, trained, is_near", np.loadtxt(NEAR.splitlines(), int))
 def test_what_counts_as_near(kept, evaluated, trained, is_near):
     """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
     words = [f"w{i}" for i in range(evaluated)]
@@ -126,85 +96,53 @@ def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
     name = problems[1].id
     found = overlap(train, [*problems, Problem("near", "b " + story, "1")])
     assert found == ([(name, name)], [("near", "story")])
-    with pytest.raises(SystemExit):
+    with raises(SystemExit):
         generator(["--out", "h.jsonl"])
 
 
 # What others publish -> problem, answer, level.
-LAYOUTS = {
-    "GSM8K": (
-        {"question": "q", "answer": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"},
-        ("q", "1,007", None),
-    ),
-    "MATH": (
-        {
-            "problem": "q",
-            "level": "Level 5",
-            "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}.",
-        },
-        ("q", "\\frac{1}{2}", 5),
-    ),
-    "MATH, level unknown": (
-        {"problem": "q", "level": "Level ?", "solution": "\\boxed{3}"},
-        ("q", "3", None),
-    ),
-    "MATH-500": (
-        {"problem": "q", "solution": "\\boxed{x}", "answer": "(3, \\pi)", "level": 2},
-        ("q", "(3, \\pi)", 2),
-    ),
-    "DeepScaleR": (
-        {"problem": "q", "answer": "-\\frac{2}{3}", "solution": ""},
-        ("q", "-\\frac{2}{3}", None),
-    ),
-    "DAPO": (
-        {
-            "prompt": [
-                {
-                    "role": "user",
-                    "content": "Solve the following math problem step by step. The last line of "
-                    "your response should be of the form Answer: $Answer.\n\nq\n\nmore\n\n"
-                    'Remember to put your answer on its own line after "Answer:".',
-                }
-            ],
-            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
-        },
-        ("q\n\nmore", "34", None),
-    ),
-    "Skywork": (
-        {
-            "prompt": [{"role": "user", "content": "q"}],
-            "reward_model": {"ground_truth": '["[1,2)"]', "style": "rule"},
-        },
-        ("q", "[1,2)", None),
-    ),
-    "a chat of several turns": (
-        {
-            "prompt": [
-                {"role": "user", "content": "first"},
-                {"role": "assistant", "content": "so"},
-                {"role": "user", "content": "q"},
-            ],
-            "reward_model": {"ground_truth": "2"},
-        },
-        ("q", "2", None),
-    ),
-    "OlympiadBench": ({"question": "q", "final_answer": ["$1$", "$-1$"]}, ("q", "1, -1", None)),
-    "amc22_23": ({"problem": "q", "answer": 142.0}, ("q", "142", None)),
-}
+DAPO = (
+    r"Solve the following math problem step by step. The last line of your response should be of "
+    r"the form Answer: $Answer.\n\nq\n\nmore\n\n"
+    r"Remember to put your answer on its own line after \"Answer:\"."
+)
+LAYOUTS = json.loads(
+    r"""{
+"GSM8K": [{"question": "q", "answer": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"},
+    "q", "1,007", null],
+"MATH": [{"problem": "q", "level": "Level 5",
+    "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}."}, "q", "\\frac{1}{2}", 5],
+"MATH, level unknown": [{"problem": "q", "level": "Level ?", "solution": "\\boxed{3}"},
+    "q", "3", null],
+"MATH-500": [{"problem": "q", "solution": "\\boxed{x}", "answer": "(3, \\pi)", "level": 2},
+    "q", "(3, \\pi)", 2],
+"DeepScaleR": [{"problem": "q", "answer": "-\\frac{2}{3}", "solution": ""},
+    "q", "-\\frac{2}{3}", null],
+"DAPO": [{"prompt": [{"role": "user", "content": "$DAPO"}],
+    "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}},
+    "q\n\nmore", "34", null],
+"Skywork": [{"prompt": [{"role": "user", "content": "q"}],
+    "reward_model": {"ground_truth": "[\"[1,2)\"]", "style": "rule"}}, "q", "[1,2)", null],
+"a chat of several turns": [{"prompt": [{"role": "user", "content": "first"},
+    {"role": "assistant", "content": "so"}, {"role": "user", "content": "q"}],
+    "reward_model": {"ground_truth": "2"}}, "q", "2", null],
+"OlympiadBench": [{"question": "q", "final_answer": ["$1$", "$-1$"]}, "q", "1, -1", null],
+"amc22_23": [{"problem": "q", "answer": 142.0}, "q", "142", null]
+}""".replace("$DAPO", DAPO)
+)
 
 
 def read_rows(tmp_path, *rows, columns=()):
-    path = tmp_path / "p.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return read_problems(path, columns)
+    write_lines(tmp_path / "p.jsonl", rows)
+    return read_problems(tmp_path / "p.jsonl", columns)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@mark.parametrize("name", LAYOUTS)
 def test_layouts_as_they_are_published(name, tmp_path):
     """A rationale taken for the gold answer makes every right answer wrong."""
-    row, expected = LAYOUTS[name]
+    row, problem, answer, level = LAYOUTS[name]
     (p,) = read_rows(tmp_path, row)
-    assert (p.problem, p.answer, p.level) == expected
+    assert (p.problem, p.answer, p.level) == (problem, answer, level)
     assert data.gradable("p", [p]) == [p]
 
 
@@ -217,26 +155,17 @@ def test_columns_by_name(tmp_path):
     assert read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)[0].answer == "1"
     named = {"problem": "q", "answer": "so\n#### 3"}
     assert read_rows(tmp_path, named, columns=["problem=problem", "answer=answer"])[0].answer == "3"
-    for wrong in (
-        ["problem=a"],
-        ["problem=a", "answer=b", "more=c"],
-        ["c"],
-        ["problem=a", "answer"],
-        ["problem=a", "answer="],
-    ):
-        with pytest.raises(ValueError, match="--columns .*expected problem=NAME answer=NAME"):
-            read_rows(tmp_path, row, columns=wrong)
 
 
 def test_a_box_without_an_answer_is_one_gold_that_cannot_be_graded(tmp_path):
     """It must not cost the whole file."""
     (p,) = read_rows(tmp_path, {"problem": "q", "solution": "so $\\boxed 14$"})
     assert "boxed" in p.answer
-    with pytest.raises(ValueError, match="cannot be graded"):
+    with raises(ValueError, match="cannot be graded"):
         data.gradable("f", [p])
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "answer", ["He has 42.\n#### 42", "so \\boxed{7}", "(1, 2", " . ", "many words " * 9]
 )
 def test_golds_that_cannot_be_graded(answer, capsys):
@@ -245,20 +174,18 @@ def test_golds_that_cannot_be_graded(answer, capsys):
     bad = Problem("bad", "q", answer)
     assert data.gradable("f", [*good, bad]) == good
     assert "f: 1 of 151 gold answers cannot be graded (bad: " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="f: 2 of 152 gold answers .* --columns"):
+    with raises(ValueError, match="f: 2 of 152 gold answers .* --columns"):
         data.gradable("f", [*good, bad, bad])
 
 
 def test_data_sets_and_parquet(tmp_path, monkeypatch):
     """As `datasets` gives them, which is imported only then."""
-    datasets = pytest.importorskip("datasets", reason="needs the library datasets")
-    row = {"question": "1+1", "answer": "#### 2"}
+    datasets = importorskip("datasets", reason="needs the library datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "set/main.parquet"
     path.parent.mkdir()
-    datasets.Dataset.from_list([row]).to_parquet(str(path))
-    (p,) = read_problems(path)
-    assert (p.id, p.problem, p.answer) == ("main-0", "1+1", "2")
+    datasets.Dataset.from_list([{"question": "1+1", "answer": "#### 2"}]).to_parquet(str(path))
+    assert read_problems(path) == [Problem("main-0", "1+1", "2")]
     (q,) = read_problems(f"{path.parent}:train")  # a folder of such files
     assert (q.problem, q.answer) == ("1+1", "2")
 
@@ -268,7 +195,7 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     `datasets`, an error that says what to install."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="minerva.*pip install datasets"):
+    with raises(ValueError, match="minerva.*pip install datasets"):
         read_problems("minerva")
     rows = {
         ("AI-MO/aimo-validation-amc", None, "train", None): {"problem": "1+1", "answer": 2.0},
@@ -283,30 +210,31 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", "2")]
     assert read_problems("o/gsm8k@v2:main:test")[0].answer == "2"
     for name, message in (("amc23", "amc23, row 0.*has: q"), ("minerva", "math-ai/minervamath")):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, match=message):
             read_problems(name)
 
 
 # ----------------------------------------------------------------------------------------- levels
 
 
-@pytest.mark.parametrize(
-    "rates, qualities, expected, left_out",
-    [
-        ([1.0, 0.9, 0.2, 0.19, 0.0], [0.8, 1.0], ["12", "34"], "always solved"),
-        ([1.0, 0.9, 0.2, 0.19, 0.0], [1.0, 0.8], ["34", "12"], "always solved"),
-        ([0.9, 0.2], [0.5], ["0"], "too hard"),
-        ([0.5, None], [1.0, 1.0], ["0", "0"], "unmeasured"),
-        ([0.7], [0.3, 1.0], ["0", ""], None),  # 1 - 0.7 is a little above 0.3
-    ],
-)
+RATES = """
+1.0 0.9 0.2 0.19 0.0 | 0.8 1.0 | 12,34 | always solved
+1.0 0.9 0.2 0.19 0.0 | 1.0 0.8 | 34,12 | always solved
+0.9 0.2 | 0.5 | 0 | too hard
+0.5 nan | 1.0 1.0 | 0,0 | unmeasured
+0.7 | 0.3 1.0 | 0, |
+"""
+
+
+@mark.parametrize("rates, qualities, expected, left_out", table(RATES))
 def test_quality_is_an_upper_bound_of_difficulty(rates, qualities, expected, left_out):
-    """Including Q, excluding the bound below. What is always solved belongs to no level. The order
-    of Q is the order of levels, and equal thresholds share a bin."""
+    """Including Q, excluding the bound below; 1 - 0.7 is a little above 0.3. What is always solved
+    belongs to no level. The order of Q is the order of levels, and equal thresholds share a bin."""
+    rates = [None if rate == "nan" else float(rate) for rate in rates.split()]
     problems = [Problem(str(i), "", "0", pass_rate=rate) for i, rate in enumerate(rates)]
-    levels, counts = cut_levels(problems, qualities, "pass_rate")
-    assert ["".join(p.id for p in level) for level in levels] == expected
-    assert {name for name, count in counts.items() if count} == {left_out} - {None}
+    levels, counts = cut_levels(problems, list(map(float, qualities.split())), "pass_rate")
+    assert ",".join("".join(p.id for p in level) for level in levels) == expected
+    assert [name for name, count in counts.items() if count] == [left_out] * bool(left_out)
 
 
 def test_declared_levels():
@@ -316,7 +244,7 @@ def test_declared_levels():
     assert counts["unmeasured"] == 1
 
 
-@pytest.mark.parametrize("sizes", [[35], [4] * 8 + [3], [13, 22]])
+@mark.parametrize("sizes", [[35], [4] * 8 + [3], [13, 22]])
 def test_the_order_is_seeded_and_covers_every_epoch(sizes):
     order, other, drawn = Order(range(10), "0/1"), Order(range(10), "0/2"), []
     for size in sizes:
@@ -374,12 +302,6 @@ def test_a_think_that_the_template_opens_must_be_closed():
     assert rendered(PLAIN + "<think>\n\n</think>")[1] == ""
 
 
-def test_examples_need_both_texts(tmp_path):
-    (tmp_path / "e.jsonl").write_text('{"problem": "1"}')
-    with pytest.raises(ValueError, match="line 1.*solution"):
-        read_records(tmp_path / "e.jsonl", data.parse_example)
-
-
 # -------------------------------------------------------------------------------------- generator
 
 
@@ -401,52 +323,64 @@ def test_generated_answers_and_steps_are_right():
     assert lengths == set(range(2, 9)) and turned > 100
 
 
-@pytest.mark.parametrize(
-    "total, value, found",
-    [
-        (52, 38, ("carry", 80)),
-        (52, 37, (None, None)),
-        (52, -38, ("borrow", 16)),
-        (52, -31, (None, None)),
-        (107, -9, ("borrow", 92)),
-        (5, -7, (None, None)),  # a negative result has no borrowing from the left
-        (-5, 30, (None, None)),
-    ],
-)
-def test_traps(total, value, found):
-    assert trap(total, value) == found
+TRAPS = """
+52 38 carry 80
+52 37 None None
+52 -38 borrow 16
+52 -31 None None
+107 -9 borrow 92
+5 -7 None None
+-5 30 None None
+"""
+
+
+@mark.parametrize("row", TRAPS.split("\n")[1:-1])
+def test_traps(row):
+    """A negative result has no borrowing from the left."""
+    total, value, *found = row.split()
+    assert list(map(str, trap(int(total), int(value)))) == found
+
+
+def solved(text, slips=None, **options):
+    """The student's steps, as text."""
+    return ";".join(solve(text, slips, **options)[0])
 
 
 def test_a_student_falls_into_the_traps_that_are_named():
     text = "52+38-(14-6)-5"
     assert terms(text) == [(52, False), (38, False), (-14, False), (6, True), (-5, False)]
-    assert solve(text) == (["52+38=90", "-14=76", "+6=82", "-5=77"], 77)
-    assert solve(text, {"sign": 1.0})[0] == ["52+38=90", "-14=76", "-6=70", "-5=65"]
-    assert solve(text, {"carry": 1.0})[0] == ["52+38=80", "-14=66", "+6=62", "-5=57"]
+    assert solved(text) == "52+38=90;-14=76;+6=82;-5=77"
+    assert solved(text, {"sign": 1.0}) == "52+38=90;-14=76;-6=70;-5=65"
+    assert solved(text, {"carry": 1.0}) == "52+38=80;-14=66;+6=62;-5=57"
     assert solve(text, {"borrow": 1.0})[1] == 75  # 90-14 becomes 74, and 80-5 stays 75
-    careful, rng = solve(text, careful=1.0), random.Random(0)
-    assert careful == (["52+38(2+8=10)=90", "-14(10-4=6)=76", "+6(6+6=12)=82", "-5(12-5=7)=77"], 77)
+    careful = "52+38(2+8=10)=90;-14(10-4=6)=76;+6(6+6=12)=82;-5(12-5=7)=77"
+    assert solved(text, careful=1.0) == careful and solve(text, careful=1.0)[1] == 77
     slips = {"carry": 1 / CAREFUL_SLIPS, "borrow": 1 / CAREFUL_SLIPS}  # then the careful slip too
-    assert solve(text, slips, careful=1.0)[0][0] == "52+38(2+8=10)=80"
-    assert solve("90-14", slips, careful=1.0)[0] == ["90-14(4-0=4)=74"]
+    assert solved(text, slips, careful=1.0).startswith("52+38(2+8=10)=80;")
+    assert solved("90-14", slips, careful=1.0) == "90-14(4-0=4)=74"
+    rng = random.Random(0)
     right = [solve(text, {"carry": 1.0}, careful=1.0, rng=rng)[1] == 77 for _ in range(400)]
     assert 0.4 < sum(right) / 400 < 0.6  # two carries, each right in 70 %
 
 
-def test_the_process_reward_counts_the_steps_before_the_first_mistake():
+SHARES = r"""
+52+38=90;-14=76;\boxed{76} | 3
+52+38(2+8=10)=90;-14=76;\boxed{76} | 3
+52+38=80;-14=76;\boxed{76} | 0
+52+38=90;-14=84;\boxed{84} | 1
+52+38=90;-14=76;\boxed{77} | 2
+\boxed{76} | 0
+ | 0
+"""
+
+
+@mark.parametrize("response, right", table(SHARES))
+def test_the_process_reward_counts_the_steps_before_the_first_mistake(response, right):
+    """Of two steps and the answer. Units are no step."""
     reward = load_reward(str(SHIPPED / "process.py:right_steps"))
     steps, answer = solve("52+38-14")
-    problem = {"steps": steps, "answer": answer}
-    for response, share in (
-        ("52+38=90;-14=76;\\boxed{76}", 1),
-        ("52+38(2+8=10)=90;-14=76;\\boxed{76}", 1),  # units are no step
-        ("52+38=80;-14=76;\\boxed{76}", 0),
-        ("52+38=90;-14=84;\\boxed{84}", 1 / 3),
-        ("52+38=90;-14=76;\\boxed{77}", 2 / 3),
-        ("\\boxed{76}", 0),
-        ("", 0),
-    ):
-        assert reward(problem, response) == pytest.approx(share), response
+    found = reward({"steps": steps, "answer": answer}, response)
+    assert found == approx(int(right) / 3)
 
 
 def test_splits_are_disjoint_whatever_the_seed():
