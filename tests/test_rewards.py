@@ -10,8 +10,9 @@ import time
 import types
 from pathlib import Path
 
-import pytest
 import torch
+from conftest import table
+from pytest import fixture, mark, raises
 
 import rewards
 from answers.equality import extract_answer
@@ -31,7 +32,7 @@ from rewards import (
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def grader():
     grader = Grader(workers=2)
     grader.compare(START)
@@ -45,51 +46,55 @@ def alive(grader):
     return {worker.process.pid for worker in workers if worker.process.poll() is None}
 
 
-EXTRACTED = [  # response, answer
-    (r"so \boxed{42}.", "42"),
-    (r"\boxed{1} no, \boxed{2}", "2"),  # the last box
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),  # nested braces
-    (r"\boxed{\left\{1,2\right\}}", r"\left\{1,2\right\}"),  # escaped braces do not count
-    (r"\boxed {7}", "7"),
-    (r"\boxed{1} then \boxed{2", None),  # the last box is unclosed: no credit for an earlier one
-    (r"\boxed{}", None),
-    (r"\boxed{ }", None),
-    (r"\boxed{...}", None),
-    ("the answer is 42", None),
-    (r"<think>\boxed{1}</think>\boxed{2}", "2"),
-    (r"<think>\boxed{1}</think> so it is 2", None),  # thoughts are no answer
-    (r"<think>\boxed{1}", None),  # never closed
-    (r"<think>a</think><think>\boxed{1}", None),
-    (r"\boxed{1}</think>\boxed{2}", "2"),  # opened by the template
-    (r"</think>\boxed{1}</think>\boxed{2}", "2"),  # the last close tag
-    (r"</think>\boxed{1}</think> so it is 2", None),
-    (r"\boxed{50}% \boxed{60}", None),
-    (r"\boxed{1}%\boxed{2}% or \boxed{3}", "3"),
-    (r"\boxed{50}%, no, \boxed{60}%", "60"),  # a comment to LaTeX, or the last box
-    ("", None),
-]
+EXTRACTED = r"""
+so \boxed{42}. | 42
+\boxed{1} no, \boxed{2} | 2
+\boxed{\frac{1}{\sqrt{2}}} | \frac{1}{\sqrt{2}}
+\boxed{\left\{1,2\right\}} | \left\{1,2\right\}
+\boxed {7} | 7
+\boxed{1} then \boxed{2 | None
+\boxed{} | None
+\boxed{ } | None
+\boxed{...} | None
+the answer is 42 | None
+<think>\boxed{1}</think>\boxed{2} | 2
+<think>\boxed{1}</think> so it is 2 | None
+<think>\boxed{1} | None
+<think>a</think><think>\boxed{1} | None
+\boxed{1}</think>\boxed{2} | 2
+</think>\boxed{1}</think>\boxed{2} | 2
+</think>\boxed{1}</think> so it is 2 | None
+\boxed{50}% \boxed{60} | None
+\boxed{1}%\boxed{2}% or \boxed{3} | 3
+\boxed{50}%, no, \boxed{60}% | 60
+ | None
+"""
 
 
-@pytest.mark.parametrize("text, answer", EXTRACTED)
+@mark.parametrize("text, answer", table(EXTRACTED))
 def test_the_answer_is_the_last_balanced_box(text, answer):
-    assert extract_answer(text) == answer
+    """Escaped braces do not count; an unclosed last box gives no credit for an earlier one;
+    thoughts are no answer, closed or not; % begins a comment to LaTeX, or ends the last box."""
+    assert str(extract_answer(text)) == answer
 
 
-def test_last_number_only_where_allowed_and_without_a_box():
-    assert extract_answer("3 apples, so 1,234.5.", allow_last_number=True) == "1,234.5"
-    assert extract_answer(r"\boxed{x} 5", allow_last_number=True) == "x"
-    assert extract_answer(r"\boxed{x 5", allow_last_number=True) is None
-    assert extract_answer("<think> 5", allow_last_number=True) is None
-    for text, number in (
-        ("so 10-5", "5"),
-        ("it is -5", "-5"),
-        ("x=-5", "-5"),
-        ("(2)-7", "7"),
-        ("no number", None),
-    ):
-        assert (
-            extract_answer(text, allow_last_number=True) == number
-        )  # a subtraction's sign is not the number's
+LAST_NUMBERS = r"""
+3 apples, so 1,234.5. | 1,234.5
+\boxed{x} 5 | x
+\boxed{x 5 | None
+<think> 5 | None
+so 10-5 | 5
+it is -5 | -5
+x=-5 | -5
+(2)-7 | 7
+no number | None
+"""
+
+
+@mark.parametrize("text, answer", table(LAST_NUMBERS))
+def test_last_number_only_where_allowed_and_without_a_box(text, answer):
+    """A subtraction's sign is not the number's. Where it is not allowed: see EXTRACTED."""
+    assert str(extract_answer(text, allow_last_number=True)) == answer
 
 
 MONSTERS = [
@@ -175,7 +180,7 @@ rewards.serve(rewards.Connection(int(sys.argv[1])), 60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGPROF])
+@mark.parametrize("number", [signal.SIGKILL, signal.SIGPROF])
 def test_what_kills_an_idle_child_decides_no_case(tmp_path, monkeypatch, number):
     """Its death was reported as a verdict, which the next case took for its own, and so on: 0.3 was
     graded as 0.5, right. While it judges, its death is an error of that case alone."""
@@ -188,29 +193,6 @@ def test_what_kills_an_idle_child_decides_no_case(tmp_path, monkeypatch, number)
         grader.idle[0].process.wait(2)
     cases = [("1/2", answer) for answer in ("0.3", "0.50", "fatal", "0.4", "5/10")]
     assert grader.compare(cases) == [WRONG, RIGHT, ERROR, WRONG, RIGHT]
-    grader.close()
-
-
-def test_only_right_and_wrong_are_remembered(tmp_path, monkeypatch):
-    """A worker that was slow or died says nothing about the case: ask again the next time."""
-    text = """
-import os, time
-from multiprocessing.connection import Connection
-pipe = Connection(int(sys.argv[1]))
-pipe.send_bytes(b"ready")
-while True:
-    gold, answer = pipe.recv()
-    if not os.path.exists(answer):
-        open(answer, "x")
-        time.sleep(1000 if gold == "hang" else 0)
-        os._exit(1)
-    pipe.send_bytes(b"right")
-"""
-    script(tmp_path, monkeypatch, text)
-    grader = Grader(workers=1, seconds=1 / rewards.WALL)
-    cases = [("hang", str(tmp_path / "a")), ("die", str(tmp_path / "b"))]
-    assert grader.compare(cases) == [TIMEOUT, ERROR]
-    assert grader.compare(cases) == [RIGHT, RIGHT]
     grader.close()
 
 
@@ -235,7 +217,8 @@ Connection(int(sys.argv[1])).send_bytes(str(hash("x")).encode())
 
 def test_while_one_worker_hangs_the_others_go_on(monkeypatch, tmp_path):
     """One hang costs its own limit, once. A worker that dies is an error. All others are graded, in
-    order, and both workers are replaced."""
+    order, and both workers are replaced. Only right and wrong are remembered: a worker that was
+    slow or died says nothing about the case, which is asked again the next time."""
     text = """
 import os, time
 from multiprocessing.connection import Connection
@@ -243,9 +226,9 @@ pipe = Connection(int(sys.argv[1]))
 pipe.send_bytes(b"ready")
 while True:
     gold, answer = pipe.recv()
-    if answer == "hang":
-        time.sleep(1000)
-    if answer == "die":
+    if gold in ("hang", "die") and not os.path.exists(answer):
+        open(answer, "x")
+        time.sleep(1000 if gold == "hang" else 0)
         os._exit(1)
     pipe.send_bytes(b"right")
 """
@@ -254,11 +237,12 @@ while True:
     grader.compare([("a", "x"), ("a", "y")])  # started
     workers = alive(grader)
     many = [("a", f"b{i}") for i in range(50)]
+    hang, die = [("hang", str(tmp_path / "hang"))], [("die", str(tmp_path / "die"))]
     start = time.monotonic()
-    verdicts = grader.compare([("a", "hang"), *many, ("a", "die"), *many])
+    verdicts = grader.compare(hang + many + die + many)
     assert verdicts == [TIMEOUT] + [RIGHT] * 50 + [ERROR] + [RIGHT] * 50
     assert 2 <= time.monotonic() - start < 3.5
-    assert grader.compare([("a", "c"), ("a", "d")]) == [RIGHT] * 2
+    assert grader.compare(hang + die) == [RIGHT] * 2
     assert len(alive(grader)) == 2 and not alive(grader) & workers
     grader.close()
 
@@ -271,7 +255,7 @@ def test_a_killed_worker_takes_its_child_along():
     time.sleep(0.5)
     assert os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOHANG) is None
     worker.kill()
-    with pytest.raises(ProcessLookupError):
+    with raises(ProcessLookupError):
         for _ in range(100):  # until init has reaped the child
             os.killpg(worker.process.pid, 0)
             time.sleep(0.1)
@@ -302,7 +286,7 @@ def test_a_worker_that_dies_while_idle_costs_no_verdict(grader):
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
     script(tmp_path, monkeypatch, "raise SystemExit('no math-verify')")
-    with pytest.raises(RuntimeError, match="do not start"):
+    with raises(RuntimeError, match="do not start"):
         Grader(workers=1).compare([("1/2", "0.5")])
 
 
@@ -327,18 +311,8 @@ def test_steps_are_recognised_before_the_box():
 def test_user_reward(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def short(problem, response):\n    return float(len(response) < 5)\n")
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit(3)")
     assert load_reward(f"{path}:short")({"problem": "p"}, "four") == 1.0
     assert load_reward("math") is None
-    for name, message in (
-        (f"{path}:long", "no function long"),
-        (f"{tmp_path}/none.py:f", "No such file"),
-        (f"{broken}:f", "importing .* failed"),
-        ("maths", "expected math"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_reward(name)
 
 
 MODULE = """
@@ -407,8 +381,12 @@ def test_a_reward_of_lists_is_known_by_the_names_of_its_parameters():
     record = {"id": "p", "problem": "1+1", "answer": "2", "source": "s"}
     assert calls == [[record, record]]
     assert rewards.outcomes(single, problem, ["a", "bb"], 60) == [1.0, 2.0]
-    with pytest.raises(ValueError, match="1 numbers for 2 responses"):
+    with raises(ValueError, match="1 numbers for 2 responses"):
         rewards.outcomes(short, problem, ["a", "bb"], 60)
+
+
+def outcomes(reward, seconds, responses="a"):
+    return rewards.outcomes(reward, Problem("p7", "1", "1"), list(responses), seconds)
 
 
 def stubborn(problem, response):
@@ -445,15 +423,15 @@ def alarmed(problem, response):
     return 1.0
 
 
-@pytest.mark.parametrize("reward", [stubborn, busy, deaf, indignant, alarmed])
+@mark.parametrize("reward", [stubborn, busy, deaf, indignant, alarmed])
 def test_a_reward_that_takes_too_long_is_stopped(reward):
     """Whatever it makes of that: one that caught TooLate was given its number. And its clock does
     not ring later."""
     before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
-    with pytest.raises(rewards.TooLate):
-        rewards.outcomes(reward, Problem("p", "1", "1"), ["a", "b"], 0.2)
+    with raises(rewards.TooLate):
+        outcomes(reward, 0.2, "ab")
     assert 0.2 <= time.monotonic() - start < 5
-    assert rewards.outcomes(lambda problem, response: 3, Problem("p", "1", "1"), ["a"], 0.2) == [3]
+    assert outcomes(lambda problem, response: 3, 0.2) == [3]
     time.sleep(0.3)
     assert signal.getsignal(signal.SIGALRM) == before
 
@@ -470,7 +448,7 @@ def test_an_alarm_after_the_return_does_not_ring_later(monkeypatch):
 
     monkeypatch.setattr(signal, "setitimer", setitimer)
     with contextlib.suppress(rewards.TooLate):
-        rewards.outcomes(lambda problem, response: 1, Problem("p", "1", "1"), ["a"], 60)
+        outcomes(lambda problem, response: 1, 60)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) == before
 
@@ -485,21 +463,24 @@ def test_a_reward_that_cannot_be_stopped_ends_the_run(monkeypatch, capsys):
             with contextlib.suppress(BaseException):
                 time.sleep(1)
 
-    with pytest.raises(rewards.TooLate):
-        rewards.outcomes(endless, Problem("p7", "1", "1"), ["a"], 0.05)
+    with raises(rewards.TooLate):
+        outcomes(endless, 0.05)
     assert left == [1]
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert "problem p7" in line and "does not end" in line
 
 
+CASES = r"""
+{"gold": "1/2", "prediction": "0.5", "equivalent": true, "kind": "answer"}
+{"gold": "1/2", "prediction": "so \\boxed{0.5}", "equivalent": true}
+{"gold": "1/2", "prediction": "so 0.5", "equivalent": true}
+{"gold": "3", "prediction": "3", "equivalent": false, "kind": "answer"}
+"""
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
-    cases = [
-        {"gold": "1/2", "prediction": "0.5", "equivalent": True, "kind": "answer"},
-        {"gold": "1/2", "prediction": r"so \boxed{0.5}", "equivalent": True},
-        {"gold": "1/2", "prediction": "so 0.5", "equivalent": True},  # no box: false wrong
-        {"gold": "3", "prediction": "3", "equivalent": False, "kind": "answer"},  # mislabelled
-    ]
-    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    """The third has no box: a false wrong. The last is mislabelled."""
+    (tmp_path / "cases.jsonl").write_text(CASES.lstrip())
     monkeypatch.setattr("sys.argv", ["rewards.py", str(tmp_path / "cases.jsonl")])
     rewards.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
