@@ -2,7 +2,6 @@
 makes them again."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from experiments.problems import generate
 from model import Transformer
 from parts.policy import SHIPPED, Policy, Sampling, attempt, requests
 from rewards import RIGHT, WRONG, Grader, writes_steps
-from tools import report
 
 TINY = SHIPPED / "tiny"
 TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))
@@ -84,32 +82,6 @@ def test_demonstrations_are_right_or_fall_into_a_trap():
         assert all(text.count("=") >= len(p.other["steps"]) for p, text in batch)
         shares.append(verdicts.count(RIGHT) / 400)
     assert shares[0] > 0.7 and 0.25 < shares[2] < 0.45
-
-
-def test_report_draws_several_runs_with_gaps(tmp_path):
-    """A skipped update has nulls; a run without evaluation has no eval.jsonl."""
-    keys = (
-        "accuracy reward_mean outcome_mean length_reward_mean writes_steps_share truncated_share "
-        "length_mean entropy clip_low_share clip_high_share kl_old grad_norm logprob_gap_max "
-        "tokens_per_second lr groups_kept groups_all_right groups_all_wrong groups_stale"
-    )
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-    for name in ("a", "b"):
-        rows = []
-        for u in range(1, 9):
-            value = None if u == 3 else 0.1 * u
-            rows.append(dict.fromkeys(keys.split(), value) | {"update": u, "level": 1 + u // 5})
-            for key in ("kept", "all_right", "all_wrong", "stale"):
-                rows[-1][f"groups_{key}"] = 2
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    row = {"update": 0, "level": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    (tmp_path / "a/eval.jsonl").write_text(json.dumps(row))
-    picture = report.draw([tmp_path / "a", tmp_path / "b"])
-    assert picture == tmp_path / "a/report.png"
-    assert picture.stat().st_size > 20_000
-    with pytest.raises(ValueError, match="c: no metrics.jsonl"):
-        report.draw([tmp_path / "c"])
 
 
 def test_the_warm_start_keeps_its_schedule():

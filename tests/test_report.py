@@ -1,15 +1,18 @@
 """The page of a run: what it judges, what it holds, and that no completion can break it."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from types import SimpleNamespace
 
-import pytest
 import torch
+from conftest import column, table, write_lines
+from pytest import mark, raises, skip
+from test_train import group
 
-from eprli import Buffer, Group, group_advantage
+from eprli import Buffer, group_advantage
 from infra.update import Update
 from parts.policy import Policy
 from rollout import Completion
@@ -59,19 +62,20 @@ def test_weights_move_only_where_a_gradient_is():
     assert moved(metrics(2, grad_norm=[None, 0.0]))[0] == "no"
 
 
-@pytest.mark.parametrize(
-    "shares, answer",
-    [
-        ((0.3, 0.41), "yes"),
-        ((0.3, 0.2, 0.41), "yes"),  # from the first to the last, whatever is between
-        ((0.3, 0.39), "not beyond its interval"),  # a rise that chance may explain
-        ((0.3, 0.21), "not beyond its interval"),
-        ((0.3, 0.19), "no, it fell"),
-        ((0.3,), "not known"),
-    ],
-)
+RISES = """
+0.3 0.41 | yes
+0.3 0.2 0.41 | yes
+0.3 0.39 | not beyond its interval
+0.3 0.21 | not beyond its interval
+0.3 0.19 | no, it fell
+0.3 | not known
+"""
+
+
+@mark.parametrize("shares, answer", table(RISES))
 def test_accuracy_rises_if_it_leaves_its_interval(shares, answer):
-    assert rose(evaluated(*shares))[0] == answer
+    """From the first to the last, whatever is between. Chance may explain a small rise."""
+    assert rose(evaluated(*map(float, shares.split())))[0] == answer
 
 
 def test_the_reason_of_a_rise_gives_both_intervals():
@@ -86,25 +90,26 @@ def test_what_is_forgotten_was_better_in_between():
     assert "best 60.0%" in forgotten(evaluated(0.3, 0.6, 0.3))[1]
 
 
-@pytest.mark.parametrize(
-    "kept, broken, late, right, wrong, answer",
-    [
-        ([8, 8], [0, 0], [0, 0], 0, 6, "no"),  # most are wrong, but the buffer was filled
-        ([8, 0], [0, 0], [0, 0], 0, 6, "yes, it is too hard"),
-        ([8, 0], [0, 0], [0, 0], 6, 1, "yes, it is too easy"),
-        ([8, 0], [0, 0], [0, 0], 1, 1, "yes, too few groups are drawn"),
-        ([8, 0], [0, 8], [0, 0], 0, 6, "no"),  # given up because of a bad number, not starved
-        ([8, 0], [0, 8], [0, 8], 1, 1, "yes, too few groups are drawn"),  # all rewards were late
-    ],
-)
-def test_a_level_is_starved_if_its_buffer_was_not_filled(kept, broken, late, right, wrong, answer):
-    counts = {"groups_all_right": right, "groups_all_wrong": wrong, "reward_timeouts": late}
-    rows = metrics(2, groups_kept=kept, groups_broken=broken, **counts)
-    assert starved(rows)[0] == answer
-    assert (
-        f"of 16 groups drawn {2 * right} were all right and {2 * wrong} all wrong"
-        in starved(rows)[1]
-    )
+# Of the second update: groups kept, broken, late. Of both: all right, all wrong.
+STARVED = """
+8 0 0 0 6 | no
+0 0 0 0 6 | yes, it is too hard
+0 0 0 6 1 | yes, it is too easy
+0 0 0 1 1 | yes, too few groups are drawn
+0 8 0 0 6 | no
+0 8 8 1 1 | yes, too few groups are drawn
+"""
+
+
+@mark.parametrize("counts, answer", table(STARVED))
+def test_a_level_is_starved_if_its_buffer_was_not_filled(counts, answer):
+    """Not if most are wrong and it was filled, nor if an update was given up because of a bad
+    number; but if all rewards were late."""
+    kept, broken, late, right, wrong = map(int, counts.split())
+    flat = {"groups_all_right": right, "groups_all_wrong": wrong, "reward_timeouts": [0, late]}
+    found = starved(metrics(2, groups_kept=[8, kept], groups_broken=[0, broken], **flat))
+    said = f"of 16 groups drawn {2 * right} were all right and {2 * wrong} all wrong"
+    assert found[0] == answer and said in found[1]
 
 
 def test_every_level_is_judged_by_its_own_rows():
@@ -139,10 +144,7 @@ def drawn(*outcomes):
     groups, prompts, attempts = [], [], []
     for number, outcome in enumerate(outcomes):
         done = [Completion([i, number], [-1e-9, -0.12345], True) for i in range(len(outcome))]
-        outcome = torch.tensor(outcome, dtype=torch.float64)
-        group = {"prompt": [1], "completions": done, "outcome": outcome}
-        group |= {"length_reward": 0 * outcome, "advantage": group_advantage(outcome)}
-        groups.append(Group(**group, sampled_after=0))
+        groups.append(group([1], done, outcome))
         problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
         prompts.append(SimpleNamespace(problem=problem))
         facts = {"verdict": "right", "length": 2, "text": "x"}
@@ -152,7 +154,7 @@ def drawn(*outcomes):
     return update
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "keep, expected",
     [(0, [2, 0, 1, 3]), (9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])],
 )
@@ -162,20 +164,20 @@ def test_whole_groups_are_written_and_one_shows_its_tokens(keep, expected):
     update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
     cfg = SimpleNamespace(keep_completions=keep, adv_std="group")
     rows = update.rows_to_write(cfg, Pieces())
-    assert [row["group"] for row in rows] == [number for number in expected for _ in range(3)]
-    assert [row["sample"] for row in rows] == [0, 1, 2] * len(expected)
-    assert [row["problem_id"] for row in rows[:3]] == ["p2"] * 3
+    assert column(rows, "group") == [number for number in expected for _ in range(3)]
+    assert column(rows, "sample") == [0, 1, 2] * len(expected)
+    assert column(rows[:3], "problem_id") == ["p2"] * 3
     assert ["pieces" in row for row in rows] == [True] * 3 + [False] * (len(rows) - 3)
     assert rows[1]["pieces"] == ["<1>", "<2>"]
     assert json.dumps(rows[1]["logprobs"]) == "[0.0, -0.123]"
     expected = group_advantage(torch.tensor([0, 1, 0.5]).double()).tolist()
-    assert [row["advantage"] for row in rows[:3]] == expected
+    assert column(rows[:3], "advantage") == expected
     assert len(update.rows) == 12  # the statistics are of all
 
 
 def test_where_no_group_teaches_the_first_shows_its_tokens():
     cfg = SimpleNamespace(keep_completions=1, adv_std="group")
-    assert [row["group"] for row in drawn([0, 0], [1, 1]).rows_to_write(cfg, Pieces())] == [0, 0]
+    assert column(drawn([0, 0], [1, 1]).rows_to_write(cfg, Pieces()), "group") == [0, 0]
     assert drawn().rows_to_write(cfg, Pieces()) == []
 
 
@@ -189,42 +191,34 @@ def test_pieces_of_tokens_spell_the_text(tokenizer):
 # --------------------------------------------------------------------------------------- the page
 
 
+CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": null, "dtype": "float32",
+"torch": "2", "device": "cpu", "seed": 0, "levels": [{"quality": 1.0, "buffer_groups": 4,
+"group_size": 2, "max_new_tokens": 9, "updates": 9, "tokens": null, "length_weight": 0,
+"reward": "HERE/r.py:f"}]}"""
+ROW = """{"level": 1, "problem_id": "p", "verdict": "right", "outcome": 1.0, "length_reward": 0.0,
+"tokens": 2, "stopped": true, "advantage": null}"""
+
+
 def make_run(
     folder, num_updates, group_size=2, text="1+1=2", num_groups=4, pieces=("1", "="), problem=None
 ):
     """A run directory, with a hand-made log."""
-    folder.mkdir()
-    level = {"quality": 1.0, "buffer_groups": 4, "group_size": group_size, "max_new_tokens": 9}
-    level |= {"updates": num_updates, "tokens": None, "length_weight": 0}
-    level["reward"] = str(report.Path.cwd() / "r.py:f")
-    config = {"model": str(report.Path.cwd() / "assets/tiny"), "data": "d", "eval_data": None}
-    config["system"] = text
-    config |= {"levels": [level], "dtype": "float32", "torch": "2", "device": "cpu", "seed": 0}
-    (folder / "config.json").write_text(json.dumps(config))
-    write(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
-    write(folder / "eval.jsonl", evaluated(0.3, 0.6))
+    here = json.dumps(str(report.Path.cwd()))[1:-1]
+    write_lines(
+        folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"system": text}]
+    )
+    write_lines(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
+    write_lines(folder / "eval.jsonl", evaluated(0.3, 0.6))
     rows = []
-    for update in range(1, num_updates + 1):
-        for group in range(num_groups):
-            for sample in range(group_size):
-                row = {"update": update, "level": 1, "problem_id": "p", "problem": problem or text}
-                row |= {
-                    "answer": problem or text,
-                    "sample": sample,
-                    "verdict": "right",
-                    "outcome": 1.0,
-                }
-                row |= {"length_reward": 0.0, "tokens": 2, "stopped": True, "text": text}
-                row |= {"group": group, "advantage": None}
-                if group == 0:
-                    row |= {"pieces": list(pieces), "logprobs": [-0.123] * len(pieces)}
-                rows.append(row)
-    write(folder / "completions.jsonl", rows)
+    counts = range(1, num_updates + 1), range(num_groups), range(group_size)
+    for update, number, sample in itertools.product(*counts):
+        row = json.loads(ROW) | {"update": update, "group": number, "sample": sample, "text": text}
+        row |= dict.fromkeys(("problem", "answer"), problem or text)
+        if number == 0:
+            row |= {"pieces": list(pieces), "logprobs": [-0.123] * len(pieces)}
+        rows.append(row)
+    write_lines(folder / "completions.jsonl", rows)
     return folder
-
-
-def write(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 def content(page):
@@ -266,7 +260,7 @@ def test_completions_of_nothing_but_escapes_are_bounded_too(tmp_path):
     assert rows and len(rows) % 16 == 0 and rows[0]["update"] == 1
 
 
-@pytest.mark.parametrize("length", [0, 1, 2999, 3000, 3001, 3002])
+@mark.parametrize("length", [0, 1, 2999, 3000, 3001, 3002])
 def test_nothing_is_cut_without_a_count(length):
     text = "".join(chr(97 + i % 26) for i in range(length))
     head, left_out, tail = report.shorten({"text": text})["text"]
@@ -306,49 +300,64 @@ def test_the_page_loses_no_text(tmp_path, monkeypatch):
         assert found["config"]["system"] == text
 
 
-def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, capsys):
+def test_several_runs_with_gaps_are_drawn(tmp_path):
+    """A skipped update has nulls; a run without evaluation has no eval.jsonl."""
+    a, b = (make_run(tmp_path / name, 8) for name in "ab")
+    (b / "eval.jsonl").unlink()
+    rows = metrics(8, level=[1] * 4 + [2] * 4)
+    rows[2] = dict.fromkeys(rows[2]) | {"update": 3, "level": 1}
+    write_lines(a / "metrics.jsonl", rows)
+    picture = report.draw([a, b])
+    assert picture == a / "report.png" and picture.stat().st_size > 20_000
+    (b / "metrics.jsonl").unlink()
+    with raises(ValueError, match="b: no metrics.jsonl"):
+        report.draw([b])
+
+
+def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, printed):
     """One looks at a run that was killed. A line may end within a letter."""
     folder = make_run(tmp_path / "run", 3)
     report.read_completions(folder / "completions.jsonl", 3)
-    assert not capsys.readouterr().out
-    for name in ("metrics", "eval", "completions"):
-        with open(folder / f"{name}.jsonl", "ab") as file:
+    assert not printed()
+    names = [f"{name}.jsonl" for name in ("metrics", "eval", "completions")]
+    for name in names:
+        with open(folder / name, "ab") as file:
             file.write('{"text": "\u00e9'.encode()[:-1])
     report.draw([folder])
     rows = content(report.write_page([folder]).read_text())["rows"]
     assert max(row["update"] for row in rows) == 3
-    said = capsys.readouterr().out
-    assert all(f"{name}.jsonl: its last line is torn" in said for name in ("metrics", "eval"))
-    assert "completions.jsonl: its last line is torn" in said
+    said = printed()
+    assert all(f"{name}: its last line is torn" in said for name in names)
     (folder / "eval.jsonl").write_text("{oops\n")
-    with pytest.raises(ValueError, match="eval.jsonl: cannot be read"):
+    with raises(ValueError, match="eval.jsonl: cannot be read"):
         report.draw([folder])
 
 
 def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_path):
     rows = [{"update": 1, "group": group} for group in range(6)]
     rows[4] |= {"text": "12", "pieces": ["1", "2"]}
-    write(tmp_path / "c.jsonl", rows)
+    write_lines(tmp_path / "c.jsonl", rows)
     found = report.read_completions(tmp_path / "c.jsonl", 1)
-    assert [row["group"] for row in found] == [0, 1, 2, 4]
+    assert column(found, "group") == [0, 1, 2, 4]
 
 
-def test_completions_do_not_command_the_terminal(capsys):
-    group = SimpleNamespace(late=False, outcome=torch.zeros(1), length_reward=torch.zeros(1))
+def test_completions_do_not_command_the_terminal(printed):
     problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
     done = SimpleNamespace(stopped=True)
     attempt = SimpleNamespace(completion=done, verdict="wrong", length=1, text="3\x1b[31m\u202e")
-    Update(1, LEVEL_STATE, 0.1, 1).drew([SimpleNamespace(problem=problem)], [[attempt]], [group])
-    said = capsys.readouterr().out
+    Update(1, LEVEL_STATE, 0.1, 1).drew(
+        [SimpleNamespace(problem=problem)], [[attempt]], [group([1], [done], [0])]
+    )
+    said = printed()
     assert said.strip().isprintable() and "3\\x1b[31m\\u202e" in said
 
 
-@pytest.mark.parametrize("text", ["1+1=2", HOSTILE])
+@mark.parametrize("text", ["1+1=2", HOSTILE])
 def test_a_browser_draws_the_page(tmp_path, text):
     """In headless Chromium: every part is filled, and text of completions stays text."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
-        pytest.skip("no chromium here")
+        skip("no chromium here")
     first = make_run(tmp_path / "run", 6, text=text, pieces=[text])
     page = report.write_page([first, make_run(tmp_path / "other", 9)])
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
