@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pytest
+from conftest import read, table
+from pytest import approx, fixture, mark, raises
 
 BENCH = Path(__file__).parents[1] / "bench"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -32,11 +33,11 @@ from parts.files import write_records  # noqa: E402
 def test_only_a_peer_may_fail_in_a_comparison(capsys):
     assert compare.last_line("peer_none.py", sys.executable) is None
     assert "peer_none.py : exit 2" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="none.py --slots 3: exit 2"):
+    with raises(SystemExit, match="none.py --slots 3: exit 2"):
         compare.last_line("none.py --slots 3", sys.executable)
 
 
-def test_the_table_of_a_comparison(monkeypatch, capsys, tmp_path):
+def test_the_table_of_a_comparison(monkeypatch, printed, tmp_path):
     """Sides in turns, medians, ours by the better of two peers. A peer that fails is left out."""
     speeds = {"generate": [500, 200, 300], "generate_batch": [None, 200, 100]}
     speeds |= {"ours": [100, 1200, 600]}
@@ -50,21 +51,21 @@ def test_the_table_of_a_comparison(monkeypatch, capsys, tmp_path):
     command = f"compare.py --sizes 2m --dtypes float32 --what equal --log {log}"
     monkeypatch.setattr(sys, "argv", command.split())
     compare.main()
-    row = capsys.readouterr().out.splitlines()[-1]
+    row = printed().splitlines()[-1]
     medians = "{'ours': 600, 'generate': 300, 'generate_batch': 150.0}"
     assert row.startswith(f"| 2m float32 | equal | {medians} |") and row.endswith("| 2.00 x |")
     assert len(log.read_text().splitlines()) == 8
 
 
-@pytest.mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
+@mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
 def test_the_script_for_a_gpu_without_one(tmp_path):
     """A flag that was renamed or a key that is gone would cost time on a card."""
     settings = {"SIZE": "2m", "NEW": "24", "DEVICE": "cpu", "DTYPE": "float32"}
     settings |= {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = ["bash", BENCH / "gpu.sh", sys.executable]
     subprocess.run(command, check=True, env=os.environ | settings)
-    rollout = json.loads((tmp_path / "rollout.json").read_text())
-    step = json.loads((tmp_path / "step.json").read_text())
+    rollout = read(tmp_path / "rollout.json")
+    step = read(tmp_path / "step.json")
     lines = (tmp_path / "workload.jsonl").read_text().splitlines()
     lengths = [n for line in lines for n in json.loads(line)["new_tokens"]]
     assert rollout["tokens"] == sum(lengths) and max(lengths) == 24 and len(lengths) == 256
@@ -76,19 +77,33 @@ def test_the_script_for_a_gpu_without_one(tmp_path):
 # ------------------------------------------------------------------------------------- experiments
 
 
-@pytest.mark.parametrize(
-    "response, found",
-    [
-        ("52+38=90;-14=76;+6=82", [("carry", 1), ("borrow", 1), ("sign", 1), ("carry", 1)]),
-        ("52+38(2+8=10)=80;-14=66", [("carry", 0), ("borrow", 1)]),
-        ("52+38=90;-14=86;-6=80", [("carry", 1), ("borrow", 0), ("sign", 0), ("plain", 1)]),
-        ("52+38=91;-41=50;+6=56", [("carry", 0)]),  # it leaves the chain
-        ("", []),
-    ],
-)
+STEPS = """
+52+38=90;-14=76;+6=82 | carry 1 borrow 1 sign 1 carry 1
+52+38(2+8=10)=80;-14=66 | carry 0 borrow 1
+52+38=90;-14=86;-6=80 | carry 1 borrow 0 sign 0 plain 1
+52+38=91;-41=50;+6=56 | carry 0
+ |
+"""
+
+
+@mark.parametrize("response, found", table(STEPS))
 def test_a_step_is_judged_by_what_stands_before_it(response, found):
-    """A mistake counts once, not in all the steps that carry it on."""
-    assert kinds.decisions("52+38-(14-6)", response) == found
+    """A mistake counts once, not in all the steps that carry it on. A step may leave the chain."""
+    pairs = kinds.decisions("52+38-(14-6)", response)
+    assert " ".join(f"{kind} {right:d}" for kind, right in pairs) == found
+
+
+UPDATES = """{"groups_drawn": [10, 20], "groups_kept": [5, 5], "entropy": [0.2, null, 0.1],
+"groups_all_right": [3, 3], "groups_all_wrong": [0, 3], "carried_share": [0, 0.5],
+"reward_variance_within": [0.2, 0.1, null], "reward_variance_between": [0.1, null, 0.0]}"""
+
+
+@fixture
+def results(monkeypatch, tmp_path):
+    """The folder of results: an empty one."""
+    for module in (tables, runner):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
 
 
 def result(final, tokens=(0, 200_000, 500_000)):
@@ -99,10 +114,7 @@ def result(final, tokens=(0, 200_000, 500_000)):
             accuracy = final * share if level == 2 else 0.8 - 0.1 * share
             row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
             rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
-    updates = {"groups_drawn": [10, 20], "groups_kept": [5, 5], "entropy": [0.2, None, 0.1]}
-    updates |= {"groups_all_right": [3, 3], "groups_all_wrong": [0, 3], "carried_share": [0, 0.5]}
-    updates |= {"reward_variance_within": [0.2, 0.1, None]}
-    updates |= {"reward_variance_between": [0.1, None, 0.0]}
+    updates = json.loads(UPDATES)
     return {"evaluations": rows, "pass@16": 0.9, "updates": updates, "budget": 400_000}
 
 
@@ -110,14 +122,14 @@ def test_measures_are_taken_at_the_budget_not_at_the_end():
     """An arm that overshoots its budget must gain nothing by it."""
     found = tables.measure(result(0.9))
     level_2 = 45 + 45 * 2 / 3  # two thirds of the way from 200 to 500 thousand
-    assert found["level 2"] == pytest.approx(level_2)
-    assert found["level 1"] == pytest.approx(75 - 5 * 2 / 3)
-    assert found["accuracy"] == pytest.approx((3 * level_2 + found["level 1"]) / 4)
-    assert found["to 50 %"] == pytest.approx(200 + 300 * 5 / 45, abs=4)
-    assert found["forgotten"] == pytest.approx(80 - found["level 1"])
+    assert found["level 2"] == approx(level_2)
+    assert found["level 1"] == approx(75 - 5 * 2 / 3)
+    assert found["accuracy"] == approx((3 * level_2 + found["level 1"]) / 4)
+    assert found["to 50 %"] == approx(200 + 300 * 5 / 45, abs=4)
+    assert found["forgotten"] == approx(80 - found["level 1"])
     assert found["pass@16"] == 90 and found["drawn"] == 3
     assert found["all right"] == 20 and found["all wrong"] == 10 and found["carried"] == 25
-    assert [found[x] for x in ("entropy", "within", "between")] == pytest.approx([0.15, 0.15, 0.05])
+    assert [found[x] for x in ("entropy", "within", "between")] == approx([0.15, 0.15, 0.05])
 
 
 def test_differences_are_paired_by_seed():
@@ -125,7 +137,7 @@ def test_differences_are_paired_by_seed():
     a = {seed: {"accuracy": 10.0 * seed} for seed in range(5)}
     b = {seed: {"accuracy": 10.0 * seed + 1 + 0.1 * (-1) ** seed} for seed in range(6)}
     mean, half = tables.difference(b, a)
-    assert mean == pytest.approx(1.02) and 0 < half < 0.2
+    assert mean == approx(1.02) and 0 < half < 0.2
 
 
 def test_arms_are_compared_with_the_first_of_their_base():
@@ -162,7 +174,7 @@ def test_every_arm_is_a_command_that_train_reads():
             assert sum(level.tokens for level in resolve_levels(cfg, measured=True)) == budget
 
 
-def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, tmp_path):
+def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, results):
     """Two threads must not write into one line. An arm that is the same command as another one is
     not run again; the line that a kill has torn must not be joined to the next one."""
     made = []
@@ -171,8 +183,6 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, tmp_pat
         made.append(command)
         return {"arm": arm, "seed": seed, "command": command, "pad": "x" * 100_000}
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(runner, "RESULTS", tmp_path)
     monkeypatch.setattr(runner, "train", train)
     tasks = runner.missing("weight", None, range(30, 34))
     assert len(tasks) == 12
@@ -185,9 +195,9 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, tmp_pat
     runner.one_run("base", "its twin", *tasks[0][2:])
     (run,) = tables.read_runs("base")
     assert run["arm"] == "its twin" and len(made) == 12
-    path = tmp_path / "base.jsonl"
+    path = results / "base.jsonl"
     path.write_text(path.read_text()[:-1])
-    with pytest.raises(SystemExit, match="base.jsonl: a kill has torn its last line"):
+    with raises(SystemExit, match="base.jsonl: a kill has torn its last line"):
         runner.missing("base", None, [10])
 
 
@@ -196,9 +206,8 @@ def write_result(name, arm, seed, final):
     write_records(tables.RESULTS / f"{name}.jsonl", [line], "a")
 
 
-def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch, tmp_path):
+def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(results):
     """The best single run must not decide, nor a mean over two seeds."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     finals = {3e-4: (0.5, 0.5, 0.5), 5e-4: (0.9, 0.2, 0.2), 8e-4: (0.6, 0.4, 0.6)}
     for lr, by_seed in finals.items():
         for seed, final in enumerate(by_seed):
@@ -207,17 +216,16 @@ def test_the_rate_of_an_arm_is_the_best_by_its_mean_over_three_seeds(monkeypatch
     for other in ("lost at level 2: EPRLI", "EPRLI, K = 0.3", "kimi 0.6"):
         assert tables.best_rate(other) == 8e-4
     for other in ("good at level 1: L = 1", "L = 1, 2x"):
-        with pytest.raises(SystemExit, match="L = 1: first choose its rate"):
+        with raises(SystemExit, match="L = 1: first choose its rate"):
             tables.best_rate(other)
-    path = tmp_path / "rates.jsonl"
+    path = results / "rates.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match="EPRLI: first choose its rate"):
+    with raises(SystemExit, match="EPRLI: first choose its rate"):
         tables.best_rate("EPRLI")
 
 
-def test_one_policy_per_level_is_judged_on_its_own_level(monkeypatch, tmp_path):
+def test_one_policy_per_level_is_judged_on_its_own_level(results):
     """On the other's level it would lose what it was never taught."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     measured = {}
     for arm, final in (("easy alone", 0.3), ("hard alone", 0.9)):
         write_result("sharing", arm, 10, final)
@@ -225,13 +233,12 @@ def test_one_policy_per_level_is_judged_on_its_own_level(monkeypatch, tmp_path):
     (joined,) = tables.one_per_level(measured).values()
     assert not tables.one_per_level({"easy alone": measured["easy alone"]})  # the other is to come
     level_1, level_2 = 80 - 5 - 5 * 2 / 3, 45 + 45 * 2 / 3
-    assert joined["accuracy"] == pytest.approx((level_1 + 3 * level_2) / 4)
+    assert joined["accuracy"] == approx((level_1 + 3 * level_2) / 4)
 
 
-def test_fresh_seeds_are_checked_and_not_reported(monkeypatch, tmp_path, capsys):
+def test_fresh_seeds_are_checked_and_not_reported(results, printed):
     """A check that entered the report would agree with itself. The interval is by hand: the 97.5 %
     point of t with 3 degrees of freedom is 3.182."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, final in ((10, 0.8), (11, 0.82), (12, 0.84), (13, 0.86), (20, 0.98), (21, 0.98)):
         write_result("levels", "EPRLI", seed, final)
     assert list(tables.measures("levels", "EPRLI")) == [10, 11, 12, 13]
@@ -239,7 +246,7 @@ def test_fresh_seeds_are_checked_and_not_reported(monkeypatch, tmp_path, capsys)
     half = 3.182 * np.std(reported, ddof=1) * (1 / 4 + 1 / 2) ** 0.5
     tables.agreement("levels")
     low, high = np.mean(reported) - half, np.mean(reported) + half
-    line = capsys.readouterr().out
+    line = printed()
     assert f"2 fresh seeds, expected {low:.1f} to {high:.1f}: OUTSIDE" in line
 
 

@@ -3,10 +3,11 @@
 import copy
 import json
 
-import pytest
 import torch
-from conftest import random_model, small_config
+from conftest import random_model, read, small_config, table
+from pytest import mark, raises, skip
 from safetensors.torch import load_file, save_file
+from test_plan import peak
 from transformers import AutoModelForCausalLM
 
 import model as model_module
@@ -21,53 +22,27 @@ from model import (
 )
 from parts import kernels
 
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "rope_theta": 500.0,
-}
-SHAPES = {
-    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
-    "llama, linear": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
-    ),
-    "llama": ("llama", {}),
-    "llama tied, biases everywhere": (
-        "llama",
-        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    ),
-    "llama, head_dim not hidden / heads": ("llama", {"head_dim": 20}),
-    "llama, multi-head": ("llama", {"num_key_value_heads": 6}),
-    "llama, llama3 scaling": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-                "rope_theta": 500.0,
-            }
-        },
-    ),
-    "qwen2": ("qwen2", {}),
-    "qwen2 tied, one kv head": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3 tied, biases": (
-        "qwen3",
-        {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 12},
-    ),
-}
+YARN = """{"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": %s,
+"original_max_position_embeddings": 64}}"""
+LLAMA3 = """{"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0,
+"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}"""
+SHAPES = """
+llama | {}
+llama | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
+llama | {"tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true}
+llama | {"head_dim": 20}
+llama | {"num_key_value_heads": 6}
+qwen2 | {}
+qwen2 | {"tie_word_embeddings": true, "num_key_value_heads": 1}
+qwen3 | {"head_dim": 16}
+qwen3 | {"tie_word_embeddings": true, "attention_bias": true, "head_dim": 12}
+"""
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_transformers_both_ways(name, tmp_path):
+@mark.parametrize("family, changes", [*table(SHAPES), ("qwen2", YARN % 4.0), ("llama", LLAMA3)])
+def test_logits_equal_transformers_both_ways(family, changes, tmp_path):
     """A missing bias, a wrong rotary frequency, a misplaced norm: each moves the logits."""
-    family, changes = SHAPES[name]
-    ours = random_model(family, **changes)
+    ours = random_model(family, **json.loads(changes))
     ours.save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (3, 50))
     # Relative to the largest logit; transformers computes its norms in float32.
@@ -82,11 +57,11 @@ def test_logits_equal_transformers_both_ways(name, tmp_path):
                 assert error.abs().max() < close * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["type", "rope_type"])
+@mark.parametrize("kind", ["type", "rope_type"])
 def test_old_spellings_of_rotary_settings(kind, tmp_path):
     """Checkpoints before transformers 5 write theta and scaling in other places."""
     random_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read(tmp_path / "config.json")
     del config["rope_parameters"]
     config |= {"rope_theta": 700.0, "rope_scaling": {kind: "linear", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -95,10 +70,11 @@ def test_old_spellings_of_rotary_settings(kind, tmp_path):
     assert torch.allclose(frequencies, 700 ** -torch.arange(0, 1, 0.25) / 2)
 
 
-def test_yarn_lengthens_the_context():
+@mark.parametrize("factor, context", [(4.0, 256), (8.0, 512)])
+def test_yarn_lengthens_the_context(factor, context):
     """Qwen2.5's way to 131,072 tokens leaves max_position_embeddings at 32,768."""
-    assert Transformer(small_config("qwen2", rope_parameters=YARN)).context == 256
-    assert Transformer(small_config("qwen2", rope_parameters=YARN | {"factor": 8.0})).context == 512
+    changes = json.loads(YARN % factor)
+    assert Transformer(small_config("qwen2", **changes)).context == context
 
 
 def test_shards_are_read_as_one(tmp_path):
@@ -114,7 +90,7 @@ def test_shards_are_read_as_one(tmp_path):
 
 def test_sliding_window_attention_is_refused():
     """A setting that is silently ignored would train on wrong logits."""
-    with pytest.raises(ValueError, match="sliding"):
+    with raises(ValueError, match="sliding"):
         Transformer(small_config("qwen2", use_sliding_window=True))
 
 
@@ -123,25 +99,17 @@ def test_sliding_window_attention_is_refused():
 ONEDNN = {"linear": "onednn", "packed": ["float32", "bfloat16"]}
 
 
-@pytest.fixture
-def choice():
-    """Whatever a test chooses holds for this test alone."""
-    before = kernels.chosen()
-    yield
-    kernels.use(before)
-
-
 def no_kernel(*_):
     raise RuntimeError("could not create a primitive descriptor")
 
 
-def test_without_kernels_of_onednn_everything_runs_by_torch(choice, monkeypatch):
+def test_without_kernels_of_onednn_everything_runs_by_torch(use_kernels, monkeypatch):
     """As on a CPU without AVX-512, in bfloat16, or on ARM: the probe says no, and no run dies."""
     monkeypatch.setattr(kernels, "onednn_linear", no_kernel)
     monkeypatch.setattr(kernels, "pack", no_kernel)
     torch_only = {"linear": "torch", "packed": []}
     assert kernels.probe() == torch_only
-    assert kernels.use(ONEDNN) == torch_only == kernels.chosen()
+    assert use_kernels(ONEDNN) == torch_only == kernels.chosen()
     ids, mask = pad([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]])
     for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
         model, exact = random_model(dtype=dtype), random_model(dtype=torch.float64)
@@ -152,23 +120,23 @@ def test_without_kernels_of_onednn_everything_runs_by_torch(choice, monkeypatch)
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_choice_is_json_and_repeats_its_bits(choice):
+def test_a_choice_is_json_and_repeats_its_bits(use_kernels):
     """It stands in config.json, so that a run that is resumed computes as before."""
     ids, results = torch.randint(0, 97, (8, 5)), []
     for _ in range(2):
-        used = kernels.use(json.loads(json.dumps(kernels.probe() | {"linear": "onednn"})))
-        assert kernels.use(used) == used == kernels.chosen()
+        used = use_kernels(json.loads(json.dumps(kernels.probe() | {"linear": "onednn"})))
+        assert use_kernels(used) == used == kernels.chosen()
         results.append(random_model()(ids))
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 1, 24)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kernel", ["torch", "onednn"])
-def test_a_linear_layer_in_float32_and_its_gradient(shape, bias, kernel, choice):
+@mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 1, 24)])
+@mark.parametrize("bias", [True, False])
+@mark.parametrize("kernel", ["torch", "onednn"])
+def test_a_linear_layer_in_float32_and_its_gradient(shape, bias, kernel, use_kernels):
     """Against float64: a transposed weight, a bias that is forgotten in the sum over rows."""
-    if kernels.use({"linear": kernel, "packed": []})["linear"] != kernel:
-        pytest.skip("this machine has no product by oneDNN in float32")
+    if use_kernels({"linear": kernel, "packed": []})["linear"] != kernel:
+        skip("this machine has no product by oneDNN in float32")
     ours, results = Linear(24, 40, bias), []
     x, grad = torch.randn(shape), torch.randn(*shape[:-1], 40)
     for layer in (ours, copy.deepcopy(ours).double()):
@@ -180,15 +148,15 @@ def test_a_linear_layer_in_float32_and_its_gradient(shape, bias, kernel, choice)
         assert mine.shape == exact.shape and (mine - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_packed_as_they_are_and_anew_for_every_rollout(dtype, choice):
+@mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_packed_as_they_are_and_anew_for_every_rollout(dtype, use_kernels):
     """Else a policy would be sampled as it was before its update, or without its biases."""
-    if str(dtype).removeprefix("torch.") not in kernels.use(ONEDNN)["packed"]:
-        pytest.skip(f"this machine has no packed product in {dtype}")
+    if str(dtype).removeprefix("torch.") not in use_kernels(ONEDNN)["packed"]:
+        skip(f"this machine has no packed product in {dtype}")
     model = random_model(dtype=dtype, attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 97, (8, 5))
     with torch.no_grad():
-        with pytest.raises(KeyboardInterrupt), model.laid_out(8):
+        with raises(KeyboardInterrupt), model.laid_out(8):
             assert model.lm_head.packed is not None
             raise KeyboardInterrupt  # must not leave the packed weights behind
         for p in model.parameters():
@@ -211,31 +179,29 @@ def dense(model, ids, mask, temperature):
     return torch.cat([zero, chosen], 1) * mask, torch.cat([zero, entropy], 1) * mask
 
 
-SEQUENCES = {  # prompts, completions
-    # shared prompts, one that is another's beginning, one that differs by a token 0 as in padding
-    "prompts of all lengths": (
-        [[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]],
-        [[7, 8], [9, 10, 11, 12], [13], [5, 6], [7, 7], [0]],
-    ),
-    "of one length": (
-        [[1, 2, 3], [4, 5, 0], [1, 2, 3]],
-        [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]],
-    ),  # attention without a mask
-    "longer than the completions": ([[1, 2, 3, 4]] * 2, [[7, 8], [9, 10, 11]]),
-}
+# Prompts, completions: shared prompts, one that is another's beginning, one that differs by a token
+# 0 as in padding; prompts of one length, so attention without a mask; prompts that are longer than
+# the completions.
+SEQUENCES = """
+[[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]] | [[7, 8], [9, 6, 1, 2], [3], [5, 6], [7], [0]]
+[[1, 2, 3], [4, 5, 0], [1, 2, 3]] | [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]]
+[[1, 2, 3, 4], [1, 2, 3, 4]] | [[7, 8], [9, 10, 11]]
+"""
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk, in_cache", [(1, 1), (3, 2), (10**9, 4)])
-def test_chunked_log_probs_equal_dense_ones(name, temperature, chunk, in_cache, monkeypatch):
+@mark.parametrize("prompts, completions", table(SEQUENCES))
+@mark.parametrize("temperature", [1.0, 0.6])
+@mark.parametrize("chunk, in_cache", [(1, 1), (3, 2), (10**9, 4)])
+def test_chunked_log_probs_equal_dense_ones(
+    prompts, completions, temperature, chunk, in_cache, monkeypatch
+):
     """Values and gradients: a chunk that is lost or read after the next one lies in its buffer, a
     temperature that is forgotten, a token that sees another's prompt, its padding or what comes
     after it fails."""
     monkeypatch.setattr("model.tokens_per_chunk", lambda vocab_size: chunk)
     monkeypatch.setattr("model.rows_in_cache", lambda vocab_size: in_cache)
     model = random_model(dtype=torch.float64)
-    ids, mask = pad(*SEQUENCES[name])
+    ids, mask = pad(json.loads(prompts), json.loads(completions))
     weight = torch.randn(*ids.shape, dtype=torch.double)
     results = []
     for function in (
@@ -268,7 +234,7 @@ def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks(monkeypa
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[1].norm()
 
 
-@pytest.mark.faults
+@mark.faults
 def test_the_gradient_is_the_same_bits_whatever_threads_do():
     """A sum over completions of one prompt whose order is left to threads: a run could not be
     repeated, nor resumed exactly."""
@@ -286,7 +252,7 @@ def test_the_gradient_is_the_same_bits_whatever_threads_do():
         assert all(torch.equal(a, b) for a, b in zip(first, gradient()))
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6, 7]] * 2, [[5, 6, 7], [5, 6]]])
+@mark.parametrize("prompts", [[[5, 6, 7]] * 2, [[5, 6, 7], [5, 6]]])
 def test_keys_copied_to_every_head_are_those_of_its_group(prompts, monkeypatch):
     """What a GPU takes where there is a mask: heads that meet the keys of another group."""
     model, results = random_model("qwen3", torch.float64), []
@@ -303,32 +269,14 @@ def test_memory_of_log_probs_stays_far_below_the_logits():
     """(B, T, V) logits at 4,096 tokens and a vocabulary of 49,152 are 805 MB; ours stay under a
     quarter, backward included."""
     torch.manual_seed(0)
-    model = Transformer(
-        small_config(
-            vocab_size=49152,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=16,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-    )
+    sizes = dict(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096)
+    model = Transformer(small_config(**sizes, **heads, tie_word_embeddings=True))
     ids = torch.randint(0, 49152, (1, 4096))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        logprob, entropy = model.token_logprobs(ids, mask, 1.0)
-        logprob.sum().backward()
-    balance = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            balance += event.nbytes()
-            peak = max(peak, balance)
-    assert 1e6 < peak < 0.25 * 4096 * 49152 * 4
+    _, most, _ = peak(lambda: model.token_logprobs(ids, mask, 1.0)[0].sum().backward())
+    assert 1e6 < most < 0.25 * 4096 * 49152 * 4
 
 
 def test_log_softmax_keeps_float64_and_raises_bfloat16():
