@@ -268,6 +268,21 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v.transpose(1, 2)))
 
 
+class GatedUnit(torch.autograd.Function):
+    """silu(gate) * up. The backward pass computes silu(gate) again: of the tensors of a layer only
+    those of an MLP are wide, so each that is kept counts."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -280,7 +295,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(GatedUnit.apply(gate, up))
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ def layer_bytes(model, size, wide):
     if config.model_type == "qwen3":  # norms of queries and keys
         norms += (heads + kv_heads) * model.head_dim * (wide + size)
     attention = heads * (2 * model.head_dim * size + wide)  # queries, output, log of the sum
-    mlp = 4 * config.intermediate_size * size  # gate, its SiLU, up, their product
+    mlp = 3 * config.intermediate_size * size  # gate, up, the product of SiLU and up
     return norms + attention + mlp, 2 * kv_heads * model.head_dim * size
 
 
