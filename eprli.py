@@ -1,6 +1,6 @@
 """EPRLI (arXiv 2508.01604), the equations and the curriculum: pure functions, and small records.
 
-    A_i = (r_i - mean_G r) / std_G r                               group_advantage
+    A_i = (r_i - mean_G r) / (std_G r + 1e-6)                      group_advantage
     r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_reward
     J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)  (Eq. 1)
                                                                    clipped_objective, loss_weight
@@ -76,7 +76,14 @@ MOST_SKIPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One rung of the curriculum: what may differ from level to level."""
+    """One rung of the curriculum: what may differ from level to level.
+
+    Len_l is the limit of a completion (or what is left of the context, if that is less), in the
+    sampler and in the length rewards `overlong` and `cosine`. It is the divisor of the loss norm
+    `constant`. The largest Len_l is the limit of held-out completions, unless that is given, here
+    and in eval.py --like; with it, --plan and the default --slots count memory, and the pass rates
+    should have been measured. Len_l / 5 is the default of overlong_cache.
+    """
 
     quality: float  # Q_l    upper bound of difficulty
     prompts: int  # P_l    prompts per draw

@@ -1,4 +1,10 @@
-"""The flags of train.py: defaults, units, sources, checks."""
+"""The flags of train.py: defaults, units, sources, checks.
+
+The way of a flag, such as --lr: its field below (Optimizer.lr) -> `read_flags`, where a preset,
+then the command line, and with --resume the run's config.json set it -> `fill`, if it has no value
+yet -> Config, which is run.cfg in train.py, where it is read (eprli.learning_rate(cfg, ...)). A
+flag with a value per level becomes a field of Level instead (eprli.resolve_levels).
+"""
 
 import argparse
 import json

@@ -10,6 +10,11 @@ The way of a line of --data, and what is left out on it:
     Policy.render           it becomes a Prompt: tokens
     fitting                 left out: a prompt that leaves no room for a completion
     data.Order              train.draw takes its level's prompts in a random order
+
+From there on train.py shows the way. The prompt is completed and graded (Policy, `attempt`). It
+becomes a Group with its advantages (train.score), which waits in its level's Buffer, and is cut
+into Samples (train.learn), minibatches, and micro-batches (Learner.add_gradients), whose objective
+is train.objective.
 """
 
 import json

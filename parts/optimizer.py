@@ -55,7 +55,7 @@ class Learner:
             self.models.append(twin)
             threads = torch.get_num_threads() // 2
             self.pool = ThreadPoolExecutor(2, "learn", torch.set_num_threads, (threads,))
-        self.adamw = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
@@ -68,7 +68,9 @@ class Learner:
         return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
 
     def add_gradients(self, samples, objective, micro_batch_tokens):
-        """Add the gradient of -J over the samples of a step: a sum over its micro-batches.
+        """Add the gradient of -J over the samples of a step: a sum over its micro-batches, each by
+        its backward pass; over threads, by `join_gradients`; over processes, in `step` (under FSDP
+        in the backward pass).
 
         samples    of the whole step: every process, and every thread, takes a share
         objective  (model, micro-batch) -> J, what is logged of it
