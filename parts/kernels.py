@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: which kernels run on this machine, and which are faster.
+"""Kernels: what a GPU may use, and which matrix products of a CPU are faster on this machine.
 
 torch multiplies with the BLAS that it was built with. On some CPUs oneDNN is faster. For few rows
 it is faster still with packed weights: copied once into the order in which the kernel reads them.
@@ -22,6 +22,12 @@ import torch.nn.functional as F  # noqa: E402
 MISSING = (RuntimeError, AttributeError)
 GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
 _in_use = None  # the choice in force, see `chosen`
+
+# Both act on a GPU alone. cuDNN's attention comes first on an H100 and makes a plan for every new
+# shape, which takes up to a second; an update has hundreds of shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
+# A product in bfloat16 adds up its parts in float32.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def onednn_linear(x, weight, bias=None):
