@@ -226,9 +226,11 @@ class Memory(Machine):
         "padded tokens per backward pass; memory only, never changes the result; default: what the "
         "free memory holds, at most 2048, on a GPU 32768 [ours]"
     )
-    recompute: bool = flag(
-        "activation checkpointing: compute a layer again in the backward pass; memory only [ours]",
-        False,
+    recompute: bool | None = flag(
+        "activation checkpointing: compute a layer again in the backward pass; memory only; on a "
+        "GPU the default, which --recompute False switches off [ours]",
+        nargs="?",
+        const=True,
     )
     fsdp: bool = flag(
         "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
@@ -363,7 +365,8 @@ def fill(cfg):
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
     if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
         held_out = str(SHIPPED / "heldout.jsonl")
-    return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out)
+    recompute = cfg.device == "cuda" if cfg.recompute is None else cfg.recompute
+    return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)
 
 
 def check(cfg):

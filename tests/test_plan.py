@@ -15,6 +15,7 @@ import train
 from data import Order
 from eprli import Buffer, LevelState, resolve_levels
 from infra import memory
+from infra.flags import make_parser, read_flags
 from infra.memory import plan, settle, total
 from infra.ranks import Ranks
 from infra.run import Run
@@ -228,6 +229,21 @@ def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypa
     with raises(SystemExit, match="^2$"):
         train.main(words.split())
     assert "always holds" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@mark.parametrize(
+    "words, expected",
+    [
+        ("--device cuda", True),
+        ("--device cuda --recompute False", False),
+        ("--device cpu", False),
+        ("--device cpu --recompute", True),
+    ],
+)
+def test_a_gpu_computes_layers_again_unless_told_otherwise(words, expected):
+    """A plan for a GPU is made where there is none: the flag decides, not this machine."""
+    cfg, _ = read_flags(make_parser(), words.split())
+    assert cfg.recompute is expected
 
 
 def test_the_flag_prints_the_plan_and_stops(toy_folder, tmp_path, capsys, monkeypatch):
