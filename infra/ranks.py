@@ -19,8 +19,12 @@ import torch.distributed as dist
 
 from parts.files import squash
 
-# A process whose completions are short waits for the others. If one dies, torchrun ends all.
+# In `gather`: a process whose completions are short waits for the others. If one dies, torchrun
+# ends all.
 PATIENCE = timedelta(days=1)
+# Gradients and shards travel once all processes learn, or save. Who waits longer for them waits in
+# vain: NCCL then says for what, and ends the process.
+HANG = timedelta(minutes=30)
 MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
 SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
@@ -79,9 +83,11 @@ class Ranks:
                 raise ValueError("torchrun started more processes than there are GPUs here")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        if (self.size > 1 or sharded) and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+        if self.size > 1 or sharded:
+            if not dist.is_initialized():
+                backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=HANG)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)  # what `gather` uses
 
     # ------------------------------------------------------------------------------------- work
 
@@ -125,7 +131,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def sum_gradients(self, parameters):

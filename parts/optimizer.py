@@ -41,6 +41,9 @@ class Learner:
         self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
         self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
         self.model.model.recompute = recompute
+        # Whether a micro-batch has one prompt alone: its attention needs no mask, see
+        # model.PromptCache. Under a mask a GPU copies keys to every head, and skips nothing.
+        self.one_prompt = self.weights[0].device.type == "cuda"
         self.masters = [p for p in self.model.parameters() if p.requires_grad]
         self.has_copies = not ranks.sharded and self.weights[0].dtype.itemsize < 4
         if self.has_copies:
@@ -81,7 +84,8 @@ class Learner:
         ranks, models = self.ranks, self.models  # a thread for each model
         parts = split(samples, ranks.size * len(models))
         # Threads hold their micro-batches at the same time.
-        shares = [cut_micro_batches(part, micro_batch_tokens // len(models)) for part in parts]
+        most_tokens = micro_batch_tokens // len(models)
+        shares = [cut_micro_batches(part, most_tokens, self.one_prompt) for part in parts]
         most = max(map(len, shares)) if ranks.sharded else 0
         # FSDP averages gradients over the processes, and we need their sum.
         scale = ranks.size if ranks.sharded else 1
@@ -94,7 +98,7 @@ class Learner:
                 logs.append(logged)
             # FSDP gathers weights from all processes, so one without samples runs a dummy.
             for _ in range(most - len(share)):
-                J, _ = objective(model, samples[:1])
+                J, _ = objective(model, [min(samples, key=num_tokens)])
                 (0 * J).backward()
             return logs
 
@@ -172,11 +176,25 @@ def split(samples, num_parts):
     return parts
 
 
-def cut_micro_batches(samples, max_tokens):
-    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample)."""
-    prompts = [s.group.prompt for s in samples]
-    completions = [s.completion.tokens for s in samples]
-    return [[samples[i] for i in rows] for rows in micro_batches(prompts, completions, max_tokens)]
+def num_tokens(sample):
+    return len(sample.group.prompt) + len(sample.completion.tokens)
+
+
+def cut_micro_batches(samples, max_tokens, one_prompt=False):
+    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample).
+
+    one_prompt  a micro-batch has samples of one prompt alone
+    """
+    parts = {}  # prompt -> its samples; None -> all
+    for s in samples:
+        parts.setdefault(tuple(s.group.prompt) if one_prompt else None, []).append(s)
+    batches = []
+    for part in parts.values():
+        prompts = [s.group.prompt for s in part]
+        completions = [s.completion.tokens for s in part]
+        for rows in micro_batches(prompts, completions, max_tokens):
+            batches.append([part[i] for i in rows])
+    return batches
 
 
 def move_gradient(master, weight):

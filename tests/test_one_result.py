@@ -28,7 +28,7 @@ from infra.flags import Config
 from infra.ranks import Ranks
 from model import log_softmax
 from parts import kernels, lora
-from parts.optimizer import Learner
+from parts.optimizer import Learner, cut_micro_batches
 from rollout import sample, stream, uniforms
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
@@ -339,11 +339,12 @@ def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
 NOTHING = dict.fromkeys(SUMS + PEAKS, 0.0)
 
 
-def gradient(model, samples, size=1, recompute=False, threads=1, flags=""):
+def gradient(model, samples, size=1, recompute=False, threads=1, one_prompt=False, flags=""):
     """The sum of what `size` processes contribute."""
     torch.set_num_threads(threads)
     model.zero_grad()
     learner = Learner(model, Ranks(), recompute)
+    learner.one_prompt = one_prompt
     assert len(learner.models) == threads
     run = a_run(model, f"--loss-norm token {flags}", learner=learner)
     for rank in range(size):
@@ -358,6 +359,7 @@ def gradient(model, samples, size=1, recompute=False, threads=1, flags=""):
     [
         {"flags": "--micro-batch-tokens 1"},
         {"recompute": True},
+        {"one_prompt": True},  # as on a GPU
         {"size": 3},
         {"size": 12},  # some have no samples
         {"threads": 2},
@@ -372,6 +374,45 @@ def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(set
     one = gradient(model, samples, flags="--micro-batch-tokens 1000000")
     assert (one - gradient(model, samples, **settings)).norm() < 1e-5 * one.norm()
     assert (one - gradient(model, samples[:-1])).norm() > 1e-2 * one.norm()
+
+
+def test_on_a_gpu_a_micro_batch_has_one_prompt(monkeypatch):
+    """Two prompts need a mask, which takes the slow path there."""
+    model = random_model()
+    assert not Learner(model, Ranks()).one_prompt
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("cuda"), raising=False)
+    assert Learner(model, Ranks()).one_prompt
+    monkeypatch.undo()
+
+    samples = [sample_of(prompt, length) for length in (5, 4, 9) for prompt in (3, 7)]
+    for one_prompt, sizes in ((False, [6]), (True, [3, 3])):
+        batches = cut_micro_batches(samples, 100, one_prompt)
+        assert [len(batch) for batch in batches] == sizes
+        assert {id(s) for s in sum(batches, [])} == {id(s) for s in samples}
+        prompts = [{len(s.group.prompt) for s in batch} for batch in batches]
+        assert [len(some) for some in prompts] == ([1, 1] if one_prompt else [2])
+    assert [len(batch) for batch in cut_micro_batches(samples, 17, True)] == [1, 2, 1, 2]
+
+
+def sample_of(prompt, length):
+    group, completion = SimpleNamespace(prompt=[5] * prompt), SimpleNamespace(tokens=[9] * length)
+    return SimpleNamespace(group=group, completion=completion)
+
+
+def test_a_process_without_samples_runs_the_shortest_one():
+    """The first of a step may have 24,000 tokens."""
+    model, seen = random_model(), []
+    longest, shortest = samples = [sample_of(3, 9), sample_of(3, 2)]
+    learner = Learner(model, Ranks())
+    for rank in range(3):
+
+        def objective(_, micro, rank=rank):
+            seen.append((rank, micro))
+            return model.lm_head.weight.sum(), {}
+
+        learner.ranks = SimpleNamespace(rank=rank, size=3, sharded=True, gather=lambda logs: [logs])
+        learner.add_gradients(samples, objective, 10**6)
+    assert seen == [(0, [longest]), (1, [shortest]), (2, [shortest])]
 
 
 def test_two_threads_learn_from_the_newest_weights():
@@ -418,6 +459,27 @@ def test_gradients_that_travel_together_come_back_to_their_parameters(monkeypatc
     assert len(sent) == count
     for p, grad in zip(parameters, expected, strict=True):
         assert torch.equal(p.grad, grad)
+
+
+def test_only_what_waits_for_sampling_waits_for_a_day(monkeypatch):
+    """A day of patience with gradients would also switch off NCCL's own detection of hangs."""
+    made = []
+    for name in ("init_process_group", "new_group", "all_gather_object"):
+        monkeypatch.setattr(ranks.dist, name, partial(note, made, name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    Ranks("cuda").gather(1)
+    (_, backend, gradients), (_, patient, messages), (_, _, gather) = made
+    assert backend == ("cpu:gloo,cuda:nccl",) and gradients["timeout"].total_seconds() <= 3600
+    assert messages == {"backend": "gloo", "timeout": ranks.PATIENCE} and not patient
+    assert gather == {"group": "new_group"}  # what new_group returned
+
+
+def note(made, name, *arguments, **keywords):
+    made.append((name, arguments, keywords))
+    return name
 
 
 def test_minibatches_are_a_function_of_seed_update_and_pass():
