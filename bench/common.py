@@ -91,6 +91,11 @@ def read_workload(path):
         return [tuple(json.loads(line).values()) for line in file]
 
 
+def reward(problem, text):
+    """Differs within a group, whatever the model can do."""
+    return sum(map(ord, text)) % 7 < 3
+
+
 def seconds(work, repeats=1):
     """Median wall time of work()."""
     times = []

@@ -25,11 +25,7 @@ from parts.policy import Policy
 from rewards import Grader
 
 
-def reward(problem, text):
-    return sum(map(ord, text)) % 7 < 3
-
-
-def make_run(args):
+def make_run(args, problems):
     """A run that has no directory, with one level, whose completions never stop."""
     cfg = Config(
         dtype=args.dtype,
@@ -43,23 +39,22 @@ def make_run(args):
     level = resolve_levels(cfg, measured=False)[0]
     policy = Policy.load(args.model, args.dtype, args.device)
     policy = replace(policy, stop_ids=())
-    problems = [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)]
     prompts = policy.render(problems)
-    state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
+    state = LevelState(1, level, Order(prompts, "bench"), common.reward, Buffer())
     ranks = Ranks(args.device)
     learner = Learner(policy.model, ranks, args.recompute)
     return Run(cfg, None, ranks, policy, None, learner, Grader(), [state], {})
 
 
 def one_update(run):
-    """-> seconds, those of learning among them, completion tokens"""
+    """-> the Update, and its seconds"""
     state = run.levels[0]
     update = Update(2, state, 1e-6, run.cfg.max_draws)  # the first would print completions
 
     def work():
         train.learn(run, state, train.draw(run, state, update), update)
 
-    return common.seconds(work), update.seconds["learn"], update.total("tokens")
+    return update, common.seconds(work)
 
 
 def main():
@@ -71,13 +66,14 @@ def main():
         slots=64,
         recompute=False,
     )
-    run = make_run(args)
+    run = make_run(args, [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
     one_update(run)  # a warm-up
-    rows = [one_update(run) for _ in range(args.steps)]
-    seconds, learning, tokens = map(median, zip(*rows))
-    assert tokens == args.prompts * args.group * args.new_tokens
+    updates, times = zip(*(one_update(run) for _ in range(args.steps)))
+    seconds, learning = median(times), median(u.seconds["learn"] for u in updates)
+    tokens = args.prompts * args.group * args.new_tokens
+    assert all(update.total("tokens") == tokens for update in updates)
     result = {"seconds_per_step": seconds, "sample_seconds": seconds - learning}
-    result |= {"learn_seconds": learning, "tokens_per_step": int(tokens)}
+    result |= {"learn_seconds": learning, "tokens_per_step": tokens}
     result["tokens_per_second"] = tokens / seconds
     result |= common.peak_memory(args)  # before the large product
     weights = sum(p.numel() for p in run.policy.model.parameters())

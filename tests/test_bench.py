@@ -1,6 +1,5 @@
 """The benchmarks run and print what they promise; their numbers are not for tests."""
 
-import json
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from conftest import read, table
@@ -20,6 +20,7 @@ sys.path += [str(BENCH), str(EXPERIMENTS)]
 
 import arms  # noqa: E402  these are no packages
 import compare  # noqa: E402
+import gpu  # noqa: E402
 import kinds  # noqa: E402
 import run as runner  # noqa: E402
 import tables  # noqa: E402
@@ -57,21 +58,71 @@ def test_the_table_of_a_comparison(monkeypatch, printed, tmp_path):
     assert len(log.read_text().splitlines()) == 8
 
 
+def test_what_the_benchmarks_of_sampling_and_updates_print(tmp_path):
+    compare.common.make_model("2m", tmp_path / "model")
+    compare.common.make_workload(tmp_path / "work", 4, 4, 24)
+    lengths = [n for _, some in compare.common.read_workload(tmp_path / "work") for n in some]
+    assert len(lengths) == 16 and max(lengths) <= 24 and len(set(lengths)) > 4
+    flags = f"--model {tmp_path}/model --slots 8"
+    command = f"rollout.py {flags} --workload {tmp_path}/work --repeats 1"
+    rollout = compare.last_line(command, sys.executable)
+    assert rollout["tokens"] == sum(lengths) and rollout["tokens_per_second"] > 0
+    command = f"step.py {flags} --prompts 2 --group 4 --new-tokens 3 --steps 1"
+    step = compare.last_line(command, sys.executable)
+    assert step["tokens_per_step"] == 2 * 4 * 3
+    assert step["seconds_per_step"] > step["learn_seconds"] > 0 < step["tokens_per_second"]
+
+
 @mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
-def test_the_script_for_a_gpu_without_one(tmp_path):
+def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
     """A flag that was renamed or a key that is gone would cost time on a card."""
-    settings = {"SIZE": "2m", "NEW": "24", "DEVICE": "cpu", "DTYPE": "float32"}
+    settings = {"SIZE": "2m", "NEW": "8", "DEVICE": "cpu", "DTYPE": "float32"}
     settings |= {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = ["bash", BENCH / "gpu.sh", sys.executable]
-    subprocess.run(command, check=True, env=os.environ | settings)
-    rollout = read(tmp_path / "rollout.json")
-    step = read(tmp_path / "step.json")
-    lines = (tmp_path / "workload.jsonl").read_text().splitlines()
-    lengths = [n for line in lines for n in json.loads(line)["new_tokens"]]
-    assert rollout["tokens"] == sum(lengths) and max(lengths) == 24 and len(lengths) == 256
-    assert 0.9 < rollout["slot_occupancy"] <= 1 <= rollout["cache_over_filled"] < 2
-    assert step["tokens_per_step"] == 8 * 16 * 3
-    assert step["seconds_per_step"] > step["learn_seconds"] > 0 < step["tokens_per_second"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert all(verdict == "yes |" for *_, verdict in rows[2:]) and len(rows) == 7
+    gap, decoding, phases, resumed, memory = (measured for _, measured, *_ in rows[2:])
+    assert 0 < float(gap) < 1e-4 and "logits differ by 0;" in decoding and "bandwidth" in decoding
+    for phase in ("sample", "grade", "learn"):
+        assert f"{phase} " in phases
+    assert resumed.startswith("weights differ by 0 of") and memory == "left out without a GPU"
+
+
+def test_an_acceptance_test_that_fails_says_so(monkeypatch, capsys):
+    """One part that cannot be measured must cost none of the others, nor pass."""
+    monkeypatch.setattr(gpu.step, "make_run", lambda *_: None)
+    for name in ("logprob_gap", "decoding", "phases", "resuming", "full_memory"):
+        monkeypatch.setattr(gpu, name, named(name, lambda *_: ("1", "2", True)))
+    monkeypatch.setattr(gpu, "phases", named("phases", lambda *_: 1 / 0))
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with raises(SystemExit, match="True"):
+        gpu.main()
+    rows = capsys.readouterr().out.splitlines()[-5:]
+    assert rows[2] == "| phases | ZeroDivisionError: division by zero |  | NO |"
+    assert rows[4] == "| full_memory | 1 | 2 | yes |"
+
+
+@mark.parametrize(
+    "code, good",
+    [
+        ("import sys; sys.exit('train.py: out of memory while sampling')", True),
+        ("raise MemoryError('out of memory')", False),  # a traceback
+        ("import sys; print('train.py: out of memory', file=sys.stderr)", False),
+    ],
+)
+def test_a_full_memory_must_be_said_in_one_line(monkeypatch, tmp_path, code, good):
+    """Of a GPU, so that its logic is tried without one."""
+    args = SimpleNamespace(device="cuda", out=tmp_path)
+    monkeypatch.setattr(gpu, "small_run", lambda *_: gpu.start(args, "-c", code))
+    said, _, found = gpu.full_memory(args, None)
+    assert found is good and "out of memory" in said
+
+
+def named(docstring, part):
+    part.__doc__ = docstring
+    return part
 
 
 # ------------------------------------------------------------------------------------- experiments
