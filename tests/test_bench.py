@@ -1,5 +1,6 @@
 """The benchmarks run and print what they promise; their numbers are not for tests."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from conftest import read, table
+from conftest import table
 from pytest import approx, fixture, mark, raises
 
 BENCH = Path(__file__).parents[1] / "bench"
