@@ -611,20 +611,24 @@ def chunks_of_logits(hidden, weight, targets):
 # --------------------------------------------------------------------------------- micro-batches
 
 
-def micro_batches(prompts, completions, max_tokens):
-    """Indices of sequences (token lists, pairwise), from the longest completion to the shortest.
+def micro_batches(prompts, completions, max_tokens, one_prompt=False):
+    """Indices of sequences (token lists, pairwise), from the longest completion to the shortest;
+    one_prompt: prompt by prompt, and no batch has two of them.
 
     They are cut so that the padded tokens of a batch stay within max_tokens, or it is one
     sequence. Padding counts for its completions, and for its different prompts, once each.
     """
     batches, different = [[]], set()  # different: the prompts of the last batch
-    for i in sorted(range(len(completions)), key=lambda i: -len(completions[i])):
+    order = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
+    if one_prompt:
+        order.sort(key=lambda i: prompts[i])
+    for i in order:
         prompt = tuple(prompts[i])
         different.add(prompt)
         batch = [*batches[-1], i]
         longest = len(completions[batch[0]])
         tokens = len(batch) * longest + len(different) * max(map(len, different))
-        if tokens > max_tokens:
+        if tokens > max_tokens or one_prompt and len(different) > 1:
             batches.append([])
             different = {prompt}
         batches[-1].append(i)

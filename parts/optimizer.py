@@ -181,20 +181,12 @@ def num_tokens(sample):
 
 
 def cut_micro_batches(samples, max_tokens, one_prompt=False):
-    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample).
-
-    one_prompt  a micro-batch has samples of one prompt alone
-    """
-    parts = {}  # prompt -> its samples; None -> all
-    for s in samples:
-        parts.setdefault(tuple(s.group.prompt) if one_prompt else None, []).append(s)
-    batches = []
-    for part in parts.values():
-        prompts = [s.group.prompt for s in part]
-        completions = [s.completion.tokens for s in part]
-        for rows in micro_batches(prompts, completions, max_tokens):
-            batches.append([part[i] for i in rows])
-    return batches
+    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample); one_prompt:
+    each has samples of one prompt alone."""
+    prompts = [s.group.prompt for s in samples]
+    completions = [s.completion.tokens for s in samples]
+    batches = micro_batches(prompts, completions, max_tokens, one_prompt)
+    return [[samples[i] for i in rows] for rows in batches]
 
 
 def move_gradient(master, weight):
