@@ -295,9 +295,11 @@ def cut_levels(problems, qualities, kind):
     return [bins[q] for q in qualities], left_out
 
 
-def name_level(number):
-    """None: difficulty is not known"""
-    return "all problems" if number is None else f"level {number}"
+def name_level(row):
+    """Of a line of metrics.jsonl or eval.jsonl: its level. If there are several held-out files, the
+    file stands before it."""
+    name = "all problems" if row["level"] is None else f"level {row['level']}"
+    return f"{row['file']}, {name}" if "file" in row else name
 
 
 def level_names(problems, qualities):

@@ -35,7 +35,7 @@ from infra.directory import checkpoints, create, damage, lock
 from infra.flags import Machine, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, silence_others
 from parts import lora, papers
-from parts.files import explained, write_records
+from parts.files import explained, stems, write_records
 from parts.policy import (
     DIFFICULTY,
     EVALUATION,
@@ -120,8 +120,8 @@ def flags_of(run):
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
-        if config.get("eval_data"):
-            flags["data"] = [config["eval_data"]]
+        if held_out := config.get("eval_data"):  # of earlier versions one file, a text
+            flags["data"] = [held_out] if isinstance(held_out, str) else held_out
         return flags | {"model": str(newest_whole(run))}
 
 
@@ -145,10 +145,7 @@ def check(args):
             f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
             "it, or a --protocol"
         )
-    names = {Path(path).stem for path in args.data}
-    if len(names) < len(args.data):
-        raise ValueError("--data: results are known by the names of files, and one stands twice")
-    rates = args.add_pass_rate
+    names, rates = stems("--data", args.data), args.add_pass_rate
     if rates and (len(names) > 1 or rates.exists() or not rates.parent.is_dir()):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -278,8 +279,8 @@ def objective(run, level, model, micro, counts):
 
 
 def evaluate(run):
-    """Held-out accuracy of every bin of difficulty: one sample a problem at the training
-    temperature, at most --eval-max-new-tokens, whatever level is being trained."""
+    """Held-out accuracy of every file and bin of difficulty: --eval-samples of a problem at the
+    training temperature, at most --eval-max-new-tokens, whatever level is being trained."""
     cfg, ranks = run.cfg, run.ranks
     run.doing = "evaluating"
     longest = max(state.level.max_new_tokens for state in run.levels)
@@ -287,19 +288,21 @@ def evaluate(run):
 
     def work(share):
         done = attempt(run.policy, run.grader, share, sampling, show_progress=ranks.first)
-        return [(a.right, a.length, writes_steps(a.text)) for (a,) in done]
+        means = []  # over the samples of a problem: only problems are independent
+        for attempts in done:
+            right = fmean(a.right for a in attempts)
+            length = fmean(a.length for a in attempts)
+            means.append((right, length, fmean(writes_steps(a.text) for a in attempts)))
+        return means
 
-    prompts = [prompt for some in run.held_out.values() for prompt in some]
-    if not run.evaluations:
-        run.policy.show(cfg.eval_data, prompts)
-    done = iter(ranks.share_out(requests(cfg.seed, prompts, 1), work))
+    prompts = [prompt for _, some in run.held_out for prompt in some]
+    done = iter(ranks.share_out(requests(cfg.seed, prompts, cfg.eval_samples), work))
     rows = []
-    for level, some in run.held_out.items():
+    for labels, some in run.held_out:
         right, lengths, steps = zip(*itertools.islice(done, len(some)))
         accuracy, low, high = interval(right)
-        n = len(right)
-        row = {"level": level, "accuracy": accuracy, "low": low, "high": high, "n": n}
-        row |= {"length_mean": sum(lengths) / n, "writes_steps_share": sum(steps) / n}
+        row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(some)}
+        row |= {"length_mean": fmean(lengths), "writes_steps_share": fmean(steps)}
         rows.append(row)
     run.evaluated(rows)
 

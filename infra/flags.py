@@ -38,8 +38,10 @@ class Files:
         "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: parts/sources.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
-    eval_data: str | None = flag(
-        "held-out problems; default: the shipped ones for the shipped data, else none [ours]"
+    eval_data: list[str] = flag(
+        "files or data sets of held-out problems, each reported apart; default: the shipped ones "
+        "for the shipped data, else none [ours]",
+        [],
     )
     columns: list[str] = flag("columns of another layout, problem=NAME answer=NAME [ours]", [])
     preset: Literal[tuple(PRESETS)] | None = flag(
@@ -191,6 +193,9 @@ class SamplingFlags:
     eval_quality: list[float] | None = flag(
         "thresholds that cut the held-out problems, reported apart; default Q_l [ours]"
     )
+    eval_samples: int = flag(
+        "samples of each held-out problem; intervals are over problems [ours; DeepScaleR 16]", 1
+    )
     eval_max_new_tokens: int | None = flag(
         "longest completion of a held-out problem, tokens; default the largest Len_l [ours]"
     )
@@ -271,7 +276,7 @@ RULES = (
     ),
     (
         "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens",
+        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples",
         lambda v: v >= 1,
         "at least 1",
     ),
@@ -364,7 +369,7 @@ def fill(cfg):
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
     if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
-        held_out = str(SHIPPED / "heldout.jsonl")
+        held_out = [str(SHIPPED / "heldout.jsonl")]
     recompute = cfg.device == "cuda" if cfg.recompute is None else cfg.recompute
     return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)
 

@@ -106,7 +106,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
 
     model     of the right shape and dtype; it may be on the meta device
     prompt    tokens of the longest prompt
-    held_out  problems of an evaluation, each sampled once
+    held_out  problems of an evaluation, each sampled --eval-samples times
     """
     layers = model.model.layers
     size = model.lm_head.weight.itemsize  # bytes of a weight or activation
@@ -114,7 +114,7 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     level = max(levels, key=lambda level: level.max_new_tokens)
     longest = max(level.max_new_tokens, (cfg.eval_max_new_tokens or 0) if held_out else 0)
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
-    rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes)))
+    rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes) * cfg.eval_samples))
     sampling = sampling_bytes(cfg.device, model, rows, prompt + longest)
     learning = micro_batch(cfg, level, model, prompt, size, wide)
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -205,9 +205,9 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
 def settled(cfg, states, held_out, policy, ranks):
     """`settle` for a run whose weights are loaded, the same on all processes.
 
-    states  [LevelState, ...];  held_out  {number: prompts}
+    states  [LevelState, ...];  held_out  see parts/inputs.py, cut_held_out
     """
-    prompts = [prompt for part in held_out.values() for prompt in part]
+    prompts = [prompt for _, part in held_out for prompt in part]
     held_out = len(prompts) if cfg.eval_every != 0 else 0
     prompts += [prompt for state in states for prompt in state.order.prompts]
     longest = max((len(prompt.tokens) for prompt in prompts), default=0)
@@ -251,6 +251,7 @@ def table(parts):
 def memory_table(cfg):
     """The table of --plan: only the data, the tokenizer and the model's config are read."""
     levels, train_set, held_out, _ = read_data(cfg)
+    held_out = [p for problems in held_out.values() for p in problems]
     if cfg.eval_every == 0:
         held_out = []
     policy = load_policy(cfg, cfg.model, "meta")

@@ -45,7 +45,7 @@ class Run:
     learner: Learner
     grader: Grader
     levels: list  # of LevelState
-    held_out: dict  # {number of a bin of difficulty, None if it is not known: [data.Prompt, ...]}
+    held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...])
     num_updates: int = 0  # so far, skipped ones included
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
@@ -161,16 +161,16 @@ class Run:
         self.half_done = True
         self.directory.append("eval.jsonl", rows)
         if self.tracker:
-            held_out = {f"held out, {name_level(r['level'])}": r["accuracy"] for r in rows}
+            held_out = {f"held out, {name_level(r)}": r["accuracy"] for r in rows}
             self.tracker.send(self.num_updates, held_out)
         self.half_done = False
         self.saved = None  # a checkpoint of this update, if there is one, lacks these rows
         self.evaluations += rows
         for row in rows:
             text = "  held out, {0}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
-            name = name_level(row["level"])
+            name = name_level(row)
             tqdm.write(f"{text} after {{update}} updates".format(name, **row))
-            earlier = [e for e in self.evaluations if e["level"] == row["level"]]
+            earlier = [e for e in self.evaluations if name_level(e) == name]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
                 tqdm.write(
@@ -180,7 +180,7 @@ class Run:
                 )
 
     def table(self):
-        """Held-out accuracy of every level (rows) before and after every level (columns)."""
+        """Held-out accuracy of every bin (rows) before and after every level (columns)."""
         columns = {"before": 0}
         if self.cfg.schedule == "interleaved":
             columns["after"] = self.num_updates
@@ -191,11 +191,13 @@ class Run:
         cells = {}
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
-            cells[row["update"], row["level"]] = cell
-        lines = ["held-out accuracy  " + "".join(f"{name:^24}" for name in columns)]
-        for level in self.held_out:
-            row = "".join(f"{cells.get((end, level), '-'):^24}" for end in columns.values())
-            lines.append(f"{name_level(level):<19}{row}")
+            cells[row["update"], name_level(row)] = cell
+        names = [name_level(labels) for labels, _ in self.held_out]
+        width = max(19, *(len(name) + 2 for name in names))
+        lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
+        for name in names:
+            row = "".join(f"{cells.get((end, name), '-'):^24}" for end in columns.values())
+            lines.append(name.ljust(width) + row)
         return "\n".join(lines)
 
     # ------------------------------------------------------------------------------ checkpoints

@@ -39,7 +39,7 @@ def start_run(cfg, ranks):
         lambda: load_inputs(cfg, cfg.model, ranks.device)
     )
     cfg = settled(cfg, levels, held_out, policy, ranks)
-    read, inputs = facts.pop("read"), hashes([cfg.data, cfg.eval_data, cfg.examples])
+    read, inputs = facts.pop("read"), hashes([cfg.data, *cfg.eval_data, cfg.examples])
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
         if path := reward.rpartition(":")[0]:
@@ -170,11 +170,17 @@ def computing(choice):
 def with_full_paths(cfg):
     """The flags, with paths that mean the same from any folder."""
     flags = asdict(cfg)
-    for name in ("model", "data", "eval_data", "examples"):
-        if flags[name] and Path(flags[name]).exists():
-            flags[name] = str(Path(flags[name]).resolve())
+    for name in ("model", "data", "examples"):
+        if flags[name]:
+            flags[name] = full_path(flags[name])
+    flags["eval_data"] = [full_path(path) for path in cfg.eval_data]
     flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]
     return flags
+
+
+def full_path(name):
+    """As it is if it is no path, but a name of the hub."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def hashes(paths):

@@ -45,6 +45,14 @@ def write_records(path, records, mode="w"):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def stems(flag, paths):
+    """What results call these files: their names without folder and ending. Raises ValueError"""
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{flag}: results are known by the names of files, and one stands twice")
+    return names
+
+
 def squash(text):
     return " ".join(text.split())
 

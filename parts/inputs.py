@@ -18,13 +18,16 @@ is train.objective.
 """
 
 import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
 import data
 from eprli import Buffer, LevelState, resolve_levels
 from parts import lora
-from parts.files import explained
+from parts.files import explained, stems
 from parts.policy import Policy, digest
 from rewards import load_reward
 
@@ -33,7 +36,8 @@ def load_inputs(cfg, model, device):
     """Read and check everything, by the functions below, in their order.
 
     model  cfg.model, or the checkpoint that a resumed run goes on from
-    -> [LevelState, ...], held-out prompts, Policy, {fact: what config.json says of the data}
+    -> [LevelState, ...], held-out prompts (see cut_held_out), Policy,
+       {fact: what config.json says of the data}
     """
     levels, train_set, held_out, facts = read_data(cfg)
     policy = load_policy(cfg, model, device)
@@ -49,23 +53,34 @@ def load_inputs(cfg, model, device):
 def read_data(cfg):
     """What a run trains on and is evaluated on, before any model is loaded.
 
-    -> the levels, training problems, held-out problems, {fact: what config.json says of them}
+    -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
+       them}
     """
     problems = data.read_problems(cfg.data, cfg.columns)
     different = data.without_repeats(problems)
     train_set = data.gradable(cfg.data, different)
-    held_out = data.read_problems(cfg.eval_data, cfg.columns) if cfg.eval_data else []
-    data.gradable(cfg.eval_data, held_out)  # says which; in evaluation they stay
+    held_out, everything, read = {}, [], {"--data": digest(problems)}
+    for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
+        some = held_out[path] = data.read_problems(path, cfg.columns)
+        data.gradable(path, some)  # says which; in evaluation they stay
+        everything += [replace(p, id=(path, p.id)) for p in some]  # files may share their ids
+        read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
-    exact, near = data.overlap(train_set, held_out)
     facts = {
         "ungradable_left_out": len(different) - len(train_set),
         "repeats_removed": len(problems) - len(different),
-        "overlap_with_eval": len(exact),
-        "near_overlap_with_eval": len(near),
-        "read": {"--data": digest(problems), "--eval-data": digest(held_out)},
     }
-    return levels, train_set, held_out, facts
+    for kind, pairs in zip(("overlap", "near_overlap"), data.overlap(train_set, everything)):
+        counts = Counter(path for (path, _), _ in pairs)
+        facts[f"{kind}_with_eval"] = per_file({path: counts[path] for path in held_out}) or 0
+    return levels, train_set, held_out, facts | {"read": read}
+
+
+def per_file(found):
+    """{file: a fact} -> {name of the file: its fact}; of a single file, its fact alone"""
+    if len(found) > 1:
+        return {Path(path).stem: fact for path, fact in found.items()}
+    return next(iter(found.values()), None)
 
 
 def load_policy(cfg, model, device):
@@ -157,19 +172,27 @@ def fitting(policy, problems):
 
 
 def cut_held_out(cfg, levels, held_out, policy):
-    """-> {number of a level: its prompts}, facts. By default they are cut as the levels are."""
-    if not held_out:
-        return {}, {}
+    """Cut every held-out file into bins of difficulty, by default as the levels are cut.
+
+    -> [({what names the bin in eval.jsonl: ...}, its prompts), ...], facts
+    """
     qualities = cfg.eval_quality or [level.quality for level in levels]
-    parts, left_out = cut_by_difficulty(cfg, cfg.eval_data, held_out, qualities)
-    if cfg.eval_quality and None in parts:
-        raise ValueError(f"--eval-quality: no problem of {cfg.eval_data} has a {cfg.difficulty}")
-    prompts, seen = {}, [[]]
-    for number, problems in parts.items():
-        if problems not in seen:  # levels may share their problems
-            seen.append(problems)
-            prompts[number] = policy.render(problems)
-            tqdm.write(f"held out, {data.name_level(number)}: {len(problems)} problems")
-    if not prompts:
-        raise ValueError(f"{cfg.eval_data}: no problem falls into any level; see --eval-quality")
-    return prompts, {"eval_left_out": left_out}
+    bins, left_out = [], {}
+    for path, problems in held_out.items():
+        parts, left_out[path] = cut_by_difficulty(cfg, path, problems, qualities)
+        if cfg.eval_quality and None in parts:
+            raise ValueError(f"--eval-quality: no problem of {path} has a {cfg.difficulty}")
+        seen, prompts = [[]], []
+        for number, some in parts.items():
+            if some in seen:  # levels may share their problems
+                continue
+            seen.append(some)
+            labels = {"file": Path(path).stem} if len(held_out) > 1 else {}
+            labels["level"] = number
+            bins.append((labels, policy.render(some)))
+            prompts += bins[-1][1]
+            tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
+        if not prompts:
+            raise ValueError(f"{path}: no problem falls into any level; see --eval-quality")
+        policy.show(path, prompts)
+    return bins, {"eval_left_out": per_file(left_out)} if held_out else {}

@@ -165,6 +165,8 @@ FLAGS = """
 --tokens 5 5 5 --quality 0.5 1 | 3 levels, and --quality needs 1 or 3 values, not 2
 --eval-quality 80 | --eval-quality must be in (0, 1]
 --eval-data plain.jsonl --eval-quality 0.5 | no problem of plain.jsonl has a pass_rate
+--eval-data plain.jsonl taken/plain.jsonl | --eval-data: results are known by the names of files
+--eval-samples 0 | --eval-samples must be at least 1
 --eval-max-new-tokens 0 | --eval-max-new-tokens must be at least 1
 --reward-timeout 0 | --reward-timeout must be above 0, found 0.0
 --length-weight -1 | --length-weight must be at least 0

@@ -313,14 +313,14 @@ def idle_run(tmp_path):
     ranks = Ranks()
     nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "grader"))
     return Run(
-        directory=RunDirectory(tmp_path, ranks), ranks=ranks, levels=[], held_out={}, **nothing
+        directory=RunDirectory(tmp_path, ranks), ranks=ranks, levels=[], held_out=[], **nothing
     )
 
 
 def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, printed):
-    def evaluated(update, number, right, n=200):
+    def evaluated(update, number, right, n=200, **labels):
         accuracy, low, high = interval([1] * right + [0] * (n - right))
-        row = {"update": update, "level": number, "n": n}
+        row = {"update": update, "level": number, "n": n, **labels}
         idle_run.evaluated([row | {"accuracy": accuracy, "low": low, "high": high}])
 
     for update, one, two in ((0, 50, 10), (10, 150, 20), (20, 145, 100)):
@@ -330,6 +330,11 @@ def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, printed):
     evaluated(30, 1, 100)
     said = "level 1 is being forgotten: it was at 75.0% after 10 updates"
     assert said in printed()
+    evaluated(40, 1, 100, file="easy")
+    evaluated(40, 1, 20, file="hard")
+    assert "forgotten" not in printed().partition("easy")[2]  # of two files
+    evaluated(50, 1, 40, file="easy")
+    assert "easy, level 1 is being forgotten: it was at 50.0% after 40 updates" in printed()
 
 
 def test_a_collapse_of_entropy_is_warned_of(run, printed, monkeypatch):

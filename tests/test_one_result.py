@@ -39,7 +39,7 @@ pytestmark = mark.faults
 FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:some --group-size 3
 --buffer-groups 3 --prompts 3 --max-new-tokens 8 --updates 3 --quality 1 --inner-epochs 2 --lr 1e-3
 --warmup 2 --device cpu --length-weight 0.3 --kl-coef 0.05 --dtype float64 --eval-every 2
---save-every 2 --max-grad-norm 0.1"""
+--eval-samples 3 --save-every 2 --max-grad-norm 0.1"""
 REWARD = """
 import time
 

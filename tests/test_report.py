@@ -44,12 +44,14 @@ def metrics(n=12, **columns):
     return rows
 
 
-def evaluated(*shares, level=1):
+def evaluated(*shares, level=1, **labels):
     """Evaluations of a level with intervals of 5 points on each side."""
     rows = []
     for i, share in enumerate(shares):
         bounds = {"low": share - 0.05, "high": share + 0.05}
-        rows.append({"update": 10 * i, "level": level, "accuracy": share, "n": 300, **bounds})
+        rows.append(
+            {"update": 10 * i, "level": level, "accuracy": share, "n": 300, **bounds, **labels}
+        )
     return rows
 
 
@@ -120,6 +122,9 @@ def test_every_level_is_judged_by_its_own_rows():
     assert answers == [("level 1", "yes"), ("level 2", "no")]
     assert found["Did held-out accuracy rise?"][0][:2] == ("all problems", "yes")
     assert verdict(rows, [])["Was a level forgotten?"] == []
+    both = evaluated(0.3, 0.6, file="f") + evaluated(0.6, 0.3, file="g", level=None)
+    found = [answer[:2] for answer in verdict(rows, both)["Did held-out accuracy rise?"]]
+    assert found == [("f, level 1", "yes"), ("g, all problems", "no, it fell")]
 
 
 # -------------------------------------------------------------------------------- what is written
@@ -191,7 +196,7 @@ def test_pieces_of_tokens_spell_the_text(tokenizer):
 # --------------------------------------------------------------------------------------- the page
 
 
-CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": null, "dtype": "float32",
+CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": ["HERE/f.jsonl", "g.jsonl"], "dtype": "float32",
 "torch": "2", "device": "cpu", "seed": 0, "levels": [{"quality": 1.0, "buffer_groups": 4,
 "group_size": 2, "max_new_tokens": 9, "updates": 9, "tokens": null, "length_weight": 0,
 "reward": "HERE/r.py:f"}]}"""
@@ -208,7 +213,8 @@ def make_run(
         folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"system": text}]
     )
     write_lines(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
-    write_lines(folder / "eval.jsonl", evaluated(0.3, 0.6))
+    both = evaluated(0.3, 0.6, file="f") + evaluated(0.1, 0.2, file="g")
+    write_lines(folder / "eval.jsonl", both)
     rows = []
     counts = range(1, num_updates + 1), range(num_groups), range(group_size)
     for update, number, sample in itertools.product(*counts):
@@ -285,6 +291,7 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     page = report.write_page([make_run(tmp_path / "run", 2)]).read_text()
     config = content(page)["config"]
     assert (config["model"], config["levels"][0]["reward"]) == ("assets/tiny", "r.py:f")
+    assert config["eval_data"] == "f.jsonl, g.jsonl"
     assert "bung" not in page
 
 
@@ -366,6 +373,9 @@ def test_a_browser_draws_the_page(tmp_path, text):
     assert "<title>run: training report</title>" in dom and "<img" not in dom
     assert dom.count("<figure>") == 13 and dom.count('role="img"') == 13
     assert dom.count("<details") == 1 + 6 * 3  # the objective; three groups of each update
+    for name, before in (("f, level 1", "30.0 [25.0, 35.0]"), ("g, level 1", "10.0 [5.0, 15.0]")):
+        assert f'<th scope="row">{name}</th><td>300</td><td>{before}</td>' in dom
+        assert dom.count(f"held out, {name}<output>") == 1
     assert "completions shown" in dom and "Runs: run (solid), other (dashed)" in dom
     ids = re.findall(r'\bid="([^"]*)"', dom)
     assert len(ids) == len(set(ids))

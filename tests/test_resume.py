@@ -165,13 +165,15 @@ def test_what_a_kill_leaves_half_written_is_cut_off(workshop):
         "--dtype bfloat16 --save-every 0",
         "--kl-coef 0.1 --schedule sequential",
         "--filter all --lr-decay cosine --prompts 9",
+        "--eval-data p.jsonl q.jsonl --eval-samples 2",
         "--lora-rank 2 --kl-coef 0.1",
         "--lora-rank 2 --dtype bfloat16 --save-every 0",
     ],
 )
 def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
-    """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, factors
-    that are drawn anew."""
+    """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, several
+    held-out files, factors that are drawn anew."""
+    shutil.copy(workshop / "p.jsonl", workshop / "q.jsonl")
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
     killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
     ends_the_same(workshop, "killed", "settled")

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from conftest import column, lines, norms, random_model, read, write_lines
 from pytest import approx, fixture, importorskip, mark, raises
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import Order, Problem, Prompt
+from data import Order, Problem, Prompt, read_problems
 from eprli import (
     Buffer,
     Group,
@@ -31,7 +32,8 @@ from infra.update import Update
 from model import pad
 from parts.inputs import check_measured
 from parts.optimizer import Learner
-from parts.policy import Attempt
+from parts.policy import Attempt, Sampling, attempt, requests
+from rewards import Grader
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 
@@ -587,6 +589,53 @@ def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
     )
     assert one == two and column(one, "level") == [1, 2]
     assert one[0]["length_mean"] > 5  # not Len_l
+
+
+def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch):
+    """In everything that is written down or printed. Their problems may have the same ids."""
+    rows = [{"id": f"p{i}", "problem": c, "answer": "1"} for i, c in enumerate("xy0")]
+    write_lines(tmp_path / "plain.jsonl", rows)
+    sent = []
+    tracker = SimpleNamespace(send=lambda *values: sent.append(values), finish=str)
+    monkeypatch.setattr("infra.setup.Tracker", lambda *_: tracker)
+    monkeypatch.setattr("infra.setup.importlib.util.find_spec", str)
+    out = workshop("--eval-data p.jsonl plain.jsonl --updates 1 --tracker wandb")
+    found = [(row["file"], row["level"], row["n"]) for row in lines(out / "eval.jsonl")]
+    assert found == 3 * [("p", 1, 10), ("p", 2, 10), ("plain", None, 3)]
+    config = read(out / "config.json")
+    assert config["overlap_with_eval"] == {"p": 20, "plain": 1}
+    assert list(config["eval_left_out"]) == ["p", "plain"]
+    assert list(config["read"]) == ["--data", "--eval-data p", "--eval-data plain"]
+    assert config["eval_data"] == [str(tmp_path / name) for name in ("p.jsonl", "plain.jsonl")]
+    assert set(config["eval_data"]) < set(config["inputs"])
+    words = printed()
+    assert "held out, p, level 2: " in words and "plain.jsonl: 3 problems" in words
+    table = words.split("held-out accuracy")[-1].splitlines()
+    names = ["p, level 1", "p, level 2", "plain, all problems"]
+    assert [line[:21].strip() for line in table[1:4]] == names
+    assert list(sent[0][1]) == [f"held out, {name}" for name in names]
+    assert len({len(line) for line in table[1:4]}) == 1
+    one = workshop("--eval-data plain.jsonl --updates 1 --out one")
+    alone = lines(one / "eval.jsonl")
+    assert [row.keys() & {"file"} for row in alone] == 3 * [set()]
+    beside = [row for row in lines(out / "eval.jsonl") if row.pop("file") == "plain"]
+    assert alone == beside
+
+
+def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monkeypatch):
+    """48 samples of 20 problems are no 960 independent ones, so the interval is over problems."""
+    seen, interval = [], train.interval
+    monkeypatch.setattr(train, "interval", lambda values: seen.append(values) or interval(values))
+    flags = "--eval-data p.jsonl --eval-samples 48 --eval-quality 1.0 --updates 1"
+    out = workshop(f"--allow-last-number {flags}")
+    first = lines(out / "eval.jsonl")[0]
+    policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
+    work = requests(0, policy.render(problems), 48)
+    done = attempt(policy, Grader(allow_last_number=True), work, Sampling(6, 1.0, 256))
+    assert seen[0] == tuple(sum(a.right for a in some) / 48 for some in done)
+    assert first["n"] == len(seen[0]) == 20 and 0 < first["accuracy"] == np.mean(seen[0])
+    assert (first["low"], first["high"]) == tuple(interval(seen[0])[1:])
+    assert first["length_mean"] == approx(np.mean([[a.length for a in s] for s in done]))
 
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):

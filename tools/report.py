@@ -103,11 +103,10 @@ def draw_run(axes, metrics, evaluations, line):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
             ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
-    for level in dict.fromkeys(row["level"] for row in evaluations):
-        rows = [row for row in evaluations if row["level"] == level]
+    for i, name in enumerate(dict.fromkeys(map(name_level, evaluations)), 1):
+        rows, colour = [row for row in evaluations if name_level(row) == name], f"C{i}"
         updates, accuracy = column(rows, "update"), column(rows, "accuracy")
-        colour = f"C{level or 1}"
-        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=name_level(level))
+        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=name)
         axes[0].vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
@@ -150,7 +149,9 @@ def write_page(folders):
     here = f"{Path.cwd()}/"
     config = json.loads((folder / "config.json").read_text())
     for name in ("model", "data", "eval_data", "examples", "out"):
-        config[name] = (config.get(name) or "").removeprefix(here)
+        paths = config.get(name) or []
+        paths = [paths] if isinstance(paths, str) else paths  # --eval-data takes several
+        config[name] = ", ".join(path.removeprefix(here) for path in paths)
     for level in config["levels"]:
         level["reward"] = level["reward"].removeprefix(here)
     for name in ("inputs", "model_files", "reward"):  # by paths of this machine

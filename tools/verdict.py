@@ -17,9 +17,9 @@ def verdict(metrics, evaluations):
         ("Was a level forgotten?", forgotten, evaluations),
     ):
         found[question] = []
-        for level in dict.fromkeys(row["level"] for row in rows):
-            own = [row for row in rows if row["level"] == level]
-            found[question].append((name_level(level), *judge(own)))
+        for name in dict.fromkeys(map(name_level, rows)):
+            own = [row for row in rows if name_level(row) == name]
+            found[question].append((name, *judge(own)))
     return found
 
 
