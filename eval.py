@@ -120,8 +120,8 @@ def flags_of(run):
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
-        if held_out := config.get("eval_data"):  # of earlier versions one file, a text
-            flags["data"] = [held_out] if isinstance(held_out, str) else held_out
+        if config.get("eval_data"):
+            flags["data"] = config["eval_data"]
         return flags | {"model": str(newest_whole(run))}
 
 

@@ -75,7 +75,8 @@ class Levels:
 
     quality: list[float] | None = flag(
         f"Q_l, upper bound of difficulty; default {DEFAULTS['quality']}, or one level of "
-        "everything if no problem has a pass rate [paper: two levels; where they are cut: ours]"
+        "everything if no problem has a pass rate [paper: two levels; where: ours, for 0.6 M "
+        "parameters]"
     )
     difficulty: Literal["pass_rate", "level"] = flag(
         "what cuts the levels: 1 - pass rate, or the declared number [paper]", "pass_rate"
@@ -86,7 +87,7 @@ class Levels:
     group_size: list[int] = flag("G_l, completions per prompt [paper]", [16])
     prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]")
     buffer_groups: list[int] = flag(
-        "N_l, groups that an update trains on [ours; FastCuRL 64-128]", [16]
+        "N_l, groups that an update trains on [ours, for 0.6 M parameters; FastCuRL 64-128]", [16]
     )
     max_new_tokens: list[int] | None = flag(
         f"Len_l, longest completion, tokens; default {DEFAULTS['max_new_tokens']} for the shipped "
@@ -95,7 +96,7 @@ class Levels:
     reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
         f"K_l, weight of the length reward; default {DEFAULTS['length_weight']} "
-        "[ours; paper: K_l > 0, without a number; DAPO: 0.5]"
+        "[ours, for 0.6 M parameters; paper: K_l > 0, without a number; DAPO: 0.5]"
     )
     eps_low: list[float] = flag("ratio's lower clip bound is 1 - eps_low [DAPO]", [0.2])
     eps_high: list[float] = flag("ratio's upper clip bound is 1 + eps_high [DAPO]", [0.28])
@@ -104,7 +105,7 @@ class Levels:
     )
     updates: list[int] | None = flag(
         f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']}, or no "
-        "bound where --tokens is given [ours]"
+        "bound where --tokens is given [ours, for 0.6 M parameters]"
     )
     tokens: list[int] | None = flag(
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
@@ -149,13 +150,17 @@ class Optimizer:
 
     lr: float | None = flag(
         f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
-        "the shipped model; any other needs it given. With --lora-rank the best rate is about ten "
-        "times the best of full training (Schulman et al. 2025). A preset states one of full "
-        "training, not known to be its best [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
+        "the shipped model; any other needs it given. That, and what presets state, is a rate of "
+        "full training. With --lora-rank give ten times as much, 3e-3 for the shipped model and "
+        "1e-5 for 1.5 B, as the best rates of the two differ (Schulman et al. 2025; docs/lora.md) "
+        "[ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
     )
-    warmup: int = flag("updates of linear warm-up, in each level [ours; DAPO 10 steps]", 5)
+    warmup: int = flag(
+        "updates of linear warm-up, in each level [ours, for 0.6 M parameters; DAPO 10 steps]", 5
+    )
     lr_decay: Literal["none", "linear", "cosine"] = flag(
-        "from 1 at a level's start to 0 at its end [ours; DeepScaleR none]", "linear"
+        "from 1 at a level's start to 0 at its end [ours, for 0.6 M parameters; DeepScaleR none]",
+        "linear",
     )
     minibatches: int = flag(
         "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]", 2
@@ -362,10 +367,17 @@ def fill(cfg):
     is none."""
     missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
     if missing and not is_shipped(cfg.model):
-        stating = [name for name in PRESETS if stated(name).keys() >= set(missing)]
+        stating = []
+        for preset in PRESETS:
+            flags = stated(preset)
+            if flags.keys() >= set(missing):
+                values = [f"{option(name)} {flags[name]}" for name in missing]
+                stating.append(f"{preset}: {' '.join(values)}")
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a --preset that states them ({', '.join(stating)})"
+            f"{cfg.model} give your own, or a --preset that states them ({'; '.join(stating)}). "
+            "With --lora-rank give ten times a rate of full training, which presets state: "
+            "docs/lora.md"
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
     if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
@@ -417,4 +429,8 @@ def explain(cfg, levels):
             if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")
+    if not is_shipped(cfg.model):
+        ours = [line for line in lines if "for 0.6 M parameters" in line and " None" not in line]
+        acting = "".join(line.partition(" [")[0] for line in ours)
+        lines.append(f"defaults found with 0.6 M parameters that act on {cfg.model}:{acting}")
     return "\n".join(lines)

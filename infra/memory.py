@@ -251,9 +251,7 @@ def table(parts):
 def memory_table(cfg):
     """The table of --plan: only the data, the tokenizer and the model's config are read."""
     levels, train_set, held_out, _ = read_data(cfg)
-    held_out = [p for problems in held_out.values() for p in problems]
-    if cfg.eval_every == 0:
-        held_out = []
+    held_out = sum(held_out.values(), []) if cfg.eval_every != 0 else []
     policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     cfg, levels = to_plan(cfg, levels)

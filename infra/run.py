@@ -167,9 +167,12 @@ class Run:
         self.saved = None  # a checkpoint of this update, if there is one, lacks these rows
         self.evaluations += rows
         for row in rows:
-            text = "  held out, {0}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right"
             name = name_level(row)
-            tqdm.write(f"{text} after {{update}} updates".format(name, **row))
+            text = (
+                "  held out, {}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after "
+                "{update} updates"
+            )
+            tqdm.write(text.format(name, **row))
             earlier = [e for e in self.evaluations if name_level(e) == name]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
@@ -192,8 +195,8 @@ class Run:
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
             cells[row["update"], name_level(row)] = cell
-        names = [name_level(labels) for labels, _ in self.held_out]
-        width = max(19, *(len(name) + 2 for name in names))
+        names = dict.fromkeys(map(name_level, self.evaluations))
+        width = max(map(len, ["held-out accuracy", *names])) + 2
         lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
         for name in names:
             row = "".join(f"{cells.get((end, name), '-'):^24}" for end in columns.values())

@@ -19,7 +19,7 @@ from parts import kernels
 from parts.files import sha256
 from parts.inputs import load_inputs
 from parts.optimizer import Learner
-from parts.policy import Policy
+from parts.policy import Policy, is_shipped
 from rewards import Grader, import_file
 
 
@@ -44,6 +44,9 @@ def start_run(cfg, ranks):
     for reward in cfg.reward:
         if path := reward.rpartition(":")[0]:
             inputs |= hashes(import_file(Path(path).resolve())[1])
+    objective = explain(cfg, [state.level for state in levels])
+    if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
+        tqdm.write(objective.rpartition("\n")[2])
     config = {
         **with_full_paths(cfg),
         **facts,
@@ -52,7 +55,7 @@ def start_run(cfg, ranks):
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(state.order.prompts) for state in levels],
-        "objective": explain(cfg, [state.level for state in levels]),
+        "objective": objective,
         "levels": [asdict(state.level) for state in levels],
         "read": read,
         "inputs": inputs,
@@ -171,16 +174,15 @@ def with_full_paths(cfg):
     """The flags, with paths that mean the same from any folder."""
     flags = asdict(cfg)
     for name in ("model", "data", "examples"):
-        if flags[name]:
-            flags[name] = full_path(flags[name])
+        flags[name] = full_path(flags[name])
     flags["eval_data"] = [full_path(path) for path in cfg.eval_data]
     flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]
     return flags
 
 
 def full_path(name):
-    """As it is if it is no path, but a name of the hub."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """A name of the hub stays as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def hashes(paths):

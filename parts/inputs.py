@@ -63,24 +63,18 @@ def read_data(cfg):
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
         some = held_out[path] = data.read_problems(path, cfg.columns)
         data.gradable(path, some)  # says which; in evaluation they stay
-        everything += [replace(p, id=(path, p.id)) for p in some]  # files may share their ids
+        everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     facts = {
         "ungradable_left_out": len(different) - len(train_set),
         "repeats_removed": len(problems) - len(different),
+        "read": read,
     }
     for kind, pairs in zip(("overlap", "near_overlap"), data.overlap(train_set, everything)):
-        counts = Counter(path for (path, _), _ in pairs)
-        facts[f"{kind}_with_eval"] = per_file({path: counts[path] for path in held_out}) or 0
-    return levels, train_set, held_out, facts | {"read": read}
-
-
-def per_file(found):
-    """{file: a fact} -> {name of the file: its fact}; of a single file, its fact alone"""
-    if len(found) > 1:
-        return {Path(path).stem: fact for path, fact in found.items()}
-    return next(iter(found.values()), None)
+        counts = Counter(name for (name, _), _ in pairs)
+        facts[f"{kind}_with_eval"] = dict(counts) if len(held_out) > 1 else len(pairs)
+    return levels, train_set, held_out, facts
 
 
 def load_policy(cfg, model, device):
@@ -177,22 +171,22 @@ def cut_held_out(cfg, levels, held_out, policy):
     -> [({what names the bin in eval.jsonl: ...}, its prompts), ...], facts
     """
     qualities = cfg.eval_quality or [level.quality for level in levels]
-    bins, left_out = [], {}
+    bins, facts = [], {}
     for path, problems in held_out.items():
-        parts, left_out[path] = cut_by_difficulty(cfg, path, problems, qualities)
+        file = {"file": Path(path).stem} if len(held_out) > 1 else {}
+        parts, left_out = cut_by_difficulty(cfg, path, problems, qualities)
+        facts[", ".join(["eval_left_out", *file.values()])] = left_out
         if cfg.eval_quality and None in parts:
             raise ValueError(f"--eval-quality: no problem of {path} has a {cfg.difficulty}")
-        seen, prompts = [[]], []
+        seen, shown = [[]], []
         for number, some in parts.items():
-            if some in seen:  # levels may share their problems
-                continue
-            seen.append(some)
-            labels = {"file": Path(path).stem} if len(held_out) > 1 else {}
-            labels["level"] = number
-            bins.append((labels, policy.render(some)))
-            prompts += bins[-1][1]
-            tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
-        if not prompts:
+            if some not in seen:  # levels may share their problems
+                seen.append(some)
+                labels, prompts = file | {"level": number}, policy.render(some)
+                bins.append((labels, prompts))
+                shown += prompts
+                tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
+        if not shown:
             raise ValueError(f"{path}: no problem falls into any level; see --eval-quality")
-        policy.show(path, prompts)
-    return bins, {"eval_left_out": per_file(left_out)} if held_out else {}
+        policy.show(path, shown)
+    return bins, facts

@@ -239,12 +239,15 @@ def test_bad_flags(refused, words, message):
 )
 def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):
     """3e-4 would ruin a model of 1.5 B without a word. Only presets that state all of what is
-    missing are named: `paper` states neither number."""
+    missing are named, and what they state: `paper` states neither number."""
     words = ["--model", "toy", *words.split()]
     message = refused(f"{named}: our defaults fit the shipped model alone", words)
     flags = named.split(" and ")
     stating = [name for name in PRESETS if all(f"{f} " in PRESETS[name][0] for f in flags)]
-    assert f"({', '.join(stating)})" in message and "paper" not in stating
+    assert re.findall(r"[(;] ?([\w-]+): --", message) == stating and "paper" not in stating
+    values = {"--lr": "--lr 1e-06", "--max-new-tokens": "--max-new-tokens [20480]"}
+    assert f"dapo: {' '.join(values[flag] for flag in flags)};" in message
+    assert "With --lora-rank give ten times a rate of full training" in message
 
 
 def test_declared_levels_need_their_highest_numbers(refused):
@@ -281,6 +284,24 @@ def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
     for line in ("--group-size 4 [given]", "--lr 1e-06 [dr-grpo]", "--adv-std none [dr-grpo]"):
         assert line in printed
     assert "--preset dr-grpo: unsaid: clip bounds" in printed
+
+
+@pytest.mark.parametrize(
+    "words, acting",
+    [
+        ("", ["buffer-groups 16", "length-weight 0.3", "updates 40", "warmup 5"]),
+        ("--tokens 99 --buffer-groups 2 --length-weight 0", ["warmup 5"]),
+    ],
+)
+def test_defaults_found_with_the_shipped_model_are_said_for_others(folder, capsys, words, acting):
+    """A single level of a foreign model had K = 0.3 and 40 updates, and nothing said so."""
+    own = f"--model toy --data good.jsonl --lr 1 --max-new-tokens 9 --quality 1 {words} --explain"
+    train.main(own.split())
+    *_, last = capsys.readouterr().out.splitlines()
+    flags = "".join(f"  --{flag}" for flag in [*acting, "lr-decay linear"])
+    assert last == f"defaults found with 0.6 M parameters that act on toy:{flags}"
+    train.main(["--explain", "--length-weight", "0.5"])
+    assert "that act on" not in capsys.readouterr().out  # on the shipped one
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -196,7 +196,8 @@ def test_pieces_of_tokens_spell_the_text(tokenizer):
 # --------------------------------------------------------------------------------------- the page
 
 
-CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": ["HERE/f.jsonl", "g.jsonl"], "dtype": "float32",
+CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": ["HERE/f.jsonl", "g.jsonl"],
+"dtype": "float32",
 "torch": "2", "device": "cpu", "seed": 0, "levels": [{"quality": 1.0, "buffer_groups": 4,
 "group_size": 2, "max_new_tokens": 9, "updates": 9, "tokens": null, "length_weight": 0,
 "reward": "HERE/r.py:f"}]}"""
