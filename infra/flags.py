@@ -432,5 +432,7 @@ def explain(cfg, levels):
     if not is_shipped(cfg.model):
         ours = [line for line in lines if "for 0.6 M parameters" in line and " None" not in line]
         acting = "".join(line.partition(" [")[0] for line in ours)
-        lines.append(f"defaults found with 0.6 M parameters that act on {cfg.model}:{acting}")
+        lines.append(
+            f"defaults found with 0.6 M parameters that act on {cfg.model}:{acting or ' none'}"
+        )
     return "\n".join(lines)

@@ -286,7 +286,7 @@ def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
     assert "--preset dr-grpo: unsaid: clip bounds" in printed
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "words, acting",
     [
         ("", ["buffer-groups 16", "length-weight 0.3", "updates 40", "warmup 5"]),
