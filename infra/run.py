@@ -5,7 +5,7 @@ train.py decides what happens; a Run counts it, logs it, saves it, and takes up 
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -191,15 +191,14 @@ class Run:
             for state in self.levels:
                 if state.last_update:
                     columns[f"after level {state.number}"] = state.last_update
-        cells = {}
+        rows = defaultdict(dict)  # name of a bin -> {update: cell}
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
-            cells[row["update"], name_level(row)] = cell
-        names = dict.fromkeys(map(name_level, self.evaluations))
-        width = max(map(len, ["held-out accuracy", *names])) + 2
+            rows[name_level(row)][row["update"]] = cell
+        width = max(map(len, ["held-out accuracy", *rows])) + 2
         lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
-        for name in names:
-            row = "".join(f"{cells.get((end, name), '-'):^24}" for end in columns.values())
+        for name, cells in rows.items():
+            row = "".join(f"{cells.get(end, '-'):^24}" for end in columns.values())
             lines.append(name.ljust(width) + row)
         return "\n".join(lines)
 
