@@ -76,7 +76,7 @@ def micro_batch(cfg, level, model, prompt, size, wide):
     return {
         # With recomputation the input of each layer is kept, and one layer computed again.
         "activations": num_layers * (tokens * hidden * size if cfg.recompute else layer),
-        "logits, or a layer again": max(logits, layer * cfg.recompute),
+        "logits, or a layer again": max(logits, layer * bool(cfg.recompute)),
         "between last layer and head": 4 * tokens * hidden * wide,
         "attention mask": masked * length * keys * size,
         "gradient of the head": head * (wide + size * (size < 4)),
