@@ -83,9 +83,9 @@ def resuming(args, _):
     assert start(args, "train.py", "--resume", f"{args.out}/killed").wait() == 0
     begun, end, other = (weights(f"{args.out}/{name}") for name in ENDS)
     difference = ((end - other).norm() / (end - begun).norm()).item()
-    most = 0 if args.device == "cpu" else 0.1
+    most = 1e-3 if args.device == "cpu" else 0.1  # each run chooses its kernels by a clock
     measured = f"weights differ by {difference:.2g} of how far they moved"
-    return measured, f"at most {most}", difference <= most
+    return measured, f"at most {most:g}", difference <= most
 
 
 def full_memory(args, _):
