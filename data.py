@@ -65,31 +65,37 @@ def is_number(value):
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-def read_problems(name, columns=()):
+def read_problems(name, columns=(), must_fit=False):
     """Problems of a file or data set (parts/sources.py) with columns of problem and answer and, if
     known, id, pass_rate, level. A benchmark has a short name.
 
-    columns  of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
+    columns   of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
+    must_fit  whether a file that lacks these columns is refused, known or not
     """
+    source, rows = sources.parse_name(str(name))
     columns, layouts = sources.parse_columns(columns), Counter()
+    if source in sources.BENCHMARKS:
+        columns = {}
 
     def parse(record, default_id):
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        record, layout = sources.in_our_columns(record, columns)
+        record, layout = sources.in_our_columns(record, columns, must_fit)
         layouts[" and ".join(layout)] += 1
         return parse_problem(record, default_id)
 
-    where = str(name if Path(name).exists() else sources.BENCHMARKS.get(name, name))
+    where = source if Path(source).exists() else sources.BENCHMARKS.get(source, source)
     if where.endswith(".parquet") or (":" in where and not Path(where).exists()):
         problems = []
         with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
-            rows = list(sources.load_rows(where))
-        for number, row in enumerate(rows):
+            chosen = list(enumerate(sources.load_rows(where)))[rows]
+        for number, row in chosen:
             with explained(f"{name}, row {number}"):
-                problems.append(parse(row, f"{Path(name).stem}-{number}"))
+                problems.append(parse(row, f"{Path(source).stem}-{number}"))
     else:
-        problems = read_records(name, parse)
+        problems = read_records(source, parse, rows)
+    if not problems:
+        raise ValueError(f"{name}: nothing in it")
     twice, times = Counter(p.id for p in problems).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{name}: the id {twice!r} stands twice")

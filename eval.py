@@ -165,16 +165,24 @@ def make_row(path, problem_id, level, sample, attempt):
     }
 
 
-def load_inputs(args, device):
-    """Read and check everything. -> Policy, {file: prompts}.  Raises ValueError or OSError"""
+def read_data(args):
+    """-> {file: problems}.  Raises ValueError"""
     check(args)
-    policy, files = Policy.load(args.model, args.dtype, device, args), {}
+    files = {}
     for path in args.data:
-        problems = data.read_problems(path, args.columns)
-        data.gradable(path, problems)  # says which; they stay
-        prompts = files[path] = policy.render(problems)
-        policy.show(path, prompts)
-    return policy, files
+        # With --like they are the columns of the training problems, and it evaluates others.
+        files[path] = data.read_problems(path, args.columns, must_fit=not args.like)
+        data.gradable(path, files[path])  # says which; they stay
+    return files
+
+
+def load_inputs(args, device, files):
+    """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
+    policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
+    for path, problems in files.items():
+        prompts[path] = policy.render(problems)
+        policy.show(path, prompts[path])
+    return policy, prompts
 
 
 def choose_slots(args, policy, files, ranks):
@@ -339,7 +347,8 @@ def main(arguments=None):
                     raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
             ranks = stack.enter_context(Ranks(args.device))
-            policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
+            files = ranks.from_first(lambda: read_data(args))
+            policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
             args.slots = args.slots or choose_slots(args, policy, files, ranks)
             out = ranks.from_first(lambda: open_folder(args, policy, files))
             config = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))

@@ -22,6 +22,7 @@ from eprli import PER_LEVEL
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
 from parts.policy import SHIPPED, TINY, default_dtype, is_shipped
+from parts.sources import source_of
 
 LR = 3e-4
 
@@ -35,7 +36,8 @@ class Files:
     )
     data: str = flag(
         "training problems: a JSON-lines or parquet file, or a data set of the hub, "
-        "OWNER/NAME[:CONFIGURATION]:SPLIT; layouts that are known: parts/sources.py [ours]",
+        "OWNER/NAME[:CONFIGURATION]:SPLIT; [:512] behind it are its first 512 rows; layouts that "
+        "are known: parts/sources.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
     eval_data: list[str] = flag(
@@ -380,7 +382,8 @@ def fill(cfg):
             "docs/lora.md"
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
-    if not held_out and Path(cfg.data).resolve() == (SHIPPED / "train.jsonl").resolve():
+    source = Path(source_of(cfg.data)).resolve()
+    if not held_out and source == (SHIPPED / "train.jsonl").resolve():
         held_out = [str(SHIPPED / "heldout.jsonl")]
     recompute = cfg.device == "cuda" if cfg.recompute is None else cfg.recompute
     return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)

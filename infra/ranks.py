@@ -100,7 +100,10 @@ class Ranks:
 
     def from_first(self, work, interruptible=True):
         """work() of the first process, on every process."""
-        return self.gather(self.on_all(lambda: self.first and work(), interruptible))[0]
+        result = [self.on_all(lambda: self.first and work(), interruptible)]
+        if self.size > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
 
     def on_all(self, work, interruptible=True):
         """work() on every process; what one raises, Ctrl-C included, is raised on all."""

@@ -17,9 +17,10 @@ from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels
 from parts.files import sha256
-from parts.inputs import load_inputs
+from parts.inputs import load_inputs, read_data
 from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
+from parts.sources import source_of
 from rewards import Grader, import_file
 
 
@@ -35,11 +36,10 @@ def start_run(cfg, ranks):
     if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(kernels.probe))
-    levels, held_out, policy, facts = ranks.on_all(
-        lambda: load_inputs(cfg, cfg.model, ranks.device)
-    )
+    levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
     cfg = settled(cfg, levels, held_out, policy, ranks)
-    read, inputs = facts.pop("read"), hashes([cfg.data, *cfg.eval_data, cfg.examples])
+    files = cfg.data, *cfg.eval_data, cfg.examples
+    read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(map(source_of, files)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
         if path := reward.rpartition(":")[0]:
@@ -101,7 +101,7 @@ def resume_run(cfg, config, ranks):
         if now != config[name]:
             tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
-    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks.device))
+    levels, held_out, policy, facts = read_inputs(cfg, model, ranks)
     ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
     cfg = settled(cfg, levels, held_out, policy, ranks)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
@@ -112,6 +112,13 @@ def resume_run(cfg, config, ranks):
         ranks.from_first(lambda: directory.replace_config(extended))
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
+
+
+def read_inputs(cfg, model, ranks):
+    """`load_inputs`. The first process reads the problems and sends them to the others: each would
+    parse a million rows on its own."""
+    read = ranks.from_first(lambda: read_data(cfg))
+    return ranks.on_all(lambda: load_inputs(cfg, model, ranks.device, read))
 
 
 def extend(run, config):
@@ -181,8 +188,11 @@ def with_full_paths(cfg):
 
 
 def full_path(name):
-    """A name of the hub stays as it is."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
+    """With the slice behind it. A name of the hub stays as it is."""
+    source = source_of(name)
+    if not (source and Path(source).exists()):
+        return name
+    return str(Path(source).resolve()) + name[len(source) :]
 
 
 def hashes(paths):

@@ -18,23 +18,26 @@ def explained(words):
         raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
 
 
-def read_records(path, parse=lambda record, name: record):
-    """JSON lines of one file, each through parse(record, default id); errors name file and line."""
+def read_records(path, parse=lambda record, name: record, rows=slice(None)):
+    """JSON lines of one file, each through parse(record, default id); errors name file and line.
+
+    rows  which of the lines that are not blank; the default id tells the line, whatever the slice
+    """
     path, records = Path(path), []
     hub = "a data set of the hub is written OWNER/NAME[:CONFIGURATION]:SPLIT"
     with explained(f"{path}: cannot be read as UTF-8 text; {hub}"):
         # str.splitlines would also cut at U+2028, which is legal within a string.
         lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in numbered[rows]:
         try:
-            if line.strip():
-                record = json.loads(line)
-                if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-                    raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
-                records.append(parse(record, f"{path.stem}-{number}"))
+            record = json.loads(line)
+            if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+                raise ValueError("half a character (a lone surrogate, \\ud800 to \\udfff)")
+            records.append(parse(record, f"{path.stem}-{number}"))
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if not records:
+    if not numbered:
         raise ValueError(f"{path}: nothing in it")
     return records
 

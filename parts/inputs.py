@@ -32,14 +32,15 @@ from parts.policy import Policy, digest
 from rewards import load_reward
 
 
-def load_inputs(cfg, model, device):
-    """Read and check everything, by the functions below, in their order.
+def load_inputs(cfg, model, device, read):
+    """Load the policy and make its prompts, by the functions below, in their order.
 
     model  cfg.model, or the checkpoint that a resumed run goes on from
+    read   what `read_data` returns
     -> [LevelState, ...], held-out prompts (see cut_held_out), Policy,
        {fact: what config.json says of the data}
     """
-    levels, train_set, held_out, facts = read_data(cfg)
+    levels, train_set, held_out, facts = read
     policy = load_policy(cfg, model, device)
     if model == cfg.model:
         with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
@@ -56,7 +57,7 @@ def read_data(cfg):
     -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
        them}
     """
-    problems = data.read_problems(cfg.data, cfg.columns)
+    problems = data.read_problems(cfg.data, cfg.columns, must_fit=True)
     different = data.without_repeats(problems)
     train_set = data.gradable(cfg.data, different)
     held_out, everything, read = {}, [], {"--data": digest(problems)}
@@ -66,6 +67,11 @@ def read_data(cfg):
         everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
+    if cfg.difficulty == "level" and all(p.level is None for p in train_set):
+        raise ValueError(
+            f"--difficulty level: no problem of {cfg.data} has a level; name its column (--columns "
+            "problem=NAME answer=NAME level=NAME), or leave the flag out"
+        )
     facts = {
         "ungradable_left_out": len(different) - len(train_set),
         "repeats_removed": len(problems) - len(different),

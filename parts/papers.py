@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import INSTRUCTION
+from parts.sources import source_of
 from parts.statistics import shown
 
 # --preset: the flags that a source states, as on the command line; and what it leaves unsaid, or
@@ -87,7 +88,8 @@ def print_table(summary):
     measure = f"avg@{summary['samples']}"
     results = {}  # by the name of a file, without its folder and ending
     for path, levels in summary["files"].items():
-        results[Path(path).stem] = levels["all"][measure]
+        if source_of(path) == path:  # a part of a benchmark stands beside no published number
+            results[Path(path).stem] = levels["all"][measure]
     ours = [results.get(name) for name in FIVE]
     if not any(ours):
         return

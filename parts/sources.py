@@ -2,14 +2,15 @@
 
 A name is a JSON-lines file, a parquet file, or a data set of the hub,
 OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two need
-`pip install datasets`.
+`pip install datasets`. A slice may follow: F.jsonl[:512], OWNER/NAME:SPLIT[100:200].
 """
 
 import json
 import re
+from pathlib import Path
 
 from answers import extract_answer
-from parts.files import is_text
+from parts.files import explained, is_text
 
 # name: data set on the hub, see above
 BENCHMARKS = {
@@ -36,6 +37,21 @@ DAPO_FRAME = re.compile(
 )
 
 
+def source_of(name):
+    """ "F.jsonl[:512]" -> "F.jsonl". A path that exists is no slice, whatever its name."""
+    found = re.fullmatch(r"(.+)\[.*:.*\]", str(name))
+    return found[1] if found and not Path(name).exists() else name
+
+
+def parse_name(name):
+    """ "F.jsonl[100:200]" -> "F.jsonl", slice(100, 200).  Raises ValueError"""
+    source = source_of(name)
+    text = name[len(source) :] or "[:]"
+    with explained(f"{name}: a slice is written [:512] or [100:200], rows counted from 0"):
+        first, end = (int(number) if number else None for number in text[1:-1].split(":"))
+        return source, slice(first, end)
+
+
 def load_rows(name):
     """The records of a parquet file or of a data set of the hub."""
     from datasets import load_dataset
@@ -49,32 +65,44 @@ def load_rows(name):
 
 def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
-    columns = dict(word.partition("=")[::2] for word in words if word.partition("=")[2])
-    if words and not {"problem", "answer"} <= columns.keys() <= {
-        "id",
-        "problem",
-        "answer",
-        "level",
-    }:
+    columns = dict(word.partition("=")[::2] for word in words)
+    optional = {"id", "level", "pass_rate"}
+    if words and (columns.keys() - optional != {"problem", "answer"} or "" in columns.values()):
         raise ValueError(
-            f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME or "
-            "id=NAME if there are such columns"
+            f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME, "
+            "pass_rate=NAME or id=NAME if there are such columns"
         )
     return columns
 
 
-def column(record, name):
-    """The field b within a for "a.b"; None if there is none."""
-    for part in name.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
-    return record
+def column(record, name, missing=None):
+    """The field of that name, or else b within a for "a.b"; `missing` if there is none."""
+    if not isinstance(record, dict):
+        return missing
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    return column(record.get(outer), inner, missing) if inner else missing
 
 
-def find_layout(record, columns):
-    """{our name: the name of the column}, those that are given if the record has them."""
-    layouts = [dict(zip(("problem", "answer"), names.split())) for names in LAYOUTS]
-    for layout in [columns, *layouts]:
-        if layout and all(column(record, name) is not None for name in layout.values()):
+def find_layout(record, columns, must_fit=False):
+    """{our name: the name of the column}, those that are given if the record has them.
+
+    must_fit  raise ValueError if it lacks one of them; else a known layout serves too, and columns
+              beside problem and answer may be missing
+    """
+    needed = "problem", "answer"
+    if columns and must_fit:
+        for name in columns.values():
+            if column(record, name, ...) is ...:
+                raise ValueError(
+                    f"no column {name} (has: {', '.join(record)}): mend --columns, or leave it out "
+                    "if the layout is one of docs/data.md"
+                )
+        return columns
+    known = [dict(zip(needed, names.split())) for names in LAYOUTS]
+    for layout in [columns, *known]:
+        if layout and all(column(record, layout[name]) is not None for name in needed):
             return layout
     raise ValueError(
         f"no problem and answer in columns that are known (has: {', '.join(record)}): name them "
@@ -82,12 +110,12 @@ def find_layout(record, columns):
     )
 
 
-def in_our_columns(record, columns):
+def in_our_columns(record, columns, must_fit=False):
     """-> the record with our names for its columns, and the names that they had"""
-    layout = find_layout(record, columns)
+    layout = find_layout(record, columns, must_fit)
     ours = dict(record)
     for theirs in layout.values():
-        ours.pop(theirs.partition(".")[0], None)
+        ours.pop(theirs if theirs in record else theirs.partition(".")[0], None)
     ours |= {name: column(record, theirs) for name, theirs in layout.items()}
     if isinstance(ours["problem"], list):
         ours["problem"] = last_question(ours["problem"])

@@ -149,6 +149,12 @@ FLAGS = """
 --data none.jsonl | none.jsonl: cannot be read as UTF-8 text
 --data taken | taken: cannot be read as UTF-8 text
 --eval-data none.jsonl | none.jsonl: cannot be read
+--data good.jsonl[:10%] | good.jsonl[:10%]: a slice is written [:512] or [100:200]
+--data good.jsonl[1:] | good.jsonl[1:]: nothing in it
+--data none.jsonl[:5] | none.jsonl: cannot be read as UTF-8 text
+--eval-data good.jsonl[5:2] | good.jsonl[5:2]: nothing in it
+--columns problem=a answer=b | good.jsonl, line 1: no column a (has: problem, answer, pass_rate)
+--difficulty level --quality 1 | --difficulty level: no problem of good.jsonl has a level
 --examples none.jsonl | none.jsonl: cannot be read
 --examples good.jsonl | good.jsonl, line 1: a worked example needs the texts "problem" and
 --examples half.jsonl | half.jsonl, line 1: half a character

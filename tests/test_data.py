@@ -19,6 +19,7 @@ from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
 from parts.policy import SHIPPED, end_of_turn, stop_token
+from parts.sources import source_of
 from rewards import load_reward
 
 
@@ -152,9 +153,37 @@ def test_columns_by_name(tmp_path):
     words = ["problem=a.b", "answer=c", "level=hard"]
     (p,) = read_rows(tmp_path, row, columns=words)
     assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {})
-    assert read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)[0].answer == "1"
+    (q,) = read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)
+    assert q.answer == "1"  # held-out problems may come in a known layout
     named = {"problem": "q", "answer": "so\n#### 3"}
     assert read_rows(tmp_path, named, columns=["problem=problem", "answer=answer"])[0].answer == "3"
+
+
+def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):
+    """As flattened tables have them."""
+    words = ["problem=a.b", "answer=x.y.z", "pass_rate=rate.7b"]
+    row = {"a.b": "q", "a": {"b": "no"}, "x": {"y.z": "1"}, "rate.7b": 0.25}
+    (p,) = read_rows(tmp_path, row, columns=words)
+    assert (p.problem, p.answer, p.pass_rate, p.other) == ("q", "1", 0.25, {"a": {"b": "no"}})
+
+
+def test_columns_that_training_problems_lack_are_refused(tmp_path):
+    """A known layout in their place trains on another column than the one that was named. A pass
+    rate may be null: its problem was not measured."""
+    rows = {"question": "q", "answer": "1", "rate": 0.5}, {"question": "r", "answer": "2"}
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    words = ["problem=question", "answer=answer", "pass_rate=rate"]
+    for given, message in (
+        (["problem=question", "answer=anwser"], "line 1: no column anwser .has: question, answer"),
+        (["problem=q", "answer=a"], "line 1: no column q .* mend --columns"),
+        (words, "line 2: no column rate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_problems(path, given, must_fit=True)
+    assert [p.pass_rate for p in read_problems(path, words)] == [0.5, None]
+    path.write_text("\n".join(json.dumps({"rate": None} | row) for row in rows))
+    assert [p.pass_rate for p in read_problems(path, words, must_fit=True)] == [0.5, None]
 
 
 def test_a_box_without_an_answer_is_one_gold_that_cannot_be_graded(tmp_path):
@@ -190,6 +219,51 @@ def test_data_sets_and_parquet(tmp_path, monkeypatch):
     assert (q.problem, q.answer) == ("1+1", "2")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
+    """A problem keeps the id, and so the random streams, that it has in the whole file."""
+    path = tmp_path / f"p.{ending}"
+    rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
+    if ending == "parquet":
+        datasets = pytest.importorskip("datasets", reason="needs the library datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        lines = list(map(json.dumps, rows))
+        path.write_text("\n".join([lines[0], "", *lines[1:5], "torn"]))
+    whole = read_problems(f"{path}[:5]")
+    assert [p.problem for p in whole] == list("01234")
+    for text, part in (("[2:4]", whole[2:4]), ("[3:5]", whole[3:]), ("[:1]", whole[:1])):
+        assert read_problems(f"{path}{text}") == part
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[a:3]", "a slice is written"),
+        ("[:10%]", "a slice is written"),
+        ("[::2]", "a slice is written"),
+        ("[1:1]", "nothing in it"),
+        ("[2:1]", "nothing in it"),
+        ("[9:]", "nothing in it"),
+    ],
+)
+def test_a_slice_that_is_none_is_refused(tmp_path, text, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(GOOD)
+    with pytest.raises(ValueError) as refusal:
+        read_problems(f"{path}{text}")
+    assert f"p.jsonl{text}: {message}" in str(refusal.value)
+
+
+def test_a_path_that_exists_is_no_slice(tmp_path):
+    path = tmp_path / "p.jsonl[:1]"
+    path.write_text(GOOD + "\n" + GOOD.replace("1+1", "1+2"))
+    assert [p.problem for p in read_problems(path)] == ["1+1", "1+2"]
+    assert source_of(str(path)) == str(path)
+    assert [p.problem for p in read_problems(f"{path}[1:]")] == ["1+2"]
+
+
 def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     """Repository, revision, configuration and split; benchmarks have short names; without
     `datasets`, an error that says what to install."""
@@ -209,6 +283,11 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", "2")]
     assert read_problems("o/gsm8k@v2:main:test")[0].answer == "2"
+    rows["o/d-1.5", None, "train", None] = {"question": "1+1", "answer": "#### 2"}
+    assert read_problems("o/d-1.5:train[:5]") == read_problems("o/d-1.5:train")
+    assert read_problems("amc22_23[:9]")[0].id == "amc22_23-0"
+    with pytest.raises(ValueError, match=r"o/d-1.5:train\[1:\]: nothing in it"):
+        read_problems("o/d-1.5:train[1:]")
     for name, message in (("amc23", "amc23, row 0.*has: q"), ("minerva", "math-ai/minervamath")):
         with raises(ValueError, match=message):
             read_problems(name)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from test_resume import without_time
 from test_train import a_run, gradients, level, off_policy_samples
 
+import data
 from infra import ranks
 from infra.flags import Config
 from infra.ranks import Ranks
@@ -262,6 +263,32 @@ def out_of_memory(original):
     if os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory")
     return original()
+
+
+def counting_reads(where):
+    """Write down which process reads which file of problems."""
+    rank, read = os.environ["RANK"], data.read_records
+
+    def read_records(path, *arguments):
+        with open(where, "a") as file:
+            file.write(f"{rank} {path}\n")
+        return read(path, *arguments)
+
+    data.read_records = read_records
+
+
+@pytest.mark.parametrize("program, times", [("train", 2), ("eval", 1)])
+def test_one_process_reads_the_problems_for_all(workshop, program, times):
+    """Each would parse a million rows on its own."""
+    reads = workshop / f"reads of {program}"
+    flags = {"model": "toy", "data": "p.jsonl", "max_new_tokens": 4, "device": "cpu"}
+    flags["out"] = f"read by {program}"
+    if program == "train":
+        flags |= {"updates": 1, "lr": 1e-3, "quality": 1, "eval_data": "p.jsonl"}
+    words, sabotage = launch.words(**flags), partial(counting_reads, reads)
+    processes = launch.start(workshop, words, 2, sabotage, program)
+    assert launch.wait(processes) == [0, 0], launch.said(workshop)
+    assert reads.read_text() == "0 p.jsonl\n" * times
 
 
 def test_torchrun_itself(workshop):
