@@ -210,6 +210,10 @@ class Prompting:
     )
     system: str | None = flag("text of a system turn in front of all others")
     suffix: str = flag(f"text behind every problem; default a new line and: {INSTRUCTION}", SUFFIX)
+    template: str | None = flag(
+        "file of a Jinja chat template, in place of the tokenizer's own or the plain one; "
+        "checkpoints keep it"
+    )
     template_kwargs: str = flag(
         "JSON object for the chat template, such as '{\"enable_thinking\": false}'", "{}"
     )
@@ -221,6 +225,9 @@ def read_prompting(flags):
     with explained(f"--template-kwargs {flags.template_kwargs}: not a JSON object"):
         template = dict(json.loads(flags.template_kwargs))
     examples = read_records(flags.examples, parse_example) if flags.examples else []
+    if flags.template:
+        with explained(f"--template {flags.template}: cannot be read as a chat template"):
+            template["chat_template"] = Path(flags.template).read_text(encoding="utf-8")
     return {
         "examples": examples,
         "system": flags.system,
@@ -240,13 +247,22 @@ class Prompt:
 PLAIN_TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 
 
+def with_bos(tokenizer, template):
+    """A template that is not the tokenizer's own. Where the tokenizer begins any text with its BOS,
+    as that of a Llama base, so does the template: the model has seen no text without."""
+    adds_bos = tokenizer.encode("1")[:1] == [tokenizer.bos_token_id]
+    if adds_bos and "bos_token" not in template and tokenizer.bos_token not in template:
+        return "{{ bos_token }}" + template
+    return template
+
+
 def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template={}):  # noqa: B006
     """A problem as the policy sees it, in training and evaluation alike.
 
     examples  records {"problem", "solution"}, shown before it as earlier turns of the chat
     suffix    what is put behind every problem
     system    text of a first turn, or None
-    template  what the chat template takes, by name
+    template  what the chat template takes, by name; "chat_template": a text in its place
     """
     turns = [{"role": "system", "content": system}] if system else []
     for example in examples:

@@ -56,7 +56,10 @@ from rewards import RIGHT, Grader, writes_steps
 # ----------------------------------------------------------------------------------- command line
 
 # What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
-LIKE = "temperature examples system suffix template_kwargs stop allow_last_number dtype columns"
+LIKE = (
+    "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
+    "columns"
+)
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ class Flags(Machine):
 
     model: str = flag("checkpoint folder or hub name[@revision]", str(TINY))
     data: list[str] = flag(
-        "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks",
+        "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks; with "
+        "[:512] behind it, the first 512 rows",
         [str(SHIPPED / "heldout.jsonl")],
     )
-    columns: list[str] = flag("of --data: problem=NAME answer=NAME", [])
+    columns: list[str] = flag("of --data: problem=NAME answer=NAME, and level or id", [])
     like: str | None = flag("training run: its settings and newest checkpoint as defaults")
     protocol: Literal[tuple(papers.PROTOCOLS)] | None = flag(
         "published defaults of flags and suffix"

@@ -45,7 +45,9 @@ class Files:
         "for the shipped data, else none [ours]",
         [],
     )
-    columns: list[str] = flag("columns of another layout, problem=NAME answer=NAME [ours]", [])
+    columns: list[str] = flag(
+        "columns of another layout, problem=NAME answer=NAME, and pass_rate, level or id [ours]", []
+    )
     preset: Literal[tuple(PRESETS)] | None = flag(
         "fill in what a source states; flags that are given win; --explain tells them apart [ours]"
     )

@@ -38,7 +38,7 @@ def start_run(cfg, ranks):
     here = computing(ranks.from_first(kernels.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
     cfg = settled(cfg, levels, held_out, policy, ranks)
-    files = cfg.data, *cfg.eval_data, cfg.examples
+    files = cfg.data, *cfg.eval_data, cfg.examples, cfg.template
     read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(map(source_of, files)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     for reward in cfg.reward:
@@ -78,8 +78,8 @@ def resume_run(cfg, config, ranks):
      1. infra.flags.as_started has taken the flags from its config.json.
      2. Lock the directory. Nothing in it has been read but config.json.
      3. Find the newest checkpoint whose files have their checksums. Damaged newer ones are renamed.
-     4. The files of data, examples and rewards must be unchanged; those of the starting model too,
-        if they are read again.
+     4. The files of data, examples, template and rewards must be unchanged; those of the starting
+        model too, if they are read again.
      5. Choose the kernels that the run began with, and say what else differs on this machine.
      6. Read data and policy as a new run does. The problems must be unchanged.
      7. Take up the state: counters, waiting groups, order of problems, optimizer.
@@ -180,7 +180,7 @@ def computing(choice):
 def with_full_paths(cfg):
     """The flags, with paths that mean the same from any folder."""
     flags = asdict(cfg)
-    for name in ("model", "data", "examples"):
+    for name in ("model", "data", "examples", "template"):
         flags[name] = full_path(flags[name])
     flags["eval_data"] = [full_path(path) for path in cfg.eval_data]
     flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]

@@ -3,6 +3,7 @@
 Training, evaluation and the measurement of difficulty share one template, one sampler, one grader.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -62,7 +63,12 @@ class Policy:
             lora.load(model, adapter, folder, base)
         with explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.chat_template = tokenizer.chat_template or data.PLAIN_TEMPLATE
+        check_round_trip(folder, tokenizer)
+        template = prompting["template"]
+        if not tokenizer.chat_template:
+            template.setdefault("chat_template", data.PLAIN_TEMPLATE)
+        if text := template.get("chat_template"):
+            template["chat_template"] = tokenizer.chat_template = data.with_bos(tokenizer, text)
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
@@ -75,14 +81,12 @@ class Policy:
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
-        with explained("the tokenizer's chat template fails"):
+        with explained("the chat template fails"):
             prompts = [data.render(self.tokenizer, p, **self.prompting) for p in problems]
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
             if not prompt.tokens:
-                raise ValueError(
-                    f"{prompt.problem.id}: the tokenizer's chat template makes an empty prompt"
-                )
+                raise ValueError(f"{prompt.problem.id}: the chat template makes an empty prompt")
             if max(prompt.tokens) >= vocab_size:
                 raise ValueError(
                     f"{prompt.problem.id}: token {max(prompt.tokens)} is not in the model's "
@@ -180,11 +184,35 @@ def read_stop_ids(folder, tokenizer, config):
     return stop_ids
 
 
+PROBE = "So 12.5 + 340 = 352.5\n\n  gives $\\frac{705}{2}$ or \\boxed{352.5}"
+
+
+def check_round_trip(folder, tokenizer):
+    """Say in one line if tokens do not give a text back.
+
+    Tokenizers may change a text on purpose (a blank in front, blanks joined, no letters at all in
+    a toy), so this alone is no error. One that gives words back and no blank between them was read
+    wrongly: the model would see, and the grader get, words that run together. Raises ValueError
+    then.
+    """
+    back = ""
+    with contextlib.suppress(Exception):  # a toy may know neither a character nor another for it
+        back = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False))
+    words = f"{folder}: its tokenizer makes {back!r} of the text {PROBE!r}"
+    if "gives" in back and " " not in back:
+        raise ValueError(
+            f"{words}: blanks are lost. Versions of transformers 5 read some of DeepSeek so: write "
+            '"tokenizer_class": "PreTrainedTokenizerFast" into a copy of tokenizer_config.json'
+        )
+    if back != PROBE:
+        tqdm.write(words)
+
+
 def end_of_turn(tokenizer):
     """The token that the chat template puts behind an assistant's turn, if it is a special one. A
     base model may name another end, and would run on into a question that it invents."""
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
-    with explained("the tokenizer's chat template fails"):
+    with explained("the chat template fails"):
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
     tokens = tokenizer.encode(behind, add_special_tokens=False)
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

@@ -38,13 +38,13 @@ DAPO_FRAME = re.compile(
 
 
 def source_of(name):
-    """ "F.jsonl[:512]" -> "F.jsonl". A path that exists is no slice, whatever its name."""
+    """F.jsonl[:512] -> F.jsonl. A path that exists is no slice, whatever its name."""
     found = re.fullmatch(r"(.+)\[.*:.*\]", str(name))
     return found[1] if found and not Path(name).exists() else name
 
 
 def parse_name(name):
-    """ "F.jsonl[100:200]" -> "F.jsonl", slice(100, 200).  Raises ValueError"""
+    """F.jsonl[100:200] -> F.jsonl, slice(100, 200).  Raises ValueError"""
     source = source_of(name)
     text = name[len(source) :] or "[:]"
     with explained(f"{name}: a slice is written [:512] or [100:200], rows counted from 0"):
@@ -66,8 +66,8 @@ def load_rows(name):
 def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
     columns = dict(word.partition("=")[::2] for word in words)
-    optional = {"id", "level", "pass_rate"}
-    if words and (columns.keys() - optional != {"problem", "answer"} or "" in columns.values()):
+    needed = columns.keys() - {"id", "level", "pass_rate"}
+    if words and (needed != {"problem", "answer"} or "" in columns.values()):
         raise ValueError(
             f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME, "
             "pass_rate=NAME or id=NAME if there are such columns"

@@ -34,6 +34,7 @@ BESIDE = {  # what stands beside the model and the problems
     "half.jsonl": '{"problem": "\\ud800", "solution": "1"}',
     "taken/metrics.jsonl": "a year of work",
     "file": "",
+    "cut.jinja": "{% for turn in messages %}",
     "broken.py": "def f(:",
     "raises.py": "import nowhere",
     "empty.py": "x = 1",
@@ -155,6 +156,10 @@ FLAGS = """
 --eval-data good.jsonl[5:2] | good.jsonl[5:2]: nothing in it
 --columns problem=a answer=b | good.jsonl, line 1: no column a (has: problem, answer, pass_rate)
 --difficulty level --quality 1 | --difficulty level: no problem of good.jsonl has a level
+--template none.jinja | --template none.jinja: cannot be read as a chat template
+--template taken | --template taken: cannot be read as a chat template
+--template file | the chat template makes an empty prompt
+--template cut.jinja | the chat template fails (TemplateSyntaxError
 --examples none.jsonl | none.jsonl: cannot be read
 --examples good.jsonl | good.jsonl, line 1: a worked example needs the texts "problem" and
 --examples half.jsonl | half.jsonl, line 1: half a character

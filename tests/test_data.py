@@ -22,6 +22,8 @@ from parts.policy import SHIPPED, end_of_turn, stop_token
 from parts.sources import source_of
 from rewards import load_reward
 
+GOOD = '{"problem": "1+1", "answer": "2"}'
+
 
 def test_a_problem_survives_a_round_trip(tmp_path):
     """With fields that we do not know, and with U+2028, legal within a string, where str.splitlines
@@ -179,7 +181,7 @@ def test_columns_that_training_problems_lack_are_refused(tmp_path):
         (["problem=q", "answer=a"], "line 1: no column q .* mend --columns"),
         (words, "line 2: no column rate"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, match=message):
             read_problems(path, given, must_fit=True)
     assert [p.pass_rate for p in read_problems(path, words)] == [0.5, None]
     path.write_text("\n".join(json.dumps({"rate": None} | row) for row in rows))
@@ -219,13 +221,13 @@ def test_data_sets_and_parquet(tmp_path, monkeypatch):
     assert (q.problem, q.answer) == ("1+1", "2")
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
     """A problem keeps the id, and so the random streams, that it has in the whole file."""
     path = tmp_path / f"p.{ending}"
     rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
     if ending == "parquet":
-        datasets = pytest.importorskip("datasets", reason="needs the library datasets")
+        datasets = importorskip("datasets", reason="needs the library datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     else:
@@ -237,7 +239,7 @@ def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
         assert read_problems(f"{path}{text}") == part
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "text, message",
     [
         ("[a:3]", "a slice is written"),
@@ -251,7 +253,7 @@ def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
 def test_a_slice_that_is_none_is_refused(tmp_path, text, message):
     path = tmp_path / "p.jsonl"
     path.write_text(GOOD)
-    with pytest.raises(ValueError) as refusal:
+    with raises(ValueError) as refusal:
         read_problems(f"{path}{text}")
     assert f"p.jsonl{text}: {message}" in str(refusal.value)
 
@@ -286,7 +288,7 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     rows["o/d-1.5", None, "train", None] = {"question": "1+1", "answer": "#### 2"}
     assert read_problems("o/d-1.5:train[:5]") == read_problems("o/d-1.5:train")
     assert read_problems("amc22_23[:9]")[0].id == "amc22_23-0"
-    with pytest.raises(ValueError, match=r"o/d-1.5:train\[1:\]: nothing in it"):
+    with raises(ValueError, match=r"o/d-1.5:train\[1:\]: nothing in it"):
         read_problems("o/d-1.5:train[1:]")
     for name, message in (("amc23", "amc23, row 0.*has: q"), ("minerva", "math-ai/minervamath")):
         with raises(ValueError, match=message):

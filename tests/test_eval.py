@@ -15,6 +15,9 @@ from conftest import edit, files, lines, read, table, write_lines
 from launch import at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
@@ -26,7 +29,7 @@ from infra.flags import make_parser
 from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
-from parts.policy import Attempt, Policy, Sampling, attempt, requests
+from parts.policy import TINY, Attempt, Policy, Sampling, attempt, requests
 from parts.statistics import interval, majority, measure, pass_at_k, wilson
 from rewards import NO_ANSWER, RIGHT, WRONG, Grader
 from rollout import Completion
@@ -243,6 +246,111 @@ def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(own_folder, tmp_
     assert policy.tokenizer.decode(prompt.tokens) == "Add.\n1+1 =\n"
     policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
     assert (tmp_path / "saved/chat_template.jinja").read_text() == data.PLAIN_TEMPLATE
+
+
+def llama_base(toy_folder, folder):
+    """A checkpoint whose tokenizer has no template, and begins all text with its BOS."""
+    shutil.copytree(toy_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@mark.parametrize(
+    "template, prompt",
+    [
+        (None, "<|pad|>1+1 =\n"),
+        ("Q: {{ messages[0]['content'] }} A:", "<|pad|>Q: 1+1 = A:"),
+        ("{{ bos_token }}Q: {{ messages[0]['content'] }}", "<|pad|>Q: 1+1 ="),
+        ("<|pad|>Q: {{ messages[0]['content'] }}", "<|pad|>Q: 1+1 ="),
+        ("{# bos_token #}{{ messages[0]['content'] }}", "1+1 ="),  # it decides
+    ],
+)
+def test_a_base_model_gets_its_bos_once(toy_folder, tmp_path, template, prompt):
+    """A Llama base has seen no text without. A checkpoint has the same prompt, by itself."""
+    folder, flags = llama_base(toy_folder, tmp_path / "m"), data.Prompting(suffix=" =")
+    if template:
+        (tmp_path / "t.jinja").write_text(template)
+        flags = replace(flags, template=str(tmp_path / "t.jinja"))
+    policy = Policy.load(folder, flags=flags)
+    policy.model.save_pretrained(tmp_path / "saved")
+    policy.save(tmp_path / "saved")
+    for again in (
+        policy,
+        Policy.load(str(tmp_path / "saved"), flags=replace(flags, template=None)),
+    ):
+        (made,) = again.render([Problem("a", "1+1", "2")])
+        assert again.tokenizer.decode(made.tokens) == prompt
+        assert again.stop_ids == policy.stop_ids
+
+
+def test_a_template_replaces_that_of_the_tokenizer_and_is_compared(toy_folder, tmp_path):
+    """Pass rates that were measured with another template tell so. Its end of a turn stops."""
+    (tmp_path / "t.jinja").write_text(TEMPLATE.replace("<|im_end|>", "<|pad|>"))
+    flags = data.Prompting(template=str(tmp_path / "t.jinja"))
+    given, own = Policy.load(str(toy_folder), flags=flags), Policy.load(str(toy_folder))
+    (made,) = given.render([Problem("a", "1+1", "2")])
+    assert given.tokenizer.decode(made.tokens).startswith("<|im_start|>1+1")
+    assert given.tokenizer.pad_token_id in set(given.stop_ids) - set(own.stop_ids)
+    assert given.measuring(1, 1)["prompt"] != own.measuring(1, 1)["prompt"]
+
+
+def no_blank(tokenizer):
+    """As transformers 5 encodes for R1-Distill-Llama."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
+
+
+def raw(tokenizer):
+    """As it decodes for it: blanks come out as the vocabulary spells them."""
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+
+
+def one_blank(tokenizer):
+    """It joins blanks, which harms nothing."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+
+
+def digits(tokenizer):
+    """A toy that knows nothing but sums."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[^0-9+=]"), "")
+
+
+def unknown(tokenizer):
+    """A toy that fails where it meets another character."""
+    words = Tokenizer(models.WordLevel({"1": 0, "<|end|>": 1}, unk_token="none"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer._tokenizer = words
+
+
+@mark.parametrize(
+    "change, refused",
+    [(no_blank, True), (raw, True), (one_blank, False), (digits, False), (unknown, False)],
+)
+def test_a_tokenizer_that_does_not_give_a_text_back(toy_folder, tmp_path, capsys, change, refused):
+    """Words that run together cost a model most of what it can, and every figure looks real. What
+    a tokenizer changes on purpose is said, in one line, and goes on."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    if refused:
+        with raises(ValueError, match="blanks are lost.*PreTrainedTokenizerFast"):
+            Policy.load(str(folder))
+    else:
+        Policy.load(str(folder))
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "its tokenizer makes" in line
+
+
+def test_a_whole_tokenizer_says_nothing(toy_folder, capsys):
+    Policy.load(str(toy_folder))
+    Policy.load(str(TINY))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_template_takes_arguments(toy_folder):

@@ -277,7 +277,7 @@ def counting_reads(where):
     data.read_records = read_records
 
 
-@pytest.mark.parametrize("program, times", [("train", 2), ("eval", 1)])
+@mark.parametrize("program, times", [("train", 2), ("eval", 1)])
 def test_one_process_reads_the_problems_for_all(workshop, program, times):
     """Each would parse a million rows on its own."""
     reads = workshop / f"reads of {program}"
