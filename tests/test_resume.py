@@ -623,19 +623,17 @@ def test_a_slice_and_a_template_are_resumed_from_any_folder(workshop):
     """Neither name is that of a file as it stands on the command line, or where one resumes."""
     template = workshop / "t.jinja"
     template.write_text("{% for turn in messages %}{{ turn['content'] }}={% endfor %}")
-    flags = {"data": "p.jsonl[:12]", "template": "t.jinja", "updates": 2}
-    assert began(workshop, "part", functools.partial(at_call, "train.learn", 4, die), **flags) < 0
-    config = json.loads((workshop / "part/config.json").read_text())
+    killed(workshop, "part", "train.learn", 4, "--data p.jsonl[:12] --template t.jinja --updates 2")
+    config = read(workshop / "part/config.json")
     assert config["data"] == f"{workshop / 'p.jsonl'}[:12]" and sum(config["problems"]) == 12
     assert {str(template), str(workshop / "p.jsonl")} < config["inputs"].keys()
     folder = workshop / "another"
     folder.mkdir()
     before = template.read_text()
     template.write_text("{{ messages[0]['content'] }}")
-    assert resumed(folder, workshop / "part") == 2
-    assert "t.jinja is gone, or is not what it was" in launch.said(folder)
+    refused(folder, workshop / "part", "t.jinja is gone, or is not what it was")
     template.write_text(before)
-    assert resumed(folder, workshop / "part") == 0, launch.said(folder)
+    goes_on(folder, workshop / "part")
     (saved,) = (workshop / "part/checkpoints").glob("000004/chat_template.jinja")
     assert saved.read_text() == before
 
