@@ -145,7 +145,7 @@ def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     assert parts["sampling"]["KV cache"] == cache
     evaluation = long_run(model, "--slots 64", held_out=1000)  # fills the slots
     assert evaluation["sampling"]["KV cache"] == 4 * cache
-    assert long_run(model, held_out=16, slots=64, eval_samples=4) == evaluation
+    assert long_run(model, "--slots 64 --eval-samples 4", held_out=16) == evaluation
     assert peak_gigabytes(parts) < 60
     assert peak_gigabytes(long_run(model, "")) > 80
 
