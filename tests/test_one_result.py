@@ -280,14 +280,12 @@ def counting_reads(where):
 @mark.parametrize("program, times", [("train", 2), ("eval", 1)])
 def test_one_process_reads_the_problems_for_all(workshop, program, times):
     """Each would parse a million rows on its own."""
-    reads = workshop / f"reads of {program}"
-    flags = {"model": "toy", "data": "p.jsonl", "max_new_tokens": 4, "device": "cpu"}
-    flags["out"] = f"read by {program}"
+    reads, flags = workshop / f"reads-{program}", ""
     if program == "train":
-        flags |= {"updates": 1, "lr": 1e-3, "quality": 1, "eval_data": "p.jsonl"}
-    words, sabotage = launch.words(**flags), partial(counting_reads, reads)
-    processes = launch.start(workshop, words, 2, sabotage, program)
-    assert launch.wait(processes) == [0, 0], launch.said(workshop)
+        flags = "--updates 1 --lr 1e-3 --quality 1 --eval-data p.jsonl"
+    flags += f" --model toy --data p.jsonl --max-new-tokens 4 --device cpu --out read-by-{program}"
+    processes = start(workshop, flags, 2, partial(counting_reads, reads), program)
+    assert wait(processes) == [0, 0], said(workshop)
     assert reads.read_text() == "0 p.jsonl\n" * times
 
 
