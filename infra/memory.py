@@ -180,7 +180,7 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
         return total(parts["always"]) + total(parts[phase])
 
     always = plan(cfg, levels, model, prompt, held_out, processes)["always"]
-    if total(always) > SHARE * free:
+    if total(always) > free:  # it is known exactly
         parts = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in always.items() if n)
         raise ValueError(
             f"a process of this run always holds {total(always) / 1e9:.1f} GB ({parts}), and "

@@ -38,12 +38,8 @@ def start_run(cfg, ranks):
     here = computing(ranks.from_first(kernels.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
     cfg = settled(cfg, levels, held_out, policy, ranks)
-    files = cfg.data, *cfg.eval_data, cfg.examples, cfg.template
-    read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(map(source_of, files)))
+    read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(input_files(cfg)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    for reward in cfg.reward:
-        if path := reward.rpartition(":")[0]:
-            inputs |= hashes(import_file(Path(path).resolve())[1])
     objective = explain(cfg, [state.level for state in levels])
     if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
         tqdm.write(objective.rpartition("\n")[2])
@@ -195,10 +191,20 @@ def full_path(name):
     return str(Path(source).resolve()) + name[len(source) :]
 
 
+def input_files(cfg):
+    """What the run reads beside the model, reward files with what they import from their folder."""
+    paths = [cfg.data, *cfg.eval_data, cfg.examples, cfg.template]
+    paths = [source_of(path) for path in paths if path]
+    for reward in cfg.reward:
+        if path := reward.rpartition(":")[0]:
+            paths += import_file(Path(path).resolve())[1]
+    return paths
+
+
 def hashes(paths):
     """-> {full path: SHA-256} of those that are files"""
     # A hub's files are links, whose own names tell what they are.
-    paths = [Path(path).absolute() for path in paths if path]
+    paths = [Path(path).absolute() for path in paths]
     return {str(path): sha256(path) for path in paths if path.is_file()}
 
 
