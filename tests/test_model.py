@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import model as model_module
 from model import (
     ChosenLogprobs,
+    GatedUnit,
     Linear,
     Transformer,
     log_softmax,
@@ -214,6 +215,15 @@ def test_chunked_log_probs_equal_dense_ones(
         results.append((logprob, entropy, *(p.grad.clone() for p in model.parameters())))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results))
     assert all((v[~mask] == 0).all() for v in results[0][:2])
+
+
+def test_the_gated_unit_has_the_gradient_of_its_formula():
+    """Models that are compared with each other share it, so a wrong gradient would agree."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    gate, up = inputs
+    assert torch.equal(GatedUnit.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(GatedUnit.apply, (gate, up))
 
 
 def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks(monkeypatch):

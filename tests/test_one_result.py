@@ -440,6 +440,18 @@ def test_a_process_without_samples_runs_the_shortest_one():
     assert seen == [(0, [longest]), (1, [shortest]), (2, [shortest])]
 
 
+def test_gradients_of_micro_batches_add_up_in_float32_masters():
+    """The last micro-batch in place of the sum, or a sum in bfloat16, which has no 1 + 2^-9."""
+    model = random_model().bfloat16()
+    learner = Learner(model, Ranks())
+    master = learner.masters[learner.names.index("model.norm.weight")]
+    for value in (1.0, 2**-9):
+        (value * model.model.norm.weight.sum()).backward()
+    assert (master.grad == 1 + 2**-9).all()
+    learner.drop_gradient()
+    assert master.grad is None
+
+
 def test_two_threads_learn_from_the_newest_weights():
     """A copy of the weights in the second thread's model would be that of the run's beginning."""
     model = random_model()
