@@ -28,7 +28,7 @@ SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 class Problem:
     id: str
     problem: str
-    answer: str
+    answer: object  # a text; where only one's own R_l reads it, anything that JSON holds, or None
     pass_rate: float | None = None  # of the policy that measured it, in [0, 1]
     level: float | None = None  # difficulty declared by the source
     other: dict = field(default_factory=dict, compare=False)  # further fields, kept as they are
@@ -39,7 +39,7 @@ class Problem:
         return known | self.other
 
 
-def parse_problem(record, default_id):
+def parse_problem(record, default_id, graded=True):
     """One JSON object to a Problem; raises ValueError saying what is wrong with it."""
     other = dict(record)
     name, problem, answer, pass_rate, level = (
@@ -47,7 +47,7 @@ def parse_problem(record, default_id):
     )
     if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
-    if not is_text(answer) and not is_number(answer):
+    if graded and not is_text(answer) and not is_number(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
@@ -55,9 +55,10 @@ def parse_problem(record, default_id):
         raise ValueError('"level" must be a number')
     if name is None:
         name = default_id
-    if isinstance(answer, float) and answer.is_integer():  # 142.0
+    if graded and isinstance(answer, float) and answer.is_integer():  # 142.0
         answer = int(answer)
-    return Problem(str(name), problem, str(answer), pass_rate, level, other)
+    answer = str(answer) if graded else answer
+    return Problem(str(name), problem, answer, pass_rate, level, other)
 
 
 def is_number(value):
@@ -65,12 +66,13 @@ def is_number(value):
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-def read_problems(name, columns=(), must_fit=False):
+def read_problems(name, columns=(), must_fit=False, graded=True):
     """Problems of a file or data set (parts/sources.py) with columns of problem and answer and, if
     known, id, pass_rate, level. A benchmark has a short name.
 
     columns   of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
     must_fit  whether a file that lacks these columns is refused, known or not
+    graded    whether answers are for the verifier: else they may be missing, or of any kind
     """
     source, rows = sources.parse_name(str(name))
     columns, layouts = sources.parse_columns(columns), Counter()
@@ -80,9 +82,9 @@ def read_problems(name, columns=(), must_fit=False):
     def parse(record, default_id):
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        record, layout = sources.in_our_columns(record, columns, must_fit)
+        record, layout = sources.in_our_columns(record, columns, must_fit, graded)
         layouts[" and ".join(layout)] += 1
-        return parse_problem(record, default_id)
+        return parse_problem(record, default_id, graded)
 
     where = source if Path(source).exists() else sources.BENCHMARKS.get(source, source)
     if where.endswith(".parquet") or (":" in where and not Path(where).exists()):

@@ -324,7 +324,7 @@ class LevelState:
     number: int  # from 1
     level: Level
     order: object  # in which its prompts are drawn, see data.Order
-    reward_fn: object  # R_l: a user's function, or None: the verifier
+    reward: object  # R_l, see rewards.Reward
     buffer: Buffer
     trained: int = 0  # updates of this level that changed the policy
     tokens_sampled: int = 0  # in this level's updates, whatever became of them

@@ -32,10 +32,10 @@ from data import flag
 from eprli import QUALITY
 from infra import memory
 from infra.directory import checkpoints, create, damage, lock
-from infra.flags import Machine, check_ranges, make_parser
+from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, silence_others
 from parts import lora, papers
-from parts.files import explained, stems, write_records
+from parts.files import Stop, explained, sha256, stems, write_records
 from parts.policy import (
     DIFFICULTY,
     EVALUATION,
@@ -50,15 +50,15 @@ from parts.policy import (
     is_shipped,
     requests,
 )
-from parts.statistics import SETTINGS, interval, majority, measure, shown
-from rewards import RIGHT, Grader, writes_steps
+from parts.statistics import SETTINGS, by_name, interval, majority, measure, shown
+from rewards import MATH, RIGHT, Scorer, load_reward, reward_files, writes_steps
 
 # ----------------------------------------------------------------------------------- command line
 
 # What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
 LIKE = (
     "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
-    "columns"
+    "columns reward reward_timeout reward_workers reward_retry reward_tries reward_held_out"
 )
 
 
@@ -87,16 +87,21 @@ class Flags(Machine):
     top_k: int = flag("likeliest tokens; 0 is off, as in training", 0)
     seed: int = flag("of the random streams", 0)
     quality: list[float] = flag("thresholds of levels", QUALITY)
-    allow_last_number: bool = flag("without a box, grade the last number", False)
+    reward: list[str] = flag(
+        "R_l: math, or path.py:function; 1 and more is right; one for all, or one for each of "
+        "--quality",
+        [MATH],
+    )
     out: Path | None = flag("new, or of a stopped evaluation; default runs/eval-<date-time>")
     add_pass_rate: Path | None = flag("file to write: the problems with their pass rates")
     merge: Path | None = flag("folder to write: adapter --model merged into its base; then stop")
     compare: str | None = flag("test the difference of two results: A B", nargs=2)
 
 
-SECTIONS = Flags, data.Prompting
+SECTIONS = Flags, Scoring, data.Prompting
 RULES = (
-    ("samples slots", lambda v: v >= 1, "at least 1"),
+    ("samples slots reward_workers reward_tries", lambda v: v >= 1, "at least 1"),
+    ("reward_timeout", lambda v: 0 < v < math.inf, "above 0"),
     ("k max_new_tokens temperature top_k seed", lambda v: 0 <= v < math.inf, "at least 0"),
     ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
 )
@@ -149,34 +154,41 @@ def check(args):
             f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
             "it, or a --protocol"
         )
+    if len(args.reward) not in (1, len(args.quality)):
+        raise ValueError(f"--reward: give one, or one for each of --quality ({len(args.quality)})")
     names, rates = stems("--data", args.data), args.add_pass_rate
     if rates and (len(names) > 1 or rates.exists() or not rates.parent.is_dir()):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 
 
-def make_row(path, problem_id, level, sample, attempt):
+def make_row(path, problem_id, level, own_reward, sample, attempt):
     """A line of completions.jsonl"""
-    return {
+    score = attempt.score
+    row = {
         "file": path,
         "problem_id": problem_id,
         "level": level,
         "sample": sample,
-        "verdict": attempt.verdict,
-        "answer": attempt.answer,
+        "verdict": score.verdict,
+        "answer": score.answer,
         "tokens": attempt.length,
         "stopped": attempt.completion.stopped,
         "text": attempt.text,
     }
+    return row | {"values": score.values()} if own_reward else row
 
 
 def read_data(args):
     """-> {file: problems}.  Raises ValueError"""
     check(args)
-    files = {}
+    files, graded = {}, MATH in (*args.reward, args.reward_held_out)
     for path in args.data:
         # With --like they are the columns of the training problems, and it evaluates others.
-        files[path] = data.read_problems(path, args.columns, must_fit=not args.like)
-        data.gradable(path, files[path])  # says which; they stay
+        files[path] = data.read_problems(path, args.columns, not args.like, graded)
+        if graded:
+            data.gradable(path, files[path])  # says which; they stay
+        if len(args.reward) > 1 and all(p.pass_rate is None for p in files[path]):
+            raise ValueError(f"--reward: one per level needs pass rates, and {path} has none")
     return files
 
 
@@ -209,8 +221,9 @@ def open_folder(args, policy, files):
     -> its path.  Raises ValueError
     """
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
-    measured = policy.measuring(args.temperature, args.max_new_tokens)
+    measured = policy.measuring(args.temperature, args.max_new_tokens, args.reward)
     settings["weights"] = measured["weights"]
+    settings["reward_files"] = digest(list(map(sha256, reward_files(args.reward))))
     settings["prompts"] = digest((files, policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
@@ -241,18 +254,29 @@ def sample_rest(args, policy, files, log, ranks):
 
     Each process takes a share of a block; the first one writes, in the order of problems.
     """
-    grader = Grader(allow_last_number=args.allow_last_number)
+    scorer, rewards = Scorer(args), list(map(load_reward, args.reward))
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
-    work = []  # ((file, problem id, name of its level), request)
+    work = []  # ((file, problem id, name of its level, whether R_l is the user's), request)
     for path, prompts in files.items():
         levels = data.level_names([p.problem for p in prompts], args.quality)
-        for request in requests(args.seed, prompts, args.samples, args.purpose):
-            name = request[0].problem.id
-            work.append(((path, name, levels.get(name)), request))
+        for prompt in prompts:
+            level, reward = levels.get(prompt.problem.id), rewards[-1]  # that of problems of none
+            if level and len(rewards) > 1:
+                reward = rewards[int(level.removeprefix("level ")) - 1]
+            (request,) = requests(args.seed, [prompt], args.samples, reward, args.purpose)
+            labels = path, prompt.problem.id, level, bool(reward.function)
+            work.append((labels, request))
 
     def sample_share(share):
         asked = [request for _, request in share]
-        done = attempt(policy, grader, asked, sampling, show_progress=ranks.first)
+        done = attempt(
+            policy,
+            scorer,
+            asked,
+            sampling,
+            beside=args.reward_held_out,
+            show_progress=ranks.first,
+        )
         rows = []
         for (labels, _), attempts in zip(share, done):
             rows += [make_row(*labels, *each) for each in enumerate(attempts)]
@@ -264,12 +288,13 @@ def sample_rest(args, policy, files, log, ranks):
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
         rows = ranks.share_out(work[start : start + size], sample_share)
         ranks.from_first(lambda rows=rows: write_records(log, rows, "a"))
-    grader.close()
+    scorer.close()
 
 
 def result_of(rows):
     """A line of results.jsonl: what became of one problem, from the rows of its samples."""
     right = [row["verdict"] == RIGHT for row in rows]
+    values = by_name(row["values"] for row in rows if "values" in row)  # of one's own R_l
     return {name: rows[0][name] for name in ("file", "problem_id", "level")} | {
         "n": len(rows),
         "right": sum(right),
@@ -278,6 +303,7 @@ def result_of(rows):
         "cut_off": 1 - np.mean([row["stopped"] for row in rows]),
         "writes_steps": np.mean([writes_steps(row["text"]) for row in rows]),
         "verdicts": Counter(row["verdict"] for row in rows),
+        "means": {name: np.mean(some) for name, some in values.items()},
     }
 
 
@@ -310,10 +336,14 @@ def write_results(args, files, out, config):
     config  config.json, an open file
     """
     summary = json.load(config)
-    results = []
+    results, answered = [], False
     with open(out / "completions.jsonl", encoding="utf-8") as lines:
         while rows := [json.loads(line) for line in islice(lines, args.samples)]:
             results.append(result_of(rows))
+            answered |= any(row["answer"] for row in rows)
+    if not answered and MATH not in args.reward:  # R_l that asks for no box
+        for result in results:
+            del result["majority"]
     write_records(out / "results.jsonl", [{"settings": summary}, *results])
     summary |= {"files": {}, "verdicts": sum((r["verdicts"] for r in results), Counter())}
     for path, prompts in files.items():
@@ -364,6 +394,9 @@ def main(arguments=None):
                 print(json.dumps(write_results(args, files, out, config)))
         except OSError as error:
             refuse(parser, error)
+        except Stop as stop:
+            words = f"{parser.prog}: {stop}; the same flags with --out {out} go on\n"
+            parser.exit(1, words if ranks.first else None)
         except KeyboardInterrupt:
             words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
             parser.exit(130, words if ranks.first else None)

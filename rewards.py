@@ -1,20 +1,22 @@
-"""R_l: is the answer right? answers/ in processes that can neither hang nor crash a run.
+"""R_l: the verifier, or a function of the user's.
 
     python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and
                                        print disagreements
 
-A policy under reinforcement learning attacks its reward, so its text is hostile. It is parsed in
-worker processes that die when they exceed a clock or a memory limit, and are replaced. The kernel
-enforces both limits. A signal handler, as in math-verify's own timeout, would not interrupt one
-long operation.
+A policy under reinforcement learning attacks its reward, so its text is hostile. The verifier
+parses it in worker processes that die when they exceed a clock or a memory limit, and are replaced.
+The kernel enforces both limits. A signal handler, as in math-verify's own timeout, would not
+interrupt one long operation. What protects a run from a user's own R_l stands at `Calls`.
 """
 
 import argparse
+import asyncio
 import contextlib
 import functools
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -22,13 +24,15 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from threading import Thread
 
 import answers
 from answers import extract_answer
-from parts.files import explained, read_records
+from parts.files import Stop, explained, read_records
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -37,6 +41,8 @@ WORKER_BYTES = 2 << 30  # address space of a worker
 LONGEST_ANSWER = 1000  # characters; the gold answers of the usual benchmarks have under 300
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
+LATE = "late"  # R_l of your own took longer than --reward-timeout
+MATH = "math"  # the name of the verifier
 
 
 def writes_steps(text):
@@ -201,17 +207,53 @@ class Grader:
             worker.kill()
 
 
-# ---------------------------------------------------------------------------------- other rewards
+# ------------------------------------------------------------------------------------------- R_l
+
+
+FORMS = (
+    "reward(problem, response), reward(problems, responses) for the lists of a group, or async def "
+    "of one of them"
+)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """R_l.
+
+    name      "math": the verifier; or "path.py:function"
+    function  of that file
+    lists     whether a call takes the lists of a group; else it takes one completion
+    awaited   whether it is an async def
+    weights   {name of a part: its weight}, WEIGHTS of that file; None: it has none
+    """
+
+    name: str = MATH
+    function: object = None
+    lists: bool = False
+    awaited: bool = False
+    weights: dict | None = None
+
+    def total(self, value):
+        """What the function returned for a completion -> R_l, {part: its value}
+
+        Raises an error of any kind for what is neither a number nor a dict of all parts.
+        """
+        if not isinstance(value, dict):
+            return float(value), {}
+        if self.weights is None or self.weights.keys() != value.keys():
+            raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
+        parts = {name: float(part) for name, part in value.items()}
+        return sum(self.weights[name] * part for name, part in parts.items()), parts
+
+
+VERIFIER = Reward()
 
 
 def load_reward(name):
-    """R_l by name: None for "math" (the grader's outcome), else the function of "path.py:function".
-
-    Raises ValueError. `outcomes` says how the function is called.
-    """
-    if name == "math":
-        return None
-    path, colon, function = name.rpartition(":")
+    """R_l by its name, see Reward.  Raises ValueError"""
+    if name == MATH:
+        return VERIFIER
+    path, colon, attribute = name.rpartition(":")
     path = Path(path)
     if not colon:
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
@@ -219,10 +261,20 @@ def load_reward(name):
         raise ValueError(f"reward {name!r}: {path} is not a Python file")
     with explained(f"reward {name!r}: importing {path} failed"):
         module, _ = import_file(path.resolve())
-        reward = getattr(module, function, None)
-    if not callable(reward):
-        raise ValueError(f"reward {name!r}: {path} has no function {function}")
-    return reward
+    function, weights = (getattr(module, each, None) for each in (attribute, "WEIGHTS"))
+    if not callable(function):
+        raise ValueError(f"reward {name!r}: {path} has no function {attribute}")
+    with explained(f"reward {name!r}: WEIGHTS is not a dict of numbers"):
+        weights = weights and {str(part): float(weight) for part, weight in weights.items()}
+    with explained(f"reward {name!r}: expected {FORMS}"):
+        signature = inspect.signature(function)
+        signature.bind(None, None)
+        names = list(signature.parameters)[:2]
+        lists = names == ["problems", "responses"]
+        if not lists and {"problems", "responses"} & set(names):
+            raise TypeError(f"{', '.join(names)}: one completion, or the lists of a group?")
+    coroutines = function, type(function).__call__  # an object may be called
+    return Reward(name, function, lists, any(map(inspect.iscoroutinefunction, coroutines)), weights)
 
 
 @functools.cache
@@ -247,65 +299,227 @@ def import_file(path):
     return module, files
 
 
-ALARMS = 10  # a reward that goes on after so many cannot be stopped
+def reward_files(names):
+    """The files that these rewards consist of: their own, and what it imports from its folder."""
+    files = []
+    for name in names:
+        if name != MATH:
+            files += import_file(Path(name.rpartition(":")[0]).resolve())[1]
+    return files
 
 
-class TooLate(BaseException):
-    """A reward took too long. Its own `except Exception` does not catch this."""
+MOST_LEFT = 20  # calls that go on after their time is over, before the run ends
+PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
 
 
-def call_within(seconds, problem, function, *arguments):
-    """function(*arguments); raises TooLate in it when that time is over, and again and again.
+class Calls:
+    """Calls of users' functions: at most `workers` at once, each with a clock of its own.
 
-    A function that catches it, or sets an alarm of its own, is late all the same. If it goes on for
-    ever, the process ends: no signal handler can leave a loop that catches everything. (One that
-    has taken the alarm away and goes on for ever hangs.)
+    A plain function runs in a thread, a coroutine on `tasks`, a loop that all of them share.
+    `clock` is a loop without any code of users: nothing that they hold up or catch stops it. A call
+    that is over its time is left behind, since no thread can be ended from outside.
+
+    workers, seconds, retry, tries  see the flags --reward-...
     """
-    alarms, end = 0, time.monotonic() + seconds
 
-    def stop(*_):
-        nonlocal alarms
-        alarms += 1
-        if alarms >= ALARMS:
-            print(
-                f"\n--reward, problem {problem.id}: it does not end, and it catches TooLate (catch "
-                "Exception, no more). Left at once, the last checkpoint is what remains",
-                file=sys.stderr,
+    def __init__(self, workers, seconds, retry=(), tries=1):
+        self.free, self.seconds = asyncio.Semaphore(workers), seconds
+        self.retry, self.tries = retry, tries
+        self.left = []  # (problem id, future) of calls that were left behind
+
+    @functools.cached_property
+    def clock(self):
+        return start_loop()
+
+    @functools.cached_property
+    def tasks(self):
+        return start_loop()
+
+    def submit(self, reward, problem_id, *arguments):
+        """-> a future of what the call returns, or of LATE. It raises Stop for what it raises."""
+        self.check_left()
+        call = self.call(reward, problem_id, arguments)
+        return asyncio.run_coroutine_threadsafe(call, self.clock)
+
+    async def call(self, reward, problem_id, arguments):
+        for number in range(1, self.tries + 1):
+            async with self.free:
+                begin = time.monotonic()
+                future, cancel = self.start(reward, arguments)
+                done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
+            if not done:
+                cancel()
+                self.left.append((problem_id, future))
+                return LATE
+            value, error, end = future.result()
+            if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
+                return LATE
+            if error is None:
+                return value
+            if number == self.tries or not is_named(error, self.retry):
+                raise failure(reward, problem_id, error) from error
+            await asyncio.sleep(PAUSE * 2 ** (number - 1))
+
+    def start(self, reward, arguments):
+        """-> a future of (value, error, time of its end), what ends the call before if it can"""
+        future, function = Future(), reward.function
+
+        def run():
+            try:
+                result = function(*arguments), None
+            except BaseException as error:
+                result = None, error
+            future.set_result((*result, time.monotonic()))
+
+        async def run_task():
+            try:
+                result = await function(*arguments), None
+            except BaseException as error:
+                result = None, error
+            future.set_result((*result, time.monotonic()))
+
+        if reward.awaited:
+            return future, asyncio.run_coroutine_threadsafe(run_task(), self.tasks).cancel
+        Thread(target=run, daemon=True).start()  # it does not keep the process from its end
+        return future, lambda: None
+
+    def check_left(self):
+        """Raise Stop if many calls hang."""
+        hanging = [problem_id for problem_id, future in self.left if not future.done()]
+        if len(hanging) >= MOST_LEFT:
+            raise Stop(
+                f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
+                f"the last of problem {hanging[-1]}: let your function end by itself"
             )
-            os._exit(1)
-        raise TooLate
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
-    try:
-        try:
-            return function(*arguments)
-        finally:  # the alarm may ring in it, once
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if time.monotonic() > end:
-            raise TooLate
 
 
-def outcomes(reward, problem, responses, seconds):
-    """R_l of a group: [a number for each response].  Raises TooLate, and what the function raises
+def start_loop():
+    """An event loop in a thread of its own, for as long as the process lives."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
-    reward   called as reward(problem, response) with the problem's record (a dict: problem, answer
-             and the other fields of its file) and the text of a completion, it returns a number.
-             If its first parameters are named `problems` and `responses` it is called once, with
-             lists of equal length, and returns as many numbers.
-    seconds  that a call may take
+
+def is_named(error, names):
+    """Whether --reward-retry names the error: its class, one above it, or its HTTP status."""
+    known = {kind.__name__ for kind in type(error).__mro__}
+    for holder in (error, getattr(error, "response", None)):
+        known |= {str(getattr(holder, name, "")) for name in ("code", "status", "status_code")}
+    return not known.isdisjoint(names)
+
+
+def failure(reward, problem_id, error):
+    where = f"--reward {reward.name}, problem {problem_id}"
+    return Stop(f"{where}: {type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one completion.
+
+    outcome  R_l: 1 and above is right; nan if it came too late
+    verdict  of the verifier, or by another R_l: right, wrong or late
+    answer   what stands in its box, or None
+    parts    {name: value before its weight} of an R_l that has parts
+    beside   1.0 if the verifier beside it says right, 0.0 if not; None if it was not asked
     """
-    records = [problem.record() for _ in responses]
-    if list(inspect.signature(reward).parameters)[:2] == ["problems", "responses"]:
-        values = list(call_within(seconds, problem, reward, records, responses))
-        if len(values) != len(responses):
-            raise ValueError(f"{len(values)} numbers for {len(responses)} responses")
-    else:
-        values = [call_within(seconds, problem, reward, *each) for each in zip(records, responses)]
-    return [float(value) for value in values]
+
+    outcome: float
+    verdict: str
+    answer: str | None
+    parts: dict = field(default_factory=dict)
+    beside: float | None = None
+
+    def values(self):
+        """{measure: number} whose means are reported; 0 where R_l came too late."""
+        values = {"R_l": 0.0 if self.verdict == LATE else self.outcome}
+        values |= {f"part_{name}": part for name, part in self.parts.items()}
+        return values if self.beside is None else values | {MATH: self.beside}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A group whose scoring has begun.
+
+    calls     futures: one for the group if R_l takes lists, else one for each completion
+    verified  whether the verifier is to be asked
+    """
+
+    reward: Reward
+    problem: object  # data.Problem
+    answers: list
+    calls: list
+    verified: bool
+
+
+class Scorer:
+    """R_l of completions, group by group, while others are still sampled."""
+
+    def __init__(self, flags):
+        self.grader = Grader(allow_last_number=flags.allow_last_number)
+        self.calls = Calls(
+            flags.reward_workers, flags.reward_timeout, flags.reward_retry, flags.reward_tries
+        )
+
+    def begin(self, reward, problem, opening, responses, beside=None):
+        """Begin to score the completions of a problem.  -> Scoring
+
+        opening  what the prompt has begun of the completions' text
+        beside   MATH: ask the verifier too
+        """
+        answers = [self.grader.extract(opening + text) for text in responses]
+        records = [problem.record() for _ in responses]
+        calls = []
+        if reward.lists:
+            calls = [self.calls.submit(reward, problem.id, records, list(responses))]
+        elif reward.function:
+            calls = [self.calls.submit(reward, problem.id, *c) for c in zip(records, responses)]
+        return Scoring(reward, problem, answers, calls, MATH in (reward.name, beside))
+
+    def finish(self, groups):
+        """Wait for what `begin` returned.  -> [[Score of a completion, ...] of a group, ...]"""
+        cases = [(g.problem.answer, answer) for g in groups if g.verified for answer in g.answers]
+        verdicts, scores = iter(self.grader.compare(cases)), []
+        for group in groups:
+            found = [next(verdicts) if group.verified else None for _ in group.answers]
+            if group.reward.function:
+                scores.append(self.own(group, found))
+            else:
+                pairs = zip(found, group.answers)
+                scores.append([Score(float(v == RIGHT), v, answer) for v, answer in pairs])
+        return scores
+
+    def own(self, group, verdicts):
+        """The scores of a group by the user's R_l. If one comes late, all are."""
+        returned = [call.result() for call in group.calls]
+        self.calls.check_left()
+        if LATE in returned:
+            return [Score(math.nan, LATE, answer) for answer in group.answers]
+        try:
+            values = list(*returned) if group.reward.lists else returned
+            if len(values) != len(group.answers):
+                raise ValueError(f"{len(values)} numbers for {len(group.answers)} responses")
+            totals = [group.reward.total(value) for value in values]
+        except Exception as error:
+            raise failure(group.reward, group.problem.id, error) from error
+        scores = []
+        for (outcome, parts), answer, found in zip(totals, group.answers, verdicts):
+            verdict = RIGHT if outcome >= 1 else WRONG
+            beside = float(found == RIGHT) if group.verified else None
+            scores.append(Score(outcome, verdict, answer, parts, beside))
+        return scores
+
+    def drop(self, groups):
+        """No further call is begun for these."""
+        for group in groups:
+            for call in group.calls:
+                call.cancel()
+
+    def close(self):
+        self.grader.close()
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -215,6 +215,7 @@ class SharedPrompt:
     """
 
     tokens: list
+    number: int = None
     slot: int = None
     logits: torch.Tensor = None  # (V,) of the first token to sample
 
@@ -252,8 +253,9 @@ class Slots:
     def __init__(self, model, prompts, keys, max_new_tokens, slots):
         """See `sample`."""
         self.model, self.groups = model, []
-        for tokens, streams, limit in zip(prompts, keys, max_new_tokens):
-            prompt, limits = SharedPrompt(tokens), np.broadcast_to(limit, len(streams)).tolist()
+        for number, (tokens, streams, limit) in enumerate(zip(prompts, keys, max_new_tokens)):
+            prompt = SharedPrompt(tokens, number)
+            limits = np.broadcast_to(limit, len(streams)).tolist()
             self.groups.append([Sequence(prompt, *each) for each in zip(streams, limits)])
         self.waiting = deque(sample for sample in chain(*self.groups) if sample.limit)
         self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
@@ -383,7 +385,8 @@ def sample(
     temperature,
     top_k=0,
     top_p=1.0,
-    on_finished=lambda num_tokens: None,
+    on_tokens=lambda num_tokens: None,
+    on_group=lambda number, completions: None,
 ):
     """Complete every prompt; returns one list of Completion per prompt, in order.
 
@@ -394,16 +397,30 @@ def sample(
     stop_ids        a completion ends with the first of these ids, which is kept
     temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
                     evaluation: the learner's softmax knows neither
-    on_finished     called with the number of tokens of every finished completion
+    on_tokens       called with the number of tokens of every finished completion
+    on_group        called with the number of a prompt and its completions, once all are finished
     """
     work = Slots(model, prompts, keys, max_new_tokens, slots)
+    finished = [None] * len(prompts)  # the completions of each prompt
+    unfinished = {number: sum(s.limit > 0 for s in g) for number, g in enumerate(work.groups)}
+
+    def finish_groups():
+        for number in [number for number, left in unfinished.items() if not left]:
+            del unfinished[number]
+            group = work.groups[number]
+            finished[number] = [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
+            on_group(number, finished[number])
+
+    finish_groups()  # those without room for a token
     with model.laid_out(len(work.running)):
         while work.waiting or work.live:
             work.refill()
             work.advance(temperature, top_k, top_p)
             for sample in work.retire(stop_ids):
-                on_finished(len(sample.tokens))
+                on_tokens(len(sample.tokens))
+                unfinished[sample.prompt.number] -= 1
             work.compact()
             if work.live:
                 work.decode()
-    return [[Completion(s.tokens, s.logprobs, s.stopped) for s in group] for group in work.groups]
+            finish_groups()  # while the next tokens are computed on a GPU
+    return finished

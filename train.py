@@ -32,9 +32,9 @@ from infra.command import run_command
 from infra.ranks import Stop
 from infra.update import NotFinite
 from model import pad
-from parts.policy import TRAINING, Sampling, attempt, requests
-from parts.statistics import interval
-from rewards import TooLate, outcomes, writes_steps
+from parts.policy import TRAINING, Sampling, attempt, means, requests
+from parts.statistics import by_name, interval
+from rewards import LATE
 from rollout import Completion, stream
 
 # Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
@@ -101,33 +101,30 @@ def draw(run, state, update):
             stream(cfg.seed, TRAINING, state.number, draw_number, g)
             for g in range(level.group_size)
         ]
-        requested.append((prompt, streams))
+        requested.append((prompt, streams, state.reward))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
     def sample_and_score(share):
         done = attempt(
             run.policy,
-            run.grader,
+            run.scorer,
             share,
             sampling,
             show_progress=run.ranks.first,
             clock=update.seconds,
         )
-        return [(a, score(run, state, prompt, a)) for (prompt, _), a in zip(share, done)]
+        return [(a, make_group(run, level, prompt, a)) for (prompt, *_), a in zip(share, done)]
 
     scored = run.ranks.share_out(requested, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
-    update.drew([prompt for prompt, _ in requested], [attempts for attempts, _ in scored], groups)
+    prompts = [prompt for prompt, *_ in requested]
+    update.drew(prompts, [attempts for attempts, _ in scored], groups)
     return groups
 
 
-def score(run, state, prompt, attempts):
+def make_group(run, level, prompt, attempts):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, and A_i, as a Group."""
-    level = state.level
-    outcome, late = [a.right for a in attempts], False
-    if state.reward_fn:
-        outcome, late = own_reward(run.cfg, state, prompt.problem, [a.text for a in attempts])
-    outcome = torch.tensor(outcome, dtype=torch.float64)
+    outcome = torch.tensor([a.score.outcome for a in attempts], dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
     length_term = level.length_weight * length_reward(
         run.cfg.length_kind,
@@ -144,22 +141,8 @@ def score(run, state, prompt, attempts):
         length_reward=length_term,
         advantage=group_advantage(outcome + length_term, run.cfg.adv_std),
         sampled_after=run.trained,
-        late=late,
+        late=attempts[0].score.verdict == LATE,  # then all are
     )
-
-
-def own_reward(cfg, state, problem, responses):
-    """The user's R_l of a group's completions -> numbers, whether it took too long
-
-    An error in it ends the run and names the problem.
-    """
-    try:
-        return outcomes(state.reward_fn, problem, responses, cfg.reward_timeout), False
-    except TooLate:
-        return [math.nan] * len(responses), True
-    except (Exception, SystemExit) as error:
-        where = f"--reward {state.level.reward}, problem {problem.id}"
-        raise Stop(f"{where}: {type(error).__name__}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ learn
@@ -279,30 +262,37 @@ def objective(run, level, model, micro, counts):
 
 
 def evaluate(run):
-    """Held-out accuracy of every file and bin of difficulty: --eval-samples of a problem at the
-    training temperature, at most --eval-max-new-tokens, whatever level is being trained."""
+    """Held-out accuracy of every file and bin of difficulty, by R_l: --eval-samples of a problem at
+    the training temperature, at most --eval-max-new-tokens, whatever level is being trained."""
     cfg, ranks = run.cfg, run.ranks
     run.doing = "evaluating"
     longest = max(state.level.max_new_tokens for state in run.levels)
     sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)
 
-    def work(share):
-        done = attempt(run.policy, run.grader, share, sampling, show_progress=ranks.first)
-        means = []  # over the samples of a problem: only problems are independent
-        for attempts in done:
-            right = fmean(a.right for a in attempts)
-            length = fmean(a.length for a in attempts)
-            means.append((right, length, fmean(writes_steps(a.text) for a in attempts)))
-        return means
+    def sample_and_score(share):
+        done = attempt(
+            run.policy,
+            run.scorer,
+            share,
+            sampling,
+            beside=cfg.reward_held_out,
+            show_progress=ranks.first,
+        )
+        return [means(attempts) for attempts in done]
 
-    prompts = [prompt for _, some in run.held_out for prompt in some]
-    done = iter(ranks.share_out(requests(cfg.seed, prompts, cfg.eval_samples), work))
-    rows = []
-    for labels, some in run.held_out:
-        right, lengths, steps = zip(*itertools.islice(done, len(some)))
-        accuracy, low, high = interval(right)
-        row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(some)}
-        row |= {"length_mean": fmean(lengths), "writes_steps_share": fmean(steps)}
+    work, rows = [], []
+    for _, prompts, reward in run.held_out:
+        work += requests(cfg.seed, prompts, cfg.eval_samples, reward)
+    done = iter(ranks.share_out(work, sample_and_score))
+    for labels, prompts, reward in run.held_out:
+        values = by_name(itertools.islice(done, len(prompts)))
+        accuracy, low, high = interval(values.pop("right"))
+        row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
+        row["length_mean"] = fmean(values.pop("length"))
+        row["writes_steps_share"] = fmean(values.pop("writes_steps"))
+        if reward.function:
+            row["late_share"] = fmean(values.pop("late"))
+            row["means"] = {name: interval(numbers) for name, numbers in values.items()}
         rows.append(row)
     run.evaluated(rows)
 

@@ -22,7 +22,7 @@ from infra.run import Run
 from infra.update import Update
 from parts.optimizer import Learner
 from parts.policy import Policy
-from rewards import Grader
+from rewards import Reward, Scorer
 
 
 def make_run(args, problems):
@@ -40,10 +40,11 @@ def make_run(args, problems):
     policy = Policy.load(args.model, args.dtype, args.device)
     policy = replace(policy, stop_ids=())
     prompts = policy.render(problems)
-    state = LevelState(1, level, Order(prompts, "bench"), common.reward, Buffer())
+    reward = Reward("common.py:reward", common.reward)
+    state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner = Learner(policy.model, ranks, args.recompute)
-    return Run(cfg, None, ranks, policy, None, learner, Grader(), [state], {})
+    return Run(cfg, None, ranks, policy, None, learner, Scorer(cfg), [state], {})
 
 
 def one_update(run):

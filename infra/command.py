@@ -91,7 +91,7 @@ def train_and_save(train, run):
             code, ended = 1, str(stop)
     if run.broken and not code:
         code, ended = 1, "the run ended while its numbers were not finite"
-    run.grader.close()
+    run.scorer.close()
     if run.tracker:
         run.tracker.finish()
     return code, ended

@@ -208,11 +208,35 @@ class SamplingFlags:
     eval_max_new_tokens: int | None = flag(
         "longest completion of a held-out problem, tokens; default the largest Len_l [ours]"
     )
-    allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Flags of eval.py too."""
+
+    _argument_group_name = "rewards"
+
     reward_timeout: float = flag(
         "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
         60.0,
     )
+    reward_workers: int = flag(
+        "calls of your own --reward at the same time, on each process; 1 if it cannot be called "
+        "by several threads [ours]",
+        16,
+    )
+    reward_retry: list[str] = flag(
+        "errors of your own --reward that are tried again, by their class or HTTP status: "
+        "ConnectionError 429; any other ends the run [ours]",
+        [],
+    )
+    reward_tries: int = flag(
+        "of such a call, with pauses of 1, 2, 4, ... seconds between them [ours]", 5
+    )
+    reward_held_out: Literal["math"] | None = flag(
+        "the verifier beside your own --reward on held-out problems [ours]"
+    )
+    allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
 
 
 @dataclass(frozen=True)
@@ -254,7 +278,7 @@ class Memory(Machine):
 
 
 @dataclass(frozen=True)
-class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Levels):
+class Config(Files, Memory, Prompting, SamplingFlags, Scoring, Optimizer, Objective, Levels):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
     @property
@@ -264,12 +288,12 @@ class Config(Files, Memory, Prompting, SamplingFlags, Optimizer, Objective, Leve
         return self.fsdp and not self.lora_rank
 
 
-RESULT_SECTIONS = Levels, Objective, Optimizer, SamplingFlags  # that the result depends on
+RESULT_SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags  # that the result depends on
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
     "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints "
-    "keep_completions tracker updates"
+    "keep_completions tracker updates reward_workers reward_retry reward_tries"
 )
 RULES = (
     (
@@ -285,7 +309,8 @@ RULES = (
     ),
     (
         "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples",
+        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers "
+        "reward_tries",
         lambda v: v >= 1,
         "at least 1",
     ),

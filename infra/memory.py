@@ -207,7 +207,7 @@ def settled(cfg, states, held_out, policy, ranks):
 
     states  [LevelState, ...];  held_out  see parts/inputs.py, cut_held_out
     """
-    prompts = [prompt for _, part in held_out for prompt in part]
+    prompts = [prompt for _, part, _ in held_out for prompt in part]
     held_out = len(prompts) if cfg.eval_every != 0 else 0
     prompts += [prompt for state in states for prompt in state.order.prompts]
     longest = max((len(prompt.tokens) for prompt in prompts), default=0)

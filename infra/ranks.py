@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parts.files import squash
+from parts.files import Stop, squash
 
 # In `gather`: a process whose completions are short waits for the others. If one dies, torchrun
 # ends all.
@@ -44,10 +44,6 @@ def refuse(parser, error):
     """Bad input ends the program with one line of one process, and exit code 2."""
     words = f"{parser.prog}: error: {squash(str(error))}\n"
     parser.exit(2, words if is_first() else None)
-
-
-class Stop(Exception):
-    """The run cannot go on. The message says why, and what to do."""
 
 
 # An error is raised on the other processes as the first of these kinds that it is.

@@ -23,7 +23,7 @@ from model import PART_BYTES, Transformer
 from parts import lora
 from parts.optimizer import Learner
 from parts.policy import Policy
-from rewards import Grader
+from rewards import Scorer
 from rollout import Completion
 
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
@@ -43,9 +43,9 @@ class Run:
     policy: Policy
     reference: Transformer | None  # the starting policy's model, for the KL term
     learner: Learner
-    grader: Grader
+    scorer: Scorer
     levels: list  # of LevelState
-    held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...])
+    held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...], R_l)
     num_updates: int = 0  # so far, skipped ones included
     broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
@@ -172,7 +172,10 @@ class Run:
                 "  held out, {}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after "
                 "{update} updates"
             )
-            tqdm.write(text.format(name, **row))
+            means = [f"; {measure} {cell}" for measure, cell in shown_means(row).items()]
+            tqdm.write(text.format(name, **row) + "".join(means))
+            if row.get("late_share"):
+                tqdm.write(f"  {row['late_share']:.1%} of its R_l came too late, and count 0")
             earlier = [e for e in self.evaluations if name_level(e) == name]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:
@@ -195,6 +198,8 @@ class Run:
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
             rows[name_level(row)][row["update"]] = cell
+            for measure, cell in shown_means(row).items():
+                rows[f"{name_level(row)}, {measure}"][row["update"]] = cell
         width = max(map(len, ["held-out accuracy", *rows])) + 2
         lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
         for name, cells in rows.items():
@@ -256,6 +261,14 @@ class Run:
             self.learner.load(load_file(path))
         self.saved = checkpoint.name
         return state["sizes"]
+
+
+def shown_means(row):
+    """{"R_l" or the name of a part: its mean with its interval}, of a row of eval.jsonl."""
+    cells = {}
+    for name, (mean, low, high) in row.get("means", {}).items():
+        cells[name] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return cells
 
 
 def in_parts(tensors):

@@ -21,7 +21,7 @@ from parts.inputs import load_inputs, read_data
 from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
 from parts.sources import source_of
-from rewards import Grader, import_file
+from rewards import Scorer, reward_files
 
 
 def start_run(cfg, ranks):
@@ -146,7 +146,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
         if cfg.lora_rank:  # it has the same frozen weights
             reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute)
-    grader = Grader(allow_last_number=cfg.allow_last_number)
+    scorer = Scorer(cfg)
     size = 0  # GB
     for weight, master in zip(learner.weights, learner.masters):  # and its two moments
         size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
@@ -155,7 +155,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
         f"{size:.3f} GB; --keep-checkpoints and one that is being written, "
         f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
     )
-    run = Run(cfg, directory, ranks, policy, reference, learner, grader, levels, held_out)
+    run = Run(cfg, directory, ranks, policy, reference, learner, scorer, levels, held_out)
     if cfg.tracker:
         run.tracker = ranks.on_all(lambda: ranks.first and Tracker(cfg, directory.out))
     return run
@@ -194,11 +194,7 @@ def full_path(name):
 def input_files(cfg):
     """What the run reads beside the model, reward files with what they import from their folder."""
     paths = [cfg.data, *cfg.eval_data, cfg.examples, cfg.template]
-    paths = [source_of(path) for path in paths if path]
-    for reward in cfg.reward:
-        if path := reward.rpartition(":")[0]:
-            paths += import_file(Path(path).resolve())[1]
-    return paths
+    return [source_of(path) for path in paths if path] + reward_files(cfg.reward)
 
 
 def hashes(paths):

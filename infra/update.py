@@ -9,13 +9,14 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+from parts.statistics import by_name
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions; more grader failures than that are said
 # Of groups, see Buffer. `kept` groups were trained on; those that wait are not counted yet.
 FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")
-PHASES = ("sample", "grade", "learn")
+PHASES = ("sample", "score", "learn")
 
 
 class NotFinite(Exception):
@@ -68,13 +69,15 @@ class Update:
                     "problem": prompt.problem.problem,
                     "answer": prompt.problem.answer,
                     "sample": i,
-                    "verdict": a.verdict,
+                    "verdict": a.score.verdict,
                     "outcome": outcome,
                     "length_reward": length_reward,
                     "tokens": a.length,
                     "stopped": a.completion.stopped,
                     "text": a.text,
                 }
+                if a.score.parts:
+                    row["parts"] = a.score.parts
                 self.rows.append(row)
                 if not group.late:
                     self.scored.append(row)
@@ -83,7 +86,7 @@ class Update:
             for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
                 tqdm.write(
                     f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
-                    f"({a.verdict}; answer {prompt.problem.answer!r})"
+                    f"({a.score.verdict}; answer {prompt.problem.answer!r})"
                 )
 
     def take_back(self):
@@ -176,6 +179,8 @@ class Update:
             "tokens_per_second": sum(tokens) / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
+        for name, values in by_name(r["parts"] for r in scored if "parts" in r).items():
+            row[f"part_{name}_mean"] = mean(values)
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
         row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
         return row

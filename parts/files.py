@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class Stop(Exception):
+    """The run cannot go on. The message says why, and what to do."""
+
+
 @contextmanager
 def explained(words):
     """Turn any error inside the block into a ValueError that begins with `words`: libraries raise

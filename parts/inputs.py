@@ -18,6 +18,7 @@ is train.objective.
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from eprli import Buffer, LevelState, resolve_levels
 from parts import lora
 from parts.files import explained, stems
 from parts.policy import Policy, digest
-from rewards import load_reward
+from rewards import MATH, load_reward
 
 
 def load_inputs(cfg, model, device, read):
@@ -47,7 +48,7 @@ def load_inputs(cfg, model, device, read):
             check_measured(cfg, levels, train_set, policy)
     states, cut_facts = make_levels(cfg, levels, train_set, policy)
     policy.show(cfg.data, states[0].order.prompts)
-    prompts, eval_facts = cut_held_out(cfg, levels, held_out, policy)
+    prompts, eval_facts = cut_held_out(cfg, states, held_out, policy)
     return states, prompts, policy, facts | cut_facts | eval_facts
 
 
@@ -57,13 +58,15 @@ def read_data(cfg):
     -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
        them}
     """
-    problems = data.read_problems(cfg.data, cfg.columns, must_fit=True)
+    graded = MATH in (*cfg.reward, cfg.reward_held_out)
+    problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)
-    train_set = data.gradable(cfg.data, different)
+    train_set = data.gradable(cfg.data, different) if MATH in cfg.reward else different
     held_out, everything, read = {}, [], {"--data": digest(problems)}
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
-        some = held_out[path] = data.read_problems(path, cfg.columns)
-        data.gradable(path, some)  # says which; in evaluation they stay
+        some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
+        if graded:
+            data.gradable(path, some)  # says which; in evaluation they stay
         everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
@@ -100,12 +103,14 @@ def check_measured(cfg, levels, train_set, policy):
     """Print in what the measurement of the pass rates differs from this run."""
     if cfg.difficulty != "pass_rate":
         return
-    now = policy.measuring(cfg.temperature, max(level.max_new_tokens for level in levels))
+    longest = max(level.max_new_tokens for level in levels)
+    now = policy.measuring(cfg.temperature, longest, cfg.reward)
     kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
     for measured in map(json.loads, sorted(kinds)):
         if not measured:
             tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
             continue
+        measured.setdefault("reward", MATH)
         other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
         if other:
             tqdm.write(
@@ -171,12 +176,14 @@ def fitting(policy, problems):
     return prompts
 
 
-def cut_held_out(cfg, levels, held_out, policy):
+def cut_held_out(cfg, states, held_out, policy):
     """Cut every held-out file into bins of difficulty, by default as the levels are cut.
 
-    -> [({what names the bin in eval.jsonl: ...}, its prompts), ...], facts
+    A bin has the R_l of the easiest level whose Q_l is not below its own, or of the hardest level.
+    -> [({what names the bin in eval.jsonl: ...}, its prompts, its R_l), ...], facts
     """
-    qualities = cfg.eval_quality or [level.quality for level in levels]
+    qualities = cfg.eval_quality or [state.level.quality for state in states]
+    by_quality = sorted(states, key=lambda state: state.level.quality)
     bins, facts = [], {}
     for path, problems in held_out.items():
         file = {"file": Path(path).stem} if len(held_out) > 1 else {}
@@ -189,7 +196,9 @@ def cut_held_out(cfg, levels, held_out, policy):
             if some not in seen:  # levels may share their problems
                 seen.append(some)
                 labels, prompts = file | {"level": number}, policy.render(some)
-                bins.append((labels, prompts))
+                quality = math.inf if number is None else qualities[number - 1]
+                enough = [state for state in by_quality if state.level.quality >= quality]
+                bins.append((labels, prompts, (enough or by_quality[-1:])[0].reward))
                 shown += prompts
                 tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
         if not shown:

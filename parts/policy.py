@@ -10,6 +10,7 @@ import time
 import zlib
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +22,8 @@ from eprli import LEVEL_DEFAULTS
 from model import Transformer
 from parts import lora
 from parts.files import explained, sha256
-from rewards import RIGHT
+from parts.statistics import by_name
+from rewards import LATE, MATH, VERIFIER, Score, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = (
@@ -111,7 +113,7 @@ class Policy:
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
-    def measuring(self, temperature, max_new_tokens):
+    def measuring(self, temperature, max_new_tokens, rewards=(MATH,)):
         """What pass rates depend on, beside the problem; JSON."""
         files = sorted(self.folder.glob("*model*.safetensors"))
         return {
@@ -120,6 +122,7 @@ class Policy:
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
+            "reward": ", ".join(dict.fromkeys(Path(name).name for name in rewards)),
         }
 
     def text(self, completion):
@@ -245,63 +248,79 @@ class Attempt:
 
     completion: Completion
     text: str
-    answer: str | None  # what stands in its box
-    verdict: str  # rewards.RIGHT, ...
+    score: Score
 
     @property
     def right(self):
-        return self.verdict == RIGHT
+        return self.score.outcome >= 1
 
     @property
     def length(self):
         return len(self.completion.tokens)
 
 
-def attempt(policy, grader, work, sampling, *, show_progress=False, clock=None):
-    """Complete every prompt once per key, and grade: one list of Attempt per prompt.
+def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False, clock=None):
+    """Complete every prompt once per key, and score: one list of Attempt per prompt.
 
-    A completion ends where the context ends; a prompt that fills the context gets empty ones.
-    work   pairs of a prompt and the keys of its completions, see rollout.stream
-    clock  a Counter to which the seconds `sample` and `grade` are added
+    A completion ends where the context ends; a prompt that fills the context gets empty ones. The
+    completions of a prompt are scored together, as soon as the last of them is there.
+    work    triples: a prompt, the keys of its completions (see rollout.stream), its Reward
+    beside  see Scorer.begin
+    clock   a Counter to which the seconds `sample` and `score` (after the last sample) are added
     """
     start = time.perf_counter()
-    prompts, keys = [prompt for prompt, _ in work], [streams for _, streams in work]
+    prompts, keys, rewards = zip(*work) if work else ((), (), ())
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    with tqdm(
-        desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2
-    ) as bar:
-        groups = sample(
-            policy.model,
-            [p.tokens for p in prompts],
-            keys,
-            **vars(sampling) | {"max_new_tokens": limits},
-            stop_ids=policy.stop_ids,
-            on_finished=bar.update,
-        )
-    sampled = time.perf_counter()
-    parts, pairs = [], []
-    for prompt, group in zip(prompts, groups):
-        for completion in group:
-            text = policy.text(completion)
-            answer = grader.extract(prompt.opening + text)
-            parts.append((completion, text, answer))
-            pairs.append((prompt.problem.answer, answer))
-    verdicts = grader.compare(pairs)
+    groups, begun = {}, {}  # by the number of the prompt: (completions, texts), Scoring
+
+    def begin(number, completions):
+        prompt, texts = prompts[number], [policy.text(c) for c in completions]
+        groups[number] = completions, texts
+        asked = rewards[number], prompt.problem, prompt.opening, texts, beside
+        begun[number] = scorer.begin(*asked)
+
+    bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
+    try:
+        with bar:
+            sample(
+                policy.model,
+                [p.tokens for p in prompts],
+                keys,
+                **vars(sampling) | {"max_new_tokens": limits},
+                stop_ids=policy.stop_ids,
+                on_tokens=bar.update,
+                on_group=begin,
+            )
+        sampled = time.perf_counter()
+        scores = scorer.finish([begun[number] for number in range(len(work))])
+    except BaseException:
+        scorer.drop(begun.values())
+        raise
     if clock is not None:
-        clock.update(sample=sampled - start, grade=time.perf_counter() - sampled)
-    attempts = (Attempt(*part, verdict) for part, verdict in zip(parts, verdicts))
-    return [[next(attempts) for _ in streams] for streams in keys]
+        clock.update(sample=sampled - start, score=time.perf_counter() - sampled)
+    return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
 
 
-def requests(seed, prompts, samples, purpose=EVALUATION):
-    """Every prompt with a random stream for each of its samples, a function of the problem's id.
+def means(attempts):
+    """{measure: its mean over the samples of a problem}: only problems are independent."""
+    rows = []
+    for a in attempts:
+        row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
+        rows.append(row | {"late": a.score.verdict == LATE} | a.score.values())
+    return {name: fmean(values) for name, values in by_name(rows).items()}
+
+
+def requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
+    """Every prompt with a random stream for each of its samples, a function of the problem's id,
+    and its R_l.
 
     Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
     the measurement of difficulty use others: problems that were called hard after unlucky samples
     look easier with new samples, even without any training.
     """
-    pairs = []
+    work = []
     for prompt in prompts:
         number = zlib.crc32(prompt.problem.id.encode())
-        pairs.append((prompt, [stream(seed, purpose, number, k) for k in range(samples)]))
-    return pairs
+        streams = [stream(seed, purpose, number, k) for k in range(samples)]
+        work.append((prompt, streams, reward))
+    return work

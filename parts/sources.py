@@ -67,7 +67,7 @@ def parse_columns(words):
     """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
     columns = dict(word.partition("=")[::2] for word in words)
     needed = columns.keys() - {"id", "level", "pass_rate"}
-    if words and (needed != {"problem", "answer"} or "" in columns.values()):
+    if words and (needed | {"answer"} != {"problem", "answer"} or "" in columns.values()):
         raise ValueError(
             f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME, "
             "pass_rate=NAME or id=NAME if there are such columns"
@@ -85,11 +85,12 @@ def column(record, name, missing=None):
     return column(record.get(outer), inner, missing) if inner else missing
 
 
-def find_layout(record, columns, must_fit=False):
+def find_layout(record, columns, must_fit=False, graded=True):
     """{our name: the name of the column}, those that are given if the record has them.
 
     must_fit  raise ValueError if it lacks one of them; else a known layout serves too, and columns
               beside problem and answer may be missing
+    graded    whether it needs an answer
     """
     needed = "problem", "answer"
     if columns and must_fit:
@@ -102,25 +103,29 @@ def find_layout(record, columns, must_fit=False):
         return columns
     known = [dict(zip(needed, names.split())) for names in LAYOUTS]
     for layout in [columns, *known]:
-        if layout and all(column(record, layout[name]) is not None for name in needed):
+        found = [column(record, layout[name]) for name in needed if name in layout]
+        if len(found) == 2 and None not in found:
             return layout
+    if not graded and column(record, columns.get("problem", "problem")) is not None:
+        return {"problem": "problem"} | columns
     raise ValueError(
         f"no problem and answer in columns that are known (has: {', '.join(record)}): name them "
         "with --columns problem=NAME answer=NAME"
     )
 
 
-def in_our_columns(record, columns, must_fit=False):
+def in_our_columns(record, columns, must_fit=False, graded=True):
     """-> the record with our names for its columns, and the names that they had"""
-    layout = find_layout(record, columns, must_fit)
+    layout = find_layout(record, columns, must_fit, graded)
     ours = dict(record)
     for theirs in layout.values():
         ours.pop(theirs if theirs in record else theirs.partition(".")[0], None)
     ours |= {name: column(record, theirs) for name, theirs in layout.items()}
     if isinstance(ours["problem"], list):
         ours["problem"] = last_question(ours["problem"])
-    if columns or list(layout.values()) != ["problem", "answer"]:
-        ours["answer"] = final_answer(ours["answer"])
+    foreign = columns or not {"problem", "answer"} >= set(layout.values())
+    if foreign and (graded or isinstance(ours.get("answer"), str)):
+        ours["answer"] = final_answer(ours.get("answer"))
     level = str(ours.get("level"))
     if level.startswith("Level "):  # of MATH, a few are "Level ?"
         ours["level"] = int(level[6:]) if level[6:].isdecimal() else None

@@ -13,8 +13,15 @@ from answers import canonical
 # All that a result depends on, beside the bytes of files. The purpose is that of random streams.
 SETTINGS = (
     "model data columns purpose protocol samples k temperature top_k top_p max_new_tokens examples "
-    "system suffix template template_kwargs stop allow_last_number dtype seed quality"
+    "system suffix template template_kwargs stop allow_last_number dtype seed quality reward"
 )
+
+
+def by_name(rows):
+    """Dicts of numbers, one per problem or sample -> {name: its numbers}; 0 where missing."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, 0.0) for row in rows] for name in names}
 
 
 def pass_at_k(n, c, k):
@@ -72,12 +79,11 @@ def interval(values):
 def measure(result, k):
     """{measure: value} of one problem, from its line of results.jsonl"""
     n, right = result["n"], result["right"]
-    return {
-        f"avg@{n}": right / n,
-        f"pass@{k}": pass_at_k(n, right, k),
-        f"maj@{n}": result["majority"],
-        **{name: result[name] for name in ("length", "cut_off", "writes_steps")},
-    }
+    values = {f"avg@{n}": right / n, f"pass@{k}": pass_at_k(n, right, k)}
+    if "majority" in result:  # else no sample has an answer in a box
+        values[f"maj@{n}"] = result["majority"]
+    values |= result.get("means", {})
+    return values | {name: result[name] for name in ("length", "cut_off", "writes_steps")}
 
 
 def shown(name, measure):

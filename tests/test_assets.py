@@ -11,9 +11,10 @@ from data import cut_levels, overlap, read_problems, without_repeats
 from eprli import QUALITY
 from experiments import warmstart
 from experiments.problems import generate
+from infra.flags import Config
 from model import Transformer
 from parts.policy import SHIPPED, Policy, Sampling, attempt, requests
-from rewards import RIGHT, WRONG, Grader, writes_steps
+from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
 
 TINY = SHIPPED / "tiny"
 TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))
@@ -47,12 +48,12 @@ def test_fresh_samples_confirm_the_levels():
     """The samples that chose a level must not be those that describe it. Level 1 is the easier one;
     neither is hopeless or done. Greedy decoding does not solve level 2: its mistakes are no noise.
     All completions write steps: that is not what is learned."""
-    policy, grader, found = Policy.load(str(TINY)), Grader(), []
+    policy, scorer, found = Policy.load(str(TINY)), Scorer(Config()), []
     for level in cut_levels(HELD_OUT, QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
         for temperature in (1.0, 0.0):
             sampling = Sampling(128, temperature, slots=256)
-            done = attempt(policy, grader, requests(7, prompts, 2), sampling)
+            done = attempt(policy, scorer, requests(7, prompts, 2), sampling)
             attempts = [a for group in done for a in group]
             assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
             found.append(sum(a.right for a in attempts) / len(attempts))

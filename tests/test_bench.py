@@ -86,7 +86,7 @@ def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
     assert all(verdict == "yes |" for *_, verdict in rows[2:]) and len(rows) == 7
     gap, decoding, phases, resumed, memory = (measured for _, measured, *_ in rows[2:])
     assert 0 < float(gap) < 1e-4 and "logits differ by 0;" in decoding and "bandwidth" in decoding
-    for phase in ("sample", "grade", "learn"):
+    for phase in ("sample", "score", "learn"):
         assert f"{phase} " in phases
     assert resumed.startswith("weights differ by") and memory == "left out without a GPU"
 

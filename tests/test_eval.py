@@ -25,13 +25,13 @@ from data import Problem, read_problems
 from eval import make_row, result_of
 from infra import directory, memory
 from infra.directory import lock
-from infra.flags import make_parser
+from infra.flags import Config, make_parser
 from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
 from parts.policy import TINY, Attempt, Policy, Sampling, attempt, requests
 from parts.statistics import interval, majority, measure, pass_at_k, wilson
-from rewards import NO_ANSWER, RIGHT, WRONG, Grader
+from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
 from rollout import Completion
 from tools.compare import difference
 
@@ -143,7 +143,7 @@ def own_folder(toy_folder, tmp_path):
 
 
 def try_one(policy, prompt, seed=0):
-    (attempts,) = attempt(policy, Grader(), requests(seed, [prompt], 2), TEN)
+    (attempts,) = attempt(policy, Scorer(Config()), requests(seed, [prompt], 2), TEN)
     return attempts
 
 
@@ -154,8 +154,8 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
     work = requests(0, prompts, 2)
-    long, short = attempt(toy_policy, Grader(), work, replace(TEN, max_new_tokens=500))
-    assert [(a.length, a.verdict) for a in long] == [(0, NO_ANSWER)] * 2
+    long, short = attempt(toy_policy, Scorer(Config()), work, replace(TEN, max_new_tokens=500))
+    assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].verdict == NO_ANSWER
 
@@ -168,9 +168,9 @@ def test_streams_of_random_numbers(toy_policy):
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
     purposes = policies.TRAINING, policies.DIFFICULTY, policies.EVALUATION
-    streams = [requests(0, [prompt], 4, purpose)[0][1] for purpose in purposes]
+    streams = [requests(0, [prompt], 4, purpose=purpose)[0][1] for purpose in purposes]
     assert len(set(sum(streams, []))) == 12
-    assert requests(0, [prompt], 4) == [(prompt, streams[2])]
+    assert requests(0, [prompt], 4) == [(prompt, streams[2], VERIFIER)]
 
 
 def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
@@ -424,6 +424,49 @@ def test_command_line_writes_what_it_prints(run):
         measured = p.other["measured"]
         assert (measured["samples"], measured["temperature"], measured["examples"]) == (3, 1.0, 0)
         assert measured["max_new_tokens"] == 8
+
+
+OWN = """
+def first(problem, response):
+    assert "answer" not in problem and problem["kind"] == {"of": "its own"}
+    return (ord(response[:1] or "0") % 4) / 3
+def always(problem, response):
+    return 1
+"""
+
+
+def test_a_reward_of_ones_own_measures_and_compares(run, tmp_path):
+    """Problems without an answer; no vote where nothing stands in a box. Its mean is not the share
+    of right ones, which is what measures difficulty."""
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [{"problem": f"{i}+1", "kind": {"of": "its own"}} for i in range(6)]
+    write_lines("q.jsonl", rows)
+    flags = "--data q.jsonl --samples 4 --max-new-tokens 4 --reward own.py:first"
+    printed = run(f"{flags} --out a --add-pass-rate g.jsonl")
+    measures = json.loads(printed[-1])["files"]["q.jsonl"]["all"]
+    assert list(measures) == ["avg@4", "pass@4", "R_l", "length", "cut_off", "writes_steps"]
+    rows = lines("a/completions.jsonl")
+    outcomes = np.array([row["values"]["R_l"] for row in rows])
+    assert measures["R_l"][0] == approx(outcomes.mean())
+    assert 0 < measures["avg@4"][0] == approx((outcomes >= 1).mean()) < measures["R_l"][0]
+    graded = read_problems("g.jsonl", graded=False)
+    assert np.mean([p.pass_rate for p in graded]) == approx((outcomes >= 1).mean())
+    assert graded[0].other["measured"]["reward"] == "own.py:first" and graded[0].answer is None
+    run(f"{flags} --seed 1 --out b")
+    report = json.loads(run("--compare a b")[-1])["q"]
+    assert report["R_l"]["A"] == approx(outcomes.mean()) and "majority" not in report
+    (tmp_path / "own.py").write_text(OWN.replace("/ 3", "/ 2"))
+    with raises(SystemExit, match="2"):  # half of its results would be by another R_l
+        run(f"{flags} --seed 1 --out b")
+
+
+def test_levels_may_have_rewards_of_their_own(run, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [{"problem": f"{i}+1", "answer": "x", "pass_rate": (i % 2) / 2} for i in range(6)]
+    write_lines("q.jsonl", rows)
+    printed = run(f"{SHORT} --data q.jsonl --reward own.py:always math --quality 0.5 1 --out o")
+    measures = json.loads(printed[-1])["files"]["q.jsonl"]
+    assert measures["level 1"]["avg@2"][0] == 1 and measures["level 2"]["avg@2"][0] == 0
 
 
 def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
@@ -764,8 +807,9 @@ def write_result(folder, right, file="p.jsonl", **settings):
     for i, many in enumerate(right):
         rows = []
         for k, r in enumerate(many):
-            done = Attempt(Completion([5], [0.0], True), "", str(r), RIGHT if r else WRONG)
-            rows.append(make_row(f"{folder}/{file}", str(i), None, k, done))
+            score = Score(float(r), RIGHT if r else WRONG, str(r))
+            done = Attempt(Completion([5], [0.0], True), "", score)
+            rows.append(make_row(f"{folder}/{file}", str(i), None, False, k, done))
         results.append(result_of(rows))
     write_lines(f"{folder}/results.jsonl", results)
 

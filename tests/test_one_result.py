@@ -191,7 +191,7 @@ def test_any_number_of_processes_resumes_what_any_other_wrote(workshop, before, 
 @mark.parametrize(
     "where, call, number",
     [
-        ("train.score", 4, SIGTERM),
+        ("train.make_group", 4, SIGTERM),
         ("train.accumulate_gradient", 9, SIGKILL),
         ("train.accumulate_gradient", 6, SIGTERM),
     ],
@@ -247,7 +247,9 @@ def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code
     assert sabotage or "rror" not in said(workshop, 1)
 
 
-@mark.parametrize("where, phase", [("train.score", "sampling"), ("train.objective", "learning")])
+@mark.parametrize(
+    "where, phase", [("train.make_group", "sampling"), ("train.objective", "learning")]
+)
 def test_a_gpu_without_memory_ends_all_processes(workshop, where, phase):
     """While one has left, others wait for its gradients; a common save would wait for ever."""
     codes = ended(workshop, "2", where, at(where, 1, out_of_memory))

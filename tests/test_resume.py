@@ -126,6 +126,42 @@ def checkpoints(folder, out):
 # ------------------------------------------------------------------------------------------ kills
 
 
+WAITING = """
+import asyncio, os, signal, time
+from pathlib import Path
+
+def end(number, problem):
+    if problem["id"] in ("p5", "p6") and not os.path.exists(str(number)):
+        open(str(number), "x").close()
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+def even(response):
+    time.sleep(0.002)
+    return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
+def killed(problem, response):
+    end(9, problem)
+    return even(response)
+async def interrupted(problem, response):
+    if problem["id"] in ("p5", "p6") and not os.path.exists("2"):
+        open("2", "x").close()
+        os.kill(os.getpid(), 2)
+        await asyncio.sleep(30)
+    return even(response)
+"""
+
+
+@mark.parametrize("name, code", [("killed", -SIGKILL), ("interrupted", 128 + SIGINT)])
+def test_an_end_while_rewards_wait_changes_nothing(workshop, name, code):
+    """With 16 threads or tasks that end in any order. Ctrl-C does not wait for the judge."""
+    (workshop / "waiting.py").write_text(WAITING)
+    flags, begin = f"--reward waiting.py:{name}", time.monotonic()
+    assert began(workshop, name, flags=flags) == code, said(workshop)
+    assert time.monotonic() - begin < 25
+    goes_on(workshop, name)
+    assert began(workshop, "waited", flags=f"{flags} --reward-workers 1") == 0
+    assert_the_same(workshop, name, "waited")
+
+
 @mark.parametrize("share", [0.02, 0.15, 0.29, 0.41, 0.57, 0.68, 0.83, 0.97])
 def test_a_kill_at_any_moment_changes_nothing(workshop, share):
     """State that lives in memory alone; a file that is trusted though it is half written."""

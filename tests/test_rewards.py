@@ -1,33 +1,42 @@
 """Extraction, the workers against hangs and deaths, a user's reward, the command line."""
 
+import asyncio
 import contextlib
+import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
 
-import torch
-from conftest import table
+from conftest import random_model, table
 from pytest import fixture, mark, raises
 
 import rewards
 from answers.equality import extract_answer
 from data import Problem
+from infra.flags import Config
+from parts.files import Stop
 from rewards import (
     CASE_SECONDS,
     ERROR,
+    LATE,
     RIGHT,
     TIMEOUT,
     WRONG,
     Grader,
+    Reward,
+    Scorer,
     Worker,
     load_reward,
     writes_steps,
 )
+from rollout import sample, stream
 
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 
@@ -311,8 +320,8 @@ def test_steps_are_recognised_before_the_box():
 def test_user_reward(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def short(problem, response):\n    return float(len(response) < 5)\n")
-    assert load_reward(f"{path}:short")({"problem": "p"}, "four") == 1.0
-    assert load_reward("math") is None
+    assert load_reward(f"{path}:short").function({"problem": "p"}, "four") == 1.0
+    assert load_reward("math") is rewards.VERIFIER
 
 
 MODULE = """
@@ -351,7 +360,7 @@ def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
     ours = types.SimpleNamespace(__file__=str(folder / "train.py"))  # as where it stands in a clone
     monkeypatch.setitem(sys.modules, "a module that is imported already", ours)
     names = ("one", "three")
-    one, three = (load_reward(f"v1.2/eval.py:{name}") for name in names)
+    one, three = (load_reward(f"v1.2/eval.py:{name}").function for name in names)
     assert (one({}, ""), three({}, "")) == (1, 3)
     module, files = rewards.import_file(folder / "eval.py")
     assert one is module.one
@@ -362,112 +371,272 @@ def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
     assert hasattr(plistlib, "loads")
 
 
-def test_a_reward_of_lists_is_known_by_the_names_of_its_parameters():
-    """Called once for a group, with a record for each response. A number too few would shift all
-    rewards behind it to other completions."""
-    problem, calls = Problem("p", "1+1", "2", other={"source": "s"}), []
+# ------------------------------------------------------------------------------ one's own R_l
 
-    def lists(problems, responses, scale=2):
-        calls.append(problems)
-        return torch.tensor([scale * len(text) for text in responses])
+FORMS = """
+def single(problem, response): return len(response)
+async def later(problem, response): return len(response)
+def lists(problems, responses, scale=1): return [scale * len(text) for text in responses]
+async def lists_later(problems, responses): return lists(problems, responses)
+class Judge:
+    async def __call__(self, problem, response): return len(response)
+judge = Judge()
+def one(response): return 1
+def three(problem, response, more): return 1
+def mixed(problem, responses): return 1
+def parts(problem, response): return {"right": len(response) > 1, "form": 1}
+def other_parts(problem, response): return {"right": 1}
+def empty(problem, response): pass
+def short(problems, responses): return [1.0]
+def leaves(problem, response): raise SystemExit("no")
+WEIGHTS = {"right": 1, "form": 0.25}
+"""
 
-    def short(problems, responses):
-        return [1.0]
 
-    def single(problem, responses):
-        return len(responses)
-
-    assert rewards.outcomes(lists, problem, ["a", "bb"], 60) == [2.0, 4.0]
-    record = {"id": "p", "problem": "1+1", "answer": "2", "source": "s"}
-    assert calls == [[record, record]]
-    assert rewards.outcomes(single, problem, ["a", "bb"], 60) == [1.0, 2.0]
-    with raises(ValueError, match="1 numbers for 2 responses"):
-        rewards.outcomes(short, problem, ["a", "bb"], 60)
+@fixture
+def own(tmp_path):
+    """own(name) -> that R_l of FORMS"""
+    (tmp_path / "own.py").write_text(FORMS)
+    return lambda name: load_reward(f"{tmp_path / 'own.py'}:{name}")
 
 
-def outcomes(reward, seconds, responses="a"):
-    return rewards.outcomes(reward, Problem("p7", "1", "1"), list(responses), seconds)
+def scorer(**flags):
+    return Scorer(Config(**flags))
+
+
+def scores(reward, responses="a", using=None, problem=Problem("p7", "1", "1")):  # noqa: B008
+    using = using or scorer()
+    (found,) = using.finish([using.begin(reward, problem, "", list(responses))])
+    return [score.outcome for score in found]
+
+
+@mark.parametrize("form", ["single", "later", "lists", "lists_later", "judge"])
+def test_a_reward_has_one_of_four_forms(own, form):
+    """A plain function or a coroutine, of one completion or of the lists of a group."""
+    assert scores(own(form), ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
+
+
+@mark.parametrize("form", ["one", "three", "mixed"])
+def test_a_function_of_another_form_is_refused_at_the_start(own, form):
+    """It failed after minutes of sampling. `mixed` would be called with one completion, whose
+    letters it takes for completions."""
+    with raises(ValueError, match="reward\\(problem, response\\), reward\\(problems, responses"):
+        own(form)
+
+
+def test_the_parts_of_a_reward_are_weighed_by_its_file(own):
+    using = scorer()
+    group = using.begin(own("parts"), Problem("p", "1", "1"), "", ["a", "bb"])
+    low, high = using.finish([group])[0]
+    assert (low.outcome, high.outcome) == (0.25, 1.25)
+    assert (low.verdict, high.verdict) == (WRONG, RIGHT)
+    assert high.parts == {"right": 1.0, "form": 1.0} and low.parts["right"] == 0.0
+
+
+FAILURES = """
+other_parts | parts ['right'], but WEIGHTS of its file is {'right': 1.0, 'form': 0.25}
+empty       | TypeError
+short       | 1 numbers for 2 responses
+leaves      | SystemExit: no
+"""
+
+
+@mark.parametrize("name, words", table(FAILURES))
+def test_what_a_reward_does_wrong_is_said_with_its_problem(own, name, words):
+    """A number too few would shift all rewards behind it to other completions."""
+    with raises(Stop, match="own.py:" + name + ", problem p7: ") as caught:
+        scores(own(name), "ab")
+    assert words in str(caught.value)
+
+
+def test_a_reward_gets_the_record_of_the_file_and_its_answer_as_it_is():
+    """A list or an object that became a text could not be compared."""
+    problem = Problem("p", "1+1", {"tests": [1, None]}, other={"source": "s"})
+    calls = []
+    reward = Reward("f", lambda problems, responses: calls.append(problems) or [1], lists=True)
+    scores(reward, "a", problem=problem)
+    record = {"id": "p", "problem": "1+1", "answer": {"tests": [1, None]}, "source": "s"}
+    assert calls == [[record]]
+
+
+def test_the_verifier_may_stand_beside_it():
+    """It gives a hacked reward away: R_l says right, and the box is wrong."""
+    using, problem = scorer(), Problem("p", "1", "4")
+    reward = Reward("f", lambda problem, response: 1)
+    done = using.begin(reward, problem, "", [r"\\boxed{4}", r"\\boxed{5}"], beside="math")
+    good, bad = using.finish([done])[0]
+    assert good.values() == {"R_l": 1.0, "math": 1.0} and bad.beside == 0.0
+    assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
+    using.close()
+
+
+class Watched:
+    """Sleeps, and knows how many calls slept at the same time."""
+
+    def __init__(self):
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def __call__(self, problem, response):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.02 * (1 + int(response) % 3))
+        with self.lock:
+            self.now -= 1
+        return float(response)
+
+
+@mark.parametrize("workers", [1, 16])
+def test_so_many_calls_wait_together_and_no_more(workers):
+    """256 calls of 40 ms take 10 s one after the other. Their order is that of the completions,
+    whichever comes first."""
+    watched, responses = Watched(), list(map(str, range(256 if workers > 1 else 8)))
+    start, using = time.monotonic(), scorer(reward_workers=workers)
+    assert scores(Reward("f", watched), responses, using) == list(map(float, responses))
+    assert watched.most == workers
+    assert time.monotonic() - start < 5
+
+
+def test_a_group_is_scored_while_others_are_sampled():
+    """Sampling hides a slow judge. The first group is asked for long before the last is there."""
+    model, begun, sampled = random_model(), [], []
+    keys, limits = [[stream(i, k) for k in range(2)] for i in range(3)], [3, 40, [4, 60]]
+
+    def on_group(number, completions):
+        begun.append(number)
+        sampled.append([len(c.tokens) for c in completions])
+
+    settings = dict(slots=8, stop_ids=(), temperature=1.0, on_group=on_group)
+    sample(model, [[5, 6]] * 3 + [[]], [*keys, []], [*limits, 0], **settings)
+    assert begun == [3, 0, 1, 2] and sampled == [[], [3, 3], [40, 40], [4, 60]]
 
 
 def stubborn(problem, response):
     """Catches what it can, as rewards do."""
-    try:
-        while True:
-            time.sleep(60)
-    except Exception:
-        return 1.0
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.1)
+    return 1.0
 
 
-def busy(problems, responses):
-    while True:
+def busy(problem, response):
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
         pass
-
-
-def deaf(problem, response):
-    with contextlib.suppress(BaseException):
-        time.sleep(60)
     return 1.0
 
 
-def indignant(problem, response):
-    try:
-        time.sleep(60)
-    except BaseException as error:
-        raise ValueError from error
-
-
-def alarmed(problem, response):
-    """Its own alarm replaces ours, as math-verify's does."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    time.sleep(0.3)
+def locked(problem, response):
+    """Holds Python's lock all the time, so that no clock of Python's runs."""
+    ctypes.PyDLL(None).usleep(500_000)
     return 1.0
 
 
-@mark.parametrize("reward", [stubborn, busy, deaf, indignant, alarmed])
-def test_a_reward_that_takes_too_long_is_stopped(reward):
-    """Whatever it makes of that: one that caught TooLate was given its number. And its clock does
-    not ring later."""
-    before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
-    with raises(rewards.TooLate):
-        outcomes(reward, 0.2, "ab")
-    assert 0.2 <= time.monotonic() - start < 5
-    assert outcomes(lambda problem, response: 3, 0.2) == [3]
-    time.sleep(0.3)
-    assert signal.getsignal(signal.SIGALRM) == before
+async def deaf(problem, response):
+    """An async judge that does not wait, but stands in the way of all others."""
+    time.sleep(1)
+    return 1.0
 
 
-def test_an_alarm_after_the_return_does_not_ring_later(monkeypatch):
-    """Handled between the return and the end of the clock, it left clock and handler behind."""
-    before, real, rung = signal.getsignal(signal.SIGALRM), signal.setitimer, []
-
-    def setitimer(which, seconds, *interval):
-        if not seconds and not rung:
-            rung.append(1)
-            signal.raise_signal(signal.SIGALRM)
-        return real(which, seconds, *interval)
-
-    monkeypatch.setattr(signal, "setitimer", setitimer)
-    with contextlib.suppress(rewards.TooLate):
-        outcomes(lambda problem, response: 1, 60)
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert signal.getsignal(signal.SIGALRM) == before
+async def clinging(problem, response):
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+    return 1.0
 
 
-def test_a_reward_that_cannot_be_stopped_ends_the_run(monkeypatch, capsys):
-    """It hung for ever: its one alarm was caught."""
-    left, end = [], time.monotonic() + 5
-    monkeypatch.setattr(rewards.os, "_exit", left.append)
+LATE_ONES = [stubborn, busy, locked, deaf, clinging]
 
-    def endless(problem, response):
-        while not left and time.monotonic() < end:
-            with contextlib.suppress(BaseException):
-                time.sleep(1)
 
-    with raises(rewards.TooLate):
-        outcomes(endless, 0.05)
-    assert left == [1]
-    (line,) = capsys.readouterr().err.strip().split("\n")
-    assert "problem p7" in line and "does not end" in line
+@mark.parametrize("function", LATE_ONES, ids=lambda function: function.__name__)
+def test_a_call_over_its_time_breaks_its_group_alone(function):
+    """Whatever it catches. The group behind it is scored in time: a place that a late call kept
+    for ever would be missing."""
+    awaited = asyncio.iscoroutinefunction(function)
+    using = scorer(reward_timeout=0.2, reward_workers=1)
+    slow = using.begin(Reward("f", function, awaited=awaited), Problem("p", "1", "1"), "", "a")
+    good = using.begin(Reward("g", lambda *_: 2), Problem("q", "1", "1"), "", ["b"])
+    start = time.monotonic()
+    (late,), (on_time,) = using.finish([slow, good])
+    assert time.monotonic() - start < 0.9
+    assert late.verdict == LATE and math.isnan(late.outcome) and on_time.outcome == 2
+
+
+def test_calls_that_hang_end_the_run(monkeypatch):
+    """Each keeps a thread, its memory and perhaps a core. One that ends later is forgotten."""
+    monkeypatch.setattr(rewards, "MOST_LEFT", 3)
+    using, end = scorer(reward_timeout=0.1), threading.Event()
+    hanging = Reward("f", lambda problem, response: end.wait(20))
+    scores(hanging, "aa", using)
+    with raises(Stop, match="3 calls of --reward go on after .* the last of problem p7"):
+        scores(hanging, "a", using)
+    end.set()
+    time.sleep(0.2)
+    assert scores(Reward("f", lambda *_: 1), "a", using) == [1]
+
+
+class Overloaded(Exception):
+    def __init__(self, status=None):
+        self.status_code = status
+
+
+RETRIED = """
+Overloaded | None | 3
+Exception  | None | 3
+429        | 429  | 3
+429        | 500  | 1
+KeyError   | 429  | 1
+"""
+
+
+@mark.parametrize("name, status, calls", table(RETRIED))
+def test_an_error_that_is_named_is_tried_again(monkeypatch, name, status, calls):
+    """A judge that is busy for a second must not end a run of days. Any other error still does."""
+    monkeypatch.setattr(rewards, "PAUSE", 0.01)
+    tried, status = [], None if status == "None" else int(status)
+
+    def reward(problem, response):
+        tried.append(time.monotonic())
+        if len(tried) < 3:
+            raise Overloaded(status)
+        return 1
+
+    using = scorer(reward_retry=[name])
+    if calls == "3":
+        assert scores(Reward("f", reward), "a", using) == [1]
+        assert tried[2] - tried[1] > tried[1] - tried[0] > 0.01  # growing pauses
+    else:
+        with raises(Stop, match="Overloaded"):
+            scores(Reward("f", reward), "a", using)
+    assert len(tried) == int(calls)
+
+
+def test_a_call_is_tried_so_many_times_and_no_more(monkeypatch):
+    monkeypatch.setattr(rewards, "PAUSE", 0.001)
+    tried = []
+
+    def reward(problem, response):
+        tried.append(1)
+        raise Overloaded
+
+    with raises(Stop, match="problem p7: Overloaded"):
+        scores(Reward("f", reward), "a", scorer(reward_retry=["Overloaded"], reward_tries=4))
+    assert len(tried) == 4
+
+
+def test_what_is_dropped_is_not_called():
+    """After Ctrl-C a judge that costs money must not go on with the rest of the draw."""
+    called, using, free = [], scorer(reward_workers=1), threading.Event()
+    reward = Reward("f", lambda problem, response: called.append(response) or free.wait(5))
+    group = using.begin(reward, Problem("p", "1", "1"), "", list("abc"))
+    while not called:
+        time.sleep(0.01)
+    using.drop([group])
+    free.set()
+    time.sleep(0.2)
+    assert called == ["a"]
 
 
 CASES = r"""

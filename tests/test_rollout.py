@@ -275,7 +275,7 @@ def test_limits_and_equal_prompts():
     twice: equal completions would count one sample double."""
     keys = [[stream(i, k) for k in range(4)] for i in range(3)]
     limits = [7, [3, 1, 9, 2], 7]
-    settings = dict(slots=2, stop_ids=(), temperature=1.0, on_finished=(heard := []).append)
+    settings = dict(slots=2, stop_ids=(), temperature=1.0, on_tokens=(heard := []).append)
     done = sample(random_model(), [[5, 6]] * 3, keys, limits, **settings)
     lengths = [[len(tokens) for tokens in cs] for cs in tokens_of(done)]
     assert lengths == [[7] * 4, [3, 1, 9, 2], [7] * 4]

@@ -33,7 +33,7 @@ from model import pad
 from parts.inputs import check_measured
 from parts.optimizer import Learner
 from parts.policy import Attempt, Sampling, attempt, requests
-from rewards import Grader
+from rewards import Score, Scorer
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 
@@ -44,7 +44,7 @@ METRICS = (
     "groups_drawn groups_kept groups_all_right groups_all_wrong groups_broken groups_stale "
     "groups_pending carried_share objective entropy clip_low_share "
     "clip_high_share ratio_max kl_old logprob_gap_max logprob_gap_mean grad_norm lr "
-    "tokens_sampled tokens_trained sample_seconds grade_seconds learn_seconds tokens_per_second "
+    "tokens_sampled tokens_trained sample_seconds score_seconds learn_seconds tokens_per_second "
     "peak_memory_mb completions_left_out"
 )
 
@@ -237,7 +237,7 @@ def test_a_step_without_signal_moves_nothing():
 # --------------------------------------------------------------------------------------- whole runs
 
 REWARDS = """
-import time
+import asyncio
 def even(problem, response):
     return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
 def sometimes(problem, response):
@@ -248,9 +248,13 @@ def always(problem, response):
     return 1.0
 def crash(problem, response):
     return problem['nothing']
-def slow(problems, responses):
+WEIGHTS = {"even": 0.5, "long": 0.5}
+def parted(problem, response):
+    assert problem["answer"] == [1, None]
+    return {"even": even(problem, response) > 0.5, "long": len(response) > 4}
+async def slow(problems, responses):
     if problems[0]["id"] in ("p0", "p4", "p8"):
-        time.sleep(60)
+        await asyncio.sleep(60)
     return [even(*pair) for pair in zip(problems, responses)]
 """
 DEFAULTS = """--data p.jsonl --reward toy_reward.py:even --group-size 4 --buffer-groups 2
@@ -632,7 +636,8 @@ def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monke
     first = lines(out / "eval.jsonl")[0]
     policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
     work = requests(0, policy.render(problems), 48)
-    done = attempt(policy, Grader(allow_last_number=True), work, Sampling(6, 1.0, 256))
+    scorer = Scorer(Config(allow_last_number=True))
+    done = attempt(policy, scorer, work, Sampling(6, 1.0, 256))
     assert seen[0] == tuple(sum(a.right for a in some) / 48 for some in done)
     assert first["n"] == len(seen[0]) == 20 and 0 < first["accuracy"] == np.mean(seen[0])
     assert (first["low"], first["high"]) == tuple(interval(seen[0])[1:])
@@ -732,13 +737,12 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
     run = SimpleNamespace(cfg=cfg, policy=policy, trained=0)
     own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
-    reward = lambda problem, text: 1.0 if text == "mine" else 0.5  # noqa: E731
     attempts = []
-    for text, verdict, n in zip(("mine", "other"), ("wrong", "right"), lengths):
+    for outcome, verdict, n in zip((1.0, 0.5), ("right", "wrong"), lengths):
         completion = Completion([7] * n, [-1.0] * n, True)
-        attempts.append(Attempt(completion, text, "1", verdict))
+        attempts.append(Attempt(completion, "", Score(outcome, verdict, "1")))
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
-    group = train.score(run, SimpleNamespace(level=own, reward_fn=reward), prompt, attempts)
+    group = train.make_group(run, own, prompt, attempts)
     assert group.length_reward.tolist() == approx(expected)
 
 
@@ -748,6 +752,47 @@ def test_an_error_in_ones_own_reward_names_the_problem_and_saves_the_state(works
     error = capsys.readouterr().err
     assert "--reward toy_reward.py:crash, problem p" in error and "KeyError: 'nothing'" in error
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["000000"]
+
+
+def test_ones_own_reward_is_the_same_on_held_out_problems(workshop, printed):
+    """Held-out accuracy was the grader's, whatever R_l. The parts are logged before their weights,
+    and a gold answer reaches R_l as the file has it."""
+    rows = [{"id": f"p{i}", "problem": c, "answer": [1, None]} for i, c in enumerate("0123456789")]
+    write_lines("own.jsonl", rows)
+    data = "--data own.jsonl --eval-data own.jsonl --quality 1 --max-new-tokens 8 --filter all"
+    out = workshop(f"{data} --reward toy_reward.py:parted --eval-samples 4 --keep-completions 0")
+    row, completions = lines(out / "metrics.jsonl")[0], lines(out / "completions.jsonl")
+    first = [c for c in completions if c["update"] == 1]
+    for name in ("even", "long"):
+        assert row[f"part_{name}_mean"] == approx(np.mean([c["parts"][name] for c in first]))
+    for c in first:
+        assert c["outcome"] == 0.5 * (c["parts"]["even"] + c["parts"]["long"])
+        assert c["verdict"] == ("right" if c["outcome"] == 1 else "wrong")
+    held_out = lines(out / "eval.jsonl")[-1]
+    means = {name: mean for name, (mean, *_) in held_out["means"].items()}
+    assert list(means) == ["R_l", "part_even", "part_long"] and held_out["late_share"] == 0
+    assert means["R_l"] == approx(0.5 * (means["part_even"] + means["part_long"]))
+    assert 0 < held_out["accuracy"] < means["R_l"]
+    assert "all problems, part_even" in printed()
+
+
+def test_the_grader_judges_held_out_problems_beside_ones_own_reward(workshop):
+    """Where the two part, the reward is being hacked."""
+    flags = "--eval-data p.jsonl --reward toy_reward.py:always --reward-held-out math --filter all"
+    row = lines(workshop(flags) / "eval.jsonl")[0]
+    assert row["accuracy"] == row["means"]["R_l"][0] == 1 and row["means"]["math"][0] < 0.5
+
+
+def test_a_held_out_bin_has_the_reward_of_its_level(workshop):
+    """That of level 1 for easy problems, of level 2 for hard ones, however they are cut."""
+    flags = "--eval-data p.jsonl --reward toy_reward.py:never toy_reward.py:always --filter all"
+    for cut, found in (
+        ("", [0, 1]),
+        ("--eval-quality 1", [1]),
+        ("--eval-quality 0.6 0.95", [0, 1]),
+    ):
+        rows = lines(workshop(f"{flags} {cut} --out o{len(cut)}") / "eval.jsonl")
+        assert column(rows[: len(found)], "accuracy") == found
 
 
 def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed):

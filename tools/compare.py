@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.files import explained, read_records
-from parts.statistics import SETTINGS, bootstrap, measure
+from parts.statistics import SETTINGS, bootstrap, by_name, measure, pass_at_k
 
 LINE = (
     "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "
@@ -62,15 +62,26 @@ def compare_part(pairs):
     problems
     """
     k = min(result["n"] for pair in pairs for result in pair)
-    values = [[list(measure(result, k).values()) for result in pair] for pair in pairs]
-    a, b = np.array(values).transpose(1, 2, 0)  # (measures, problems)
+    a, b = (by_name(comparable(result, k) for result in side) for side in zip(*pairs))
     report = {"problems": len(pairs)}
-    for name, x, y in zip(("accuracy", f"pass@{k}", "majority"), a, b):
-        report[name] = difference(x, y)
-        print(LINE.format(name, **report[name]))
-    report["disagreement"] = (a[0] * (1 - b[0]) + b[0] * (1 - a[0])).mean()
+    for name in a:
+        if name in b:
+            x, y = np.array(a[name]), np.array(b[name])
+            report[name] = difference(x, y)
+            print(LINE.format(name, **report[name]))
+    x, y = np.array(a["accuracy"]), np.array(b["accuracy"])
+    report["disagreement"] = (x * (1 - y) + y * (1 - x)).mean()
     print(f"  disagreement {report['disagreement']:.3f}")
     return report
+
+
+def comparable(result, k):
+    """{measure: value} of one problem, under names that A and B share"""
+    n, right = result["n"], result["right"]
+    values = {"accuracy": right / n, f"pass@{k}": pass_at_k(n, right, k)}
+    if "majority" in result:
+        values["majority"] = result["majority"]
+    return values | result.get("means", {})
 
 
 def difference(x, y):

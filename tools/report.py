@@ -91,15 +91,22 @@ def smooth(values, window):
         return np.convolve(np.nan_to_num(values), near, "same") / np.convolve(known, near, "same")
 
 
+def parts(metrics):
+    """The keys of the parts of R_l, where it has some."""
+    keys = dict.fromkeys(key for row in metrics for key in row)
+    return [key for key in keys if key.startswith("part_")]
+
+
 def draw_run(axes, metrics, evaluations, line):
     """Raw values are faint, their running means strong; held-out accuracy goes into the first."""
     updates = column(metrics, "update")
     for ax, panel in zip(axes, PANELS.splitlines()):
         title, unit, keys = map(str.strip, panel.split("|"))
+        keys = keys.split() + (parts(metrics) if title.startswith("reward") else [])
         ax.set(title=title, xlabel="update", ylabel=unit)
         if "log scale" in unit:
             ax.set_yscale("log")
-        for i, key in enumerate(keys.split()):
+        for i, key in enumerate(keys):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
             ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
@@ -160,6 +167,7 @@ def write_page(folders):
         "config": config,
         "runs": runs,
         "panels": PANELS,
+        "parts": parts(metrics),
         "verdict": verdict(metrics, evaluations),
         "rows": read_completions(folder / "completions.jsonl", len(metrics)),
     }
@@ -193,6 +201,8 @@ def shorten(row):
         del row["text"]
     for name in LONGEST.keys() & row.keys():
         value, half = row[name], LONGEST[name] // 2
+        if not isinstance(value, (str, list)):  # a gold answer of one's own kind
+            value = json.dumps(value)
         left_out = max(0, len(value) - 2 * half)
         row[name] = value[:half], left_out, value[half + left_out :]
     return row
