@@ -58,7 +58,7 @@ from rewards import MATH, RIGHT, Scorer, load_reward, reward_files, writes_steps
 # What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
 LIKE = (
     "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
-    "columns reward reward_timeout reward_workers reward_retry reward_tries reward_held_out"
+    "columns reward_timeout reward_workers reward_retry reward_tries reward_held_out"
 )
 
 
@@ -87,11 +87,7 @@ class Flags(Machine):
     top_k: int = flag("likeliest tokens; 0 is off, as in training", 0)
     seed: int = flag("of the random streams", 0)
     quality: list[float] = flag("thresholds of levels", QUALITY)
-    reward: list[str] = flag(
-        "R_l: math, or path.py:function; 1 and more is right; one for all, or one for each of "
-        "--quality",
-        [MATH],
-    )
+    reward: str = flag("R_l: math, or path.py:function; 1 and more is right", MATH)
     out: Path | None = flag("new, or of a stopped evaluation; default runs/eval-<date-time>")
     add_pass_rate: Path | None = flag("file to write: the problems with their pass rates")
     merge: Path | None = flag("folder to write: adapter --model merged into its base; then stop")
@@ -131,6 +127,8 @@ def flags_of(run):
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
         if config.get("eval_data"):
             flags["data"] = config["eval_data"]
+        if config.get("reward"):
+            (flags["reward"],) = set(config["reward"])  # a run may have several: give one
         return flags | {"model": str(newest_whole(run))}
 
 
@@ -154,14 +152,13 @@ def check(args):
             f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
             "it, or a --protocol"
         )
-    if len(args.reward) not in (1, len(args.quality)):
-        raise ValueError(f"--reward: give one, or one for each of --quality ({len(args.quality)})")
+    load_reward(args.reward)
     names, rates = stems("--data", args.data), args.add_pass_rate
     if rates and (len(names) > 1 or rates.exists() or not rates.parent.is_dir()):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
 
 
-def make_row(path, problem_id, level, own_reward, sample, attempt):
+def make_row(path, problem_id, level, sample, attempt):
     """A line of completions.jsonl"""
     score = attempt.score
     row = {
@@ -175,20 +172,18 @@ def make_row(path, problem_id, level, own_reward, sample, attempt):
         "stopped": attempt.completion.stopped,
         "text": attempt.text,
     }
-    return row | {"values": score.values()} if own_reward else row
+    return row | {"values": score.values} if score.values else row
 
 
 def read_data(args):
     """-> {file: problems}.  Raises ValueError"""
     check(args)
-    files, graded = {}, MATH in (*args.reward, args.reward_held_out)
+    files, graded = {}, MATH in (args.reward, args.reward_held_out)
     for path in args.data:
         # With --like they are the columns of the training problems, and it evaluates others.
         files[path] = data.read_problems(path, args.columns, not args.like, graded)
         if graded:
             data.gradable(path, files[path])  # says which; they stay
-        if len(args.reward) > 1 and all(p.pass_rate is None for p in files[path]):
-            raise ValueError(f"--reward: one per level needs pass rates, and {path} has none")
     return files
 
 
@@ -221,9 +216,9 @@ def open_folder(args, policy, files):
     -> its path.  Raises ValueError
     """
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
-    measured = policy.measuring(args.temperature, args.max_new_tokens, args.reward)
+    measured = policy.measuring(args.temperature, args.max_new_tokens, [args.reward])
     settings["weights"] = measured["weights"]
-    settings["reward_files"] = digest(list(map(sha256, reward_files(args.reward))))
+    settings["reward_files"] = digest(list(map(sha256, reward_files([args.reward]))))
     settings["prompts"] = digest((files, policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
@@ -254,18 +249,14 @@ def sample_rest(args, policy, files, log, ranks):
 
     Each process takes a share of a block; the first one writes, in the order of problems.
     """
-    scorer, rewards = Scorer(args), list(map(load_reward, args.reward))
+    scorer, reward = Scorer(args), load_reward(args.reward)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
-    work = []  # ((file, problem id, name of its level, whether R_l is the user's), request)
+    work = []  # ((file, problem id, name of its level), request)
     for path, prompts in files.items():
         levels = data.level_names([p.problem for p in prompts], args.quality)
-        for prompt in prompts:
-            level, reward = levels.get(prompt.problem.id), rewards[-1]  # that of problems of none
-            if level and len(rewards) > 1:
-                reward = rewards[int(level.removeprefix("level ")) - 1]
-            (request,) = requests(args.seed, [prompt], args.samples, reward, args.purpose)
-            labels = path, prompt.problem.id, level, bool(reward.function)
-            work.append((labels, request))
+        for request in requests(args.seed, prompts, args.samples, reward, args.purpose):
+            name = request[0].problem.id
+            work.append(((path, name, levels.get(name)), request))
 
     def sample_share(share):
         asked = [request for _, request in share]
@@ -341,7 +332,7 @@ def write_results(args, files, out, config):
         while rows := [json.loads(line) for line in islice(lines, args.samples)]:
             results.append(result_of(rows))
             answered |= any(row["answer"] for row in rows)
-    if not answered and MATH not in args.reward:  # R_l that asks for no box
+    if not answered and args.reward != MATH:  # R_l that asks for no box
         for result in results:
             del result["majority"]
     write_records(out / "results.jsonl", [{"settings": summary}, *results])

@@ -234,7 +234,7 @@ class Reward:
     weights: dict | None = None
 
     def total(self, value):
-        """What the function returned for a completion -> R_l, {part: its value}
+        """What the function returned for a completion -> R_l, {"part_NAME": the part's value}
 
         Raises an error of any kind for what is neither a number nor a dict of all parts.
         """
@@ -242,8 +242,8 @@ class Reward:
             return float(value), {}
         if self.weights is None or self.weights.keys() != value.keys():
             raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
-        parts = {name: float(part) for name, part in value.items()}
-        return sum(self.weights[name] * part for name, part in parts.items()), parts
+        parts = {f"part_{name}": float(part) for name, part in value.items()}
+        return sum(self.weights[name] * float(part) for name, part in value.items()), parts
 
 
 VERIFIER = Reward()
@@ -312,6 +312,13 @@ MOST_LEFT = 20  # calls that go on after their time is over, before the run ends
 PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
 
 
+def start_loop():
+    """An event loop in a thread of its own, for as long as the process lives."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
 class Calls:
     """Calls of users' functions: at most `workers` at once, each with a clock of its own.
 
@@ -322,82 +329,69 @@ class Calls:
     workers, seconds, retry, tries  see the flags --reward-...
     """
 
-    def __init__(self, workers, seconds, retry=(), tries=1):
+    def __init__(self, workers, seconds, retry, tries):
         self.free, self.seconds = asyncio.Semaphore(workers), seconds
         self.retry, self.tries = retry, tries
+        self.begun = []  # futures that `submit` has returned since the last `drop`
         self.left = []  # (problem id, future) of calls that were left behind
 
-    @functools.cached_property
-    def clock(self):
-        return start_loop()
-
-    @functools.cached_property
-    def tasks(self):
-        return start_loop()
+    clock = functools.cached_property(lambda self: start_loop())
+    tasks = functools.cached_property(lambda self: start_loop())
 
     def submit(self, reward, problem_id, *arguments):
         """-> a future of what the call returns, or of LATE. It raises Stop for what it raises."""
-        self.check_left()
+        hanging = [name for name, future in self.left if not future.done()]
+        if len(hanging) >= MOST_LEFT:
+            raise Stop(
+                f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
+                f"the last of problem {hanging[-1]}: let your function end by itself"
+            )
         call = self.call(reward, problem_id, arguments)
-        return asyncio.run_coroutine_threadsafe(call, self.clock)
+        self.begun.append(asyncio.run_coroutine_threadsafe(call, self.clock))
+        return self.begun[-1]
 
     async def call(self, reward, problem_id, arguments):
-        for number in range(1, self.tries + 1):
+        for number in range(self.tries):
             async with self.free:
-                begin = time.monotonic()
-                future, cancel = self.start(reward, arguments)
-                done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
-            if not done:
+                begin, future = time.monotonic(), Future()
+                cancel = self.start(reward, arguments, future)
+                await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
+            if not future.done():
                 cancel()
                 self.left.append((problem_id, future))
                 return LATE
             value, error, end = future.result()
             if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
                 return LATE
-            if error is None:
+            if not error:
                 return value
-            if number == self.tries or not is_named(error, self.retry):
-                raise failure(reward, problem_id, error) from error
-            await asyncio.sleep(PAUSE * 2 ** (number - 1))
+            if not is_named(error, self.retry):
+                break
+            await asyncio.sleep(PAUSE * 2**number)
+        raise failure(reward, problem_id, error) from error
 
-    def start(self, reward, arguments):
-        """-> a future of (value, error, time of its end), what ends the call before if it can"""
-        future, function = Future(), reward.function
+    def start(self, reward, arguments, future):
+        """Begin a call: the future gets (value, error, time of its end).  -> what cancels it"""
 
-        def run():
+        async def run():
+            value = error = None
             try:
-                result = function(*arguments), None
-            except BaseException as error:
-                result = None, error
-            future.set_result((*result, time.monotonic()))
-
-        async def run_task():
-            try:
-                result = await function(*arguments), None
-            except BaseException as error:
-                result = None, error
-            future.set_result((*result, time.monotonic()))
+                value = reward.function(*arguments)
+                value = await value if reward.awaited else value
+            except BaseException as caught:
+                error = caught
+            future.set_result((value, error, time.monotonic()))
 
         if reward.awaited:
-            return future, asyncio.run_coroutine_threadsafe(run_task(), self.tasks).cancel
-        Thread(target=run, daemon=True).start()  # it does not keep the process from its end
-        return future, lambda: None
+            return asyncio.run_coroutine_threadsafe(run(), self.tasks).cancel
+        # Nothing in it waits, so it needs no loop. The thread keeps no process from its end.
+        Thread(target=next, args=(run().__await__(), None), daemon=True).start()
+        return lambda: None
 
-    def check_left(self):
-        """Raise Stop if many calls hang."""
-        hanging = [problem_id for problem_id, future in self.left if not future.done()]
-        if len(hanging) >= MOST_LEFT:
-            raise Stop(
-                f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
-                f"the last of problem {hanging[-1]}: let your function end by itself"
-            )
-
-
-def start_loop():
-    """An event loop in a thread of its own, for as long as the process lives."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop
+    def drop(self):
+        """No further call is begun."""
+        while self.begun:
+            self.begun.pop().cancel()
 
 
 def is_named(error, names):
@@ -423,36 +417,14 @@ class Score:
     outcome  R_l: 1 and above is right; nan if it came too late
     verdict  of the verifier, or by another R_l: right, wrong or late
     answer   what stands in its box, or None
-    parts    {name: value before its weight} of an R_l that has parts
-    beside   1.0 if the verifier beside it says right, 0.0 if not; None if it was not asked
+    values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
+             "math", 1 if the verifier beside it says right; "late"
     """
 
     outcome: float
     verdict: str
     answer: str | None
-    parts: dict = field(default_factory=dict)
-    beside: float | None = None
-
-    def values(self):
-        """{measure: number} whose means are reported; 0 where R_l came too late."""
-        values = {"R_l": 0.0 if self.verdict == LATE else self.outcome}
-        values |= {f"part_{name}": part for name, part in self.parts.items()}
-        return values if self.beside is None else values | {MATH: self.beside}
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A group whose scoring has begun.
-
-    calls     futures: one for the group if R_l takes lists, else one for each completion
-    verified  whether the verifier is to be asked
-    """
-
-    reward: Reward
-    problem: object  # data.Problem
-    answers: list
-    calls: list
-    verified: bool
+    values: dict = field(default_factory=dict)
 
 
 class Scorer:
@@ -465,61 +437,57 @@ class Scorer:
         )
 
     def begin(self, reward, problem, opening, responses, beside=None):
-        """Begin to score the completions of a problem.  -> Scoring
+        """Begin to score the completions of a problem.  -> finish() -> [Score, ...]
 
         opening  what the prompt has begun of the completions' text
         beside   MATH: ask the verifier too
         """
         answers = [self.grader.extract(opening + text) for text in responses]
-        records = [problem.record() for _ in responses]
-        calls = []
-        if reward.lists:
-            calls = [self.calls.submit(reward, problem.id, records, list(responses))]
-        elif reward.function:
-            calls = [self.calls.submit(reward, problem.id, *c) for c in zip(records, responses)]
-        return Scoring(reward, problem, answers, calls, MATH in (reward.name, beside))
+        cases = [(problem.answer, answer) for answer in answers]
+        if not reward.function:
+            return lambda: [
+                Score(float(verdict == RIGHT), verdict, answer)
+                for verdict, answer in zip(self.grader.compare(cases), answers)
+            ]
+        records, calls = [problem.record() for _ in responses], []
+        for arguments in [(records, responses)] if reward.lists else zip(records, responses):
+            calls.append(self.calls.submit(reward, problem.id, *arguments))
 
-    def finish(self, groups):
-        """Wait for what `begin` returned.  -> [[Score of a completion, ...] of a group, ...]"""
-        cases = [(g.problem.answer, answer) for g in groups if g.verified for answer in g.answers]
-        verdicts, scores = iter(self.grader.compare(cases)), []
-        for group in groups:
-            found = [next(verdicts) if group.verified else None for _ in group.answers]
-            if group.reward.function:
-                scores.append(self.own(group, found))
-            else:
-                pairs = zip(found, group.answers)
-                scores.append([Score(float(v == RIGHT), v, answer) for v, answer in pairs])
-        return scores
+        def finish():
+            scores = own_scores(reward, problem, answers, [call.result() for call in calls])
+            if beside:
+                for score, verdict in zip(scores, self.grader.compare(cases)):
+                    score.values[MATH] = float(verdict == RIGHT)
+            return scores
 
-    def own(self, group, verdicts):
-        """The scores of a group by the user's R_l. If one comes late, all are."""
-        returned = [call.result() for call in group.calls]
-        self.calls.check_left()
-        if LATE in returned:
-            return [Score(math.nan, LATE, answer) for answer in group.answers]
-        try:
-            values = list(*returned) if group.reward.lists else returned
-            if len(values) != len(group.answers):
-                raise ValueError(f"{len(values)} numbers for {len(group.answers)} responses")
-            totals = [group.reward.total(value) for value in values]
-        except Exception as error:
-            raise failure(group.reward, group.problem.id, error) from error
-        scores = []
-        for (outcome, parts), answer, found in zip(totals, group.answers, verdicts):
-            verdict = RIGHT if outcome >= 1 else WRONG
-            beside = float(found == RIGHT) if group.verified else None
-            scores.append(Score(outcome, verdict, answer, parts, beside))
-        return scores
+        return finish
 
-    def drop(self, groups):
-        """No further call is begun for these."""
-        for group in groups:
-            for call in group.calls:
-                call.cancel()
+    def drop(self):
+        self.calls.drop()
 
     def close(self):
         self.grader.close()
+
+
+def own_scores(reward, problem, answers, returned):
+    """The scores of a group by a user's R_l. If one comes late, all do.
+
+    returned  by the call of each completion, or by that of the group
+    """
+    if LATE in returned:
+        return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in answers]
+    scores = []
+    try:
+        values = list(*returned) if reward.lists else returned
+        if len(values) != len(answers):
+            raise ValueError(f"{len(values)} numbers for {len(answers)} responses")
+        for value, answer in zip(values, answers):
+            outcome, parts = reward.total(value)
+            verdict = RIGHT if outcome >= 1 else WRONG
+            scores.append(Score(outcome, verdict, answer, {"R_l": outcome, **parts}))
+    except Exception as error:
+        raise failure(reward, problem.id, error) from error
+    return scores
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -232,6 +232,10 @@ class Sequence:
     stopped: bool = False
 
     @property
+    def finished(self):
+        return self.stopped or len(self.tokens) == self.limit
+
+    @property
     def filled(self):
         """Tokens of prompt and completion so far."""
         return len(self.prompt.tokens) + len(self.tokens)
@@ -338,7 +342,7 @@ class Slots:
         for slot in self.live:
             sample = self.running[slot]
             sample.stopped = sample.tokens[-1] in stop_ids
-            if sample.stopped or len(sample.tokens) == sample.limit:
+            if sample.finished:
                 yield sample
                 self.running[slot] = None
                 self.fed[1, slot] = len(sample.prompt.tokens)
@@ -398,29 +402,25 @@ def sample(
     temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
                     evaluation: the learner's softmax knows neither
     on_tokens       called with the number of tokens of every finished completion
-    on_group        called with the number of a prompt and its completions, once all are finished
+    on_group        called with the number of a prompt and its completions, once the last of them is
+                    finished (never if none has room for a token)
     """
     work = Slots(model, prompts, keys, max_new_tokens, slots)
-    finished = [None] * len(prompts)  # the completions of each prompt
-    unfinished = {number: sum(s.limit > 0 for s in g) for number, g in enumerate(work.groups)}
-
-    def finish_groups():
-        for number in [number for number, left in unfinished.items() if not left]:
-            del unfinished[number]
-            group = work.groups[number]
-            finished[number] = [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
-            on_group(number, finished[number])
-
-    finish_groups()  # those without room for a token
     with model.laid_out(len(work.running)):
         while work.waiting or work.live:
             work.refill()
             work.advance(temperature, top_k, top_p)
-            for sample in work.retire(stop_ids):
+            retired = list(work.retire(stop_ids))
+            for sample in retired:
                 on_tokens(len(sample.tokens))
-                unfinished[sample.prompt.number] -= 1
+            for number in dict.fromkeys(sample.prompt.number for sample in retired):
+                if all(sample.finished for sample in work.groups[number]):
+                    on_group(number, completions(work.groups[number]))
             work.compact()
             if work.live:
                 work.decode()
-            finish_groups()  # while the next tokens are computed on a GPU
-    return finished
+    return [completions(group) for group in work.groups]
+
+
+def completions(group):
+    return [Completion(s.tokens, s.logprobs, s.stopped) for s in group]

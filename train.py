@@ -284,14 +284,13 @@ def evaluate(run):
     for _, prompts, reward in run.held_out:
         work += requests(cfg.seed, prompts, cfg.eval_samples, reward)
     done = iter(ranks.share_out(work, sample_and_score))
-    for labels, prompts, reward in run.held_out:
+    for labels, prompts, _ in run.held_out:
         values = by_name(itertools.islice(done, len(prompts)))
         accuracy, low, high = interval(values.pop("right"))
         row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
         row["length_mean"] = fmean(values.pop("length"))
         row["writes_steps_share"] = fmean(values.pop("writes_steps"))
-        if reward.function:
-            row["late_share"] = fmean(values.pop("late"))
+        if values:  # of an R_l that is not the verifier's
             row["means"] = {name: interval(numbers) for name, numbers in values.items()}
         rows.append(row)
     run.evaluated(rows)

@@ -174,8 +174,6 @@ class Run:
             )
             means = [f"; {measure} {cell}" for measure, cell in shown_means(row).items()]
             tqdm.write(text.format(name, **row) + "".join(means))
-            if row.get("late_share"):
-                tqdm.write(f"  {row['late_share']:.1%} of its R_l came too late, and count 0")
             earlier = [e for e in self.evaluations if name_level(e) == name]
             best = max(earlier, key=lambda e: e["accuracy"])
             if row["high"] < best["low"]:

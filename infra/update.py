@@ -76,8 +76,8 @@ class Update:
                     "stopped": a.completion.stopped,
                     "text": a.text,
                 }
-                if a.score.parts:
-                    row["parts"] = a.score.parts
+                if a.score.values:
+                    row["values"] = a.score.values
                 self.rows.append(row)
                 if not group.late:
                     self.scored.append(row)
@@ -179,8 +179,9 @@ class Update:
             "tokens_per_second": sum(tokens) / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
-        for name, values in by_name(r["parts"] for r in scored if "parts" in r).items():
-            row[f"part_{name}_mean"] = mean(values)
+        for name, values in by_name(r.get("values", {}) for r in scored).items():
+            if name.startswith("part_"):
+                row[f"{name}_mean"] = mean(values)
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
         row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
         return row

@@ -18,7 +18,6 @@ is train.objective.
 """
 
 import json
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -179,11 +178,11 @@ def fitting(policy, problems):
 def cut_held_out(cfg, states, held_out, policy):
     """Cut every held-out file into bins of difficulty, by default as the levels are cut.
 
-    A bin has the R_l of the easiest level whose Q_l is not below its own, or of the hardest level.
+    A bin has the R_l of the level with its threshold, else of the last level.
     -> [({what names the bin in eval.jsonl: ...}, its prompts, its R_l), ...], facts
     """
     qualities = cfg.eval_quality or [state.level.quality for state in states]
-    by_quality = sorted(states, key=lambda state: state.level.quality)
+    rewards = {state.level.quality: state.reward for state in reversed(states)}
     bins, facts = [], {}
     for path, problems in held_out.items():
         file = {"file": Path(path).stem} if len(held_out) > 1 else {}
@@ -196,9 +195,8 @@ def cut_held_out(cfg, states, held_out, policy):
             if some not in seen:  # levels may share their problems
                 seen.append(some)
                 labels, prompts = file | {"level": number}, policy.render(some)
-                quality = math.inf if number is None else qualities[number - 1]
-                enough = [state for state in by_quality if state.level.quality >= quality]
-                bins.append((labels, prompts, (enough or by_quality[-1:])[0].reward))
+                quality = None if number is None else qualities[number - 1]
+                bins.append((labels, prompts, rewards.get(quality, states[-1].reward)))
                 shown += prompts
                 tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
         if not shown:

@@ -23,7 +23,7 @@ from model import Transformer
 from parts import lora
 from parts.files import explained, sha256
 from parts.statistics import by_name
-from rewards import LATE, MATH, VERIFIER, Score, writes_steps
+from rewards import MATH, VERIFIER, Score, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = (
@@ -271,18 +271,18 @@ def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False,
     start = time.perf_counter()
     prompts, keys, rewards = zip(*work) if work else ((), (), ())
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    groups, begun = {}, {}  # by the number of the prompt: (completions, texts), Scoring
+    groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
 
     def begin(number, completions):
         prompt, texts = prompts[number], [policy.text(c) for c in completions]
         groups[number] = completions, texts
         asked = rewards[number], prompt.problem, prompt.opening, texts, beside
-        begun[number] = scorer.begin(*asked)
+        finish[number] = scorer.begin(*asked)
 
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
     try:
         with bar:
-            sample(
+            done = sample(
                 policy.model,
                 [p.tokens for p in prompts],
                 keys,
@@ -291,11 +291,12 @@ def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False,
                 on_tokens=bar.update,
                 on_group=begin,
             )
+        for number in set(range(len(work))) - groups.keys():  # no room for a token
+            begin(number, done[number])
         sampled = time.perf_counter()
-        scores = scorer.finish([begun[number] for number in range(len(work))])
-    except BaseException:
-        scorer.drop(begun.values())
-        raise
+        scores = [finish[number]() for number in range(len(work))]
+    finally:
+        scorer.drop()
     if clock is not None:
         clock.update(sample=sampled - start, score=time.perf_counter() - sampled)
     return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
@@ -306,7 +307,7 @@ def means(attempts):
     rows = []
     for a in attempts:
         row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
-        rows.append(row | {"late": a.score.verdict == LATE} | a.score.values())
+        rows.append(row | a.score.values)
     return {name: fmean(values) for name, values in by_name(rows).items()}
 
 

@@ -103,8 +103,7 @@ def find_layout(record, columns, must_fit=False, graded=True):
         return columns
     known = [dict(zip(needed, names.split())) for names in LAYOUTS]
     for layout in [columns, *known]:
-        found = [column(record, layout[name]) for name in needed if name in layout]
-        if len(found) == 2 and None not in found:
+        if layout and all(column(record, layout.get(name, "")) is not None for name in needed):
             return layout
     if not graded and column(record, columns.get("problem", "problem")) is not None:
         return {"problem": "problem"} | columns

@@ -205,7 +205,7 @@ FLAGS = """
 --reward raises.py:f | importing raises.py failed (ModuleNotFoundError
 --reward empty.py:x | empty.py has no function x
 --reward exits.py:f | importing exits.py failed (SystemExit
---columns problem=a | --columns problem=a: expected problem=NAME answer=NAME
+--columns answer=a | --columns answer=a: expected problem=NAME answer=NAME
 --columns problem=a answer=b more=c | expected problem=NAME answer=NAME
 --columns c | expected problem=NAME answer=NAME
 --columns problem=a answer | expected problem=NAME answer=NAME
@@ -274,7 +274,10 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     flags = [f"--{name.replace('_', '-')}" for name in vars(Config())]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
-    assert " ".join(found) == "options levels objective optimizer sampling prompts memory files"
+    assert (
+        " ".join(found)
+        == "options levels objective optimizer rewards sampling prompts memory files"
+    )
 
 
 def test_underscores_and_a_flag_that_stands_twice(folder, capsys):

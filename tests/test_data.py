@@ -460,7 +460,7 @@ def test_the_process_reward_counts_the_steps_before_the_first_mistake(response, 
     """Of two steps and the answer. Units are no step."""
     reward = load_reward(str(SHIPPED / "process.py:right_steps"))
     steps, answer = solve("52+38-14")
-    found = reward({"steps": steps, "answer": answer}, response)
+    found = reward.function({"steps": steps, "answer": answer}, response)
     assert found == approx(int(right) / 3)
 
 

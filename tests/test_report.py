@@ -15,6 +15,7 @@ from test_train import group
 from eprli import Buffer, group_advantage
 from infra.update import Update
 from parts.policy import Policy
+from rewards import Score
 from rollout import Completion
 from tools import report
 from tools.verdict import forgotten, moved, rose, starved, verdict
@@ -152,7 +153,7 @@ def drawn(*outcomes):
         groups.append(group([1], done, outcome))
         problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
         prompts.append(SimpleNamespace(problem=problem))
-        facts = {"verdict": "right", "length": 2, "text": "x"}
+        facts = {"score": Score(1.0, "right", "2"), "length": 2, "text": "x"}
         attempts.append([SimpleNamespace(completion=c, **facts) for c in done])
     update.number = 2  # prints nothing
     update.drew(prompts, attempts, groups)
@@ -352,7 +353,8 @@ def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_
 def test_completions_do_not_command_the_terminal(printed):
     problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
     done = SimpleNamespace(stopped=True)
-    attempt = SimpleNamespace(completion=done, verdict="wrong", length=1, text="3\x1b[31m\u202e")
+    facts = {"score": Score(0.0, "wrong", "2"), "length": 1, "text": "3\x1b[31m\u202e"}
+    attempt = SimpleNamespace(completion=done, **facts)
     Update(1, LEVEL_STATE, 0.1, 1).drew(
         [SimpleNamespace(problem=problem)], [[attempt]], [group([1], [done], [0])]
     )

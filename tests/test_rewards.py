@@ -406,8 +406,8 @@ def scorer(**flags):
 
 def scores(reward, responses="a", using=None, problem=Problem("p7", "1", "1")):  # noqa: B008
     using = using or scorer()
-    (found,) = using.finish([using.begin(reward, problem, "", list(responses))])
-    return [score.outcome for score in found]
+    finish = using.begin(reward, problem, "", list(responses))
+    return [score.outcome for score in finish()]
 
 
 @mark.parametrize("form", ["single", "later", "lists", "lists_later", "judge"])
@@ -426,11 +426,11 @@ def test_a_function_of_another_form_is_refused_at_the_start(own, form):
 
 def test_the_parts_of_a_reward_are_weighed_by_its_file(own):
     using = scorer()
-    group = using.begin(own("parts"), Problem("p", "1", "1"), "", ["a", "bb"])
-    low, high = using.finish([group])[0]
+    low, high = using.begin(own("parts"), Problem("p", "1", "1"), "", ["a", "bb"])()
     assert (low.outcome, high.outcome) == (0.25, 1.25)
     assert (low.verdict, high.verdict) == (WRONG, RIGHT)
-    assert high.parts == {"right": 1.0, "form": 1.0} and low.parts["right"] == 0.0
+    assert high.values == {"R_l": 1.25, "part_right": 1.0, "part_form": 1.0}
+    assert low.values["part_right"] == 0.0
 
 
 FAILURES = """
@@ -464,8 +464,8 @@ def test_the_verifier_may_stand_beside_it():
     using, problem = scorer(), Problem("p", "1", "4")
     reward = Reward("f", lambda problem, response: 1)
     done = using.begin(reward, problem, "", [r"\\boxed{4}", r"\\boxed{5}"], beside="math")
-    good, bad = using.finish([done])[0]
-    assert good.values() == {"R_l": 1.0, "math": 1.0} and bad.beside == 0.0
+    good, bad = done()
+    assert good.values == {"R_l": 1.0, "math": 1.0} and bad.values["math"] == 0.0
     assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
     using.close()
 
@@ -508,7 +508,7 @@ def test_a_group_is_scored_while_others_are_sampled():
 
     settings = dict(slots=8, stop_ids=(), temperature=1.0, on_group=on_group)
     sample(model, [[5, 6]] * 3 + [[]], [*keys, []], [*limits, 0], **settings)
-    assert begun == [3, 0, 1, 2] and sampled == [[], [3, 3], [40, 40], [4, 60]]
+    assert begun == [0, 1, 2] and sampled == [[3, 3], [40, 40], [4, 60]]
 
 
 def stubborn(problem, response):
@@ -559,9 +559,10 @@ def test_a_call_over_its_time_breaks_its_group_alone(function):
     slow = using.begin(Reward("f", function, awaited=awaited), Problem("p", "1", "1"), "", "a")
     good = using.begin(Reward("g", lambda *_: 2), Problem("q", "1", "1"), "", ["b"])
     start = time.monotonic()
-    (late,), (on_time,) = using.finish([slow, good])
+    (late,), (on_time,) = slow(), good()
     assert time.monotonic() - start < 0.9
     assert late.verdict == LATE and math.isnan(late.outcome) and on_time.outcome == 2
+    assert late.values == {"R_l": 0.0, "late": 1.0}
 
 
 def test_calls_that_hang_end_the_run(monkeypatch):
@@ -569,7 +570,7 @@ def test_calls_that_hang_end_the_run(monkeypatch):
     monkeypatch.setattr(rewards, "MOST_LEFT", 3)
     using, end = scorer(reward_timeout=0.1), threading.Event()
     hanging = Reward("f", lambda problem, response: end.wait(20))
-    scores(hanging, "aa", using)
+    scores(hanging, "aaa", using)
     with raises(Stop, match="3 calls of --reward go on after .* the last of problem p7"):
         scores(hanging, "a", using)
     end.set()
@@ -630,10 +631,10 @@ def test_what_is_dropped_is_not_called():
     """After Ctrl-C a judge that costs money must not go on with the rest of the draw."""
     called, using, free = [], scorer(reward_workers=1), threading.Event()
     reward = Reward("f", lambda problem, response: called.append(response) or free.wait(5))
-    group = using.begin(reward, Problem("p", "1", "1"), "", list("abc"))
+    using.begin(reward, Problem("p", "1", "1"), "", list("abc"))
     while not called:
         time.sleep(0.01)
-    using.drop([group])
+    using.drop()
     free.set()
     time.sleep(0.2)
     assert called == ["a"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.files import explained, read_records
-from parts.statistics import SETTINGS, bootstrap, by_name, measure, pass_at_k
+from parts.statistics import SETTINGS, bootstrap, by_name, measure
 
 LINE = (
     "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "
@@ -62,11 +62,11 @@ def compare_part(pairs):
     problems
     """
     k = min(result["n"] for pair in pairs for result in pair)
-    a, b = (by_name(comparable(result, k) for result in side) for side in zip(*pairs))
+    a, b = (by_name(alike(measure(result, k)) for result in side) for side in zip(*pairs))
     report = {"problems": len(pairs)}
     for name in a:
         if name in b:
-            x, y = np.array(a[name]), np.array(b[name])
+            x, y = np.array(a[name], float), np.array(b[name], float)
             report[name] = difference(x, y)
             print(LINE.format(name, **report[name]))
     x, y = np.array(a["accuracy"]), np.array(b["accuracy"])
@@ -75,13 +75,10 @@ def compare_part(pairs):
     return report
 
 
-def comparable(result, k):
-    """{measure: value} of one problem, under names that A and B share"""
-    n, right = result["n"], result["right"]
-    values = {"accuracy": right / n, f"pass@{k}": pass_at_k(n, right, k)}
-    if "majority" in result:
-        values["majority"] = result["majority"]
-    return values | result.get("means", {})
+def alike(measures):
+    """Measures under names that do not tell the number of samples, which may differ."""
+    names = {"avg": "accuracy", "maj": "majority"}
+    return {names.get(name.partition("@")[0], name): x for name, x in measures.items()}
 
 
 def difference(x, y):
