@@ -163,11 +163,12 @@ def write_page(folders):
         level["reward"] = level["reward"].removeprefix(here)
     for name in ("inputs", "model_files", "reward"):  # by paths of this machine
         config.pop(name, None)
+    panels = PANELS.splitlines()  # the second one is drawn otherwise
+    panels[1] = f"R_l, share right | mean | outcome_mean accuracy {' '.join(parts(metrics))}"
     content = {
         "config": config,
         "runs": runs,
-        "panels": PANELS,
-        "parts": parts(metrics),
+        "panels": "\n".join(panels),
         "verdict": verdict(metrics, evaluations),
         "rows": read_completions(folder / "completions.jsonl", len(metrics)),
     }
