@@ -1,5 +1,6 @@
 """assets/run_tests.py: what programs return, and what they try."""
 
+import json
 import os
 import platform
 import socket
@@ -12,9 +13,12 @@ from pathlib import Path
 
 from pytest import fixture, mark, raises
 
+from data import gradable, overlap, read_problems
+from experiments.programs import generate, is_good
 from rewards import import_file
 
-FILE = Path(__file__).parents[1] / "assets/run_tests.py"
+ASSETS = Path(__file__).parents[1] / "assets"
+FILE = ASSETS / "run_tests.py"
 runner, _ = import_file(FILE)
 PROBLEM = {"function": "f", "tests": [[[1], 2], [[5], 6]]}
 GOOD = "def f(n):\n    return n + 1\n"
@@ -324,3 +328,40 @@ def test_without_its_protection_nothing_is_run(folder, old, new, error):
     with raises(RuntimeError, match=error):
         other.reward(PROBLEM, f"{GOOD}open({str(left)!r}, 'w')")
     assert not left.exists()
+
+
+# ----------------------------------------------------------------------------- the shipped problems
+
+
+def test_the_shipped_problems_are_those_of_the_generator(printed):
+    """And are read: 200 to train, 100 held out, without repeats, none refused for its answer."""
+    lines = (ASSETS / "programs.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == generate()
+    train, held_out = (read_problems(f"{ASSETS}/programs.jsonl[{s}]") for s in (":200", "200:"))
+    assert overlap(train, held_out) == ([], [])
+    for problems, count in ((train, 200), (held_out, 100)):
+        assert len(problems) == len({p.problem for p in problems}) == count
+        assert len(gradable("programs", problems)) == count
+        assert {p.level for p in problems} == {1, 2, 3, 4}
+
+
+def test_a_reference_is_right_and_a_wrong_step_is_not():
+    for problem in generate()[::40]:
+        head, first, *rest = problem["answer"].splitlines()
+        assert runner.reward(problem, problem["answer"]) == 1
+        assert runner.reward(problem, "\n".join([head, *rest])) == 0
+
+
+@mark.parametrize(
+    "code, good",
+    [
+        (["sorted(x)"], True),
+        (["sorted(x)", "sorted(x)"], False),  # one of them would do
+        (["sorted(x)", "x[::-1]"], True),
+        (["x[:0]"], False),  # always []
+    ],
+)
+def test_each_step_matters_and_no_constant_is_right(code, good):
+    """Else the level would be wrong, or a program that computes nothing would have a reward."""
+    steps = [("numbers", "numbers")] * len(code)
+    assert is_good(steps, code, [[], [3], [2, 3], [3, 1, 2]]) == good
