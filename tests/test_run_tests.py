@@ -137,8 +137,8 @@ HOSTILE = {
     "one endless operation, which no handler of signals interrupts": "10 ** 10 ** 10",
     "fork": "import os\nif not os.fork():\n    os._exit(0)",
     "threads": "import _thread\n_thread.start_new_thread(print, ())",
-    "memory": "all_of_it = bytearray(1 << 30)",
-    "memory, bit by bit": "parts = [str(i) * 10**6 for i in range(10**4)]",
+    "memory": "all_of_it = bytes(1 << 30)",
+    "memory, bit by bit": "parts = [bytes(10**6) for _ in range(1000)]",
     "a gigabyte printed": "for _ in range(1 << 20):\n    print('x' * 1023)",
     "a gigabyte printed, errors caught": """
 import os
@@ -287,13 +287,18 @@ run_tests.run("import _thread\\nl = _thread.allocate_lock()\\nl.acquire()\\nl.ac
 """
 
 
-def test_it_dies_with_the_run(folder):
-    """Else each kill of a run would leave a process that waits for ever."""
+def test_it_is_apart_from_the_run_and_dies_with_it(folder):
+    """Else each kill of a run would leave a process that waits for ever. Ctrl-C is not for it: a
+    program that is killed by it would be called wrong. It leaves no core in the run's folder."""
     environment = os.environ | {"TMPDIR": str(folder)}
     run = subprocess.Popen([sys.executable, "-c", ORPHAN, str(FILE.parent)], env=environment)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     wait_for(lambda: any(p.read_bytes() for p in folder.glob("tmp*/returned")), "it is ready")
     (child,) = children.read_text().split()
+    assert os.getsid(int(child)) == int(child)
+    assert Path(os.readlink(f"/proc/{child}/cwd")).parent == folder
+    limits = Path(f"/proc/{child}/limits").read_text()
+    assert ["core", "file", "size", "0"] in [line.split()[1:5] for line in limits.splitlines()]
     run.kill()
     run.wait()
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child is dead")
