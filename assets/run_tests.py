@@ -15,7 +15,6 @@ channels of the processor. And a program that is right for these tests alone is 
 needs Linux on x86_64; elsewhere `reward` raises an error.
 """
 
-import contextlib
 import ctypes
 import importlib
 import json
@@ -26,9 +25,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-CPU_SECONDS = 2  # with 0.05 for the start; a busy machine changes no verdict
+CPU_SECONDS = 2  # of processor time, the start included; a busy machine changes no verdict
 WALL_SECONDS = 30  # a program that waits reaches it; a busy machine should not
 MEMORY_BYTES = 256 << 20  # address space
 OUTPUT_BYTES = 256 << 10  # of all that it returns, and of all that it prints
@@ -82,7 +82,7 @@ def run(text, function, arguments):
         with (
             returned.open("wb") as out,
             printed.open("wb") as err,
-            contextlib.suppress(subprocess.TimeoutExpired),
+            suppress(subprocess.TimeoutExpired),
         ):
             subprocess.run(
                 [sys.executable, "-S", __file__],
@@ -96,7 +96,8 @@ def run(text, function, arguments):
             )
         first, *lines = returned.read_bytes().splitlines() or [b""]
         if first != b"ready":
-            raise RuntimeError(f"no program can be run here: {printed.read_text()[-300:].strip()}")
+            why = printed.read_text().strip()[-300:] or "Python ended, or did not start in time"
+            raise RuntimeError(f"no program can be run here: {why}")
     try:
         return [json.loads(line) for line in lines]
     except (ValueError, RecursionError):
@@ -113,10 +114,14 @@ def serve():
     returned = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # too much output kills
-    resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_BYTES, OUTPUT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {
+        resource.RLIMIT_FSIZE: OUTPUT_BYTES,
+        resource.RLIMIT_CPU: CPU_SECONDS,
+        resource.RLIMIT_AS: MEMORY_BYTES,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
     give_up_system_calls()
     os.write(returned, b"ready\n")
     names = {}
@@ -144,7 +149,7 @@ def give_up_system_calls():
     prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if the parent dies
     prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(code)))  # PR_SET_SECCOMP
-    with contextlib.suppress(PermissionError):
+    with suppress(PermissionError):
         os.open("/", os.O_RDONLY)
         sys.exit("the kernel does not filter system calls")
 

@@ -154,7 +154,7 @@ import os
 for _ in range(1 << 20):
     os.write(3, b' ' * 1024)
 """,
-    "a large result": "def f(n):\n    return 'x' * (50 << 20)",
+    "a large result": "def f(n):\n    return 'x' * (1 << 20)",
     "a megabyte of brackets": "import os\nos.write(3, b'[' * 200_000 + b'\\n')",
     "bytes that are no text": "import os\nos.write(3, b'\\xff\\xfe\\n')",
     "exit before the tests": "import sys\nsys.exit(0)",
