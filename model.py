@@ -573,7 +573,12 @@ class ChosenLogprobs(torch.autograd.Function):
         # yet, so that only every eighth passes over the large sum in float32.
         wide = torch.promote_types(weight.dtype, torch.float32)
         learned = ctx.needs_input_grad[1]
-        weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
+        # A Learner's gradients in float32 are added to in place: no copy is made, none is rounded.
+        master = getattr(weight, "master", None)
+        if master is not None and master.grad is not None:
+            weight_grad = master.grad
+        else:
+            weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
         narrow = learned and weight.dtype != wide
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         grad = grad / ctx.temperature
@@ -593,6 +598,8 @@ class ChosenLogprobs(torch.autograd.Function):
                 partial_sum.zero_()
         if narrow:
             weight_grad += partial_sum
+        if master is not None:
+            master.grad, weight_grad = weight_grad, None
         return hidden_grad, weight_grad, None, None
 
 

@@ -49,6 +49,7 @@ class Learner:
         if self.has_copies:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
+                weight.master = master  # to whose gradient model.ChosenLogprobs adds
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.models = [self.model]
         if self.takes_two_threads():
@@ -191,6 +192,8 @@ def cut_micro_batches(samples, max_tokens, one_prompt=False):
 
 def move_gradient(master, weight):
     """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
+    if weight.grad is None:  # model.ChosenLogprobs has added it
+        return
     if master.grad is None:
         master.grad = weight.grad.float()
     else:

@@ -198,6 +198,25 @@ def test_masters_keep_what_bfloat16_would_lose():
     assert torch.equal(weight, master.bfloat16()) and not torch.equal(before, weight)
 
 
+@mark.parametrize("tied", [False, True])
+def test_the_heads_gradient_is_added_to_its_masters(tied):
+    """Over micro-batches, and to that of a tied embedding. Replaced, or returned as well, it would
+    be one part or twice as much."""
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model("qwen2", tie_word_embeddings=tied).to(torch.bfloat16).to(dtype)
+        learner = Learner(model, Ranks())
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            ids = torch.randint(3, 90, (2, 9))
+            mask = torch.ones(2, 9, dtype=bool).index_fill(1, torch.arange(3), False)
+            model.token_logprobs(ids, mask, 1.0)[0].sum().backward()
+        head = [w is model.lm_head.weight for w in learner.weights].index(True)
+        assert dtype == torch.float32 or learner.weights[head].grad is None
+        grads.append(learner.masters[head].grad)
+    assert (grads[0] - grads[1]).norm() < 0.15 * grads[0].norm()
+
+
 def test_learning_rate_is_warm_up_times_decay():
     def rates(n, flags):
         cfg = config(f"--lr 1 {flags}")
