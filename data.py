@@ -28,10 +28,18 @@ SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 class Problem:
     id: str
     problem: str
-    answer: object  # a text; where only one's own R_l reads it, anything that JSON holds, or None
+    answer: (
+        object  # as in its file: for the verifier a text or a number, for one's own R_l anything
+    )
     pass_rate: float | None = None  # of the policy that measured it, in [0, 1]
     level: float | None = None  # difficulty declared by the source
     other: dict = field(default_factory=dict, compare=False)  # further fields, kept as they are
+
+    @property
+    def gold(self):
+        """The answer as the verifier reads it, a text: 142.0 is 142."""
+        whole = isinstance(self.answer, float) and self.answer.is_integer()
+        return str(int(self.answer) if whole else self.answer)
 
     def record(self):
         """The JSON object that read_problems reads back."""
@@ -55,9 +63,6 @@ def parse_problem(record, default_id, graded=True):
         raise ValueError('"level" must be a number')
     if name is None:
         name = default_id
-    if graded and isinstance(answer, float) and answer.is_integer():  # 142.0
-        answer = int(answer)
-    answer = str(answer) if graded else answer
     return Problem(str(name), problem, answer, pass_rate, level, other)
 
 
@@ -113,8 +118,8 @@ def gradable(name, problems):
     Raises ValueError where they are many: then a column of something else was read."""
     good, bad = [], []
     for p in problems:
-        (good if answers.gradable(p.answer) else bad).append(p)
-    seen = "; ".join(f"{p.id}: {squash(p.answer)[-60:]!r}" for p in bad[:5])
+        (good if answers.gradable(p.gold) else bad).append(p)
+    seen = "; ".join(f"{p.id}: {squash(p.gold)[-60:]!r}" for p in bad[:5])
     words = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be graded ({seen})"
     if len(bad) > MOST_UNGRADABLE * len(problems):
         raise ValueError(

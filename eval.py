@@ -35,7 +35,7 @@ from infra.directory import checkpoints, create, damage, lock
 from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, silence_others
 from parts import lora, papers
-from parts.files import Stop, explained, sha256, stems, write_records
+from parts.files import Stop, explained, stems, write_records
 from parts.policy import (
     DIFFICULTY,
     EVALUATION,
@@ -48,10 +48,11 @@ from parts.policy import (
     default_dtype,
     digest,
     is_shipped,
+    must_be_finite,
     requests,
 )
 from parts.statistics import SETTINGS, by_name, interval, majority, measure, shown
-from rewards import MATH, RIGHT, Scorer, load_reward, reward_files, writes_steps
+from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -127,8 +128,8 @@ def flags_of(run):
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
         if config.get("eval_data"):
             flags["data"] = config["eval_data"]
-        if config.get("reward"):
-            (flags["reward"],) = set(config["reward"])  # a run may have several: give one
+        if len(set(config.get("reward", []))) == 1:  # else give the one that is meant
+            flags["reward"] = config["reward"][0]
         return flags | {"model": str(newest_whole(run))}
 
 
@@ -218,7 +219,7 @@ def open_folder(args, policy, files):
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
     measured = policy.measuring(args.temperature, args.max_new_tokens, [args.reward])
     settings["weights"] = measured["weights"]
-    settings["reward_files"] = digest(list(map(sha256, reward_files([args.reward]))))
+    settings["measured_by"] = measured["reward"]
     settings["prompts"] = digest((files, policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
@@ -270,6 +271,7 @@ def sample_rest(args, policy, files, log, ranks):
         )
         rows = []
         for (labels, _), attempts in zip(share, done):
+            must_be_finite(labels[1], attempts)
             rows += [make_row(*labels, *each) for each in enumerate(attempts)]
         return rows
 
@@ -305,7 +307,7 @@ def summarise(results, k):
     summary = {}
     for level in [*sorted(levels), "all"]:
         part = [measure(some, k) for some in results if level in (some["level"], "all")]
-        summary[level] = {name: interval([values[name] for values in part]) for name in part[0]}
+        summary[level] = {name: interval(values) for name, values in by_name(part).items()}
         cells = [f"{name} {shown(name, values)}" for name, values in summary[level].items()]
         print(f"  {level:8} {len(part):5} problems   {'   '.join(cells)}")
     return summary
@@ -315,8 +317,10 @@ def add_pass_rates(path, prompts, results, measured):
     """Write the problems back with the share of their samples that is right, and what measured."""
     problems = []
     for prompt, result in zip(prompts, results):
-        other = prompt.problem.other | {"measured": measured}
-        rate = result["right"] / result["n"]
+        late, other = result["verdicts"][LATE], prompt.problem.other | {"measured": measured}
+        rate = None if late else result["right"] / result["n"]
+        if late:
+            print(f"{result['problem_id']}: not measured, {late} of its rewards came too late")
         problems.append(replace(prompt.problem, pass_rate=rate, other=other))
     data.write_problems(path, problems)
 

@@ -12,7 +12,9 @@ interrupt one long operation. What protects a run from a user's own R_l stands a
 import argparse
 import asyncio
 import contextlib
+import copy
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -32,7 +34,7 @@ from threading import Thread
 
 import answers
 from answers import extract_answer
-from parts.files import Stop, explained, read_records
+from parts.files import Stop, explained, read_records, sha256
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -42,6 +44,7 @@ LONGEST_ANSWER = 1000  # characters; the gold answers of the usual benchmarks ha
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
 LATE = "late"  # R_l of your own took longer than --reward-timeout
+OVER = object()  # in place of what such a call would have returned
 MATH = "math"  # the name of the verifier
 
 
@@ -265,7 +268,9 @@ def load_reward(name):
     if not callable(function):
         raise ValueError(f"reward {name!r}: {path} has no function {attribute}")
     with explained(f"reward {name!r}: WEIGHTS is not a dict of numbers"):
-        weights = weights and {str(part): float(weight) for part, weight in weights.items()}
+        weights = weights and {part: float(weight) for part, weight in weights.items()}
+        if not all(map(str.isidentifier, weights or ())):
+            raise ValueError("the name of a part has letters, digits and _")
     with explained(f"reward {name!r}: expected {FORMS}"):
         signature = inspect.signature(function)
         signature.bind(None, None)
@@ -308,6 +313,14 @@ def reward_files(names):
     return files
 
 
+def identity(name):
+    """A reward's name, and what tells another file of that name."""
+    if name == MATH:
+        return name
+    digests = "".join(map(sha256, sorted(reward_files([name]))))
+    return f"{Path(name).name} {hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+
+
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
 PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
 
@@ -339,8 +352,8 @@ class Calls:
     tasks = functools.cached_property(lambda self: start_loop())
 
     def submit(self, reward, problem_id, *arguments):
-        """-> a future of what the call returns, or of LATE. It raises Stop for what it raises."""
-        hanging = [name for name, future in self.left if not future.done()]
+        """-> a future of what the call returns, or of OVER. It raises Stop for what it raises."""
+        hanging = [name for name, future in self.left if future.running()]
         if len(hanging) >= MOST_LEFT:
             raise Stop(
                 f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
@@ -355,17 +368,19 @@ class Calls:
             async with self.free:
                 begin, future = time.monotonic(), Future()
                 cancel = self.start(reward, arguments, future)
-                await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
+                try:
+                    await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
+                finally:  # its time is over, or `drop`
+                    cancel()
             if not future.done():
-                cancel()
                 self.left.append((problem_id, future))
-                return LATE
+                return OVER
             value, error, end = future.result()
             if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
-                return LATE
+                return OVER
             if not error:
                 return value
-            if not is_named(error, self.retry):
+            if number + 1 == self.tries or not is_named(error, self.retry):
                 break
             await asyncio.sleep(PAUSE * 2**number)
         raise failure(reward, problem_id, error) from error
@@ -375,6 +390,7 @@ class Calls:
 
         async def run():
             value = error = None
+            future.set_running_or_notify_cancel()  # a task that never began does not hang
             try:
                 value = reward.function(*arguments)
                 value = await value if reward.awaited else value
@@ -389,7 +405,7 @@ class Calls:
         return lambda: None
 
     def drop(self):
-        """No further call is begun."""
+        """No further call is begun, and coroutines are cancelled."""
         while self.begun:
             self.begun.pop().cancel()
 
@@ -418,7 +434,7 @@ class Score:
     verdict  of the verifier, or by another R_l: right, wrong or late
     answer   what stands in its box, or None
     values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
-             "math", 1 if the verifier beside it says right; "late"
+             "math", 1 if the verifier beside it says right; "late", 1 if R_l came too late
     """
 
     outcome: float
@@ -443,13 +459,14 @@ class Scorer:
         beside   MATH: ask the verifier too
         """
         answers = [self.grader.extract(opening + text) for text in responses]
-        cases = [(problem.answer, answer) for answer in answers]
+        cases = [(problem.gold, answer) for answer in answers]
         if not reward.function:
             return lambda: [
                 Score(float(verdict == RIGHT), verdict, answer)
                 for verdict, answer in zip(self.grader.compare(cases), answers)
             ]
-        records, calls = [problem.record() for _ in responses], []
+        # Calls share nothing, so that a record which one changes is not changed for another.
+        records, calls = [copy.deepcopy(problem.record()) for _ in responses], []
         for arguments in [(records, responses)] if reward.lists else zip(records, responses):
             calls.append(self.calls.submit(reward, problem.id, *arguments))
 
@@ -474,7 +491,7 @@ def own_scores(reward, problem, answers, returned):
 
     returned  by the call of each completion, or by that of the group
     """
-    if LATE in returned:
+    if any(value is OVER for value in returned):
         return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in answers]
     scores = []
     try:
@@ -484,7 +501,8 @@ def own_scores(reward, problem, answers, returned):
         for value, answer in zip(values, answers):
             outcome, parts = reward.total(value)
             verdict = RIGHT if outcome >= 1 else WRONG
-            scores.append(Score(outcome, verdict, answer, {"R_l": outcome, **parts}))
+            values = {"R_l": outcome, **parts, "late": 0.0}
+            scores.append(Score(outcome, verdict, answer, values))
     except Exception as error:
         raise failure(reward, problem.id, error) from error
     return scores

@@ -33,8 +33,8 @@ WALL_SECONDS = 30  # a program that waits reaches it; a busy machine should not
 MEMORY_BYTES = 256 << 20  # address space
 OUTPUT_BYTES = 256 << 10  # of all that it returns, and of all that it prints
 # What a program can import: these, and what they import. It cannot open the files of others.
-MODULES = """bisect collections copy dataclasses datetime decimal fractions functools heapq
-itertools math operator re statistics string typing"""
+MODULES = """__future__ _strptime bisect collections copy dataclasses datetime decimal fractions
+functools heapq itertools math operator re statistics string typing"""
 CALLS = (1, 9, 11, 12, 25, 202, 231)  # write, mmap, munmap, brk, mremap, futex, exit_group
 X86_64 = 0xC000003E
 
@@ -48,16 +48,20 @@ def share(problem, response):
     """The share of the tests that it passes: a reward that grows step by step.
 
     problem   {"function": name, "tests": [[arguments, result], ...]}, arguments and results in JSON
-    response  a text; the program is what stands in the last block of ```, else all of it
+    response  a text with a program, see `program`
     """
+    if not problem["tests"]:
+        raise ValueError("no tests")
     arguments, results = zip(*problem["tests"])
-    outputs = run(program(response), problem["function"], arguments)
+    outputs = run(program(response, problem["function"]), problem["function"], arguments)
     return sum(same(out, [result]) for out, result in zip(outputs, results)) / len(results)
 
 
-def program(response):
-    *_, block = response.split("```")[1::2] or ["\n" + response]
-    return block.partition("\n")[2]  # behind the language
+def program(response, name):
+    """The last block of ``` that defines the function, or the last one, or all of the text."""
+    blocks = response.split("```")[1::2] or ["\n" + response]
+    defining = [block for block in blocks if f"def {name}" in block]
+    return (defining or blocks)[-1].partition("\n")[2]  # behind the language
 
 
 def same(value, expected):

@@ -9,6 +9,7 @@ all.
 import os
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
@@ -187,8 +188,10 @@ class Ranks:
         """Where there are other processes, end this one at once, with what the interpreter would
         have said. Left to the interpreter, gloo's threads now and then wait for a process that has
         gone (torch 2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the
-        process group."""
-        if not dist.is_initialized():
+        process group. And it would wait for the threads that a user's coroutine has started
+        (asyncio.to_thread), which may hang."""
+        names = [thread.name for thread in threading.enumerate()]
+        if not (dist.is_initialized() or any(name.startswith("asyncio_") for name in names)):
             return
         code = 1
         if kind in (None, SystemExit):

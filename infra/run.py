@@ -23,6 +23,7 @@ from model import PART_BYTES, Transformer
 from parts import lora
 from parts.optimizer import Learner
 from parts.policy import Policy
+from parts.statistics import shown
 from rewards import Scorer
 from rollout import Completion
 
@@ -172,7 +173,7 @@ class Run:
                 "  held out, {}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after "
                 "{update} updates"
             )
-            means = [f"; {measure} {cell}" for measure, cell in shown_means(row).items()]
+            means = [f"; {name} {shown(name, values)}" for name, values in means_of(row)]
             tqdm.write(text.format(name, **row) + "".join(means))
             earlier = [e for e in self.evaluations if name_level(e) == name]
             best = max(earlier, key=lambda e: e["accuracy"])
@@ -196,8 +197,8 @@ class Run:
         for row in self.evaluations:
             cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
             rows[name_level(row)][row["update"]] = cell
-            for measure, cell in shown_means(row).items():
-                rows[f"{name_level(row)}, {measure}"][row["update"]] = cell
+            for name, values in means_of(row):
+                rows[f"{name_level(row)}, {name}"][row["update"]] = shown(name, values)
         width = max(map(len, ["held-out accuracy", *rows])) + 2
         lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
         for name, cells in rows.items():
@@ -261,12 +262,10 @@ class Run:
         return state["sizes"]
 
 
-def shown_means(row):
-    """{"R_l" or the name of a part: its mean with its interval}, of a row of eval.jsonl."""
-    cells = {}
-    for name, (mean, low, high) in row.get("means", {}).items():
-        cells[name] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-    return cells
+def means_of(row):
+    """(name, (mean, low, high)) of R_l and its parts, and of `late` if any was; a row of eval.jsonl"""
+    means = row.get("means", {}).items()
+    return [(name, values) for name, values in means if name != "late" or values[0]]
 
 
 def in_parts(tensors):

@@ -12,7 +12,7 @@ The way of a line of --data, and what is left out on it:
     data.Order              train.draw takes its level's prompts in a random order
 
 From there on train.py shows the way. The prompt is completed and graded (Policy, `attempt`). It
-becomes a Group with its advantages (train.score), which waits in its level's Buffer, and is cut
+becomes a Group with its advantages (train.make_group), which waits in its level's Buffer, and is cut
 into Samples (train.learn), minibatches, and micro-batches (Learner.add_gradients), whose objective
 is train.objective.
 """
@@ -57,10 +57,11 @@ def read_data(cfg):
     -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
        them}
     """
-    graded = MATH in (*cfg.reward, cfg.reward_held_out)
+    graded = MATH in cfg.reward
     problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)
-    train_set = data.gradable(cfg.data, different) if MATH in cfg.reward else different
+    train_set = data.gradable(cfg.data, different) if graded else different
+    graded |= bool(cfg.reward_held_out)
     held_out, everything, read = {}, [], {"--data": digest(problems)}
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
         some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)

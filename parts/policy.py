@@ -6,6 +6,7 @@ Training, evaluation and the measurement of difficulty share one template, one s
 import contextlib
 import hashlib
 import json
+import math
 import time
 import zlib
 from dataclasses import dataclass, is_dataclass
@@ -21,9 +22,9 @@ import data
 from eprli import LEVEL_DEFAULTS
 from model import Transformer
 from parts import lora
-from parts.files import explained, sha256
+from parts.files import Stop, explained, sha256
 from parts.statistics import by_name
-from rewards import MATH, VERIFIER, Score, writes_steps
+from rewards import MATH, VERIFIER, Score, identity, writes_steps
 from rollout import Completion, sample, stream
 
 SHIPPED = (
@@ -122,7 +123,7 @@ class Policy:
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
-            "reward": ", ".join(dict.fromkeys(Path(name).name for name in rewards)),
+            "reward": ", ".join(dict.fromkeys(map(identity, rewards))),
         }
 
     def text(self, completion):
@@ -304,11 +305,19 @@ def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False,
 
 def means(attempts):
     """{measure: its mean over the samples of a problem}: only problems are independent."""
+    must_be_finite("a held-out one", attempts)
     rows = []
     for a in attempts:
         row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
         rows.append(row | a.score.values)
     return {name: fmean(values) for name, values in by_name(rows).items()}
+
+
+def must_be_finite(name, attempts):
+    """Raise Stop where no update can be given up for an R_l that is not finite."""
+    for a in attempts:
+        if not math.isfinite(a.score.values.get("R_l", 0.0)):
+            raise Stop(f"--reward returned, for problem {name}, {a.score.outcome}")
 
 
 def requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):

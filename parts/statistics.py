@@ -88,7 +88,10 @@ def measure(result, k):
 
 
 def shown(name, measure):
-    """A measure with its interval as text: `length` in tokens, all others in per cent."""
+    """A measure with its interval as text: `length` in tokens, R_l and its parts as they are, all
+    others in per cent."""
+    if name.startswith(("R_l", "part_")):
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*measure)
     scale, unit = (1, "") if name == "length" else (100, " %")
     mean, low, high = (scale * value for value in measure)
     return f"{mean:.1f}{unit} [{low:.1f}, {high:.1f}]"

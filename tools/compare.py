@@ -44,7 +44,7 @@ def compare(*paths):
                 parts[f"{file}, {level}"].append(pair)
     if not parts:
         raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
-    for name in SETTINGS.split():
+    for name in (*SETTINGS.split(), "measured_by"):
         if settings_a.get(name) != settings_b.get(name):
             print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")

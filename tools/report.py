@@ -80,8 +80,9 @@ def read_runs(folders):
 
 
 def column(rows, key):
-    """(rows,) float: null becomes nan, a missing key 0."""
-    return np.array([row.get(key, 0) for row in rows], float)
+    """(rows,) float: null becomes nan, a missing key 0, or nan for a part of R_l."""
+    missing = np.nan if key.startswith("part_") else 0
+    return np.array([row.get(key, missing) for row in rows], float)
 
 
 def smooth(values, window):
