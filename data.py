@@ -28,9 +28,7 @@ SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 class Problem:
     id: str
     problem: str
-    answer: (
-        object  # as in its file: for the verifier a text or a number, for one's own R_l anything
-    )
+    answer: object  # for the verifier a text or a number, for one's own R_l anything
     pass_rate: float | None = None  # of the policy that measured it, in [0, 1]
     level: float | None = None  # difficulty declared by the source
     other: dict = field(default_factory=dict, compare=False)  # further fields, kept as they are

@@ -263,7 +263,7 @@ class Run:
 
 
 def means_of(row):
-    """(name, (mean, low, high)) of R_l and its parts, and of `late` if any was; a row of eval.jsonl"""
+    """(name, (mean, low, high)) of R_l, its parts, and `late` if any was; of a row of eval.jsonl"""
     means = row.get("means", {}).items()
     return [(name, values) for name, values in means if name != "late" or values[0]]
 

@@ -11,10 +11,10 @@ The way of a line of --data, and what is left out on it:
     fitting                 left out: a prompt that leaves no room for a completion
     data.Order              train.draw takes its level's prompts in a random order
 
-From there on train.py shows the way. The prompt is completed and graded (Policy, `attempt`). It
-becomes a Group with its advantages (train.make_group), which waits in its level's Buffer, and is cut
-into Samples (train.learn), minibatches, and micro-batches (Learner.add_gradients), whose objective
-is train.objective.
+From there on train.py shows the way. The prompt is completed and scored (Policy, `attempt`). It
+becomes a Group with its advantages (train.make_group), which waits in its level's Buffer, and is
+cut into Samples (train.learn), minibatches, and micro-batches (Learner.add_gradients), whose
+objective is train.objective.
 """
 
 import json
@@ -57,6 +57,7 @@ def read_data(cfg):
     -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
        them}
     """
+    list(map(load_reward, cfg.reward))  # what is wrong with one is said first
     graded = MATH in cfg.reward
     problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)

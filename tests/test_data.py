@@ -56,7 +56,7 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
 
 def test_an_integer_of_any_size_is_an_answer():
     """400 digits, more than a float holds, were refused."""
-    assert data.parse_problem({"problem": "1", "answer": 10**400}, "p").answer == str(10**400)
+    assert data.parse_problem({"problem": "1", "answer": 10**400}, "p").gold == str(10**400)
 
 
 def test_repeats_and_overlap_are_found():
@@ -145,7 +145,7 @@ def test_layouts_as_they_are_published(name, tmp_path):
     """A rationale taken for the gold answer makes every right answer wrong."""
     row, problem, answer, level = LAYOUTS[name]
     (p,) = read_rows(tmp_path, row)
-    assert (p.problem, p.answer, p.level) == (problem, answer, level)
+    assert (p.problem, p.gold, p.level) == (problem, answer, level)
     assert data.gradable("p", [p]) == [p]
 
 
@@ -283,7 +283,7 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
         return [rows[name, configuration, split, revision]]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", "2")]
+    assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", 2.0)]
     assert read_problems("o/gsm8k@v2:main:test")[0].answer == "2"
     rows["o/d-1.5", None, "train", None] = {"question": "1+1", "answer": "#### 2"}
     assert read_problems("o/d-1.5:train[:5]") == read_problems("o/d-1.5:train")

@@ -453,13 +453,38 @@ def test_a_reward_of_ones_own_measures_and_compares(run, tmp_path):
     assert measures["avg@4"][0] == approx(right) and 0 < right < outcomes.mean()
     graded = read_problems("g.jsonl", graded=False)
     assert np.mean([p.pass_rate for p in graded]) == approx(right)
-    assert graded[0].other["measured"]["reward"] == "own.py:first" and graded[0].answer is None
+    assert graded[0].other["measured"]["reward"].startswith("own.py:first ")
+    assert graded[0].answer is None
     run(f"{flags} --seed 1 --out b")
     report = json.loads(run("--compare a b")[-1])["q"]
     assert report["R_l"]["A"] == approx(outcomes.mean()) and "majority" not in report
     (tmp_path / "own.py").write_text(OWN.replace("/ 3", "/ 2"))
     with raises(SystemExit, match="2"):  # half of its results would be by another R_l
         run(f"{flags} --seed 1 --out b")
+
+
+LATE_OR_BAD = """
+import time
+def first_late(problem, response):
+    time.sleep(1 if problem["problem"] == "0+1" else 0)
+    return 1
+def infinite(problem, response):
+    return float("inf")
+"""
+
+
+def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, capsys):
+    """A slow judge made a problem the hardest of all; an infinite reward was right."""
+    (tmp_path / "own.py").write_text(LATE_OR_BAD)
+    write_problems("p.jsonl", 3)
+    flags = f"{SHORT} --data p.jsonl --reward-timeout 0.5 --reward own.py"
+    printed = run(f"{flags}:first_late --out a --add-pass-rate g.jsonl")
+    assert json.loads(printed[-1])["files"]["p.jsonl"]["all"]["late"][0] == approx(1 / 3)
+    assert [p.pass_rate for p in read_problems("g.jsonl")] == [None, 1, 1]
+    assert any("not measured, 2 of its rewards came too late" in line for line in printed)
+    with raises(SystemExit, match="1"):
+        run(f"{flags}:infinite --out b")
+    assert "--reward returned, for problem p-1, inf" in capsys.readouterr().err
 
 
 def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):

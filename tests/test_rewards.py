@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 from conftest import random_model, table
 from pytest import fixture, mark, raises
 
@@ -429,7 +430,7 @@ def test_the_parts_of_a_reward_are_weighed_by_its_file(own):
     low, high = using.begin(own("parts"), Problem("p", "1", "1"), "", ["a", "bb"])()
     assert (low.outcome, high.outcome) == (0.25, 1.25)
     assert (low.verdict, high.verdict) == (WRONG, RIGHT)
-    assert high.values == {"R_l": 1.25, "part_right": 1.0, "part_form": 1.0}
+    assert high.values == {"R_l": 1.25, "part_right": 1.0, "part_form": 1.0, "late": 0.0}
     assert low.values["part_right"] == 0.0
 
 
@@ -465,7 +466,7 @@ def test_the_verifier_may_stand_beside_it():
     reward = Reward("f", lambda problem, response: 1)
     done = using.begin(reward, problem, "", [r"\\boxed{4}", r"\\boxed{5}"], beside="math")
     good, bad = done()
-    assert good.values == {"R_l": 1.0, "math": 1.0} and bad.values["math"] == 0.0
+    assert good.values == {"R_l": 1.0, "late": 0.0, "math": 1.0} and bad.values["math"] == 0.0
     assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
     using.close()
 
@@ -625,6 +626,33 @@ def test_a_call_is_tried_so_many_times_and_no_more(monkeypatch):
     with raises(Stop, match="problem p7: Overloaded"):
         scores(Reward("f", reward), "a", scorer(reward_retry=["Overloaded"], reward_tries=4))
     assert len(tried) == 4
+
+
+def test_numbers_may_come_as_an_array():
+    """An array that was compared with a word ended the run, and nothing was saved."""
+    array = Reward("f", lambda problems, responses: np.array([1.0, 0.5]), lists=True)
+    assert scores(array, "ab") == [1.0, 0.5]
+
+
+def test_calls_share_no_record():
+    """One that empties a list in it would change what the next call sees, whichever comes first."""
+    problem = Problem("p", "1", [1, 2, 3])
+    reward = Reward("f", lambda problem, response: problem["answer"].pop() + len(problem["answer"]))
+    assert scores(reward, "abc", problem=problem) == [5.0] * 3
+
+
+async def standing(problem, response):
+    time.sleep(0.1)
+    return 1.0
+
+
+def test_a_task_that_never_began_does_not_hang():
+    """One that holds up the loop keeps the others from their beginning: they are late, but no call
+    goes on for ever."""
+    using = scorer(reward_timeout=0.15, reward_workers=8)
+    assert math.isnan(scores(Reward("f", standing, awaited=True), "a" * 24, using)[0])
+    time.sleep(0.5)
+    assert not any(future.running() for _, future in using.calls.left)
 
 
 def test_what_is_dropped_is_not_called():

@@ -51,16 +51,18 @@ BLOCKS = [
     f"```\n{GOOD}```",
     f"```python\n{GOOD}",
     f"```python\ndef f(n):\n    return n\n```\nNo:\n```py\n{GOOD}```",
+    f"```python\n{GOOD}```\nFor example:\n```python\nprint(f(1))\n```",
+    f"```python\nfrom __future__ import annotations\n{GOOD}```\n```",
 ]
 
 
 @mark.parametrize("text", BLOCKS)
-def test_the_last_block_is_the_program(text):
+def test_the_last_block_with_the_function_is_the_program(text):
     """Or all of the text, and a block may be cut off at its end. The language is no code."""
     assert runner.reward(PROBLEM, text) == 1
 
 
-@mark.parametrize("text", ["", "n + 1", f"```python\n{GOOD}```\n```python\nf(1)\n```", "```", "\0"])
+@mark.parametrize("text", ["", "n + 1", f"```\n{GOOD}```\n```\ndef f(n):\n pass\n```", "```", "\0"])
 def test_without_a_program_nothing_is_right(text):
     """An earlier block gives no credit for the last one."""
     assert share(text) == 0

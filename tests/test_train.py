@@ -795,7 +795,7 @@ def test_ones_own_reward_is_the_same_on_held_out_problems(workshop, printed):
         assert c["verdict"] == ("right" if c["outcome"] == 1 else "wrong")
     held_out = lines(out / "eval.jsonl")[-1]
     means = {name: mean for name, (mean, *_) in held_out["means"].items()}
-    assert list(means) == ["R_l", "part_even", "part_long"]
+    assert list(means) == ["R_l", "part_even", "part_long", "late"]
     assert means["R_l"] == approx(0.5 * (means["part_even"] + means["part_long"]))
     assert 0 < held_out["accuracy"] < means["R_l"]
     assert "all problems, part_even" in printed()

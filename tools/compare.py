@@ -45,7 +45,7 @@ def compare(*paths):
     if not parts:
         raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
     for name in (*SETTINGS.split(), "measured_by"):
-        if settings_a.get(name) != settings_b.get(name):
+        if name in settings_b and settings_a.get(name, settings_b[name]) != settings_b[name]:
             print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
