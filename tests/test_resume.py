@@ -340,7 +340,7 @@ rollout.choose 66 5 SIGTERM - in a rollout: its update is dropped
 train.accumulate_gradient 6 2 SIGINT - while learning: it is finished
 parts.optimizer.Learner.step 12 3 SIGTERM - while learning
 infra.run.Run.write 2 4 SIGINT - in a checkpoint
-train.interval 15 6 SIGTERM - between the evaluations of two levels
+train.interval 22 6 SIGTERM - between the evaluations of two levels
 train.evaluate 6 8 SIGTERM - in the last one: the state is saved twice
 """
 

@@ -14,6 +14,10 @@ LINE = (
 )
 
 
+# Settings that results of older versions lack.
+OLDER = {"reward": "math", "measured_by": "math", "reward_timeout": 60.0}
+
+
 def read(path):
     """A results.jsonl, or the folder with it -> settings, {(name of the file, problem id): result}
 
@@ -28,7 +32,7 @@ def read(path):
         for row in rows:
             measure(row, 1)
             results[Path(row["file"]).stem, row["problem_id"]] = row
-        return dict(first["settings"]), results
+        return OLDER | first["settings"], results
 
 
 def compare(*paths):
@@ -45,7 +49,7 @@ def compare(*paths):
     if not parts:
         raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
     for name in (*SETTINGS.split(), "measured_by"):
-        if name in settings_b and settings_a.get(name, settings_b[name]) != settings_b[name]:
+        if settings_a.get(name) != settings_b.get(name):
             print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
