@@ -219,7 +219,7 @@ def open_folder(args, policy, files):
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
     measured = policy.measuring(args.temperature, args.max_new_tokens, [args.reward])
     settings["weights"] = measured["weights"]
-    settings["measured_by"] = measured["reward"]
+    settings["reward_identity"] = measured["reward"]
     settings["prompts"] = digest((files, policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")

@@ -179,9 +179,8 @@ class Update:
             "tokens_per_second": sum(tokens) / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
-        for name, values in by_name(r.get("values", {}) for r in scored).items():
-            if name.startswith("part_"):
-                row[f"{name}_mean"] = mean(values)
+        values = by_name(r.get("values", {}) for r in scored)
+        row |= {f"{k}_mean": mean(v) for k, v in values.items() if k.startswith("part_")}
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
         row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
         return row

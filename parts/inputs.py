@@ -57,7 +57,8 @@ def read_data(cfg):
     -> the levels, training problems, {file: held-out problems}, {fact: what config.json says of
        them}
     """
-    list(map(load_reward, cfg.reward))  # what is wrong with one is said first
+    for name in cfg.reward:
+        load_reward(name)  # what is wrong with it is said first
     graded = MATH in cfg.reward
     problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)

@@ -22,6 +22,7 @@ import rewards
 from answers.equality import extract_answer
 from data import Problem
 from infra.flags import Config
+from infra.ranks import Ranks
 from parts.files import Stop
 from rewards import (
     CASE_SECONDS,
@@ -646,7 +647,7 @@ async def standing(problem, response):
     return 1.0
 
 
-def test_a_task_that_never_began_does_not_hang():
+def test_a_task_that_never_began_does_not_hang(monkeypatch):
     """One that holds up the loop keeps the others from their beginning: they are late, but no call
     goes on for ever."""
     using = scorer(reward_timeout=0.15, reward_workers=8)
@@ -655,6 +656,25 @@ def test_a_task_that_never_began_does_not_hang():
     while any(future.running() for _, future in using.calls.left):
         assert time.monotonic() < end
         time.sleep(0.05)
+    monkeypatch.setattr(rewards, "MOST_LEFT", 1)
+    assert using.calls.left and scores(Reward("g", lambda *_: 1), "a", using) == [1]
+
+
+def test_a_thread_of_a_coroutine_does_not_keep_the_process(monkeypatch):
+    """asyncio.to_thread in a reward: the interpreter waits for such threads, which may hang."""
+    left, end = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", left.append)
+    loop = asyncio.new_event_loop()
+    loop.run_in_executor(None, end.wait, 20)
+    with Ranks():
+        pass
+    assert left == [0]
+    end.set()
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    with Ranks():
+        pass
+    assert left == [0]
 
 
 def test_what_is_dropped_is_not_called():

@@ -15,7 +15,7 @@ LINE = (
 
 
 # Settings that results of older versions lack.
-OLDER = {"reward": "math", "measured_by": "math", "reward_timeout": 60.0}
+OLDER = {"reward": "math", "reward_identity": "math", "reward_timeout": 60.0}
 
 
 def read(path):
@@ -48,7 +48,7 @@ def compare(*paths):
                 parts[f"{file}, {level}"].append(pair)
     if not parts:
         raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
-    for name in (*SETTINGS.split(), "measured_by"):
+    for name in (*SETTINGS.split(), "reward_identity"):
         if settings_a.get(name) != settings_b.get(name):
             print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
