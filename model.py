@@ -32,8 +32,8 @@ PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU 
 # the whole gradient of the head, and that takes as long as the products of 40 to 300 tokens.
 LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
 LEAST_TOKENS = 512
-# Logits whose softmax a thread of a CPU works on at once: what it makes of them stays in its cache.
-LOGITS_IN_CACHE = 1 << 19
+# Numbers that a thread of a CPU works on at once: what it makes of them stays in its cache.
+NUMBERS_IN_CACHE = 1 << 19
 
 
 def at_least_float32(x):
@@ -229,6 +229,32 @@ def project(x, first, *joined):
     return [layer.add_factors(x, out) for layer, out in zip(layers, outputs)]
 
 
+class Embedding(nn.Embedding):
+    def forward(self, ids):
+        return EmbeddedTokens.apply(ids, self.weight)
+
+
+class EmbeddedTokens(torch.autograd.Function):
+    """weight[ids]. Its gradient is summed in float32 and has a row for each different id, where
+    torch's has one for each token of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids, weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, weight = ctx.saved_tensors
+        different, rows = ids.unique(return_inverse=True)
+        rows_grad = torch.ops.aten.embedding_dense_backward(
+            at_least_float32(grad), rows, len(different), -1, False
+        )
+        weight_grad = gradient_to_add_to(weight)
+        weight_grad.index_add_(0, different, rows_grad)
+        return None, None if hasattr(weight, "master") else weight_grad
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         normalized = F.rms_norm(at_least_float32(x), self.normalized_shape, eps=self.eps)
@@ -275,12 +301,19 @@ class GatedUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        out = torch.empty_like(gate)
+        for g, u, part in zip(*map(in_cache, (gate, up, out))):
+            torch.mul(F.silu(g), u, out=part)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+        for d, g, u, dg, du in zip(*map(in_cache, (grad, gate, up, gate_grad, up_grad))):
+            torch.ops.aten.silu_backward(d * u, g, grad_input=dg)
+            torch.mul(d, F.silu(g), out=du)
+        return gate_grad, up_grad
 
 
 class MLP(nn.Module):
@@ -318,7 +351,7 @@ class Body(nn.Module):
         super().__init__()
         self.config, self.head_dim = config, head_dim
         self.rotary = {}  # device -> see `rotary`
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, head_dim, i) for i in range(config.num_hidden_layers)
         )
@@ -526,14 +559,21 @@ def log_softmax(logits, temperature):
     return torch.log_softmax(logits, -1)
 
 
-def rows_in_cache(vocab_size):
-    """Rows of logits that a softmax on a CPU works on at once."""
-    return max(1, torch.get_num_threads() * LOGITS_IN_CACHE // vocab_size)
+def rows_in_cache(width):
+    """Rows of so many numbers that a CPU works on at once."""
+    return max(1, torch.get_num_threads() * NUMBERS_IN_CACHE // width)
 
 
-def in_cache(logits):
-    """logits (N, V) -> their rows, part by part: a softmax makes several tensors of a part."""
-    return logits.split(len(logits) if logits.is_cuda else rows_in_cache(logits.shape[1]))
+def in_cache(x):
+    """x (..., V) -> its rows, part by part: what is made of a part stays in the cache of a CPU."""
+    rows = x.view(-1, x.shape[-1])
+    return rows.split(len(rows) if x.is_cuda else rows_in_cache(x.shape[-1]))
+
+
+def add_wider(total, part):
+    """total += part, in the dtype of the total. torch would first copy all of the part to it."""
+    for sums, numbers in zip(in_cache(total), in_cache(part)):
+        sums += numbers
 
 
 def tokens_per_chunk(vocab_size):
@@ -571,15 +611,9 @@ class ChosenLogprobs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         # In bfloat16 a sum over a thousand chunks would stop growing. Eight chunks lose nothing
         # yet, so that only every eighth passes over the large sum in float32.
-        wide = torch.promote_types(weight.dtype, torch.float32)
         learned = ctx.needs_input_grad[1]
-        # A Learner's gradients in float32 are added to in place: no copy is made, none is rounded.
-        master = getattr(weight, "master", None)
-        if master is not None and master.grad is not None:
-            weight_grad = master.grad
-        else:
-            weight_grad = torch.zeros_like(weight, dtype=wide) if learned else None
-        narrow = learned and weight.dtype != wide
+        weight_grad = gradient_to_add_to(weight) if learned else None
+        narrow = learned and weight.dtype != weight_grad.dtype
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         grad = grad / ctx.temperature
         for i, (at, logits, target) in enumerate(chunks_of_logits(hidden, weight, targets)):
@@ -594,13 +628,21 @@ class ChosenLogprobs(torch.autograd.Function):
             if learned:
                 partial_sum.addmm_(logits.t(), hidden[at])
             if narrow and i % 8 == 7:
-                weight_grad += partial_sum
+                add_wider(weight_grad, partial_sum)
                 partial_sum.zero_()
         if narrow:
-            weight_grad += partial_sum
-        if master is not None:
-            master.grad, weight_grad = weight_grad, None
-        return hidden_grad, weight_grad, None, None
+            add_wider(weight_grad, partial_sum)
+        return hidden_grad, None if hasattr(weight, "master") else weight_grad, None, None
+
+
+def gradient_to_add_to(weight):
+    """Zeros in float32 (or wider), or the sum that a Learner keeps: no copy of it is made, none is
+    rounded."""
+    if not hasattr(weight, "master"):
+        return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    if weight.master.grad is None:
+        weight.master.grad = torch.zeros_like(weight.master)
+    return weight.master.grad
 
 
 def chunks_of_logits(hidden, weight, targets):

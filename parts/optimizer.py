@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from model import micro_batches
+from model import add_wider, micro_batches
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
@@ -49,7 +49,7 @@ class Learner:
         if self.has_copies:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
-                weight.master = master  # to whose gradient model.ChosenLogprobs adds
+                weight.master = master  # see model.gradient_to_add_to
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.models = [self.model]
         if self.takes_two_threads():
@@ -192,12 +192,12 @@ def cut_micro_batches(samples, max_tokens, one_prompt=False):
 
 def move_gradient(master, weight):
     """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
-    if weight.grad is None:  # model.ChosenLogprobs has added it
+    if weight.grad is None:  # the backward pass has added it, see model.gradient_to_add_to
         return
     if master.grad is None:
         master.grad = weight.grad.float()
     else:
-        master.grad += weight.grad
+        add_wider(master.grad, weight.grad)
     weight.grad = None
 
 

@@ -200,7 +200,7 @@ def test_chunked_log_probs_equal_dense_ones(
     temperature that is forgotten, a token that sees another's prompt, its padding or what comes
     after it fails."""
     monkeypatch.setattr("model.tokens_per_chunk", lambda vocab_size: chunk)
-    monkeypatch.setattr("model.rows_in_cache", lambda vocab_size: in_cache)
+    monkeypatch.setattr("model.rows_in_cache", lambda width: in_cache)
     model = random_model(dtype=torch.float64)
     ids, mask = pad(json.loads(prompts), json.loads(completions))
     weight = torch.randn(*ids.shape, dtype=torch.double)
