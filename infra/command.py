@@ -106,7 +106,7 @@ def memory_explained(run=None):
         words = (
             f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
             "evaluating) or --micro-batch-tokens (learning), or use "
-            "--recompute, --lora-rank or --fsdp; --plan tells what takes how much"
+            "--recompute, --offload, --lora-rank or --fsdp; --plan tells what takes how much"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True

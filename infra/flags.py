@@ -275,6 +275,11 @@ class Memory(Machine):
         "--lora-rank nothing is cut [ours]",
         False,
     )
+    offload: bool = flag(
+        "hold masters, moments and gradients in the memory of the host, not of the GPU, and step "
+        "there; memory only [ours]",
+        False,
+    )
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ RESULT_SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags  # that t
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints "
+    "device slots micro_batch_tokens recompute fsdp offload save_every keep_checkpoints "
     "keep_completions tracker updates reward_workers reward_retry reward_tries"
 )
 RULES = (
@@ -419,7 +424,11 @@ def fill(cfg):
 def check(cfg):
     """Raise ValueError for what no data can make right."""
     enough = f"at least --minibatches ({cfg.minibatches})"
-    rules = [*RULES, ("buffer_groups", lambda v: v >= cfg.minibatches, enough)]
+    rules = [
+        *RULES,
+        ("buffer_groups", lambda v: v >= cfg.minibatches, enough),
+        ("offload", lambda v: not (v and cfg.sharded), "False with --fsdp, which divides the same"),
+    ]
     if cfg.difficulty == "pass_rate":
         rate = "in (0, 1]: a difficulty is 1 - pass rate"
         rules.insert(0, ("quality eval_quality", lambda v: 0 < v <= 1, rate))

@@ -70,6 +70,7 @@ def micro_batch(cfg, level, model, prompt, size, wide):
     keys = completions * (prompt + length)
     masked = prompt > length or (completions > 1 and cfg.device == "cpu")  # see model.PromptCache
     head = model.lm_head.weight.requires_grad * vocabulary * hidden
+    summed = size < 4 and not cfg.sharded and not cfg.offload  # see model.gradient_to_add_to
     layer = tokens * per_token + keys * per_key
     rows = min(tokens, tokens_per_chunk(vocabulary))
     logits = rows * vocabulary * size + softmax_bytes(cfg.device, rows, vocabulary, wide)
@@ -79,7 +80,7 @@ def micro_batch(cfg, level, model, prompt, size, wide):
         "logits, or a layer again": max(logits, layer * bool(cfg.recompute)),
         "between last layer and head": 4 * tokens * hidden * wide,
         "attention mask": masked * length * keys * size,
-        "gradient of the head": head * (wide + size * (size < 4)),
+        "gradient of the head": head * (wide * (not summed) + size * (size < 4)),
     }
 
 
@@ -123,13 +124,14 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         learning["gathered layers"] = gathered * (2 + wide // size)
-    learning["gradients"] = shard
-    masters = learned[0].itemsize < 4 and not cfg.sharded
+    on_host = cfg.offload and cfg.device == "cuda"
+    learning["gradients"] = shard * (not on_host)
+    copies = learned[0].itemsize < 4 or cfg.sharded or cfg.offload
     always = {
         # The starting policy's too. With LoRA they are the same.
         "weights": nbytes(model) * (2 if cfg.kl_coef and not cfg.lora_rank else 1),
-        "master weights": shard * (masters or cfg.sharded),
-        "moments": 2 * shard,
+        "master weights": shard * copies * (not on_host),
+        "moments": 2 * shard * (not on_host),
     }
     return {"always": always, "sampling": sampling, "learning": learning}
 
@@ -184,8 +186,8 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
         parts = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in always.items() if n)
         raise ValueError(
             f"a process of this run always holds {total(always) / 1e9:.1f} GB ({parts}), and "
-            f"{free / 1e9:.1f} GB are free: --lora-rank 16 holds little more than the weights, and "
-            "--fsdp cuts the rest over its processes"
+            f"{free / 1e9:.1f} GB are free: --lora-rank 16 holds little more than the weights, "
+            "--offload on a GPU no more than them, and --fsdp cuts the rest over its processes"
         )
     if cfg.slots is None:
         slots = most_that_fits("--slots", SLOTS, lambda n: needed("sampling", slots=n), free)

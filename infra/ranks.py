@@ -147,10 +147,10 @@ class Ranks:
             messages[before // MESSAGE].append(p)
             before += p.numel()
         for part in messages.values():
-            message = torch.cat([p.grad.flatten() for p in part])
+            message = torch.cat([p.grad.flatten() for p in part]).to(self.device)
             dist.all_reduce(message)
             for p, total in zip(part, message.split([p.numel() for p in part])):
-                p.grad = total.view_as(p)
+                p.grad.copy_(total.view_as(p))
 
     # ---------------------------------------------------------------------------------- signals
 

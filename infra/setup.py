@@ -145,7 +145,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
         reference = Policy.load(cfg.model, cfg.dtype, device).model
         if cfg.lora_rank:  # it has the same frozen weights
             reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
-    learner = Learner(policy.model, ranks, cfg.recompute)
+    learner = Learner(policy.model, ranks, cfg.recompute, cfg.offload)
     scorer = Scorer(cfg)
     size = 0  # GB
     for weight, master in zip(learner.weights, learner.masters):  # and its two moments

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from model import add_wider, micro_batches
+from model import add_wider, at_least_float32, micro_batches
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
@@ -31,11 +31,12 @@ class Learner:
       CPU, if small                                                reads them, and has gradients
     bfloat16            the policy's     model          bfloat16   float32 copies; a hook moves
                                                                    each gradient to them
+    --offload           the policy's     model          as given   the same, in the host's memory
     FSDP                a sharded copy   model          as given   the shards of the copy, float32
                                                                    or wider
     """
 
-    def __init__(self, policy_model, ranks, recompute=False):
+    def __init__(self, policy_model, ranks, recompute=False, offload=False):
         self.ranks = ranks
         named = policy_model.named_parameters()
         self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
@@ -45,11 +46,15 @@ class Learner:
         # model.PromptCache. Under a mask a GPU copies keys to every head, and skips nothing.
         self.one_prompt = self.weights[0].device.type == "cuda"
         self.masters = [p for p in self.model.parameters() if p.requires_grad]
-        self.has_copies = not ranks.sharded and self.weights[0].dtype.itemsize < 4
+        narrow = self.weights[0].dtype.itemsize < 4
+        self.has_copies = not ranks.sharded and (narrow or offload)
         if self.has_copies:
-            self.masters = [weight.detach().float() for weight in self.weights]
+            home = "cpu" if offload else self.weights[0].device
+            wide = torch.promote_types(self.weights[0].dtype, torch.float32)
+            self.masters = [weight.detach().to(home, wide, copy=True) for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
-                weight.master = master  # see model.gradient_to_add_to
+                if not offload:
+                    weight.master = master  # see model.gradient_to_add_to
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.models = [self.model]
         if self.takes_two_threads():
@@ -194,10 +199,11 @@ def move_gradient(master, weight):
     """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
     if weight.grad is None:  # the backward pass has added it, see model.gradient_to_add_to
         return
+    grad = weight.grad.to(master.device)
     if master.grad is None:
-        master.grad = weight.grad.float()
+        master.grad = at_least_float32(grad)
     else:
-        add_wider(master.grad, weight.grad)
+        add_wider(master.grad, grad)
     weight.grad = None
 
 

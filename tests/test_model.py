@@ -320,3 +320,20 @@ def test_weights_are_aligned_wherever_the_file_puts_them(tmp_path):
         save_file(load_file(path), path, metadata={"format": "pt", "x": "x" * 8 * length})
         weights = Transformer.from_pretrained(tmp_path).parameters()
         assert {p.data_ptr() % 64 for p in weights} == {0}
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32():
+    """A token that occurs 1,000 times: in bfloat16 its sum would stand still at 256. Ids in any
+    shape, and rows of other tokens stay 0."""
+    embedding = model_module.Embedding(50, 3).bfloat16()
+    ids = torch.tensor([7] * 1000 + [9, 0]).view(2, -1)
+    embedding(ids).sum().backward()
+    expected = torch.zeros(50, 3)
+    expected[[7, 9, 0]] = torch.tensor([[1000.0], [1.0], [1.0]])
+    assert torch.equal(embedding.weight.grad, expected.bfloat16())
+    # with a master, to what is there already
+    embedding.weight.master, embedding.weight.grad = torch.zeros(50, 3), None
+    embedding.weight.master.grad = torch.full((50, 3), 2**-9)
+    embedding(ids).sum().backward()
+    assert torch.equal(embedding.weight.master.grad, expected + 2**-9)
+    assert embedding.weight.grad is None
