@@ -190,6 +190,8 @@ def read_data(args):
 
 def load_inputs(args, device, files):
     """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
+    held = {"weights": memory.nbytes(Policy.load(args.model, args.dtype, "meta", args).model)}
+    memory.must_fit("of its device", held, device, ["a smaller --model"])
     policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
     for path, problems in files.items():
         prompts[path] = policy.render(problems)
@@ -370,12 +372,12 @@ def main(arguments=None):
                 from tools.compare import compare
 
                 return print(json.dumps(compare(*args.compare)))
+            ranks = stack.enter_context(Ranks(args.device))
             if args.merge:
                 policy = Policy.load(args.model, "float32", args.device, args)
                 if not lora.read_config(policy.folder):
                     raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
-            ranks = stack.enter_context(Ranks(args.device))
             files = ranks.from_first(lambda: read_data(args))
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
             args.slots = args.slots or choose_slots(args, policy, files, ranks)

@@ -30,7 +30,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 # Logits that the learner makes at once: at least of 512 tokens, since every chunk reads and writes
 # the whole gradient of the head, and that takes as long as the products of 40 to 300 tokens.
-LOGITS_PER_CHUNK = 1 << 26 if torch.cuda.is_available() else 1 << 22
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 LEAST_TOKENS = 512
 # Numbers that a thread of a CPU works on at once: what it makes of them stays in its cache.
 NUMBERS_IN_CACHE = 1 << 19
@@ -235,8 +235,8 @@ class Embedding(nn.Embedding):
 
 
 class EmbeddedTokens(torch.autograd.Function):
-    """weight[ids]. Its gradient is summed in float32 and has a row for each different id, where
-    torch's has one for each token of the vocabulary."""
+    """weight[ids]. A gradient that is added to a Learner's sum has a row for each different id,
+    where torch's has one for each token of the vocabulary."""
 
     @staticmethod
     def forward(ctx, ids, weight):
@@ -246,13 +246,13 @@ class EmbeddedTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ids, weight = ctx.saved_tensors
+        dense = partial(torch.ops.aten.embedding_dense_backward, padding_idx=-1)
+        if not hasattr(weight, "master"):
+            return None, dense(grad, ids, len(weight), scale_grad_by_freq=False)
         different, rows = ids.unique(return_inverse=True)
-        rows_grad = torch.ops.aten.embedding_dense_backward(
-            at_least_float32(grad), rows, len(different), -1, False
-        )
-        weight_grad = gradient_to_add_to(weight)
-        weight_grad.index_add_(0, different, rows_grad)
-        return None, None if hasattr(weight, "master") else weight_grad
+        rows_grad = dense(grad.float(), rows, len(different), scale_grad_by_freq=False)
+        gradient_to_add_to(weight).index_add_(0, different, rows_grad)
+        return None, None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -576,9 +576,9 @@ def add_wider(total, part):
         sums += numbers
 
 
-def tokens_per_chunk(vocab_size):
-    """Tokens whose logits the learner holds at once."""
-    return max(LEAST_TOKENS, LOGITS_PER_CHUNK // vocab_size)
+def tokens_per_chunk(vocab_size, device):
+    """Tokens whose logits the learner holds at once.  device: "cpu" or "cuda"."""
+    return max(LEAST_TOKENS, LOGITS_PER_CHUNK[device] // vocab_size)
 
 
 class ChosenLogprobs(torch.autograd.Function):
@@ -650,7 +650,7 @@ def chunks_of_logits(hidden, weight, targets):
 
     The next logits are written over these.
     """
-    size = min(len(hidden), tokens_per_chunk(len(weight)))
+    size = min(len(hidden), tokens_per_chunk(len(weight), hidden.device.type))
     buffer = hidden.new_empty(size, len(weight))
     for start in range(0, len(hidden), size):
         at = slice(start, min(start + size, len(hidden)))

@@ -277,7 +277,7 @@ class Memory(Machine):
     )
     offload: bool = flag(
         "hold masters, moments and gradients in the memory of the host, not of the GPU, and step "
-        "there; memory only [ours]",
+        "there; memory only, but for rounding: a gradient in bfloat16 is moved as it is [ours]",
         False,
     )
 
@@ -427,6 +427,7 @@ def check(cfg):
     rules = [
         *RULES,
         ("buffer_groups", lambda v: v >= cfg.minibatches, enough),
+        ("offload", lambda v: not v or cfg.device == "cuda", "False on a CPU"),
         ("offload", lambda v: not (v and cfg.sharded), "False with --fsdp, which divides the same"),
     ]
     if cfg.difficulty == "pass_rate":

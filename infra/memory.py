@@ -72,7 +72,7 @@ def micro_batch(cfg, level, model, prompt, size, wide):
     head = model.lm_head.weight.requires_grad * vocabulary * hidden
     summed = size < 4 and not cfg.sharded and not cfg.offload  # see model.gradient_to_add_to
     layer = tokens * per_token + keys * per_key
-    rows = min(tokens, tokens_per_chunk(vocabulary))
+    rows = min(tokens, tokens_per_chunk(vocabulary, cfg.device))
     logits = rows * vocabulary * size + softmax_bytes(cfg.device, rows, vocabulary, wide)
     return {
         # With recomputation the input of each layer is kept, and one layer computed again.
@@ -118,22 +118,27 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes) * cfg.eval_samples))
     sampling = sampling_bytes(cfg.device, model, rows, prompt + longest)
     learning = micro_batch(cfg, level, model, prompt, size, wide)
-    learned = [p for p in model.parameters() if p.requires_grad]
-    whole = sum(p.numel() for p in learned) * max(learned[0].itemsize, 4)
-    shard = whole // processes if cfg.sharded else whole
     if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         learning["gathered layers"] = gathered * (2 + wide // size)
-    on_host = cfg.offload and cfg.device == "cuda"
-    learning["gradients"] = shard * (not on_host)
-    copies = learned[0].itemsize < 4 or cfg.sharded or cfg.offload
-    always = {
-        # The starting policy's too. With LoRA they are the same.
-        "weights": nbytes(model) * (2 if cfg.kl_coef and not cfg.lora_rank else 1),
-        "master weights": shard * copies * (not on_host),
-        "moments": 2 * shard * (not on_host),
-    }
-    return {"always": always, "sampling": sampling, "learning": learning}
+    here, on_host = held_bytes(cfg, model, processes)
+    if not on_host:
+        learning["gradients"] = here["moments"] // 2
+    return {"always": here, "sampling": sampling, "learning": learning}
+
+
+def held_bytes(cfg, model, processes):
+    """What one process always holds, {what: bytes}: on its device; with --offload, on the host."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    shard = sum(p.numel() for p in learned) * max(learned[0].itemsize, 4)
+    if cfg.sharded:
+        shard //= processes
+    # The starting policy's too. With LoRA they are the same.
+    here = {"weights": nbytes(model) * (2 if cfg.kl_coef and not cfg.lora_rank else 1)}
+    if cfg.offload:
+        return here, {"master weights": shard, "moments": 2 * shard, "gradients": shard}
+    here["master weights"] = shard * (learned[0].itemsize < 4 or cfg.sharded)
+    return here | {"moments": 2 * shard}, {}
 
 
 # ------------------------------------------------------------------------------------- what fits
@@ -151,22 +156,53 @@ def free_bytes(device):
     limit = group / "memory.max"
     if limit.exists() and limit.read_text().strip().isdecimal():
         used = int((group / "memory.current").read_text())
+        # Pages of files that were read, which Linux takes back where memory is short.
+        used -= int(re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1])
         free = min(free, max(0, int(limit.read_text()) - used))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def most_that_fits(flag, sizes, needed, free):
+def helps(cfg):
+    """Flags that are not set yet, and with which less is held."""
+    flags = [] if cfg.lora_rank else ["--lora-rank 16"]
+    if cfg.device == "cuda" and not cfg.offload and not cfg.sharded:
+        flags.append("--offload")
+    if not cfg.offload and not cfg.fsdp and not cfg.lora_rank:
+        flags.append("--fsdp over several processes")
+    return flags or ["a smaller --model"]
+
+
+def must_hold(cfg, model, ranks):
+    """Raise ValueError if a process cannot even hold what it always does. The model may be on the
+    meta device: this is known before weights are loaded, and moments come with the first step."""
+    here, on_host = held_bytes(cfg, model, ranks.size)
+    must_fit("of its device", here, ranks.device, helps(cfg))
+    must_fit("of the host", on_host, torch.device("cpu"), helps(cfg))
+
+
+def must_fit(where, parts, device, flags):
+    free = free_bytes(device)
+    if total(parts) > free:
+        listed = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in parts.items() if n)
+        raise ValueError(
+            f"this process always holds {total(parts) / 1e9:.1f} GB {where} ({listed}), and "
+            f"{free / 1e9:.1f} GB are free: less is held with {' or '.join(flags)}"
+        )
+
+
+def most_that_fits(flag, sizes, needed, free, flags=()):
     """The first of some falling sizes with which so much is free.
 
-    needed  size -> bytes;  raises ValueError if the last does not fit either
+    needed  size -> bytes;  flags  that help;  raises ValueError if the last does not fit either
     """
     for size in sizes:
         if needed(size) <= SHARE * free:
             return size
+    words = " or ".join(["lower --max-new-tokens", *flags])
     raise ValueError(
         f"{flag} {size} would take {needed(size) / 1e9:.1f} GB with completions as long as they "
-        f"may be, and {free / 1e9:.1f} GB are free: lower --max-new-tokens, or to train use "
-        f"--recompute or --lora-rank 16, or give {flag}, if most completions are shorter"
+        f"may be, and {free / 1e9:.1f} GB are free: {words}, or give {flag}, if most completions "
+        "are shorter"
     )
 
 
@@ -181,16 +217,9 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
         parts = plan(replace(cfg, **flags), levels, model, prompt, held_out, processes)
         return total(parts["always"]) + total(parts[phase])
 
-    always = plan(cfg, levels, model, prompt, held_out, processes)["always"]
-    if total(always) > free:  # it is known exactly
-        parts = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in always.items() if n)
-        raise ValueError(
-            f"a process of this run always holds {total(always) / 1e9:.1f} GB ({parts}), and "
-            f"{free / 1e9:.1f} GB are free: --lora-rank 16 holds little more than the weights, "
-            "--offload on a GPU no more than them, and --fsdp cuts the rest over its processes"
-        )
+    flags = helps(cfg)
     if cfg.slots is None:
-        slots = most_that_fits("--slots", SLOTS, lambda n: needed("sampling", slots=n), free)
+        slots = most_that_fits("--slots", SLOTS, lambda n: needed("sampling", slots=n), free, flags)
         cfg = replace(cfg, slots=slots)
     if cfg.micro_batch_tokens is None:
         sizes = [MOST_TOKENS[cfg.device] >> halvings for halvings in range(8)]
@@ -199,6 +228,7 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
             sizes,
             lambda n: needed("learning", micro_batch_tokens=n),
             free,
+            flags if cfg.recompute else ["--recompute", *flags],
         )
         cfg = replace(cfg, micro_batch_tokens=tokens)
     return cfg
@@ -258,4 +288,6 @@ def memory_table(cfg):
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
     cfg, levels = to_plan(cfg, levels)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return table(plan(cfg, levels, policy.model, longest, len(held_out), processes))
+    lines = table(plan(cfg, levels, policy.model, longest, len(held_out), processes))
+    on_host = total(held_bytes(cfg, policy.model, processes)[1])
+    return lines + f"\n{'in the memory of the host':38}{on_host / 1e9:10.3f} GB" * bool(on_host)

@@ -74,6 +74,8 @@ class Ranks:
                 "--fsdp needs the processes that torchrun starts: "
                 "torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)"
             )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         if device == "cuda" and self.size > 1:
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():

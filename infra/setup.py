@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
 from infra.flags import explain
-from infra.memory import settled
+from infra.memory import must_hold, settled
 from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels
 from parts.files import sha256
-from parts.inputs import load_inputs, read_data
+from parts.inputs import load_inputs, load_policy, read_data
 from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
 from parts.sources import source_of
@@ -114,6 +114,7 @@ def read_inputs(cfg, model, ranks):
     """`load_inputs`. The first process reads the problems and sends them to the others: each would
     parse a million rows on its own."""
     read = ranks.from_first(lambda: read_data(cfg))
+    ranks.on_all(lambda: must_hold(cfg, load_policy(cfg, model, "meta").model, ranks))
     return ranks.on_all(lambda: load_inputs(cfg, model, ranks.device, read))
 
 

@@ -21,8 +21,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # them. A new tensor of 256 MB takes 0.03 s to fill instead of 0.2 s.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with suppress(AttributeError, TypeError, OSError):  # other C libraries lack this call
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    if ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20):  # all versions take as much
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402

@@ -58,8 +58,6 @@ class Policy:
         adapter = lora.read_config(folder)
         if adapter:
             base = find_folder(adapter["base_model_name_or_path"], device, adapter.get("revision"))
-        if "cuda" in str(device) and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         prompting = data.read_prompting(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
         if adapter:

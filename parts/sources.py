@@ -117,8 +117,8 @@ def in_our_columns(record, columns, must_fit=False, graded=True):
     """-> the record with our names for its columns, and the names that they had"""
     layout = find_layout(record, columns, must_fit, graded)
     ours = dict(record)
-    for theirs in layout.values():
-        ours.pop(theirs if theirs in record else theirs.partition(".")[0], None)
+    for theirs in layout.values():  # what stands inside another column stays there, too
+        ours.pop(theirs, None)
     ours |= {name: column(record, theirs) for name, theirs in layout.items()}
     if isinstance(ours["problem"], list):
         ours["problem"] = last_question(ours["problem"])

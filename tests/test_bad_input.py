@@ -231,6 +231,8 @@ FLAGS = """
 --loss-norm mean | invalid choice: 'mean'
 --dtype float16 | invalid choice: 'float16'
 --fsdp | --fsdp needs the processes that torchrun starts
+--offload --device cpu | --offload must be False on a CPU, found True
+--offload --device cuda --fsdp | --offload must be False with --fsdp
 """
 
 
@@ -357,7 +359,7 @@ config.json {"num_key_value_heads": 3} | 2 is no multiple of num_key_value_heads
 config.json {"hidden_act": "gelu"} | hidden_act 'gelu' is not supported
 config.json {"vocab_size": 10} | embed_tokens.weight
 config.json = { | config.json
-config.json = {"model_type": "llama"} | tensor(s)
+config.json = {"model_type": "llama", "num_hidden_layers": 1} | tensor(s)
 config.json | no config.json
 model.safetensors | model.safetensors is missing (weights are read from safetensors only)
 model.safetensors = | not a readable safetensors file

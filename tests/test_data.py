@@ -154,7 +154,7 @@ def test_columns_by_name(tmp_path):
     row = {"a": {"b": "1+1"}, "c": "so\n#### 2", "answer": "none", "hard": 3}
     words = ["problem=a.b", "answer=c", "level=hard"]
     (p,) = read_rows(tmp_path, row, columns=words)
-    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {})
+    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {"a": {"b": "1+1"}})
     (q,) = read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)
     assert q.answer == "1"  # held-out problems may come in a known layout
     named = {"problem": "q", "answer": "so\n#### 3"}
@@ -164,9 +164,10 @@ def test_columns_by_name(tmp_path):
 def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):
     """As flattened tables have them."""
     words = ["problem=a.b", "answer=x.y.z", "pass_rate=rate.7b"]
-    row = {"a.b": "q", "a": {"b": "no"}, "x": {"y.z": "1"}, "rate.7b": 0.25}
+    row_left = {"a": {"b": "no"}, "x": {"y.z": "1", "tests": ["t"]}}  # what it stands in, too
+    row = {"a.b": "q", "rate.7b": 0.25, **row_left}
     (p,) = read_rows(tmp_path, row, columns=words)
-    assert (p.problem, p.answer, p.pass_rate, p.other) == ("q", "1", 0.25, {"a": {"b": "no"}})
+    assert (p.problem, p.answer, p.pass_rate, p.other) == ("q", "1", 0.25, row_left)
 
 
 def test_columns_that_training_problems_lack_are_refused(tmp_path):

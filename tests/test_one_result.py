@@ -114,7 +114,6 @@ def assert_equal(one, other, tolerance=1e-9):
 SETTINGS = """1 --slots 3 --micro-batch-tokens 1 --recompute
 1 --slots 9
 2 --micro-batch-tokens 1
-2 --offload
 2 --fsdp
 2 --fsdp --recompute --micro-batch-tokens 60
 4
@@ -460,6 +459,14 @@ def test_gradients_of_micro_batches_add_up_in_float32_masters():
     assert (master.grad == 1 + 2**-9).all()
     learner.drop_gradient()
     assert master.grad is None
+
+
+def test_masters_on_the_host_differ_by_the_rounding_of_moved_gradients_alone():
+    """In bfloat16 the gradient of embedding and head comes there as it is: less exact by 2^-9."""
+    model = random_model().bfloat16()
+    samples = off_policy_samples(model, 9)
+    one, moved = (gradient(model, samples, offload=offload) for offload in (False, True))
+    assert 0 < (one - moved).norm() < 2**-8 * one.norm()
 
 
 def test_two_threads_learn_from_the_newest_weights():

@@ -3,20 +3,23 @@
 import gc
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
+import launch
 import torch
 from conftest import small_config
-from pytest import approx, mark, raises
+from pytest import approx, fail, mark, raises
 from test_train import config, group
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
+import eval
 import train
 from data import Order
 from eprli import Buffer, LevelState, resolve_levels
 from infra import memory
 from infra.flags import make_parser, read_flags
-from infra.memory import plan, settle, total
+from infra.memory import helps, must_hold, plan, settle, total
 from infra.ranks import Ranks
 from infra.run import Run
 from infra.update import Update
@@ -147,6 +150,8 @@ def test_sixteen_completions_of_24576_tokens_fit_one_80_gb_card():
     assert evaluation["sampling"]["KV cache"] == 4 * cache
     assert long_run(model, "--slots 64 --eval-samples 4", held_out=16) == evaluation
     assert peak_gigabytes(parts) < 60
+    doc = (launch.ROOT / "docs/memory.md").read_text()
+    assert all(f"    {line}\n" in doc for line in memory.table(parts).splitlines())
     assert peak_gigabytes(long_run(model, "")) > 80
 
 
@@ -220,16 +225,50 @@ def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypa
     model = shape(1536, 8960, 12, 2, True)
     cfg = config(f"{GPU} --max-new-tokens 8192")
     levels = resolve_levels(cfg, measured=False)
-    words = r"always holds 21.6 GB \(weights 3.1, .* moments 12.3\), and 21.0 GB .* --lora-rank"
-    with raises(ValueError, match=words):
-        settle(cfg, levels, model, 256, 0, 1, 21e9)
-    with raises(ValueError, match=r"--slots 8 would take .* lower --max-new-tokens"):
+    with raises(ValueError, match=r"--slots 8 would take .* lower --max-new-tokens or --lora-rank"):
         settle(cfg, levels, model, 256, 0, 1, 24.5e9)
+    sizes = {"cuda": 21e9, "cpu": 25e9, "meta": 21e9}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[device.type])
+    ranks = SimpleNamespace(size=1, device=torch.device("cuda"))
+    words = r"always holds 21.6 GB of its device \(weights 3.1, .* moments 12.3\), and 21.0 GB"
+    with raises(ValueError, match=words) as refused:
+        must_hold(cfg, model, ranks)
+    smaller = shape(1536, 8960, 12, 2, True)
+    lora.add(smaller, 16, 32.0)
+    for flag, fitting in (("--lora-rank 16", smaller), ("--offload", model)):
+        assert flag in str(refused.value)
+        cfg = config(f"{GPU} --max-new-tokens 8192 --recompute {flag}")
+        must_hold(cfg, fitting, ranks)
+        assert settle(cfg, levels, fitting, 256, 0, 1, 21e9).slots > 8
+    sizes["cpu"] = 24e9
+    with raises(ValueError, match=r"always holds 24.7 GB of the host .* gradients 6.2.* --lora"):
+        must_hold(cfg, model, ranks)
+    assert helps(cfg) == ["--lora-rank 16"]
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     words = f"--model {toy_folder} --lr 1 --max-new-tokens 9 --out {tmp_path}/run --device cpu"
+    monkeypatch.setattr("model.load_file", lambda _: fail("weights are not read"))
     with raises(SystemExit, match="^2$"):
         train.main(words.split())
     assert "always holds" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with raises(SystemExit, match="^2$"):
+        eval.main(f"--model {toy_folder} --max-new-tokens 9 --device cpu".split())
+    assert "always holds" in capsys.readouterr().err
+
+
+def test_the_limit_of_a_container_leaves_what_files_have_filled(monkeypatch, tmp_path):
+    """Linux counts the pages of files that were read, such as a model's, and takes them back."""
+    files = {"memory.max": "1000\n", "memory.current": "900\n"}
+    files["memory.stat"] = "anon 200\ninactive_file 650\nactive_file 50\n"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8 kB\n")
+    places = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
+    monkeypatch.setattr(memory, "Path", lambda path: places[path])
+    assert memory.free_bytes(torch.device("cpu")) == 1000 - 250
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.free_bytes(torch.device("cpu")) == 375
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) == 4096
 
 
 @mark.parametrize(
