@@ -75,7 +75,7 @@ class Flags(Machine):
         "[:512] behind it, the first 512 rows",
         [str(SHIPPED / "heldout.jsonl")],
     )
-    columns: list[str] = flag("of --data: problem=NAME answer=NAME, and level or id", [])
+    columns: list[str] = flag("of --data: problem=NAME answer=NAME, and pass_rate, level or id", [])
     like: str | None = flag("training run: its settings and newest checkpoint as defaults")
     protocol: Literal[tuple(papers.PROTOCOLS)] | None = flag(
         "published defaults of flags and suffix"
@@ -278,7 +278,7 @@ def sample_rest(args, policy, files, log, ranks):
         return rows
 
     done = ranks.from_first(lambda: finished(log, args.samples))
-    print(f"{log}: {done} problems are done, {len(work) - done} are left")
+    print(f"{log}: {done} problems are done, {len(work) - done} are left; --slots {args.slots}")
     size = max(1, 2 * args.slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
         rows = ranks.share_out(work[start : start + size], sample_share)

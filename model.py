@@ -210,8 +210,9 @@ class Linear(nn.Linear):
         """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
         if self.scale is None:
             return out
-        low_rank = self.scale * kernels.linear(x, self.lora_A.to(x.dtype))
-        return out + kernels.linear(low_rank, self.lora_B.to(x.dtype))
+        low_rank = kernels.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        factor = self.lora_B.to(x.dtype).t()
+        return torch.addmm(out.flatten(0, -2), low_rank, factor, alpha=self.scale).view(out.shape)
 
     def pack(self, rows):
         layers, bias = (self, *self.joined), None

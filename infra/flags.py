@@ -9,6 +9,7 @@ flag with a value per level becomes a field of Level instead (eprli.resolve_leve
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -405,8 +406,8 @@ def fill(cfg):
         for preset in PRESETS:
             flags = stated(preset)
             if flags.keys() >= set(missing):
-                values = [f"{option(name)} {flags[name]}" for name in missing]
-                stating.append(f"{preset}: {' '.join(values)}")
+                words = " ".join(f"{option(name)} {flags[name]}" for name in missing)
+                stating.append(f"{preset}: {re.sub('[][,]', '', words)}")
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
             f"{cfg.model} give your own, or a --preset that states them ({'; '.join(stating)}). "
