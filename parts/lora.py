@@ -83,16 +83,19 @@ def read_config(folder):
 
 
 def load(model, config, folder, base):
-    """Give a model the factors that `save` wrote. Raises ValueError
+    """Give a model the factors that `save` wrote; on the meta device their shapes alone.
 
     config  see read_config
     base    the folder that the model was read from: it must be the one that was trained
+    Raises ValueError
     """
     with explained(f"{folder}: not an adapter of {base} that train.py wrote"):
+        add(model, config["r"], config["lora_alpha"], config["target_modules"])
+        if model.device.type == "meta":
+            return
         trained = safe_open(folder / WEIGHTS, "pt").metadata()
         if {path.name: sha256(path) for path in base.glob("*.safetensors")} != trained:
             raise ValueError("its *.safetensors are not what they were")
-        add(model, config["r"], config["lora_alpha"], config["target_modules"])
         factors = load_file(folder / WEIGHTS)
         check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():

@@ -258,7 +258,7 @@ def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words,
     flags = named.split(" and ")
     stating = [name for name in PRESETS if all(f"{f} " in PRESETS[name][0] for f in flags)]
     assert re.findall(r"[(;] ?([\w-]+): --", message) == stating and "paper" not in stating
-    values = {"--lr": "--lr 1e-06", "--max-new-tokens": "--max-new-tokens [20480]"}
+    values = {"--lr": "--lr 1e-06", "--max-new-tokens": "--max-new-tokens 20480"}
     assert f"dapo: {' '.join(values[flag] for flag in flags)};" in message
     assert "With --lora-rank give ten times a rate of full training" in message
 

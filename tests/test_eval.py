@@ -599,8 +599,11 @@ def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         chosen.append(evaluation.choose_slots(args, toy_policy, work, Ranks()))
     assert 256 == chosen[0] > chosen[1] > chosen[2] >= 8
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    weights = memory.nbytes(toy_policy.model)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: weights)
     refused("--slots 8 would take", SHORT)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: weights - 1)
+    refused("always holds", SHORT)
 
 
 @mark.parametrize(

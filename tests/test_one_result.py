@@ -523,6 +523,7 @@ def test_only_what_waits_for_sampling_waits_for_a_day(monkeypatch):
     made = []
     for name in ("init_process_group", "new_group", "all_gather_object"):
         monkeypatch.setattr(ranks.dist, name, partial(note, made, name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
