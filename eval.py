@@ -188,10 +188,14 @@ def read_data(args):
     return files
 
 
-def load_inputs(args, device, files):
-    """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
+def must_hold(args, device):
+    """Raise ValueError if the weights do not fit, before they are read."""
     held = {"weights": memory.nbytes(Policy.load(args.model, args.dtype, "meta", args).model)}
     memory.must_fit("of its device", held, device, ["a smaller --model"])
+
+
+def load_inputs(args, device, files):
+    """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
     policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
     for path, problems in files.items():
         prompts[path] = policy.render(problems)
@@ -379,6 +383,8 @@ def main(arguments=None):
                     raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
             files = ranks.from_first(lambda: read_data(args))
+            # All processes, before one of them has taken memory.
+            ranks.on_all(lambda: must_hold(args, ranks.device))
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
             args.slots = args.slots or choose_slots(args, policy, files, ranks)
             out = ranks.from_first(lambda: open_folder(args, policy, files))
