@@ -219,8 +219,9 @@ def test_chunked_log_probs_equal_dense_ones(
     assert all((v[~mask] == 0).all() for v in results[0][:2])
 
 
-def test_the_gated_unit_has_the_gradient_of_its_formula():
+def test_the_gated_unit_has_the_gradient_of_its_formula(monkeypatch):
     """Models that are compared with each other share it, so a wrong gradient would agree."""
+    monkeypatch.setattr("model.rows_in_cache", lambda width: 2)  # several parts
     torch.manual_seed(0)
     inputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gate, up = inputs
@@ -353,3 +354,11 @@ def test_memory_that_torch_frees_stays_with_the_process_or_nothing_is_changed(kn
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     importlib.reload(kernels)
     assert calls == [(-3, 32 << 20), (-1, 2**31 - 1)][: 1 + known]
+
+
+def test_a_sum_of_two_dtypes_is_exact_in_every_row(monkeypatch):
+    """A part that is left out; a sum in bfloat16, which has no 1 + 2^-9."""
+    monkeypatch.setattr("model.rows_in_cache", lambda width: 3)
+    total, part = torch.ones(8, 2), torch.full((8, 2), 2**-9).bfloat16()
+    model_module.add_wider(total, part)
+    assert (total == 1 + 2**-9).all()
