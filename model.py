@@ -662,27 +662,39 @@ def chunks_of_logits(hidden, weight, targets):
 
 
 def micro_batches(prompts, completions, max_tokens, one_prompt=False):
-    """Indices of sequences (token lists, pairwise), from the longest completion to the shortest;
-    one_prompt: prompt by prompt, and no batch has two of them.
+    """Indices of sequences (token lists, pairwise), cut so that the padded tokens of a batch stay
+    within max_tokens, or it is one sequence.
 
-    They are cut so that the padded tokens of a batch stay within max_tokens, or it is one
-    sequence. Padding counts for its completions, and for its different prompts, once each.
+    Padding counts for the completions of a batch, and for its different prompts, once each. Of two
+    orders the one that pads less is taken: from the longest completion to the shortest, or prompt
+    by prompt, where no batch has two.  one_prompt: the second one in any case
     """
-    batches, different = [[]], set()  # different: the prompts of the last batch
-    order = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
-    if one_prompt:
-        order.sort(key=lambda i: prompts[i])
+    by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
+    by_prompt = sorted(by_length, key=lambda i: prompts[i])
+    ways = [cut_in_order(prompts, completions, by_prompt, max_tokens, most_prompts=1)]
+    if not one_prompt:
+        ways.append(cut_in_order(prompts, completions, by_length, max_tokens, len(prompts)))
+    _, batches = min(ways, key=lambda way: way[0])
+    return batches
+
+
+def cut_in_order(prompts, completions, order, max_tokens, most_prompts):
+    """order  within a batch no completion is longer than its first  -> padded tokens, batches"""
+    batches, sizes, different = [], [], set()  # different: the prompts of the last batch
     for i in order:
         prompt = tuple(prompts[i])
-        different.add(prompt)
-        batch = [*batches[-1], i]
-        longest = len(completions[batch[0]])
-        tokens = len(batch) * longest + len(different) * max(map(len, different))
-        if tokens > max_tokens or one_prompt and len(different) > 1:
-            batches.append([])
-            different = {prompt}
-        batches[-1].append(i)
-    return [batch for batch in batches if batch]
+        if batches:
+            different.add(prompt)
+            longest = len(completions[batches[-1][0]])
+            size = (len(batches[-1]) + 1) * longest + len(different) * max(map(len, different))
+            if size <= max_tokens and len(different) <= most_prompts:
+                batches[-1].append(i)
+                sizes[-1] = size
+                continue
+        batches.append([i])
+        sizes.append(len(completions[i]) + len(prompt))
+        different = {prompt}
+    return sum(sizes), batches
 
 
 def pad(prompts, completions, device="cpu"):

@@ -308,11 +308,21 @@ def test_micro_batches_cover_everything_within_the_budget():
     prompts = [[1] * 20, [2] * 10, [1] * 20, [2] * 10, [2] * 10, [1] * 20, [1] * 20]
     completions = [[0] * n for n in (5, 90, 7, 33, 33, 1, 64)]
     batches = micro_batches(prompts, completions, 100)
-    assert [[len(completions[i]) for i in b] for b in batches] == [[90], [64], [33, 33], [7, 5, 1]]
+    assert [[len(completions[i]) for i in b] for b in batches] == [[64], [7, 5, 1], [90], [33, 33]]
     for b in batches:
         used = {tuple(prompts[i]) for i in b}
         cost = len(b) * max(len(completions[i]) for i in b) + len(used) * max(map(len, used))
         assert cost <= 100 or len(b) == 1
+
+
+def test_micro_batches_are_cut_in_the_order_that_pads_less():
+    """Prompts may be long, as with worked examples: cut by length, each batch would have them all
+    again. If they are short, completions of one length belong together."""
+    long, short = [[1] * 12, [2] * 12] * 4, [[1], [2]] * 4
+    alike, mixed = [[0] * 9] * 8, [[0] * n for n in (9, 9, 9, 9, 1, 1, 1, 1)]
+    assert micro_batches(long, alike, 60) == [[0, 2, 4, 6], [1, 3, 5, 7]]  # 96 tokens, not 120
+    assert micro_batches(short, mixed, 42) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # 44, not 74
+    assert micro_batches(short, mixed, 42, one_prompt=True) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_weights_are_aligned_wherever_the_file_puts_them(tmp_path):
