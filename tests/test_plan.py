@@ -54,8 +54,7 @@ def make_learner(cfg, family, tied):
 
 
 def fill(cfg, level, model, prompt):
-    """Groups of a full step. Prompts have two lengths, so there is a mask; completions several, so
-    that groups mix in a micro-batch."""
+    """Groups of a full step. Prompts have two lengths, and so do completions."""
     prompts = torch.randint(0, 2048, (level.prompts, prompt)).tolist()
     prompts = [tokens[i % 2 :] for i, tokens in enumerate(prompts)]
     samples = range(level.group_size)
@@ -84,9 +83,10 @@ def test_the_plan_is_what_a_run_takes(family, tied, flags, use_kernels):
     sampling, weights laid out where no kernel reads them."""
     torch.manual_seed(0)
     prompt, length = (32, 48) if tied else (70, 50)
+    group_tokens = 8 * length + prompt  # a micro-batch is one group, and full
     use_kernels({"linear": "torch", "packed": ["float32"] if family == "qwen2" else []})
     shape = f"--group-size 8 --buffer-groups 3 --max-new-tokens {length} --minibatches 1"
-    memory = "--dtype float32 --micro-batch-tokens 500 --slots 64 --device cpu"
+    memory = f"--dtype float32 --micro-batch-tokens {group_tokens} --slots 64 --device cpu"
     cfg = config(f"{shape} {memory} {flags}")
     (level,) = resolve_levels(cfg, measured=False)
     learner, _, always = peak(lambda: make_learner(cfg, family, tied))
