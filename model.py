@@ -666,20 +666,24 @@ def micro_batches(prompts, completions, max_tokens, one_prompt=False):
     within max_tokens, or it is one sequence.
 
     Padding counts for the completions of a batch, and for its different prompts, once each. Of two
-    orders the one that pads less is taken: from the longest completion to the shortest, or prompt
-    by prompt, where no batch has two.  one_prompt: the second one in any case
+    orders the one with fewer batches is taken, or else with less padding: from the longest
+    completion to the shortest, or prompt by prompt, where no batch has two.  one_prompt: the second
+    one in any case
     """
     by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
     by_prompt = sorted(by_length, key=lambda i: prompts[i])
     ways = [cut_in_order(prompts, completions, by_prompt, max_tokens, most_prompts=1)]
     if not one_prompt:
         ways.append(cut_in_order(prompts, completions, by_length, max_tokens, len(prompts)))
-    _, batches = min(ways, key=lambda way: way[0])
+    _, batches = min(ways, key=lambda way: (len(way[1]), way[0]))
     return batches
 
 
 def cut_in_order(prompts, completions, order, max_tokens, most_prompts):
-    """order  within a batch no completion is longer than its first  -> padded tokens, batches"""
+    """As above, in one order of the indices: the first of a batch must be its longest completion.
+
+    most_prompts  different ones in a batch  -> padded tokens of all batches, batches
+    """
     batches, sizes, different = [], [], set()  # different: the prompts of the last batch
     for i in order:
         prompt = tuple(prompts[i])

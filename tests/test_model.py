@@ -315,14 +315,16 @@ def test_micro_batches_cover_everything_within_the_budget():
         assert cost <= 100 or len(b) == 1
 
 
-def test_micro_batches_are_cut_in_the_order_that_pads_less():
+def test_micro_batches_are_few_and_pad_little():
     """Prompts may be long, as with worked examples: cut by length, each batch would have them all
-    again. If they are short, completions of one length belong together."""
+    again. If they are short, completions of one length belong together. Where all prompts differ,
+    one by one would pad nothing, and take a batch for each."""
     long, short = [[1] * 12, [2] * 12] * 4, [[1], [2]] * 4
     alike, mixed = [[0] * 9] * 8, [[0] * n for n in (9, 9, 9, 9, 1, 1, 1, 1)]
     assert micro_batches(long, alike, 60) == [[0, 2, 4, 6], [1, 3, 5, 7]]  # 96 tokens, not 120
     assert micro_batches(short, mixed, 42) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # 44, not 74
     assert micro_batches(short, mixed, 42, one_prompt=True) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert micro_batches([[i] for i in range(8)], mixed, 100) == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_weights_are_aligned_wherever_the_file_puts_them(tmp_path):
