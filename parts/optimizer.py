@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from model import add_wider, at_least_float32, micro_batches
+from parts import kernels
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
@@ -99,6 +100,7 @@ class Learner:
         def backward(model, share):
             logs = []
             for micro in share:
+                kernels.give_back()
                 J, logged = objective(model, micro)
                 (-scale * J).backward()
                 logs.append(logged)

@@ -1,8 +1,11 @@
 """The decoder against transformers, its kernels, and chunked log-probs against dense ones."""
 
 import copy
+import ctypes
 import importlib
 import json
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -366,6 +369,26 @@ def test_memory_that_torch_frees_stays_with_the_process_or_nothing_is_changed(kn
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     importlib.reload(kernels)
     assert calls == [(-3, 32 << 20), (-1, 2**31 - 1)][: 1 + known]
+
+
+@mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="another C library")
+def test_free_memory_between_blocks_in_use_is_given_back(monkeypatch):
+    """malloc gives back by itself only what lies behind the last block in use."""
+    blocks = [torch.ones(2_000_000) for _ in range(40)]  # 8 MB each
+    del blocks[::2]
+    before = resident_bytes()
+    monkeypatch.setattr(kernels, "MOST_FREE", 1e12)
+    kernels.give_back()
+    assert resident_bytes() > before - 50e6  # a small model is left alone
+    monkeypatch.setattr(kernels, "MOST_FREE", 100e6)
+    kernels.give_back()
+    assert resident_bytes() < before - 100e6
+    assert len(blocks) == 20
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_sum_of_two_dtypes_is_exact_in_every_row(monkeypatch):

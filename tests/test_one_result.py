@@ -449,6 +449,20 @@ def test_a_process_without_samples_runs_the_shortest_one():
     assert seen == [(0, [longest]), (1, [shortest]), (2, [shortest])]
 
 
+def test_free_memory_is_given_back_before_each_micro_batch(monkeypatch):
+    """Once per update would let the micro-batches of one update pile it up."""
+    model, events = random_model(), []
+    monkeypatch.setattr(kernels, "give_back", lambda: events.append("give back"))
+
+    def objective(_, micro):
+        events.append(len(micro))
+        return model.lm_head.weight.sum(), {}
+
+    samples = [sample_of(3, length) for length in (9, 2)]
+    Learner(model, Ranks()).add_gradients(samples, objective, 1)
+    assert events == ["give back", 1] * 2
+
+
 def test_gradients_of_micro_batches_add_up_in_float32_masters():
     """The last micro-batch in place of the sum, or a sum in bfloat16, which has no 1 + 2^-9."""
     model = random_model().bfloat16()
