@@ -11,6 +11,7 @@ import os
 import timeit
 from contextlib import suppress
 from itertools import starmap
+from pathlib import Path
 
 # What glibc's malloc does with memory that torch has freed on a CPU, see mallopt(3): up to 2 GB
 # stay with the process, but for blocks above 32 MB. By default so little stays that the pages of
@@ -32,6 +33,7 @@ import torch.nn.functional as F  # noqa: E402
 MISSING = (RuntimeError, AttributeError)
 GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
 _in_use = None  # the choice in force, see `chosen`
+_others = 0  # bytes that `give_back` could not give, such as Python's
 
 # Both act on a GPU alone. cuDNN's attention comes first on an H100 and makes a plan for every new
 # shape, which takes up to a second; an update has hundreds of shapes.
@@ -41,20 +43,30 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 class Malloc(ctypes.Structure):
-    """What mallinfo2(3) tells; `fordblks` are the bytes that are free."""
+    """What mallinfo2(3) tells. In use are numbers 4, `hblkhd`, and 7, `uordblks`, in bytes."""
 
-    _fields_ = [(f"unused_{i}", ctypes.c_size_t) for i in range(8)]
-    _fields_ += [("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
 
 
 def give_back():
     """Give memory that is free to the system, also where it lies between blocks in use: batches of
-    ever new shapes leave more and more of it. A small model has too little to be worth the call."""
-    with suppress(AttributeError, TypeError, OSError):  # other C libraries lack these calls
-        libc = ctypes.CDLL(None)
-        libc.mallinfo2.restype = Malloc
-        if libc.mallinfo2().fordblks > MOST_FREE:
-            libc.malloc_trim(0)
+    ever new shapes leave more and more of it. At most MOST_FREE stays."""
+    global _others
+    with suppress(AttributeError, OSError):  # other systems lack these calls
+        if beyond_malloc() - _others > MOST_FREE:
+            ctypes.CDLL(None).malloc_trim(0)
+            _others = beyond_malloc()
+
+
+def beyond_malloc():
+    """Bytes of this process that are not in use by malloc: free, or Python's. malloc cannot tell
+    which of its free pages the system has back already."""
+    statm = Path("/proc/self/statm").read_text().split()
+    resident = (int(statm[1]) - int(statm[2])) * os.sysconf("SC_PAGESIZE")
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Malloc
+    numbers = mallinfo2().numbers
+    return resident - numbers[4] - numbers[7]
 
 
 def onednn_linear(x, weight, bias=None):
