@@ -8,6 +8,7 @@ import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -93,7 +94,7 @@ def read_problems(name, columns=(), must_fit=False, graded=True):
     if where.endswith(".parquet") or (":" in where and not Path(where).exists()):
         problems = []
         with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
-            chosen = list(enumerate(sources.load_rows(where)))[rows]
+            chosen = islice(enumerate(sources.load_rows(where)), rows.start, rows.stop)
         for number, row in chosen:
             with explained(f"{name}, row {number}"):
                 problems.append(parse(row, f"{Path(source).stem}-{number}"))

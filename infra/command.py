@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from infra.flags import explain, make_parser, read_flags
-from infra.memory import memory_table
+from infra.memory import helps, memory_table
 from infra.ranks import Ranks, Stop, is_first, refuse, silence_others
 from infra.setup import resume_run, start_run
 from parts.inputs import read_data
@@ -103,10 +103,13 @@ def memory_explained(run=None):
     try:
         yield
     except torch.OutOfMemoryError:
+        flags = ["--lora-rank", "--offload", "--fsdp"]
+        if run:
+            flags = ["--recompute"] * (not run.cfg.recompute) + helps(run.cfg)
         words = (
             f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
-            "evaluating) or --micro-batch-tokens (learning), or use "
-            "--recompute, --offload, --lora-rank or --fsdp; --plan tells what takes how much"
+            f"evaluating) or --micro-batch-tokens (learning), or use {' or '.join(flags)}; --plan "
+            "tells what takes how much"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True

@@ -326,6 +326,11 @@ RULES = (
 )
 
 
+# What any model but the shipped one needs given.
+REQUIRED = "lr", "max_new_tokens"
+LORA_RATE = "give ten times a rate of full training, which presets state: docs/lora.md"
+
+
 def option(name):
     """A flag as it is written on the command line."""
     return "--" + name.replace("_", "-")
@@ -400,7 +405,7 @@ def stated(preset):
 def fill(cfg):
     """The Config with defaults that depend on the model or the data. Raises ValueError where there
     is none."""
-    missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
+    missing = [name for name in REQUIRED if getattr(cfg, name) is None]
     if missing and not is_shipped(cfg.model):
         stating = []
         for preset in PRESETS:
@@ -410,9 +415,8 @@ def fill(cfg):
                 stating.append(f"{preset}: {re.sub('[][,]', '', words)}")
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a --preset that states them ({'; '.join(stating)}). "
-            "With --lora-rank give ten times a rate of full training, which presets state: "
-            "docs/lora.md"
+            f"{cfg.model} give your own, or a --preset that states them ({'; '.join(stating)})"
+            + (". With --lora-rank " + LORA_RATE if "lr" in missing else "")
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
     source = Path(source_of(cfg.data)).resolve()
@@ -465,7 +469,8 @@ def explain(cfg, levels):
         for f in fields(section):
             value = getattr(cfg, f.name)
             source = f.metadata["help"].rpartition("[")[2]
-            if value != getattr(default, f.name) or f.name in preset:
+            required = f.name in REQUIRED and not is_shipped(cfg.model)  # it has no default
+            if required or value != getattr(default, f.name) or f.name in preset:
                 source = f"{cfg.preset}]" if preset.get(f.name) == value else "given]"
             if f.name in PER_LEVEL:
                 value = " ".join(str(getattr(level, f.name)) for level in levels)

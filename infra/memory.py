@@ -144,22 +144,40 @@ def held_bytes(cfg, model, processes):
 # ------------------------------------------------------------------------------------- what fits
 
 
+MEMINFO, MY_GROUPS, GROUPS = map(Path, ("/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"))
+
+
 def free_bytes(device):
     """What this process may still take: of its GPU, or its share of what Linux calls available, in
-    a container at most what its limit leaves. Infinity where the system does not say (macOS)."""
+    a container or a job of a cluster at most what its limit leaves. Infinity where the system does
+    not say (macOS)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    known, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not known.exists():
+    if not MEMINFO.exists():
         return math.inf
-    free = int(re.search(r"MemAvailable:\s+(\d+)", known.read_text())[1]) * 1024
-    limit = group / "memory.max"
-    if limit.exists() and limit.read_text().strip().isdecimal():
-        used = int((group / "memory.current").read_text())
-        # Pages of files that were read, which Linux takes back where memory is short.
-        used -= int(re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1])
-        free = min(free, max(0, int(limit.read_text()) - used))
+    free = int(re.search(r"MemAvailable:\s+(\d+)", MEMINFO.read_text())[1]) * 1024
+    free = max(0, min([free, *left_by_limits()]))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def left_by_limits():
+    """-> yields bytes that each control group of this process leaves: its own, those above it"""
+    for line in MY_GROUPS.read_text().splitlines() if MY_GROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, most, used = GROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):  # version 1
+            root, most, used = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not (folder / most).exists() or not (folder / most).read_text().strip().isdecimal():
+                continue  # it is outside, or has no limit
+            # Pages of files that were read Linux takes back where memory is short. Version 1 says
+            # first how many are the group's own, and last how many with those of groups below it.
+            files = re.findall(r"inactive_file (\d+)", (folder / "memory.stat").read_text())[-1]
+            yield int((folder / most).read_text()) - int((folder / used).read_text()) + int(files)
 
 
 def helps(cfg):
@@ -167,7 +185,7 @@ def helps(cfg):
     flags = [] if cfg.lora_rank else ["--lora-rank 16"]
     if cfg.device == "cuda" and not cfg.offload and not cfg.sharded:
         flags.append("--offload")
-    if not cfg.offload and not cfg.fsdp and not cfg.lora_rank:
+    if cfg.device == "cuda" and not cfg.offload and not cfg.fsdp and not cfg.lora_rank:
         flags.append("--fsdp over several processes")
     return flags or ["a smaller --model"]
 

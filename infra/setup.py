@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
-from infra.flags import explain
+from infra.flags import LORA_RATE, LR, explain, stated
 from infra.memory import must_hold, settled
 from infra.run import Run
 from infra.tracker import Tracker
@@ -43,6 +43,8 @@ def start_run(cfg, ranks):
     objective = explain(cfg, [state.level for state in levels])
     if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
         tqdm.write(objective.rpartition("\n")[2])
+    if cfg.lora_rank and cfg.lr == stated(cfg.preset).get("lr", LR):
+        tqdm.write(f"--lr {cfg.lr:g} is a rate of full training. With --lora-rank {LORA_RATE}")
     config = {
         **with_full_paths(cfg),
         **facts,

@@ -56,7 +56,10 @@ def stems(flag, paths):
     """What results call these files: their names without folder and ending. Raises ValueError"""
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"{flag}: results are known by the names of files, and one stands twice")
+        raise ValueError(
+            f"{flag}: results are known by the names of files, without folder, ending and slice, "
+            "and one stands twice"
+        )
     return names
 
 

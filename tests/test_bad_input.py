@@ -260,7 +260,8 @@ def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words,
     assert re.findall(r"[(;] ?([\w-]+): --", message) == stating and "paper" not in stating
     values = {"--lr": "--lr 1e-06", "--max-new-tokens": "--max-new-tokens 20480"}
     assert f"dapo: {' '.join(values[flag] for flag in flags)};" in message
-    assert "With --lora-rank give ten times a rate of full training" in message
+    about_lora = "With --lora-rank give ten times a rate of full training" in message
+    assert about_lora is ("--lr" in flags)
 
 
 def test_declared_levels_need_their_highest_numbers(refused):
@@ -311,7 +312,9 @@ def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
 )
 def test_defaults_found_with_the_shipped_model_are_said_for_others(folder, capsys, words, acting):
     """A single level of a foreign model had K = 0.3 and 40 updates, and nothing said so."""
-    own = f"--model toy --data good.jsonl --lr 1 --max-new-tokens 9 --quality 1 {words} --explain"
+    own = (
+        f"--model toy --data good.jsonl --lr 3e-4 --max-new-tokens 9 --quality 1 {words} --explain"
+    )
     train.main(own.split())
     *_, last = capsys.readouterr().out.splitlines()
     flags = "".join(f"  --{flag}" for flag in [*acting, "lr-decay linear"])

@@ -389,7 +389,7 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     error = capsys.readouterr().err
     (said,) = [line for line in error.splitlines() if "out of memory" in line]
     assert f"out of memory while {phase}:" in said and "Traceback" not in error
-    flags = "--slots --micro-batch-tokens --recompute --lora-rank --fsdp --plan"
+    flags = "--slots --micro-batch-tokens --lora-rank --plan"
     assert all(flag in said for flag in flags.split())
     assert "".join(path.name for path in tmp_path.glob("run/checkpoints/*")) == saved
     assert (tmp_path / "run").exists() == (phase != "setting up")

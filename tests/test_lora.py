@@ -301,6 +301,13 @@ def test_merge_rounds_once_to_the_dtype_of_the_base(workshop, tmp_path, base_dty
     workshop("--model whole --lora-rank 0")  # training goes on from it
 
 
+@mark.parametrize("rate, said", [("--lr 3e-4", True), ("", False)])
+def test_a_rate_of_full_training_is_said(workshop, capsys, rate, said):
+    """With it factors would learn a tenth of what they could, in silence. FLAGS have 1e-2."""
+    workshop(rate)
+    assert ("is a rate of full training. With --lora-rank" in capsys.readouterr().out) is said
+
+
 def test_the_reference_is_the_base_and_takes_no_memory(workshop):
     """With factors it would follow the policy, and the penalty would be 0 for ever."""
     found = []

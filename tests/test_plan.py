@@ -244,6 +244,7 @@ def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypa
     with raises(ValueError, match=r"always holds 24.7 GB of the host .* gradients 6.2.* --lora"):
         must_hold(cfg, model, ranks)
     assert helps(cfg) == ["--lora-rank 16"]
+    assert helps(config("--device cpu")) == ["--lora-rank 16"]  # shards share one host's memory
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     words = f"--model {toy_folder} --lr 1 --max-new-tokens 9 --out {tmp_path}/run --device cpu"
     monkeypatch.setattr("model.load_file", lambda _: fail("weights are not read"))
@@ -255,19 +256,41 @@ def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypa
     assert "always holds" in capsys.readouterr().err
 
 
-def test_the_limit_of_a_container_leaves_what_files_have_filled(monkeypatch, tmp_path):
-    """Linux counts the pages of files that were read, such as a model's, and takes them back."""
-    files = {"memory.max": "1000\n", "memory.current": "900\n"}
-    files["memory.stat"] = "anon 200\ninactive_file 650\nactive_file 50\n"
+@mark.parametrize(
+    "own_groups, folder, most, used, stat",
+    [
+        ("0::/", "", "memory.max", "memory.current", ""),
+        ("0::/slurm/job_1", "slurm", "memory.max", "memory.current", ""),
+        (
+            "9:cpu:/\n4:blkio,memory:/docker/1\n0::/",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file 650\n",
+        ),
+    ],
+)
+def test_a_limit_leaves_what_files_have_filled(
+    monkeypatch, tmp_path, own_groups, folder, most, used, stat
+):
+    """Linux counts the pages of files that were read, such as a model's, and takes them back. The
+    limit may be that of a group above the process's own; a container sees its own as the root."""
+    folder = tmp_path / "groups" / folder
+    folder.mkdir(parents=True)
+    files = {most: "1000\n", used: "900\n", "memory.stat": "anon 200\ninactive_file 650\n"}
+    if stat:  # version 1 counts groups below only there
+        files["memory.stat"] = f"inactive_file 10\n{stat}"
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (folder / name).write_text(text)
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8 kB\n")
-    places = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
-    monkeypatch.setattr(memory, "Path", lambda path: places[path])
+    (tmp_path / "own").write_text(own_groups + "\n")
+    for name, path in (("MEMINFO", "meminfo"), ("MY_GROUPS", "own"), ("GROUPS", "groups")):
+        monkeypatch.setattr(memory, name, tmp_path / path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert memory.free_bytes(torch.device("cpu")) == 1000 - 250
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.free_bytes(torch.device("cpu")) == 375
-    (tmp_path / "memory.max").write_text("max\n")
+    (folder / most).write_text("max\n")
     assert memory.free_bytes(torch.device("cpu")) == 4096
 
 
