@@ -292,6 +292,8 @@ def parse_example(record, _):
 
 # ----------------------------------------------------------------------------------------- levels
 
+NEWEST, EVEN = 32, 1 / 9  # of --online: groups of a bin that count; weight that is spread evenly
+
 
 def difficulty(problem, kind):
     """By kind: "pass_rate": 1 - pass rate, in [0, 1]; "level": as declared. None: unknown."""
@@ -360,3 +362,41 @@ class Order:
             chosen += some
             self.drawn += len(some)
         return chosen
+
+
+class Bins:
+    """The order of --online, a control that the paper does not have: levels that choose themselves,
+    without a measurement. The problems of each declared level are a bin, which has an Order. A bin
+    is drawn with a weight that follows the share of its newest groups whose outcomes differed,
+    divided by the tokens that they took. SEC (arXiv 2505.14970) weighs bins by what they teach too,
+    but not by what that costs. `drawn` is all its state: [level, whether outcomes differed, tokens]
+    of each group.
+    """
+
+    def __init__(self, prompts, seed):
+        self.prompts, self.seed, self.drawn = prompts, seed, []
+        self.bins = defaultdict(list)
+        for prompt in prompts:
+            self.bins[prompt.problem.level].append(prompt)
+
+    def draw(self, count):
+        """-> the next prompts"""
+        values, prompts = [], []
+        for level in self.bins:
+            newest = [row for row in self.drawn if row[0] == level][-NEWEST:]
+            _, mixed, tokens = map(sum, zip([0, 0, 1], *newest))
+            values.append(mixed / tokens)
+        even = EVEN * sum(values) / len(values) or 1
+        weights = [even + value for value in values]
+        rng = random.Random(f"{self.seed}/{len(self.drawn)}")
+        for level in rng.choices([*self.bins], weights, k=count):
+            order = Order(self.bins[level], f"{self.seed}/{level}")
+            order.drawn = sum(row[0] == level for row in self.drawn)
+            prompts += order.draw(1)
+            self.drawn = [*self.drawn, [level, False, 0]]
+        return prompts
+
+    def learn(self, groups):
+        """Take note of the groups of the last draw."""
+        for row, group in zip(self.drawn[-len(groups) :], groups):
+            row[1:] = not group.flat, sum(len(c.tokens) for c in group.completions)

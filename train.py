@@ -95,7 +95,7 @@ def draw(run, state, update):
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
         count = min(count, level.buffer_groups - state.buffer.pending)
-    first, requested = order.drawn, []
+    first, requested = state.buffer.counts["drawn"], []
     for draw_number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
         streams = [
             stream(cfg.seed, TRAINING, state.number, draw_number, g)
@@ -118,6 +118,8 @@ def draw(run, state, update):
     scored = run.ranks.share_out(requested, sample_and_score)  # if one process fails, all raise
     groups = [group for _, group in scored]
     prompts = [prompt for prompt, *_ in requested]
+    if cfg.online:
+        order.learn(groups)
     update.drew(prompts, [attempts for attempts, _ in scored], groups)
     return groups
 

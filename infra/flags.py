@@ -89,6 +89,11 @@ class Levels:
     schedule: Literal["sequential", "interleaved"] = flag(
         "levels one after the other, or taking turns [paper]", "sequential"
     )
+    online: bool = flag(
+        "draw more often from those declared levels whose groups are mixed for the fewest tokens, "
+        "see data.Bins; a control, not the paper's method [ours]",
+        False,
+    )
     group_size: list[int] = flag("G_l, completions per prompt [paper]", [16])
     prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]")
     buffer_groups: list[int] = flag(

@@ -72,10 +72,10 @@ def read_data(cfg):
         everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
-    if cfg.difficulty == "level" and all(p.level is None for p in train_set):
+    if (cfg.online or cfg.difficulty == "level") and all(p.level is None for p in train_set):
         raise ValueError(
-            f"--difficulty level: no problem of {cfg.data} has a level; name its column (--columns "
-            "problem=NAME answer=NAME level=NAME), or leave the flag out"
+            f"--difficulty level, --online: no problem of {cfg.data} has a level; name its column "
+            "(--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
         )
     facts = {
         "ungradable_left_out": len(different) - len(train_set),
@@ -141,7 +141,7 @@ def make_levels(cfg, levels, train_set, policy):
                 )
             prompts = fitting(policy, problems)
             too_long += len(problems) - len(prompts)
-        order = data.Order(prompts, f"{cfg.seed}/{number}")
+        order = (data.Bins if cfg.online else data.Order)(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(keep_flat=cfg.filter == "all")
         states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(

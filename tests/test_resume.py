@@ -53,7 +53,8 @@ def workshop(tmp_path_factory, toy_folder):
     shutil.copytree(toy_folder, folder / "toy")
     rows = []
     for i, c in enumerate("0123456789abcdefghij"):
-        rows.append({"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": [0.5, 0.1][i % 2]})
+        row = {"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": [0.5, 0.1][i % 2]}
+        rows.append(row | {"level": i % 3})
     write_lines(folder / "p.jsonl", rows)
     (folder / "r.py").write_text(EVEN)
     assert began(folder, "twice", partial(at_event, None, None)) == 0
@@ -204,11 +205,12 @@ def test_what_a_kill_leaves_half_written_is_cut_off(workshop):
         "--eval-data p.jsonl q.jsonl --eval-samples 2",
         "--lora-rank 2 --kl-coef 0.1",
         "--lora-rank 2 --dtype bfloat16 --save-every 0",
+        "--online",
     ],
 )
 def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, several
-    held-out files, factors that are drawn anew."""
+    held-out files, factors that are drawn anew, what bins have taught."""
     shutil.copy(workshop / "p.jsonl", workshop / "q.jsonl")
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
     killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
