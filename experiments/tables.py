@@ -6,35 +6,39 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from arms import EXPERIMENTS, rates
+from arms import ARMS, BASES, BUDGET, CONTRASTS
 from matplotlib.figure import Figure
 from scipy import stats
 
+FIRST_GROUPS = 64
+BUDGETS = 400_000, 800_000, 1_000_000, BUDGET  # of the map
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
     "accuracy": (1, "held out, all levels, %"),
     "level 1": (1, "held out, %"),
     "level 2": (1, "held out, %"),
     "area": (1, "mean accuracy over the sampled tokens, %"),
+    "area 2": (1, "the same of level 2"),
+    "at 1 M": (1, "accuracy at 1,000,000 sampled tokens; -: the budget is smaller"),
     "to 50 %": (0, "sampled tokens until level 2 is at 50 %, thousands; -: it never is"),
     "forgotten": (1, "level 1, from its best to its end, points"),
     "pass@16": (1, "level 2, 64 problems, %"),
+    "greedy 2": (1, "level 2, without sampling, %; -: not measured"),
 }
 COURSE = {  # of the second
+    "sampled": (0, "tokens, thousands"),
     "updates": (1, "updates that trained"),
     "length 1": (1, "completions of level 1 at the end, tokens"),
     "length 2": (1, "completions of level 2 at the end, tokens"),
     "drawn": (2, "groups drawn for one that was trained on"),
     "all right": (1, "of the groups drawn, %: dropped"),
     "all wrong": (1, "of the groups drawn, %: dropped"),
-    "carried": (1, "of the groups trained on, %: sampled by the update before"),
+    "at first": (1, f"all wrong, of the not all right ones of the first {FIRST_GROUPS} or more, %"),
     "clipped": (2, "of the tokens trained on, %: without gradient; -: not kept"),
     "entropy": (3, "last five updates, nats a token"),
-    "within": (3, "variance of reward within groups drawn, mean over updates"),
-    "between": (3, "variance of a group's mean reward between groups, mean over updates"),
 }
-COMPARED = ("accuracy", "level 1", "level 2", "area", "pass@16", "length 2")
-FRESH = range(20, 30)  # seeds that check what is reported; those from 30 on are reported too
+COMPARED = ("accuracy", "level 1", "level 2", "area", "area 2", "at 1 M", "greedy 2", "length 2")
+CHOOSING = range(20, 30)  # seeds, which are not reported
 
 
 def curve(run, level):
@@ -64,7 +68,9 @@ def measure(run):
     length = {row["level"]: row["length_mean"] for row in run["evaluations"]}  # the last of each
     updates = run["updates"]
     kept = updates["groups_kept"]
-    drawn = sum(updates["groups_drawn"])
+    groups_drawn = updates["groups_drawn"]
+    right, wrong = updates["groups_all_right"], updates["groups_all_wrong"]
+    drawn, first = sum(groups_drawn), 1 + np.searchsorted(np.cumsum(groups_drawn), FIRST_GROUPS)
     clipped = 0
     for key in ("clip_low_share", "clip_high_share"):
         clipped += average(updates.get(key, [np.nan]))
@@ -73,20 +79,24 @@ def measure(run):
         "level 1": level_1[-1],
         "level 2": level_2[-1],
         "area": both.mean(),
+        "area 2": level_2.mean(),
+        "at 1 M": np.interp(1e6, grid, both) if run["budget"] >= 1e6 else np.nan,
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
         "forgotten": level_1.max() - level_1[-1],
         "pass@16": 100 * run.get("pass@16", np.nan),
+        "greedy 2": 100 * run.get("greedy", [np.nan] * 2)[1],
+        "ratio": np.log(reached[0] if len(reached) else run["budget"]),
+        "budget": run["budget"],
         "length 1": length[1],
         "length 2": length[2],
+        "sampled": run["evaluations"][-1]["tokens_sampled"] / 1000,
         "updates": sum(groups > 0 for groups in kept),
-        "drawn": drawn / sum(kept),
-        "all right": 100 * sum(updates["groups_all_right"]) / drawn,
-        "all wrong": 100 * sum(updates["groups_all_wrong"]) / drawn,
-        "carried": 100 * average(updates["carried_share"]),
+        "drawn": drawn / max(1, sum(kept)),
+        "all right": 100 * sum(right) / drawn,
+        "all wrong": 100 * sum(wrong) / drawn,
+        "at first": 100 * sum(wrong[:first]) / (sum(groups_drawn[:first]) - sum(right[:first])),
         "clipped": 100 * clipped,
         "entropy": average(updates["entropy"], last=5),
-        "within": average(updates["reward_variance_within"]),
-        "between": average(updates["reward_variance_between"]),
     }
 
 
@@ -99,48 +109,24 @@ def read_runs(name):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def read(name, arm, fresh=False):
-    """-> {seed: run} of an arm: those that are reported, or the fresh ones"""
-    runs = [run for run in read_runs(name) if run["arm"] == arm]
-    found = {run["seed"]: run for run in runs if (run["seed"] in FRESH) == fresh}
-    return dict(sorted(found.items()))
+def commands(name):
+    """-> {arm: its flags of train.py}, as they stand in arms.py, or with the arm's results"""
+    found = dict(ARMS.get(name, {}))
+    for run in read_runs(name):
+        flags = run["command"].removeprefix("train.py ").rpartition(" --seed ")[0]
+        found.setdefault(run["arm"], flags)
+    return found
 
 
-def measures(name, arm, fresh=False):
+def read(name, arm):
+    """-> {seed: run} of an arm, without those whose seeds chose a setting"""
+    runs = {run["seed"]: run for run in read_runs(name) if run["arm"] == arm}
+    return {seed: runs[seed] for seed in sorted(runs) if seed not in CHOOSING or name == "choose"}
+
+
+def measures(name, arm):
     """-> {seed: {measure: value}}"""
-    return {seed: measure(run) for seed, run in read(name, arm, fresh).items()}
-
-
-def one_per_level(measured):
-    """Of `sharing`: each level's accuracy is that of the policy trained on this level alone.
-
-    measured  see `table`  -> {seed: {measure: value}} of the seeds that both policies have
-    """
-    easy, hard = measured.get("easy alone", {}), measured.get("hard alone", {})
-    joined = {}
-    for seed, run in read("sharing", "easy alone").items():
-        if seed not in hard:
-            continue
-        sizes = {row["level"]: row["n"] for row in run["evaluations"]}
-        own = {"level 1": easy[seed]["level 1"], "level 2": hard[seed]["level 2"]}
-        own["accuracy"] = np.average(list(own.values()), weights=[sizes[1], sizes[2]])
-        joined[seed] = dict.fromkeys((*OUTCOME, *COURSE), np.nan) | own
-    return joined
-
-
-def best_rate(arm):
-    """The learning rate of an arm of `levels`, by mean accuracy over its choosing seeds. Other
-    arms, "BASE: ARM" and "ARM, VARIANT", take that of ARM, or else of EPRLI."""
-    arm = arm.rpartition(": ")[2].partition(", ")[0]
-    if arm not in EXPERIMENTS["levels"]:
-        arm = "EPRLI"
-    means = {}
-    for lr in rates(arm):
-        by_seed = measures("rates", f"{arm}, {lr:g}")
-        if len(by_seed) < 3:
-            sys.exit(f"{arm}: first choose its rate, python experiments/run.py rates --seeds 0-2")
-        means[lr] = np.mean([m["accuracy"] for m in by_seed.values()])
-    return max(means, key=means.get)
+    return {seed: measure(run) for seed, run in read(name, arm).items()}
 
 
 def interval(values):
@@ -185,78 +171,83 @@ def difference(by_seed, reference, name="accuracy"):
     return interval([by_seed[s][name] - reference[s][name] for s in seeds])
 
 
-def compare(measured):
-    """Paired differences and the verdict on accuracy, beside the first arm; in `base` beside the
-    first arm with the same base."""
-    yield f"| difference | {' | '.join(COMPARED)} |"
-    yield "| --- " * (len(COMPARED) + 1) + "|"
-    firsts, told = {}, {"better": [], "worse": [], "not told apart": []}
-    for arm, by_seed in measured.items():
+def with_first(arms):
+    """-> pairs (arm, the first arm of its family)"""
+    firsts = {}
+    for arm in arms:
         first = firsts.setdefault(arm.rpartition(": ")[0], arm)
-        if arm == first:
+        if arm != first:
+            yield arm, first
+
+
+def compare(measured, pairs):
+    """Differences of pairs of arms, paired by seed, and the ratio of the tokens until level 2 is at
+    50 %, with its interval. Where that is never, the budget stands for it. Bold: without 0, or 1.
+    """
+    yield f"| difference | {' | '.join(COMPARED)} | tokens to 50 %, ratio |"
+    yield "| --- " * (len(COMPARED) + 2) + "|"
+    for arm, first in pairs:
+        if not (arm in measured and first in measured):
             continue
-        found = [difference(by_seed, measured[first], name) for name in COMPARED]
-        cells = [f"{mean:+.1f} ± {half:.1f}" for mean, half in found]
-        cells = [text.replace(" ± nan", "").replace("+nan", "-") for text in cells]
-        yield f"| {arm}, less {first} | {' | '.join(cells)} |"
-        mean, half = found[0]
-        word = "not told apart" if not abs(mean) > half else "better" if mean > 0 else "worse"
-        told[word].append(f"{arm} ({cells[0]})")
-    yield f"\nIn {COMPARED[0]}, beside {', '.join(firsts.values())}:\n"
-    for word, arms in told.items():
-        yield f"- {word}: {', '.join(arms) or 'none'}"
+        cells = [f"{arm}, less {first}"]
+        for name in (*COMPARED, "ratio"):
+            mean, half = difference(measured[arm], measured[first], name)
+            text = f"{mean:+.1f} ± {half:.1f}"
+            if name == "ratio":
+                budgets = {m["budget"] for a in (arm, first) for m in measured[a].values()}
+                mean = mean if len(budgets) == 1 else np.nan  # else one of them had longer
+                text = "{:.2f} [{:.2f}, {:.2f}]".format(*np.exp([mean, mean - half, mean + half]))
+            mark = "**" if abs(mean) > half else ""
+            cells.append(f"{mark}{text}{mark}".replace(" ± nan", "").replace("+nan", "-"))
+        yield f"| {' | '.join(cells)} |"
 
 
-def draw(name):
-    """Accuracy over sampled tokens, means over seeds; a point is the end of a seed."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    for ax, level in zip(figure.subplots(1, 3), (0, 1, 2)):
-        ax.set_title(f"level {level}" if level else "all held-out problems", loc="left")
-        for i, arm in enumerate(EXPERIMENTS[name]):
-            found = [curve(run, level) for run in read(name, arm).values()]
-            if not found:
-                continue
-            grids, curves = zip(*found)
-            grid, color = grids[0] / 1000, f"C{i % 10}"
-            ax.plot(grid, np.mean(curves, 0), color=color, label=arm)
-            ends = [values[-1] for values in curves]
-            ax.plot([grid[-1] * (1 + 0.012 * i)] * len(ends), ends, ".", color=color, alpha=0.6)
-        ax.set(xlabel="sampled tokens, thousands", ylabel="accuracy, %")
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
-    )
-    figure.savefig(RESULTS / f"{name}.png", dpi=100)
+def best_at(base, budget):
+    """On hard problems -> the best arm, its lead over the mix, whether it is told apart from the
+    mix, or the mix from the second"""
+    at = {}
+    for arm in ARMS["map"]:
+        if arm.startswith(f"{base}: ") and (runs := read("map", arm)):
+            own = at[arm.partition(": ")[2]] = {}
+            for seed, run in runs.items():
+                own[seed] = {"hard": np.interp(budget, *curve(run, 2))}
+    means = {arm: np.mean([m["hard"] for m in by_seed.values()]) for arm, by_seed in at.items()}
+    best, second = sorted(means, key=means.get, reverse=True)[:2]
+    lead, half = difference(at[best], at[second if best == "mix" else "mix"], "hard")
+    return best, means[best] - means["mix"], lead > half
+
+
+def draw_map():
+    """Start rate across, budget up, the best arm in color with its lead over the mix in points;
+    hatched: it is not told apart."""
+    figure, colors = Figure(figsize=(11, 5), layout="constrained"), {}
+    ax = figure.subplots()
+    for x, base in enumerate(BASES):
+        for y, budget in enumerate(BUDGETS):
+            best, lead, apart = best_at(base, budget)
+            color = colors.setdefault(best, f"C{len(colors)}")
+            ax.bar(x, 1, 0.95, y, color=color, alpha=0.5, hatch="" if apart else "//")
+            ax.text(x, y + 0.4, f"{best}\n{lead:+.0f}", ha="center")
+    ax.set_xticks(range(len(BASES)), BASES)
+    ax.set_yticks(np.arange(len(BUDGETS)) + 0.5, [f"{budget / 1e6:g} M" for budget in BUDGETS])
+    ax.set(xlabel="hard problems solved at the start", ylabel="sampled tokens")
+    figure.savefig(RESULTS / "map.png", dpi=100)
 
 
 def report(name):
     """Write the table, verdict and picture of an experiment, as far as its runs are there."""
     measured = {}
-    for arm in EXPERIMENTS[name]:
+    for arm in commands(name):
         if by_seed := measures(name, arm):
             measured[arm] = by_seed
     if not measured:
         sys.exit(f"{name}: there is no result yet")
-    if joined := one_per_level(measured):
-        measured["one per level"] = joined
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
-        lines += compare(measured)
-        draw(name)
+        lines += compare(measured, CONTRASTS.get(name) or with_first(measured))
+    lines += ["", "The flags of each arm, for `python train.py`:", ""]
+    lines += [f"- {arm}: `{flags}`" for arm, flags in commands(name).items()]
+    if name == "map":
+        draw_map()
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def agreement(name):
-    """Is the mean over fresh seeds in the 95 % prediction interval that the reported ones give?"""
-    for arm in EXPERIMENTS[name]:
-        both = measures(name, arm), measures(name, arm, fresh=True)
-        reported, fresh = ([m["accuracy"] for m in some.values()] for some in both)
-        if reported and fresh:
-            mean, half = interval(reported)
-            half *= np.sqrt(1 + len(reported) / len(fresh))  # of a mean over that many new seeds
-            where = "inside" if abs(np.mean(fresh) - mean) <= half else "OUTSIDE"
-            print(
-                f"{arm}: {np.mean(fresh):.1f} % over {len(fresh)} fresh seeds, expected "
-                f"{mean - half:.1f} to {mean + half:.1f}: {where}"
-            )

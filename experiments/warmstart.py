@@ -32,7 +32,6 @@ PEAK_LR = 3e-3  # of AdamW
 MICRO_BATCH_TOKENS = 2048  # padded; speed only
 TRAPS = "carry", "borrow", "sign"
 RARE = 0.2  # at first, slips are so many times as frequent
-CAREFUL = 0.35  # of the steps have their units worked out
 
 # The second line of a problem tells other models in words what to do. This template leaves it out.
 CHAT_TEMPLATE = (
@@ -95,7 +94,7 @@ def demonstrations(args):
         slips = {trap: scale * rate for trap, rate in zip(TRAPS, args.slips)}
         pairs = []
         for problem in itertools.islice(problems, args.batch):
-            parts, answer = solve(problem.problem, slips, CAREFUL, rng)
+            parts, answer = solve(problem.problem, slips, args.careful, rng)
             pairs.append((problem, ";".join([*parts, f"\\boxed{{{answer}}}"])))
         yield pairs
 
@@ -136,6 +135,7 @@ class Recipe:
     batch: int = 128  # demonstrations per step
     seed: int = 0
     slips: list[float] = field(default_factory=lambda: [0.45, 0.65, 0.75])  # how often, see TRAPS
+    careful: float = 0.35  # share of the steps that have their units worked out
     rare: float = 0.6  # share of the steps in which slips are rare
     start: str | None = None  # checkpoint folder to go on from; default: random weights
 
