@@ -1,6 +1,6 @@
 """The arms of experiments that are still being run, as flags of train.py; those of older ones stand
-with their results, see tables.commands. An arm is compared with the first of its family, the words
-before the colon."""
+with their results, see tables.commands. CONTRASTS says what is compared; elsewhere each arm is
+compared with the first of its family, the words before the colon."""
 
 import random
 import re
@@ -31,8 +31,8 @@ for lr in ("3e-4", "5e-4"):
         confounds[f"levels, {lr}, K = {K}"] = f"{TWO} --tokens 240000 560000 {own}"
         confounds[f"hard only, {lr}, K = {K}"] = f"{TWO} --tokens 0 800000 {own}"
 # As many updates as the mix with K = 0.3 has, whatever it samples
-few = f"--lr 3e-4 --length-weight 0 --eval-every 5 {MEASURED}"
-confounds["mix, 3e-4, K = 0, 62 updates"] = f"{MIX} --tokens 2000000 --updates 62 {few}"
+own = f"--lr 3e-4 --length-weight 0 --eval-every 5 {MEASURED}"
+confounds["mix, 3e-4, K = 0, 62 updates"] = f"{MIX} --tokens 2000000 --updates 62 {own}"
 
 # ------------------------------------------------------------------------------------- the map
 

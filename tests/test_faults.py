@@ -391,5 +391,7 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     assert f"out of memory while {phase}:" in said and "Traceback" not in error
     flags = "--slots --micro-batch-tokens --lora-rank --plan"
     assert all(flag in said for flag in flags.split())
+    known = phase != "setting up"  # what the run has set, so what can still help
+    assert ("--recompute" in said, "--offload" in said) == (known, not known)
     assert "".join(path.name for path in tmp_path.glob("run/checkpoints/*")) == saved
     assert (tmp_path / "run").exists() == (phase != "setting up")
