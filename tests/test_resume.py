@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
@@ -213,6 +214,10 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     held-out files, factors that are drawn anew, what bins have taught."""
     shutil.copy(workshop / "p.jsonl", workshop / "q.jsonl")
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
+    if flags == "--online":  # a group that was drawn and not learned of has no tokens
+        *_, last = sorted((workshop / "settled/checkpoints").iterdir())
+        drawn = json.loads((last / "state.json").read_text())["levels"][0]["drawn"]
+        assert len(drawn) > 5 and all(tokens > 0 for _, _, tokens in drawn)
     killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
     ends_the_same(workshop, "killed", "settled")
 
