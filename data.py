@@ -384,8 +384,8 @@ class Bins:
         values, prompts = [], []
         for level in self.bins:
             newest = [row for row in self.drawn if row[0] == level][-NEWEST:]
-            _, mixed, tokens = map(sum, zip([0, 0, 1], *newest))
-            values.append(mixed / tokens)
+            mixed, tokens = sum(row[1] for row in newest), sum(row[2] for row in newest)
+            values.append(mixed / (1 + tokens))
         even = EVEN * sum(values) / len(values) or 1
         weights = [even + value for value in values]
         rng = random.Random(f"{self.seed}/{len(self.drawn)}")
@@ -399,4 +399,4 @@ class Bins:
     def learn(self, groups):
         """Take note of the groups of the last draw."""
         for row, group in zip(self.drawn[-len(groups) :], groups):
-            row[1:] = not group.flat, sum(len(c.tokens) for c in group.completions)
+            row[1:] = group.mixed, sum(len(c.tokens) for c in group.completions)

@@ -1,7 +1,7 @@
 """EPRLI (arXiv 2508.01604), the equations and the curriculum: pure functions, and small records.
 
     A_i = (r_i - mean_G r) / (std_G r + 1e-6)                      group_advantage
-    r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_reward
+    r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_term
     J_l = 1/B sum_i 1/T_i sum_t min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A)  (Eq. 1)
                                                                    clipped_objective, loss_weight
     fill a buffer with N_l groups whose R_l differ (DAPO)          Buffer
@@ -70,7 +70,7 @@ LEVEL_DEFAULTS = {
     "length_weight": [0.0, 0.3],
     "updates": [20, 40],
 }
-# Updates in a row that may fail to fill a buffer, before the level ends (7)
+# Updates in a row that may fail to fill a buffer, before the level ends: see 7 above
 MOST_SKIPS = 3
 
 
@@ -80,9 +80,9 @@ class Level:
 
     Len_l is the limit of a completion (or what is left of the context, if that is less), in the
     sampler and in the length rewards `overlong` and `cosine`. It is the divisor of the loss norm
-    `constant`. The largest Len_l is the limit of held-out completions, unless that is given, here
-    and in eval.py --like; with it, --plan and the default --slots count memory, and the pass rates
-    should have been measured. Len_l / 5 is the default of overlong_cache.
+    `constant`. Len_l / 5 is the default of overlong_cache. Unless --eval-max-new-tokens is given,
+    the largest Len_l limits held-out completions, in training and in eval.py --like. --plan and the
+    default --slots calculate memory with it, and pass rates should be measured with it.
     """
 
     quality: float  # Q_l    upper bound of difficulty
@@ -141,7 +141,7 @@ def cosine_length_reward(length, correct, stopped, max_new_tokens):
     return torch.where(stopped, torch.where(correct, shape, -shape), torch.full_like(shape, -0.5))
 
 
-def length_reward(kind, length, correct, stopped, max_new_tokens, cache):
+def length_term(kind, length, correct, stopped, max_new_tokens, cache):
     """The unweighted length term of one group or of many: (..., G) each -> (..., G) float."""
     if kind == "overlong":
         return overlong_penalty(length, max_new_tokens, cache)
@@ -261,6 +261,11 @@ class Group:
         logprobs = (x for c in self.completions for x in c.logprobs)
         return bool(self.reward.isfinite().all()) and all(map(math.isfinite, logprobs))
 
+    @property
+    def mixed(self):
+        """Something to learn from."""
+        return self.finite and not self.flat
+
 
 class Buffer:
     """The dynamic buffer of one level: groups that wait for their update.
@@ -280,7 +285,7 @@ class Buffer:
     def add(self, groups):
         """Take in groups in the order of their drawing.
 
-        Flat groups are dropped (all right: their common outcome is above 0), and so are broken
+        Flat groups are dropped (all right: their common outcome is 1 or more), and so are broken
         ones, which hold a number that is not finite.
         """
         for group in groups:
@@ -288,16 +293,16 @@ class Buffer:
             if not group.finite:
                 self.counts["broken"] += 1
             elif group.flat and not self.keep_flat:
-                self.counts["all_right" if group.outcome[0] > 0 else "all_wrong"] += 1
+                self.counts["all_right" if group.outcome[0] >= 1 else "all_wrong"] += 1
             else:
                 self.groups.append(group)
 
-    def expire(self, trained, max_age=1):
+    def expire(self, num_trained, max_age=1):
         """Drop what was sampled more than max_age updates ago.
 
-        trained  updates that the policy has been trained on by now
+        num_trained  updates that the policy has been trained on by now
         """
-        old = [g for g in self.groups if trained - g.sampled_after > max_age]
+        old = [g for g in self.groups if num_trained - g.sampled_after > max_age]
         self.remove(old, "stale")
 
     def oldest(self, num_groups):
@@ -326,7 +331,7 @@ class LevelState:
     order: object  # in which its prompts are drawn, see data.Order
     reward: object  # R_l, see rewards.Reward
     buffer: Buffer
-    trained: int = 0  # updates of this level that changed the policy
+    num_trained: int = 0  # updates of this level that changed the policy
     tokens_sampled: int = 0  # in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
@@ -335,24 +340,28 @@ class LevelState:
     @property
     def progress(self):
         """Share of the level's budget that is used up: of updates or of tokens, the larger."""
-        budgets = (self.trained, self.level.updates), (self.tokens_sampled, self.level.tokens)
-        return max(min(1, used / of) if of else 1 for used, of in budgets if of is not None)
+        budgets = (self.num_trained, self.level.updates), (self.tokens_sampled, self.level.tokens)
+        shares = []
+        for used, budget in budgets:
+            if budget is not None:
+                shares.append(min(1, used / budget) if budget else 1)
+        return max(shares)
 
     @property
     def lr_position(self):
-        """(trained, progress, extended) for `learning_rate`.
+        """(num_trained, progress, extended) for `learning_rate`.
 
         Where --resume --updates has extended a budget, progress begins anew at the end of the old
         budget.
         """
         if not self.extended_after:
-            return self.trained, self.progress, False
+            return self.num_trained, self.progress, False
         begin = 0
         for end in (*self.extended_after, self.level.updates):
-            if self.trained < end:
+            if self.num_trained < end:
                 break
             begin = end
-        return self.trained, (self.trained - begin) / (end - begin), begin > 0
+        return self.num_trained, (self.num_trained - begin) / (end - begin), begin > 0
 
     @property
     def over(self):
@@ -365,7 +374,7 @@ class LevelState:
         """
         self.last_update = update
         self.tokens_sampled += tokens_sampled
-        self.trained += changed_policy
+        self.num_trained += changed_policy
         self.skips = 0 if changed_policy or given_up else self.skips + 1
         if self.over:
             self.buffer.remove(self.buffer.groups, "stale")
@@ -382,14 +391,14 @@ def next_level(states, schedule):
     return left[0] if left else None
 
 
-def learning_rate(cfg, trained, progress, extended=False):
+def learning_rate(cfg, num_trained, progress, extended=False):
     """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
-    trained   updates of the level that changed the policy so far
-    progress  share of the level's budget that is used up, in [0, 1)
-    extended  whether it is in updates that --resume --updates has added: they have no warm-up
+    num_trained  updates of the level that changed the policy so far
+    progress     share of the level's budget that is used up, in [0, 1)
+    extended     whether it is in updates that --resume --updates has added: they have no warm-up
     """
-    warm_up = 1.0 if extended else min(1.0, (trained + 1) / max(cfg.warmup, 1))
+    warm_up = 1.0 if extended else min(1.0, (num_trained + 1) / max(cfg.warmup, 1))
     rate = cfg.lr * warm_up
     if cfg.lr_decay == "none":
         return rate
@@ -408,6 +417,7 @@ def resolve_levels(cfg, measured):
     measured  whether some training problem has a pass rate
     """
     values = level_values(cfg, measured)
+    # These say how many levels there are; the other defaults fit any number of levels.
     binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
     num_levels = max(len(values[name]) for name in binding)
     for name in binding:

@@ -8,9 +8,6 @@
 
 `torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
 evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its state.
-
-Training, evaluation and the measurement of difficulty share `attempt`: the same template, sampler
-and grader.
 """
 
 import contextlib
@@ -47,9 +44,9 @@ from parts.policy import (
     attempt,
     default_dtype,
     digest,
+    evaluation_requests,
     is_shipped,
     must_be_finite,
-    requests,
 )
 from parts.statistics import SETTINGS, by_name, interval, majority, measure, shown
 from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
@@ -126,6 +123,9 @@ def flags_of(run):
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split() if name in config}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
+        if config["difficulty"] == "pass_rate":  # else levels have their declared numbers
+            qualities = [level["quality"] for level in config["levels"]]
+            flags["quality"] = config["eval_quality"] or qualities
         if config.get("eval_data"):
             flags["data"] = config["eval_data"]
         if len(set(config.get("reward", []))) == 1:  # else give the one that is meant
@@ -261,7 +261,7 @@ def sample_rest(args, policy, files, log, ranks):
     work = []  # ((file, problem id, name of its level), request)
     for path, prompts in files.items():
         levels = data.level_names([p.problem for p in prompts], args.quality)
-        for request in requests(args.seed, prompts, args.samples, reward, args.purpose):
+        for request in evaluation_requests(args.seed, prompts, args.samples, reward, args.purpose):
             name = request[0].problem.id
             work.append(((path, name, levels.get(name)), request))
 
@@ -272,7 +272,7 @@ def sample_rest(args, policy, files, log, ranks):
             scorer,
             asked,
             sampling,
-            beside=args.reward_held_out,
+            verifier_too=bool(args.reward_held_out),
             show_progress=ranks.first,
         )
         rows = []
@@ -311,7 +311,7 @@ def summarise(results, k):
     print(f"{results[0]['n']} samples a problem, 95 % intervals over problems")
     levels = {result["level"] for result in results} - {None}
     summary = {}
-    for level in [*sorted(levels), "all"]:
+    for level in [*sorted(levels, key=lambda name: float(name.split()[1])), "all"]:
         part = [measure(some, k) for some in results if level in (some["level"], "all")]
         summary[level] = {name: interval(values) for name, values in by_name(part).items()}
         cells = [f"{name} {shown(name, values)}" for name, values in summary[level].items()]

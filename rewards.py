@@ -444,7 +444,7 @@ class Score:
 
 
 class Scorer:
-    """R_l of completions, group by group, while others are still sampled."""
+    """R_l of completions, group by group. A user's function runs while others are still sampled."""
 
     def __init__(self, flags):
         self.grader = Grader(allow_last_number=flags.allow_last_number)
@@ -452,18 +452,18 @@ class Scorer:
             flags.reward_workers, flags.reward_timeout, flags.reward_retry, flags.reward_tries
         )
 
-    def begin(self, reward, problem, opening, responses, beside=None):
+    def begin(self, reward, problem, opening, responses, verifier_too=False):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]
 
-        opening  what the prompt has begun of the completions' text
-        beside   MATH: ask the verifier too
+        opening       what the prompt has begun of the completions' text
+        verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
         """
-        answers = [self.grader.extract(opening + text) for text in responses]
-        cases = [(problem.gold, answer) for answer in answers]
+        extracted = [self.grader.extract(opening + text) for text in responses]
+        cases = [(problem.gold, answer) for answer in extracted]
         if not reward.function:
             return lambda: [
                 Score(float(verdict == RIGHT), verdict, answer)
-                for verdict, answer in zip(self.grader.compare(cases), answers)
+                for verdict, answer in zip(self.grader.compare(cases), extracted)
             ]
         # Calls share nothing, so that a record which one changes is not changed for another.
         records, calls = [copy.deepcopy(problem.record()) for _ in responses], []
@@ -471,8 +471,8 @@ class Scorer:
             calls.append(self.calls.submit(reward, problem.id, *arguments))
 
         def finish():
-            scores = own_scores(reward, problem, answers, [call.result() for call in calls])
-            if beside:
+            scores = own_scores(reward, problem, extracted, [call.result() for call in calls])
+            if verifier_too:
                 for score, verdict in zip(scores, self.grader.compare(cases)):
                     score.values[MATH] = float(verdict == RIGHT)
             return scores
@@ -486,23 +486,24 @@ class Scorer:
         self.grader.close()
 
 
-def own_scores(reward, problem, answers, returned):
+def own_scores(reward, problem, extracted, returned):
     """The scores of a group by a user's R_l. If one comes late, all do.
 
-    returned  by the call of each completion, or by that of the group
+    extracted  what stands in the box of each completion, or None
+    returned   by the call of each completion, or by that of the group
     """
     if any(value is OVER for value in returned):
-        return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in answers]
+        return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in extracted]
     scores = []
     try:
         values = list(*returned) if reward.lists else returned
-        if len(values) != len(answers):
-            raise ValueError(f"{len(values)} numbers for {len(answers)} responses")
-        for value, answer in zip(values, answers):
+        if len(values) != len(extracted):
+            raise ValueError(f"{len(values)} numbers for {len(extracted)} responses")
+        for value, answer in zip(values, extracted):
             outcome, parts = reward.total(value)
             verdict = RIGHT if outcome >= 1 else WRONG
-            values = {"R_l": outcome, **parts, "late": 0.0}
-            scores.append(Score(outcome, verdict, answer, values))
+            reported = {"R_l": outcome, **parts, "late": 0.0}
+            scores.append(Score(outcome, verdict, answer, reported))
     except Exception as error:
         raise failure(reward, problem.id, error) from error
     return scores

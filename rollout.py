@@ -36,9 +36,9 @@ class Completion:
 
 
 def stream(*counters):
-    """A 64-bit key for non-negative integers, such as (run seed, purpose, level, draw, sample).
+    """A 64-bit key for non-negative integers, such as (run seed, purpose, level, group, sample).
 
-    Each purpose has its own number of counters: trailing zeros do not count.
+    Trailing zeros do not count, so one purpose always passes equally many: (1, 2) is (1, 2, 0).
     """
     return np.random.SeedSequence(counters).generate_state(1, np.uint64)[0]
 
@@ -119,7 +119,7 @@ class KVCache:
         return self.k[0].shape[2]
 
     def fit(self, length):
-        """Make room for positions below length, or less room, if it was for twice as many."""
+        """Make room for `length` positions; give room back if less than half of it is used."""
         if length <= self.room <= max(ROOM, 2 * length):
             return
         change = round_up(min(length + length // 8, self.longest), ROOM) - self.room
@@ -211,7 +211,7 @@ def capture(step, device):
 class SharedPrompt:
     """A prompt and where its keys and values are.
 
-    Once it is prefilled, and as long as some of its samples wait, a slot keeps it to be copied.
+    Once it is prefilled, and as long as some of its sequences wait, a slot keeps it to be copied.
     """
 
     tokens: list
@@ -242,13 +242,13 @@ class Sequence:
 
 
 class Slots:
-    """The decoding rows: slot i decodes one sample and uses row i of the KV cache.
+    """The decoding rows: slot i decodes one sequence and uses row i of the KV cache.
 
-    groups   the samples of each prompt
+    groups   the sequences of each prompt
     running  a Sequence per slot, or None where it is idle
-    waiting  samples without a slot, group by group
-    fed      (2, rows): what the model is fed next, a token and its position. What an idle row is
-             fed does no harm: it stands behind the prompt that the row may keep
+    waiting  sequences without a slot, group by group
+    fed      (2, rows): what the model is fed next, a token and its position. An idle row is fed
+             too, at the position after the prompt that it may keep, so that this is not overwritten
 
     The cache and the next-token logits (rows, V) stay on the device; each token costs one small
     copy to the host.
@@ -261,10 +261,10 @@ class Slots:
             prompt = SharedPrompt(tokens, number)
             limits = np.broadcast_to(limit, len(streams)).tolist()
             self.groups.append([Sequence(prompt, *each) for each in zip(streams, limits)])
-        self.waiting = deque(sample for sample in chain(*self.groups) if sample.limit)
-        self.slots = rows = max(MIN_ROWS, min(slots, len(self.waiting)))
+        self.waiting = deque(sequence for sequence in chain(*self.groups) if sequence.limit)
+        rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
-        longest = max((sample.filled + sample.limit for sample in self.waiting), default=0)
+        longest = max((sequence.filled + sequence.limit for sequence in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
         self.fed = np.zeros((2, rows), np.int64)
@@ -272,19 +272,19 @@ class Slots:
 
     @property
     def live(self):
-        return [slot for slot, sample in enumerate(self.running) if sample]
+        return [slot for slot, sequence in enumerate(self.running) if sequence]
 
     def refill(self):
-        """Give every idle slot the next waiting sample."""
+        """Give every idle slot the next waiting sequence."""
         if not self.waiting:
             return
-        idle = [slot for slot, sample in enumerate(self.running) if not sample]
-        # The slot that keeps a prompt comes first, so that only a sample of this prompt gets it.
+        idle = [slot for slot, sequence in enumerate(self.running) if not sequence]
+        # The slot that keeps a prompt comes first, so that only a sequence of this prompt gets it.
         idle.sort(key=lambda slot: slot != self.waiting[0].prompt.slot)
         placed = defaultdict(list)  # prompt -> its new slots
         for slot in idle[: len(self.waiting)]:
-            sample = self.running[slot] = self.waiting.popleft()
-            placed[sample.prompt].append(slot)
+            sequence = self.running[slot] = self.waiting.popleft()
+            placed[sequence.prompt].append(slot)
         new = [prompt for prompt in placed if prompt.slot is None]
         new.sort(key=lambda prompt: len(prompt.tokens))
         while new:  # the longest ones first
@@ -323,9 +323,9 @@ class Slots:
 
     def advance(self, temperature, top_k, top_p):
         """Sample the next token of every slot."""
-        samples = [sample or Sequence(None, 0, 0) for sample in self.running]
-        keys = np.array([sample.key for sample in samples], np.uint64)
-        positions = np.array([len(sample.tokens) for sample in samples])
+        sequences = [sequence or Sequence(None, 0, 0) for sequence in self.running]
+        keys = np.array([sequence.key for sequence in sequences], np.uint64)
+        positions = np.array([len(sequence.tokens) for sequence in sequences])
         u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
         parts = in_cache(self.logits)
         chosen = []
@@ -333,19 +333,19 @@ class Slots:
             tokens, logprobs = choose(logits, some, temperature, top_k, top_p)
             chosen.append(torch.stack([tokens.double(), logprobs.double()]))
         chosen = torch.cat(chosen, 1).tolist()  # one GPU sync
-        for sample, token, logprob in zip(samples, *chosen):
-            sample.tokens.append(int(token))
-            sample.logprobs.append(logprob)
+        for sequence, token, logprob in zip(sequences, *chosen):
+            sequence.tokens.append(int(token))
+            sequence.logprobs.append(logprob)
 
     def retire(self, stop_ids):
-        """Free the slots whose completion stopped or ran out; yields their samples."""
+        """Free the slots whose completion stopped or ran out; yields their sequences."""
         for slot in self.live:
-            sample = self.running[slot]
-            sample.stopped = sample.tokens[-1] in stop_ids
-            if sample.finished:
-                yield sample
+            sequence = self.running[slot]
+            sequence.stopped = sequence.tokens[-1] in stop_ids
+            if sequence.finished:
+                yield sequence
                 self.running[slot] = None
-                self.fed[1, slot] = len(sample.prompt.tokens)
+                self.fed[1, slot] = len(sequence.prompt.tokens)
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
@@ -360,8 +360,8 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         for slot in self.live:
-            sample = self.running[slot]
-            self.fed[:, slot] = sample.tokens[-1], sample.filled - 1
+            sequence = self.running[slot]
+            self.fed[:, slot] = sequence.tokens[-1], sequence.filled - 1
         self.cache.fit(self.fed[1].max() + 1)
         fed = torch.from_numpy(self.fed)
         if self.captured is not self.cache.k[0]:  # the first step, or tensors have moved
@@ -411,10 +411,10 @@ def sample(
             work.refill()
             work.advance(temperature, top_k, top_p)
             retired = list(work.retire(stop_ids))
-            for sample in retired:
-                on_tokens(len(sample.tokens))
-            for number in dict.fromkeys(sample.prompt.number for sample in retired):
-                if all(sample.finished for sample in work.groups[number]):
+            for sequence in retired:
+                on_tokens(len(sequence.tokens))
+            for number in dict.fromkeys(sequence.prompt.number for sequence in retired):
+                if all(sequence.finished for sequence in work.groups[number]):
                     on_group(number, completions(work.groups[number]))
             work.compact()
             if work.live:

@@ -24,15 +24,15 @@ from eprli import (
     group_advantage,
     kl_penalty,
     learning_rate,
-    length_reward,
+    length_term,
     loss_weight,
     next_level,
 )
 from infra.command import run_command
-from infra.ranks import Stop
 from infra.update import NotFinite
 from model import pad
-from parts.policy import TRAINING, Sampling, attempt, means, requests
+from parts.files import Stop
+from parts.policy import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
 from parts.statistics import by_name, interval
 from rewards import LATE
 from rollout import Completion, stream
@@ -40,7 +40,7 @@ from rollout import Completion, stream
 # Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
 # of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
 MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.05}
-# What `objective` logs, and how it adds up over micro-batches and processes.
+# What `objective` logs: over micro-batches and processes, SUMS are added and PEAKS compared.
 SUMS = ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh")
 PEAKS = ("ratio_max", "gap_max")
 
@@ -63,7 +63,7 @@ def train(run):
         update = run.start_update(state, learning_rate(cfg, *state.lr_position))
         try:
             # drop groups that were sampled more than one update ago
-            buffer.expire(run.trained, max_age=0 if cfg.surplus == "drop" else 1)
+            buffer.expire(run.num_trained, max_age=0 if cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, G_l completions of each, r_i = R_l + K_l length_l, A_i
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
@@ -78,8 +78,9 @@ def train(run):
                 buffer.remove(groups, "kept")
         except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
             update.fault = fault
-            buffer.remove(fault.groups, "broken")  # that it was learning from, if it got there
-        # A signal or a Stop ends the run here: infra/command.py takes the update back, and saves.
+            # the groups that it was training on; none if it was still drawing
+            buffer.remove(fault.groups, "broken")
+        # A signal or a Stop passes through: infra/command.py takes the update back, and saves.
         run.end_update(update)  # counted and logged
 
 
@@ -95,10 +96,11 @@ def draw(run, state, update):
     count = level.prompts
     if cfg.surplus == "missing" and update.draws:
         count = min(count, level.buffer_groups - state.buffer.pending)
-    first, requested = state.buffer.counts["drawn"], []
-    for draw_number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
+    first = state.buffer.counts["drawn"]  # groups of this level so far
+    requested = []
+    for group_number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
         streams = [
-            stream(cfg.seed, TRAINING, state.number, draw_number, g)
+            stream(cfg.seed, TRAINING, state.number, group_number, g)
             for g in range(level.group_size)
         ]
         requested.append((prompt, streams, state.reward))
@@ -120,7 +122,7 @@ def draw(run, state, update):
     prompts = [prompt for prompt, *_ in requested]
     if cfg.online:
         order.learn(groups)
-    update.drew(prompts, [attempts for attempts, _ in scored], groups)
+    update.add_draw(prompts, [attempts for attempts, _ in scored], groups)
     return groups
 
 
@@ -128,7 +130,7 @@ def make_group(run, level, prompt, attempts):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, and A_i, as a Group."""
     outcome = torch.tensor([a.score.outcome for a in attempts], dtype=torch.float64)
     limit = min(level.max_new_tokens, run.policy.room(prompt))
-    length_term = level.length_weight * length_reward(
+    length_reward = level.length_weight * length_term(
         run.cfg.length_kind,
         torch.tensor([a.length for a in attempts], dtype=torch.float64),
         outcome >= 1,
@@ -140,9 +142,9 @@ def make_group(run, level, prompt, attempts):
         prompt=prompt.tokens,
         completions=[a.completion for a in attempts],
         outcome=outcome,
-        length_reward=length_term,
-        advantage=group_advantage(outcome + length_term, run.cfg.adv_std),
-        sampled_after=run.trained,
+        length_reward=length_reward,
+        advantage=group_advantage(outcome + length_reward, run.cfg.adv_std),
+        sampled_after=run.num_trained,
         late=attempts[0].score.verdict == LATE,  # then all are
     )
 
@@ -166,8 +168,8 @@ def learn(run, state, groups, update):
     run.doing = "learning"
     samples = []  # one list for each group
     for group in groups:
-        fresh = group.sampled_after == run.trained
-        update.carried += not fresh
+        fresh = group.sampled_after == run.num_trained
+        update.num_carried += not fresh
         pairs = zip(group.completions, group.advantage.tolist())
         samples.append([Sample(group, completion, A, fresh) for completion, A in pairs])
     for step in minibatches(cfg, state.level.inner_epochs, samples, update.number):
@@ -217,7 +219,7 @@ def accumulate_gradient(run, level, step):
     The step's sum is divided once, by counts of the whole step. So how the learner cuts it into
     micro-batches, over processes and threads, changes nothing.
 
-    -> {name: sum over the step's tokens; objective}, {name: maximum}: of all processes, on each
+    -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """
     counts = len(step), sum(len(s.completion.tokens) for s in step)
 
@@ -277,14 +279,14 @@ def evaluate(run):
             run.scorer,
             share,
             sampling,
-            beside=cfg.reward_held_out,
+            verifier_too=bool(cfg.reward_held_out),
             show_progress=ranks.first,
         )
-        return [means(attempts) for attempts in done]
+        return [means_of_problem(p.problem.id, a) for (p, *_), a in zip(share, done)]
 
     work, rows = [], []
     for _, prompts, reward in run.held_out:
-        work += requests(cfg.seed, prompts, cfg.eval_samples, reward)
+        work += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
     done = iter(ranks.share_out(work, sample_and_score))
     for labels, prompts, _ in run.held_out:
         values = by_name(itertools.islice(done, len(prompts)))
@@ -295,7 +297,7 @@ def evaluate(run):
         if values:  # of an R_l that is not the verifier's
             row["means"] = {name: interval(numbers) for name, numbers in values.items()}
         rows.append(row)
-    run.evaluated(rows)
+    run.add_evaluation(rows)
 
 
 def draw_run(out):

@@ -28,8 +28,9 @@ import torch
 
 from infra.flags import explain, make_parser, read_flags
 from infra.memory import helps, memory_table
-from infra.ranks import Ranks, Stop, is_first, refuse, silence_others
+from infra.ranks import Ranks, is_first, refuse, silence_others
 from infra.setup import resume_run, start_run
+from parts.files import Stop
 from parts.inputs import read_data
 
 
@@ -76,7 +77,7 @@ def train_and_save(train, run):
                 train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
-            state = run.directory.last_good() if run.broken else "the state is saved"
+            state = run.directory.last_good() if run.num_broken else "the state is saved"
             ended = f"interrupted: {state}, --resume {run.directory.out} goes on"
         except Stop as stop:
             code, ended = 1, str(stop)
@@ -84,12 +85,12 @@ def train_and_save(train, run):
                 traceback.print_exception(stop.__cause__)
         run.take_back()
         try:
-            if not run.broken:  # else the last good checkpoint is better
+            if not run.num_broken:  # else the last good checkpoint is better
                 with memory_explained(run):
                     run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
-    if run.broken and not code:
+    if run.num_broken and not code:
         code, ended = 1, "the run ended while its numbers were not finite"
     run.scorer.close()
     if run.tracker:
@@ -122,7 +123,7 @@ def say_results(run, ended):
     out = run.directory.out
     if run.evaluations:
         print(run.table())
-    if run.broken:
+    if run.num_broken:
         print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
     elif run.saved:
         print(f"model:   {out / 'checkpoints' / run.saved}")

@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infra.ranks import Stop
-from parts.files import force_to_disk, sha256, write_records
+from parts.files import Stop, force_to_disk, sha256, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
 CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names

@@ -26,7 +26,10 @@ from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
 
 SLOTS = range(256, 0, -MIN_ROWS)  # of which the first that fits is chosen
-MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a micro-batch that are chosen, measured on CPUs
+MOST_TOKENS = {
+    "cpu": 2048,
+    "cuda": 32768,
+}  # of a micro-batch that `settle` chooses; the CPU's was measured
 SHARE = 0.9  # of the free memory that a run may plan with: the plan is right to some 10 %
 
 
@@ -57,8 +60,9 @@ def softmax_bytes(device, rows, vocabulary, wide):
     return 3 * wide * rows * vocabulary
 
 
-def micro_batch(cfg, level, model, prompt, size, wide):
-    """A full one: completions of one length, of one prompt or several. -> {what: bytes}"""
+def learning_bytes(cfg, level, model, prompt, size, wide):
+    """While a full micro-batch is learned: completions of one length, of one prompt or several.
+    -> {what: bytes}"""
     config, num_layers = model.config, len(model.model.layers)
     vocabulary, hidden = config.vocab_size, config.hidden_size
     per_token, per_key = layer_bytes(model, size, wide)
@@ -112,12 +116,14 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     layers = model.model.layers
     size = model.lm_head.weight.itemsize  # bytes of a weight or activation
     wide = max(size, 4)  # of a master, norm or log-prob: float32 at least
-    level = max(levels, key=lambda level: level.max_new_tokens)
-    longest = max(level.max_new_tokens, (cfg.eval_max_new_tokens or 0) if held_out else 0)
+    longest = max(level.max_new_tokens for level in levels)
+    if held_out:
+        longest = max(longest, cfg.eval_max_new_tokens or 0)
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
     rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes) * cfg.eval_samples))
     sampling = sampling_bytes(cfg.device, model, rows, prompt + longest)
-    learning = micro_batch(cfg, level, model, prompt, size, wide)
+    by_level = [learning_bytes(cfg, level, model, prompt, size, wide) for level in levels]
+    learning = max(by_level, key=total)
     if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         learning["gathered layers"] = gathered * (2 + wide // size)
@@ -252,7 +258,7 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
     return cfg
 
 
-def settled(cfg, states, held_out, policy, ranks):
+def settle_on_all(cfg, states, held_out, policy, ranks):
     """`settle` for a run whose weights are loaded, the same on all processes.
 
     states  [LevelState, ...];  held_out  see parts/inputs.py, cut_held_out
@@ -260,7 +266,7 @@ def settled(cfg, states, held_out, policy, ranks):
     prompts = [prompt for _, part, _ in held_out for prompt in part]
     held_out = len(prompts) if cfg.eval_every != 0 else 0
     prompts += [prompt for state in states for prompt in state.order.prompts]
-    longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+    longest = max((len(p.tokens) for p in prompts if policy.room(p)), default=0)
     described, levels = to_plan(cfg, [state.level for state in states])
     free = min(ranks.gather(free_bytes(ranks.device))) + nbytes(policy.model)
     shape = levels, policy.model, longest, held_out, ranks.size

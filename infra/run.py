@@ -16,11 +16,12 @@ from data import name_level
 from eprli import MOST_SKIPS, Group
 from infra.directory import RunDirectory
 from infra.flags import Config
-from infra.ranks import Ranks, Stop
+from infra.ranks import Ranks
 from infra.tracker import Tracker
 from infra.update import Update
 from model import PART_BYTES, Transformer
 from parts import lora
+from parts.files import Stop
 from parts.optimizer import Learner
 from parts.policy import Policy
 from parts.statistics import shown
@@ -30,8 +31,9 @@ from rollout import Completion
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
-COUNTERS = ("trained", "tokens_sampled", "skips", "last_update")  # of a LevelState
-PROGRESS = ("num_updates", "broken", "evaluation_due", "evaluations", "first_entropy")  # of a Run
+# Of a Run and of a LevelState, in state.json
+PROGRESS = ("num_updates", "num_broken", "evaluation_due", "evaluations", "first_entropy")
+COUNTERS = ("num_trained", "tokens_sampled", "skips", "last_update")
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Run:
     levels: list  # of LevelState
     held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...], R_l)
     num_updates: int = 0  # so far, skipped ones included
-    broken: int = 0  # updates in a row that met a number that is not finite
+    num_broken: int = 0  # updates in a row that met a number that is not finite
     evaluation_due: bool = True
     save_due: bool = False
     saved: str | None = None  # name of the newest checkpoint
@@ -61,9 +63,9 @@ class Run:
     bar: tqdm | None = None
 
     @property
-    def trained(self):
+    def num_trained(self):
         """Updates that changed the policy."""
-        return sum(state.trained for state in self.levels)
+        return sum(state.num_trained for state in self.levels)
 
     @property
     def tokens_sampled(self):
@@ -86,11 +88,11 @@ class Run:
         return self.bar
 
     def due(self, every):
-        """Whether what happens after every so many updates, or never (0, None), is due now."""
+        """Whether what happens every so many updates (0, None: never) is due now."""
         return bool(every and self.num_updates and self.num_updates % every == 0)
 
     def save_if_due(self):
-        if self.save_due and not self.broken:
+        if self.save_due and not self.num_broken:
             self.save()
 
     def start_update(self, state, lr):
@@ -112,16 +114,16 @@ class Run:
         self.num_updates += 1
         state.count(self.num_updates, tokens, bool(update.steps), bool(update.fault))
         if update.fault:
-            self.broken += 1
+            self.num_broken += 1
         elif update.steps:
-            self.broken = 0
+            self.num_broken = 0
         self.evaluation_due = state.over or self.due(self.cfg.eval_every)
         self.save_due |= self.due(self.cfg.save_every)
         self.log(update)
         self.half_done = False
         if self.bar:
             self.bar.update(self.progress - self.bar.n)
-        if self.broken == MOST_BROKEN:
+        if self.num_broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
                 f"{update.fault}. {self.directory.last_good()}; lower --lr, or look at --reward"
@@ -152,8 +154,8 @@ class Run:
                 "--temperature or --eps-high"
             )
 
-    def evaluated(self, rows):
-        """Write down and print the held-out accuracy of every level."""
+    def add_evaluation(self, rows):
+        """Write down and print the held-out accuracy of every bin."""
         self.evaluation_due = False
         rows = [
             {"update": self.num_updates, "tokens_sampled": self.tokens_sampled, **row}

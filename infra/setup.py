@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
 from infra.flags import LORA_RATE, LR, explain, stated
-from infra.memory import must_hold, settled
+from infra.memory import must_hold, settle_on_all
 from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels
@@ -37,7 +37,7 @@ def start_run(cfg, ranks):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(kernels.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
-    cfg = settled(cfg, levels, held_out, policy, ranks)
+    cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(input_files(cfg)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     objective = explain(cfg, [state.level for state in levels])
@@ -101,7 +101,7 @@ def resume_run(cfg, config, ranks):
     model = checkpoint or cfg.model
     levels, held_out, policy, facts = read_inputs(cfg, model, ranks)
     ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
-    cfg = settled(cfg, levels, held_out, policy, ranks)
+    cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
     extended = extend(run, config)

@@ -41,25 +41,25 @@ class Update:
     def __init__(self, number, state, lr, max_draws):
         self.number, self.state, self.lr = number, state, lr
         self.prompts_left = max_draws * state.level.prompts  # that may still be drawn
-        self.carried = 0  # groups trained on that an older policy sampled
+        self.num_carried = 0  # groups trained on that an older policy sampled
         self.before = state.order.drawn, list(state.buffer.groups), Counter(state.buffer.counts)
         self.draws = 0
         self.rows = []
         self.scored = []  # those of groups whose R_l came in time
-        self.late = 0  # the other groups
+        self.num_late = 0  # the other groups
         self.groups = []
         self.steps = []
         self.seconds = Counter()
         self.fault = None  # the NotFinite that ended it
         self.start = time.perf_counter()
 
-    def drew(self, prompts, attempts, groups):
+    def add_draw(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         self.draws += 1
         self.prompts_left -= len(prompts)
         self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
-            self.late += group.late
+            self.num_late += group.late
             scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
             for i, (a, outcome, length_reward) in enumerate(scored):
                 row = {
@@ -100,7 +100,7 @@ class Update:
         The first of them is the first drawn whose outcomes differ, if there is one, and shows its
         tokens. The others are the first drawn.
         """
-        teaching = [i for i, group in enumerate(self.groups) if group.finite and not group.flat]
+        teaching = [i for i, group in enumerate(self.groups) if group.mixed]
         order = list(dict.fromkeys([*teaching[:1], *range(len(self.groups))]))
         rows = []
         for i in order[: cfg.keep_completions or None]:
@@ -124,7 +124,7 @@ class Update:
                     f"--reward {self.state.level.reward} returned, "
                     f"for problem {row['problem_id']}, {reward}"
                 )
-        if self.count("broken") > self.late:
+        if self.count("broken") > self.num_late:
             raise NotFinite("log-probs sampled from the policy are not finite")
 
     def count(self, fate):
@@ -161,9 +161,9 @@ class Update:
             "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
-            "reward_timeouts": self.late,
+            "reward_timeouts": self.num_late,
             "groups_pending": self.state.buffer.pending,
-            "carried_share": ratio(self.carried, self.count("kept")),
+            "carried_share": ratio(self.num_carried, self.count("kept")),
             "objective": mean_of("objective", steps),
             "entropy": self.per_token("entropy"),
             "clip_low_share": self.per_token("clip_low"),
@@ -196,8 +196,10 @@ class Update:
                 f'as wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
                 f"{folder / 'completions.jsonl'}"
             )
-        if self.late:
-            tqdm.write(f"  {self.late} groups broken: --reward took longer than --reward-timeout")
+        if self.num_late:
+            tqdm.write(
+                f"  {self.num_late} groups broken: --reward took longer than --reward-timeout"
+            )
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
         elif not self.steps:

@@ -46,7 +46,7 @@ def load_inputs(cfg, model, device, read):
         with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
             check_measured(cfg, levels, train_set, policy)
     states, cut_facts = make_levels(cfg, levels, train_set, policy)
-    policy.show(cfg.data, states[0].order.prompts)
+    policy.show(cfg.data, sum((state.order.prompts for state in states), []))
     prompts, eval_facts = cut_held_out(cfg, states, held_out, policy)
     return states, prompts, policy, facts | cut_facts | eval_facts
 
@@ -193,9 +193,9 @@ def cut_held_out(cfg, states, held_out, policy):
         facts[", ".join(["eval_left_out", *file.values()])] = left_out
         if cfg.eval_quality and None in parts:
             raise ValueError(f"--eval-quality: no problem of {path} has a {cfg.difficulty}")
-        seen, shown = [[]], []
+        seen, shown = [], []
         for number, some in parts.items():
-            if some not in seen:  # levels may share their problems
+            if some and some not in seen:  # levels may share their problems
                 seen.append(some)
                 labels, prompts = file | {"level": number}, policy.render(some)
                 quality = None if number is None else qualities[number - 1]

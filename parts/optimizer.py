@@ -106,7 +106,7 @@ class Learner:
                 logs.append(logged)
             # FSDP gathers weights from all processes, so one without samples runs a dummy.
             for _ in range(most - len(share)):
-                J, _ = objective(model, [min(samples, key=num_tokens)])
+                J, _ = objective(model, [min(samples, key=sequence_length)])
                 (0 * J).backward()
             return logs
 
@@ -184,7 +184,7 @@ def split(samples, num_parts):
     return parts
 
 
-def num_tokens(sample):
+def sequence_length(sample):
     return len(sample.group.prompt) + len(sample.completion.tokens)
 
 

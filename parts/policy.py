@@ -24,12 +24,11 @@ from model import Transformer
 from parts import lora
 from parts.files import Stop, explained, sha256
 from parts.statistics import by_name
-from rewards import MATH, VERIFIER, Score, identity, writes_steps
+from rewards import VERIFIER, Score, identity, writes_steps
 from rollout import Completion, sample, stream
 
-SHIPPED = (
-    Path(__file__).parents[1] / "assets"
-)  # a tiny checkpoint, and its problems with pass rates
+# A tiny checkpoint, and its problems with pass rates
+SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
@@ -113,7 +112,7 @@ class Policy:
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
-    def measuring(self, temperature, max_new_tokens, rewards=(MATH,)):
+    def measuring(self, temperature, max_new_tokens, rewards):
         """What pass rates depend on, beside the problem; JSON."""
         files = sorted(self.folder.glob("*model*.safetensors"))
         return {
@@ -142,7 +141,7 @@ def digest(value):
 
 
 def is_shipped(model):
-    """Whether defaults that were chosen for the shipped model fit."""
+    """Whether it is the shipped one, for which our defaults were chosen."""
     return Path(model).resolve() == TINY.resolve()
 
 
@@ -259,14 +258,16 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False, clock=None):
+def attempt(policy, scorer, work, sampling, *, verifier_too=False, show_progress=False, clock=None):
     """Complete every prompt once per key, and score: one list of Attempt per prompt.
 
     A completion ends where the context ends; a prompt that fills the context gets empty ones. The
-    completions of a prompt are scored together, as soon as the last of them is there.
-    work    triples: a prompt, the keys of its completions (see rollout.stream), its Reward
-    beside  see Scorer.begin
-    clock   a Counter to which the seconds `sample` and `score` (after the last sample) are added
+    completions of a prompt are scored together: a user's R_l begins as soon as the last of them is
+    there, the verifier compares after all sampling.
+
+    work          triples: a prompt, the keys of its completions (see rollout.stream), its Reward
+    verifier_too  see Scorer.begin
+    clock         a Counter of seconds: `sample`, and `score` after the last sample, are added
     """
     start = time.perf_counter()
     prompts, keys, rewards = zip(*work) if work else ((), (), ())
@@ -276,7 +277,7 @@ def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False,
     def begin(number, completions):
         prompt, texts = prompts[number], [policy.text(c) for c in completions]
         groups[number] = completions, texts
-        asked = rewards[number], prompt.problem, prompt.opening, texts, beside
+        asked = rewards[number], prompt.problem, prompt.opening, texts, verifier_too
         finish[number] = scorer.begin(*asked)
 
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
@@ -302,9 +303,12 @@ def attempt(policy, scorer, work, sampling, *, beside=None, show_progress=False,
     return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
 
 
-def means(attempts):
-    """{measure: its mean over the samples of a problem}: only problems are independent."""
-    must_be_finite("a held-out one", attempts)
+def means_of_problem(name, attempts):
+    """{measure: its mean over the samples of a problem}: only problems are independent.
+
+    name  its id
+    """
+    must_be_finite(name, attempts)
     rows = []
     for a in attempts:
         row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
@@ -319,7 +323,7 @@ def must_be_finite(name, attempts):
             raise Stop(f"--reward returned, for problem {name}, {a.score.outcome}")
 
 
-def requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
+def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
     """Every prompt with a random stream for each of its samples, a function of the problem's id,
     and its R_l.
 

@@ -13,7 +13,7 @@ from experiments import warmstart
 from experiments.problems import generate
 from infra.flags import Config
 from model import Transformer
-from parts.policy import SHIPPED, Policy, Sampling, attempt, requests
+from parts.policy import SHIPPED, Policy, Sampling, attempt, evaluation_requests
 from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
 
 TINY = SHIPPED / "tiny"
@@ -53,7 +53,7 @@ def test_fresh_samples_confirm_the_levels():
         prompts = policy.render(level[:200])
         for temperature in (1.0, 0.0):
             sampling = Sampling(128, temperature, slots=256)
-            done = attempt(policy, scorer, requests(7, prompts, 2), sampling)
+            done = attempt(policy, scorer, evaluation_requests(7, prompts, 2), sampling)
             attempts = [a for group in done for a in group]
             assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
             found.append(sum(a.right for a in attempts) / len(attempts))

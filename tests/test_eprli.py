@@ -17,7 +17,7 @@ from eprli import (
     diagnostics,
     group_advantage,
     kl_penalty,
-    length_reward,
+    length_term,
     loss_weight,
 )
 
@@ -160,7 +160,7 @@ def test_length_rewards_by_hand():
     """Len = 40, cache = 10. Two groups at once: kimi's extremes are those of a group."""
     length, right, stopped, *expected = table(LENGTH_REWARDS).T.reshape(6, 2, 5)
     for kind, values in zip(("overlong", "kimi", "cosine"), expected):
-        found = length_reward(kind, length, right.bool(), stopped.bool(), 40, 10)
+        found = length_term(kind, length, right.bool(), stopped.bool(), 40, 10)
         assert torch.allclose(found, values, atol=1e-6), kind
 
 
@@ -300,11 +300,12 @@ def test_surplus_serves_the_next_update_and_no_other():
     assert buffer.groups == []
 
 
-@mark.parametrize("wrong", [0.0, -1.0])
-def test_flat_groups_are_told_apart_in_both_codings(wrong):
-    """A hard-wired `== 0` for all wrong misses rewards of -1 and +1. Shaping before filtering makes
+@mark.parametrize("wrong", [0.0, -1.0, 0.2])
+def test_flat_groups_are_told_apart_in_all_codings(wrong):
+    """A hard-wired `== 0` for all wrong misses rewards of -1 and +1; 0.2 for the form alone is not
+    right, and too hard a level would be called too easy. Shaping before filtering makes
     an all-right group look mixed, and trains on length alone."""
-    flat = [group(1, 1, length=[-0.5, 0.0]), group(0.5, 0.5), group(wrong, wrong)]
+    flat = [group(1, 1, length=[-0.5, 0.0]), group(1.5, 1.5), group(wrong, wrong)]
     buffer, everything = Buffer(), Buffer(keep_flat=True)
     for some in (buffer, everything):
         some.add([*flat, group(1, wrong)])

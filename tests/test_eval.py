@@ -29,9 +29,9 @@ from infra.flags import Config, make_parser
 from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
-from parts.policy import TINY, Attempt, Policy, Sampling, attempt, requests
+from parts.policy import TINY, Attempt, Policy, Sampling, attempt, evaluation_requests
 from parts.statistics import interval, majority, measure, pass_at_k, wilson
-from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
+from rewards import MATH, NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
 from rollout import Completion
 from tools.compare import difference
 
@@ -143,7 +143,7 @@ def own_folder(toy_folder, tmp_path):
 
 
 def try_one(policy, prompt, seed=0):
-    (attempts,) = attempt(policy, Scorer(Config()), requests(seed, [prompt], 2), TEN)
+    (attempts,) = attempt(policy, Scorer(Config()), evaluation_requests(seed, [prompt], 2), TEN)
     return attempts
 
 
@@ -153,11 +153,18 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     assert "p.jsonl: 1 of 2 prompts fill the context" in printed()
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
-    work = requests(0, prompts, 2)
+    work = evaluation_requests(0, prompts, 2)
     long, short = attempt(toy_policy, Scorer(Config()), work, replace(TEN, max_new_tokens=500))
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].score.verdict == NO_ANSWER
+
+
+def test_levels_stand_in_their_order(printed):
+    """Texts would put level 10 before level 2."""
+    result = {"n": 1, "right": 1, "length": 3.0, "cut_off": 0.0, "writes_steps": 0.0, "means": {}}
+    rows = [result | {"level": f"level {number}"} for number in (10, 2, 1.5)]
+    assert [*evaluation.summarise(rows, 1)] == ["level 1.5", "level 2", "level 10", "all"]
 
 
 def test_streams_of_random_numbers(toy_policy):
@@ -168,16 +175,16 @@ def test_streams_of_random_numbers(toy_policy):
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
     purposes = policies.TRAINING, policies.DIFFICULTY, policies.EVALUATION
-    streams = [requests(0, [prompt], 4, purpose=purpose)[0][1] for purpose in purposes]
+    streams = [evaluation_requests(0, [prompt], 4, purpose=purpose)[0][1] for purpose in purposes]
     assert len(set(sum(streams, []))) == 12
-    assert requests(0, [prompt], 4) == [(prompt, streams[2], VERIFIER)]
+    assert evaluation_requests(0, [prompt], 4) == [(prompt, streams[2], VERIFIER)]
 
 
 def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
     """Else two arms whose levels differ would be compared on different samples."""
     prompts = toy_policy.render([Problem(name, "1+1", "2") for name in "abc"])
-    a, b, c = requests(0, prompts, 2)
-    assert requests(0, [prompts[2], prompts[0]], 2) == [c, a] and a[1] != b[1]
+    a, b, c = evaluation_requests(0, prompts, 2)
+    assert evaluation_requests(0, [prompts[2], prompts[0]], 2) == [c, a] and a[1] != b[1]
 
 
 @mark.parametrize(
@@ -298,7 +305,7 @@ def test_a_template_replaces_that_of_the_tokenizer_and_is_compared(toy_folder, t
     (made,) = given.render([Problem("a", "1+1", "2")])
     assert given.tokenizer.decode(made.tokens).startswith("<|im_start|>1+1")
     assert given.tokenizer.pad_token_id in set(given.stop_ids) - set(own.stop_ids)
-    assert given.measuring(1, 1)["prompt"] != own.measuring(1, 1)["prompt"]
+    assert given.measuring(1, 1, [MATH])["prompt"] != own.measuring(1, 1, [MATH])["prompt"]
 
 
 def no_blank(tokenizer):
@@ -777,7 +784,8 @@ def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(run, monkeyp
 
 TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
 "data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
-"levels": [{"max_new_tokens": 300}, {"max_new_tokens": 200}]}"""
+"difficulty": "pass_rate", "eval_quality": null,
+"levels": [{"max_new_tokens": 300, "quality": 0.5}, {"max_new_tokens": 200, "quality": 1}]}"""
 
 
 def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, capsys):
@@ -804,11 +812,14 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
     assert (args.seed, args.slots, args.data) == (0, None, parsed().data)
+    assert args.quality == [0.5, 1]  # or its level 1 would be another than the run's
     given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
     args = parsed(f"{given} --like {run}")
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
     assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
     edit(run / "config.json", {"eval_max_new_tokens": 50, "eval_data": ["f.jsonl", "g.jsonl"]})
+    edit(run / "config.json", {"eval_quality": [0.3, 0.6]})
+    assert parsed(f"--like {run}").quality == [0.3, 0.6]
     assert parsed(f"--like {run}").max_new_tokens == 50
     assert parsed(f"--like {run}").data == ["f.jsonl", "g.jsonl"]
 

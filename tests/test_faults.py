@@ -321,7 +321,7 @@ def test_an_earlier_level_that_is_forgotten_is_warned_of(idle_run, printed):
     def evaluated(update, number, right, n=200, **labels):
         accuracy, low, high = interval([1] * right + [0] * (n - right))
         row = {"update": update, "level": number, "n": n, **labels}
-        idle_run.evaluated([row | {"accuracy": accuracy, "low": low, "high": high}])
+        idle_run.add_evaluation([row | {"accuracy": accuracy, "low": low, "high": high}])
 
     for update, one, two in ((0, 50, 10), (10, 150, 20), (20, 145, 100)):
         evaluated(update, 1, one)

@@ -183,6 +183,16 @@ def test_lora_trains_7b_on_a_card_of_24_gb():
     assert peak_gigabytes(lora_run(model, 12_288)) > 24
 
 
+def test_the_plan_is_that_of_the_level_that_takes_most():
+    """On a GPU a micro-batch has one prompt: Len_l is equal, and a larger group takes more."""
+    model = shape(1536, 8960, 12, 2, True)
+    size = "--micro-batch-tokens 40000 --max-new-tokens 2048 --quality 1"
+    small, large, both, turned = (
+        planned(model, f"{size} --group-size {G}")["learning"] for G in ("4", "16", "4 16", "16 4")
+    )
+    assert total(small) < 0.5 * total(large) and both == turned == large
+
+
 def test_7b_over_8_cards_is_sharded():
     model = shape(3584, 18944, 28, 4, False)
     one, eight = (long_run(model, "--fsdp --recompute", processes=n) for n in (1, 8))

@@ -156,7 +156,7 @@ def drawn(*outcomes):
         facts = {"score": Score(1.0, "right", "2"), "length": 2, "text": "x"}
         attempts.append([SimpleNamespace(completion=c, **facts) for c in done])
     update.number = 2  # prints nothing
-    update.drew(prompts, attempts, groups)
+    update.add_draw(prompts, attempts, groups)
     return update
 
 
@@ -355,7 +355,7 @@ def test_completions_do_not_command_the_terminal(printed):
     done = SimpleNamespace(stopped=True)
     facts = {"score": Score(0.0, "wrong", "2"), "length": 1, "text": "3\x1b[31m\u202e"}
     attempt = SimpleNamespace(completion=done, **facts)
-    Update(1, LEVEL_STATE, 0.1, 1).drew(
+    Update(1, LEVEL_STATE, 0.1, 1).add_draw(
         [SimpleNamespace(problem=problem)], [[attempt]], [group([1], [done], [0])]
     )
     said = printed()

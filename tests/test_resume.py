@@ -29,9 +29,9 @@ import model
 from eprli import Buffer, LevelState
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
-from infra.ranks import Stop
 from infra.setup import extend
 from parts import policy as policies
+from parts.files import Stop
 
 pytestmark = mark.faults
 

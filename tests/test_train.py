@@ -27,14 +27,15 @@ from eprli import (
     learning_rate,
     resolve_levels,
 )
+from infra import memory
 from infra.flags import Config, fill, make_parser
 from infra.ranks import Ranks
 from infra.update import Update
 from model import pad
 from parts.inputs import check_measured
 from parts.optimizer import Learner
-from parts.policy import Attempt, Sampling, attempt, requests
-from rewards import Score, Scorer
+from parts.policy import Attempt, Sampling, attempt, evaluation_requests
+from rewards import MATH, Score, Scorer
 from rollout import Completion, sample, stream
 from train import Sample, accumulate_gradient, learn
 
@@ -96,7 +97,9 @@ def off_policy_samples(model, n=7):
 def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
     cfg = fill(config(f"--temperature 0.8 --micro-batch-tokens 4096 {flags}"))
-    return SimpleNamespace(cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), trained=2)
+    return SimpleNamespace(
+        cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), num_trained=2
+    )
 
 
 def gradients(model):
@@ -234,7 +237,7 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
     def progress(updates, tokens):
         own = level(updates=updates, tokens=tokens)
-        return LevelState(1, own, None, None, Buffer(), trained=3, tokens_sampled=500).progress
+        return LevelState(1, own, None, None, Buffer(), num_trained=3, tokens_sampled=500).progress
 
     assert progress(4, None) == 0.75
     assert progress(None, 2000) == 0.25
@@ -310,7 +313,7 @@ def metrics(workshop):
 def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, printed):
     """The shipped problems have the rates of the shipped model, and cut wrong levels for any other.
     With what measured them nothing is said."""
-    own = toy_policy.measuring(1.0, 8) | {"model": "m", "samples": 64}
+    own = toy_policy.measuring(1.0, 8, [MATH]) | {"model": "m", "samples": 64}
     cases = {
         "": own,
         "weights x, now": own | {"weights": "x"},
@@ -658,7 +661,7 @@ def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monke
     out = workshop(f"--allow-last-number --reward math --filter all {flags}")
     first = lines(out / "eval.jsonl")[0]
     policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
-    work = requests(0, policy.render(problems), 48)
+    work = evaluation_requests(0, policy.render(problems), 48)
     scorer = Scorer(Config(allow_last_number=True))
     done = attempt(policy, scorer, work, Sampling(6, 1.0, 256))
     assert seen[0] == list(sum(a.right for a in some) / 48 for some in done)
@@ -684,12 +687,25 @@ def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch
 LONG = [{"problem": c * n, "answer": "1", "pass_rate": 0.5} for c in "ab" for n in (1, 300)]
 
 
-def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed):
-    """They count as wrong, and accuracy would be low for no reason that one sees."""
+def test_an_example_is_shown_also_where_the_first_level_is_not_trained(workshop, printed):
+    workshop("--updates 0 1")
+    assert printed().count(", gold ") == 2
+
+
+def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed, monkeypatch):
+    """They count as wrong, and accuracy would be low for no reason that one sees. Memory is planned
+    for what is sampled: they leave a completion of 0 tokens, or fewer."""
+    longest, plan = [], memory.plan
+
+    def watch(cfg, levels, model, prompt, *more):
+        longest.append(prompt)
+        return plan(cfg, levels, model, prompt, *more)
+
+    monkeypatch.setattr(memory, "plan", watch)
     write_lines("long.jsonl", LONG)
     workshop("--eval-data long.jsonl --updates 1 --eval-quality 1")
     words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
-    assert printed().count(words) == 1
+    assert printed().count(words) == 1 and 0 < max(longest) < 128
 
 
 @mark.parametrize(
@@ -758,7 +774,7 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
     not the grader, says which of two completions is right: one of 0.5 is not."""
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
-    run = SimpleNamespace(cfg=cfg, policy=policy, trained=0)
+    run = SimpleNamespace(cfg=cfg, policy=policy, num_trained=0)
     own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
     attempts = []
     for outcome, verdict, n in zip((1.0, 0.5), ("right", "wrong"), lengths):
