@@ -159,7 +159,8 @@ class PromptCache:
         return scaled_dot_product(q, k, v)
 
     def attention(self, rows, lengths, width):
-        """For `width` tokens each, where row b follows prompt rows[b], of lengths[b] tokens."""
+        """-> attend, for rows of `width` tokens: row b goes on from prompt rows[b], which has
+        lengths[b] tokens."""
         mask = self.mask(lengths, width)
 
         def attend(layer, q, k, v):

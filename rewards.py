@@ -81,8 +81,8 @@ def serve(pipe, seconds):
 
     No verdict is without its case: SIGPROF, the clock, can kill a child only between receiving a
     case and sending the verdict. If the child dies of anything else, it may have been idle, so this
-    process ends without a word, which closes the pipe. A case sent in that very moment is an error
-    without a judge; any later one gets a new worker.
+    process ends without a word, which closes the pipe. A case that is sent in this moment gets
+    ERROR, though nobody judged it. Later cases get a new worker.
     """
     signal.signal(signal.SIGPROF, signal.SIG_IGN)
     answers.equal("x+1", "1+\\frac{x}{1}")  # imports, and fills the parser's caches
