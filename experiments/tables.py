@@ -38,6 +38,7 @@ COURSE = {  # of the second
     "entropy": (3, "last five updates, nats a token"),
 }
 COMPARED = ("accuracy", "level 1", "level 2", "area", "area 2", "at 1 M", "greedy 2", "length 2")
+OF_BUDGET = ("area", "area 2", "ratio")  # not to be compared where budgets differ
 CHOOSING = range(20, 30)  # seeds, which are not reported
 
 
@@ -190,15 +191,16 @@ def compare(measured, pairs):
         if not (arm in measured and first in measured):
             continue
         cells = [f"{arm}, less {first}"]
+        budgets = {m["budget"] for a in (arm, first) for m in measured[a].values()}
         for name in (*COMPARED, "ratio"):
             mean, half = difference(measured[arm], measured[first], name)
             text = f"{mean:+.1f} ± {half:.1f}"
             if name == "ratio":
-                budgets = {m["budget"] for a in (arm, first) for m in measured[a].values()}
-                mean = mean if len(budgets) == 1 else np.nan  # else one of them had longer
                 text = "{:.2f} [{:.2f}, {:.2f}]".format(*np.exp([mean, mean - half, mean + half]))
+            if np.isnan(mean) or (len(budgets) > 1 and name in OF_BUDGET):
+                mean, text = 0, "-"
             mark = "**" if abs(mean) > half else ""
-            cells.append(f"{mark}{text}{mark}".replace(" ± nan", "").replace("+nan", "-"))
+            cells.append(f"{mark}{text}{mark}".replace(" ± nan", ""))
         yield f"| {' | '.join(cells)} |"
 
 
