@@ -39,14 +39,14 @@ confounds["mix, 3e-4, K = 0, 62 updates"] = f"{MIX} --tokens 2000000 --updates 6
 # Bases by what a sample of a hard problem is right: more warm start from the shipped model, with
 # these flags of warmstart.py. Levels are measured with 16 samples of each problem.
 BASES = {
-    "0.3 %": "--steps 300 --careful 0 --slips 1 1 1",
-    "1 %": "--steps 300 --slips 1 1 1",
+    "0.6 %": "--steps 300 --slips 1 1 1",
+    "1 %": "--steps 300 --slips 0.88 0.92 0.96",
     "2.5 %": "--steps 300 --slips 0.7 0.8 0.9",
-    "5 %": "--steps 300 --slips 0.55 0.7 0.8",
+    "6 %": "--steps 300 --slips 0.55 0.7 0.8",
     "8 %": "",  # the shipped one
     "20 %": "--steps 300 --slips 0.25 0.4 0.6",
 }
-EVERY = dict.fromkeys(BASES, 8) | {"0.3 %": 3, "1 %": 3, "2.5 %": 4}  # updates: they draw the most
+EVERY = dict.fromkeys(BASES, 8) | {"0.6 %": 3, "1 %": 3, "2.5 %": 4}  # updates: they draw the most
 BUDGET = 1_600_000
 FIRST = 260_000  # of it below the hard level: as many as a default run spends there
 RATE = None  # is to be chosen by `choose`
@@ -66,7 +66,7 @@ def of_base(base, lr):
     return flags, f"{flags} --data {folder(base)}.jsonl"
 
 
-own, measured = of_base("1 %", "5e-4")
+own, measured = of_base("0.6 %", "5e-4")
 lost = {
     "mix": f"{MIX} --tokens 400000 {measured} --eval-every 3",
     "levels": f"{TWO} --tokens 120000 280000 {measured} --eval-every 3",

@@ -368,7 +368,7 @@ infra.setup.Learner | setting up |
 train.attempt | sampling | 000000
 train.draw | sampling | 000000
 train.objective | learning | 000000
-train.requests | evaluating | 000000
+train.evaluation_requests | evaluating | 000000
 infra.run.Run.check_weights | saving |
 """
 
