@@ -196,7 +196,8 @@ def test_arms_are_compared_with_the_first_of_their_base():
 
 
 def test_tokens_to_a_half_are_compared_as_ratios(results):
-    """A mean of differences would be that of the slowest seed."""
+    """A mean of differences would be that of the slowest seed. An area over another budget is
+    another measure."""
     for arm, tokens in (("mix", (800, 400, 400)), ("levels", (400, 200, 100))):
         for seed, at in enumerate(tokens):
             write_result("lost", arm, seed, 0.9, tokens=(0, at * 500, at * 1000))
@@ -204,6 +205,12 @@ def test_tokens_to_a_half_are_compared_as_ratios(results):
     line = list(tables.compare(measured, [("levels", "mix")]))[2]
     ratio, low, high = map(float, re.findall(r"[\d.]+", line.split("|")[-2]))
     assert ratio == approx((0.5 * 0.5 * 0.25) ** (1 / 3), abs=0.02) and low < ratio < high
+    for numbers in measured["mix"].values():
+        numbers["budget"] *= 2
+    names, _, line = tables.compare(measured, [("levels", "mix")])
+    cells = dict(zip(*([cell.strip() for cell in row.split("|")] for row in (names, line))))
+    assert cells["area"] == cells["area 2"] == cells["tokens to 50 %, ratio"] == "-"
+    assert cells["accuracy"] == "+0.0 ± 0.0"
 
 
 def test_the_map_names_the_best_arm_and_whether_it_is_told_apart(results, monkeypatch):
