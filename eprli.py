@@ -263,7 +263,7 @@ class Group:
 
     @property
     def mixed(self):
-        """Something to learn from."""
+        """Its outcomes differ, and all numbers are finite: there is something to learn from."""
         return self.finite and not self.flat
 
 

@@ -26,10 +26,8 @@ from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
 
 SLOTS = range(256, 0, -MIN_ROWS)  # of which the first that fits is chosen
-MOST_TOKENS = {
-    "cpu": 2048,
-    "cuda": 32768,
-}  # of a micro-batch that `settle` chooses; the CPU's was measured
+# Of a micro-batch that `settle` chooses; the CPU's was measured
+MOST_TOKENS = {"cpu": 2048, "cuda": 32768}
 SHARE = 0.9  # of the free memory that a run may plan with: the plan is right to some 10 %
 
 

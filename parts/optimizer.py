@@ -185,6 +185,7 @@ def split(samples, num_parts):
 
 
 def sequence_length(sample):
+    """Tokens of prompt and completion."""
     return len(sample.group.prompt) + len(sample.completion.tokens)
 
 

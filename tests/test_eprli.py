@@ -311,3 +311,5 @@ def test_flat_groups_are_told_apart_in_all_codings(wrong):
         some.add([*flat, group(1, wrong)])
     assert buffer.counts == {"drawn": 4, "all_right": 2, "all_wrong": 1}
     assert everything.pending == 4
+    late = group(math.nan, math.nan)  # nan differs from nan, and teaches nothing
+    assert [g.mixed for g in (*flat, late, group(1, wrong))] == [False] * 4 + [True]

@@ -29,6 +29,7 @@ from infra.flags import Config, make_parser
 from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
+from parts.files import Stop
 from parts.policy import TINY, Attempt, Policy, Sampling, attempt, evaluation_requests
 from parts.statistics import interval, majority, measure, pass_at_k, wilson
 from rewards import MATH, NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
@@ -158,6 +159,12 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].score.verdict == NO_ANSWER
+
+
+def test_an_infinite_reward_names_its_held_out_problem():
+    endless = Score(math.inf, RIGHT, None, {"R_l": math.inf})
+    with raises(Stop, match="for problem p-7, inf"):
+        policies.means_of_problem("p-7", [Attempt(Completion([1], [0.0], True), "", endless)])
 
 
 def test_levels_stand_in_their_order(printed):
