@@ -191,7 +191,7 @@ def read_data(args):
 def must_hold(args, device):
     """Raise ValueError if the weights do not fit, before they are read."""
     held = {"weights": memory.nbytes(Policy.load(args.model, args.dtype, "meta", args).model)}
-    memory.must_fit("of its device", held, device, ["a smaller --model"])
+    memory.must_fit("of its device", held, device, args.dtype)
 
 
 def load_inputs(args, device, files):
@@ -212,7 +212,7 @@ def choose_slots(args, policy, files, ranks):
 
     def needed(slots):
         parts = memory.sampling_bytes(args.device, policy.model, min(slots, number), longest)
-        return held + memory.total(parts)
+        return held + memory.TAKEN[args.device] * memory.total(parts)
 
     return memory.most_that_fits("--slots", memory.SLOTS, needed, free)
 
@@ -353,6 +353,8 @@ def write_results(args, files, out, config):
             f"\n{path}: temperature {args.temperature:g}, top-p {args.top_p:g}, at most "
             f"{args.max_new_tokens} tokens a completion"
         )
+        if any(p.problem.pass_rate is not None for p in prompts):
+            print(f"levels by difficulty, up to --quality {' '.join(map(str, args.quality))}")
         summary["files"][path] = summarise(some, args.k)
         if args.add_pass_rate:
             measured = summary["measured"] | {

@@ -587,9 +587,9 @@ class ChosenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens from hidden states and the head, chunk by chunk.
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
-    gradient. The logits of all tokens never exist: those of a chunk are made in one buffer, and
-    their gradient is written over them. One more takes the gradient of the head, unless it is
-    frozen.
+    gradient. The logits of all tokens never exist: those of a chunk are made in one buffer (only
+    oneDNN makes its own), and their gradient is written over them. One more takes the gradient of
+    the head, unless it is frozen.
     """
 
     @staticmethod

@@ -116,9 +116,9 @@ def product_speed(args):
 
 
 def peak_memory(args):
-    """Megabytes that this process, and the GPU, held at most so far."""
-    found = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    """Mebibytes that this process, and the GPU, held at most so far."""
+    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
     if args.device != "cpu":
-        found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() // 2**20
+        found["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
         found["device"] = torch.cuda.get_device_name()
     return found

@@ -64,7 +64,7 @@ def compare(args, what, values):
                 with open(args.log, "a") as log:
                     print(json.dumps({"what": what, "side": side, **values, **result}), file=log)
     cells = []
-    for key in ("tokens_per_second", "peak_rss_mb"):
+    for key in ("tokens_per_second", "peak_rss_mib"):
         cells.append({s: median(r[key] for r in rows) for s, rows in found.items() if rows})
     ours, *others = cells[0].values()
     ratio = ours / max(others, default=float("nan"))
@@ -83,7 +83,7 @@ def main():
         repeats=3,
         log="compare.jsonl",
     )
-    print("| model | what | tokens a second | peak memory, MB | ours by the best other |")
+    print("| model | what | tokens a second | peak memory, MiB | ours by the best other |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         common.make_workload(Path(folder, "heavy-tailed"), 12, 8, 192)

@@ -4,6 +4,7 @@ Every row is printed as soon as it is measured. A part that fails is a row that 
 none of the others. The exit code is 1 if a row says NO.
 """
 
+import functools
 import subprocess
 import sys
 import time
@@ -27,27 +28,28 @@ ENDS = "small", "whole/checkpoints/000003", "killed/checkpoints/000003"
 
 
 # Each part -> what was measured, what it should be, whether it is. It is named by its docstring.
+# `made` loads the model at the first call.
 
 
-def logprob_gap(args, run):
+def logprob_gap(args, made):
     """learner less sampler, nats a token"""
-    update, _ = step.one_update(run)
+    update, _ = step.one_update(made())
     first, most = update.steps[0], MOST_GAP[args.dtype]
     gap = first["gap"] / first["fresh"]
     return f"{gap:.2g}", f"at most {most:g}", gap <= most
 
 
-def phases(args, run):
+def phases(args, made):
     """an update after the first one, by phases"""
-    update, seconds = step.one_update(run)
+    update, seconds = step.one_update(made())
     parts = ", ".join(f"{name} {some:.2f} s" for name, some in update.seconds.items())
     return f"{parts}; {update.total('tokens') / seconds:,.0f} tokens a second", "", True
 
 
 @torch.inference_mode()
-def decoding(args, run):
+def decoding(args, made):
     """a decoding step as it is, and captured"""
-    model, rows = run.policy.model, args.slots
+    model, rows = made().policy.model, args.slots
     # Every row has read 512 tokens.
     work = Slots(model, [[5] * 512], [[stream(0, i) for i in range(rows)]], [9], rows)
     with model.laid_out(rows):
@@ -128,12 +130,13 @@ def main():
         micro_batch_tokens=32768,
         recompute=True,
     )
-    run = step.make_run(args, read_problems(SHIPPED / "train.jsonl")[: args.prompts])
+    problems = read_problems(SHIPPED / "train.jsonl")[: args.prompts]
+    made = functools.cache(lambda: step.make_run(args, problems))
     print("| what | measured | should be | is it |\n| --- | --- | --- | --- |", flush=True)
     failed = False
     for part in (logprob_gap, decoding, phases, resuming, full_memory):
         try:
-            measured, bound, good = part(args, run)
+            measured, bound, good = part(args, made)
         except Exception as error:
             measured, bound, good = f"{type(error).__name__}: {error}", "", False
         failed |= not good

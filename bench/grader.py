@@ -132,7 +132,7 @@ def fuzz(count, seed):
     return {
         "completions": grader.counts.total(),
         "verdicts": grader.counts,
-        "largest_worker_mb": round(memory),
+        "largest_worker_mib": round(memory),
     }
 
 

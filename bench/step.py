@@ -4,7 +4,7 @@
 
 Prompts have about 64 tokens, completions exactly --new-tokens. All of them are trained on. One
 update runs before the clock starts. The last line is JSON; in it, learn_share_of_product_speed is
-the FLOP/s of learning by those of a large matrix product.
+the FLOP/s of learning by those of a large matrix product, which both stand before it.
 """
 
 import json
@@ -79,8 +79,9 @@ def main():
     result |= common.peak_memory(args)  # before the large product
     weights = sum(p.numel() for p in run.policy.model.parameters())
     learned = tokens + 64 * args.prompts  # a prompt goes through the learner once
-    speed = 6 * weights * learned / learning
-    result["learn_share_of_product_speed"] = speed / common.product_speed(args)
+    speed, product = 6 * weights * learned / learning, common.product_speed(args)
+    result |= {"learn_flops_per_second": speed, "product_flops_per_second": product}
+    result["learn_share_of_product_speed"] = speed / product
     print(json.dumps(result))
 
 

@@ -109,8 +109,8 @@ def memory_explained(run=None):
             flags = ["--recompute"] * (not run.cfg.recompute) + helps(run.cfg)
         words = (
             f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
-            f"evaluating) or --micro-batch-tokens (learning), or use {' or '.join(flags)}; --plan "
-            "tells what takes how much"
+            "evaluating) or --micro-batch-tokens (learning), or use "
+            f"{' or '.join(flags or ['a smaller --model'])}; --plan tells what takes how much"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True

@@ -481,7 +481,9 @@ def explain(cfg, levels):
                 value = " ".join(str(getattr(level, f.name)) for level in levels)
             lines.append(f"  {option(f.name)} {value} [{source}")
     if not is_shipped(cfg.model):
-        ours = [line for line in lines if "for 0.6 M parameters" in line and " None" not in line]
+        ours = [line for line in lines if "for 0.6 M parameters" in line]
+        idle = " None", "--quality 1.0 ["  # which acts on nothing: it takes all problems
+        ours = [line for line in ours if not any(words in line for words in idle)]
         acting = "".join(line.partition(" [")[0] for line in ours)
         lines.append(
             f"defaults found with 0.6 M parameters that act on {cfg.model}:{acting or ' none'}"

@@ -28,7 +28,10 @@ from rollout import MIN_ROWS, ROOM, round_up
 SLOTS = range(256, 0, -MIN_ROWS)  # of which the first that fits is chosen
 # Of a micro-batch that `settle` chooses; the CPU's was measured
 MOST_TOKENS = {"cpu": 2048, "cuda": 32768}
-SHARE = 0.9  # of the free memory that a run may plan with: the plan is right to some 10 %
+SHARE = 0.9  # of the free memory that a run may plan with: the allocator's own share is the rest
+# What sampling or learning takes, by what the plan says of it. On a CPU free memory lies between
+# blocks in use: 2.2 was measured, see docs/memory.md.
+TAKEN = {"cpu": 2, "cuda": 1}
 
 
 def total(part):
@@ -95,7 +98,8 @@ def sampling_bytes(device, model, rows, length):
     room = round_up(min(length, model.context), ROOM)
     parts = {
         "KV cache": rows * room * len(layers) * per_key,
-        # Those of two steps, and what is made of them; running the prompts takes less.
+        # Those of two steps, and what is made of them. Running prompts is not counted: it mostly
+        # takes less (docs/memory.md).
         "logits": rows * vocabulary * 2 * weight.itemsize
         + softmax_bytes(device, rows, vocabulary, wide),
     }
@@ -191,25 +195,33 @@ def helps(cfg):
         flags.append("--offload")
     if cfg.device == "cuda" and not cfg.offload and not cfg.fsdp and not cfg.lora_rank:
         flags.append("--fsdp over several processes")
-    return flags or ["a smaller --model"]
+    return flags
 
 
 def must_hold(cfg, model, ranks):
     """Raise ValueError if a process cannot even hold what it always does. The model may be on the
     meta device: this is known before weights are loaded, and moments come with the first step."""
     here, on_host = held_bytes(cfg, model, ranks.size)
-    must_fit("of its device", here, ranks.device, helps(cfg))
-    must_fit("of the host", on_host, torch.device("cpu"), helps(cfg))
+    must_fit("of its device", here, ranks.device, cfg.dtype, helps(cfg))
+    must_fit("of the host", on_host, torch.device("cpu"), cfg.dtype, helps(cfg))
 
 
-def must_fit(where, parts, device, flags):
-    free = free_bytes(device)
-    if total(parts) > free:
-        listed = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in parts.items() if n)
-        raise ValueError(
-            f"this process always holds {total(parts) / 1e9:.1f} GB {where} ({listed}), and "
-            f"{free / 1e9:.1f} GB are free: less is held with {' or '.join(flags)}"
+def must_fit(where, parts, device, dtype, flags=()):
+    """flags  each of which leaves little to hold but the weights"""
+    free, weights = free_bytes(device), parts.get("weights", 0)
+    if total(parts) <= free:
+        return
+    if weights > free or not flags:  # only smaller weights help
+        half = 2 * weights // getattr(torch, dtype).itemsize  # in bfloat16
+        flags = (
+            [" ".join([*flags[:1], "--dtype bfloat16"])] if half <= min(free, weights - 1) else ()
         )
+    listed = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in parts.items() if n)
+    raise ValueError(
+        f"this process always holds {total(parts) / 1e9:.1f} GB {where} ({listed}), and "
+        f"{free / 1e9:.1f} GB are free: less is held with "
+        f"{' or '.join([*flags, 'a smaller --model'])}"
+    )
 
 
 def most_that_fits(flag, sizes, needed, free, flags=()):
@@ -223,8 +235,8 @@ def most_that_fits(flag, sizes, needed, free, flags=()):
     words = " or ".join(["lower --max-new-tokens", *flags])
     raise ValueError(
         f"{flag} {size} would take {needed(size) / 1e9:.1f} GB with completions as long as they "
-        f"may be, and {free / 1e9:.1f} GB are free: {words}, or give {flag}, if most completions "
-        "are shorter"
+        f"may be, and of the {free / 1e9:.1f} GB that are free {SHARE * free / 1e9:.1f} may be "
+        f"planned with: {words}, or give {flag}, if most completions are shorter"
     )
 
 
@@ -237,7 +249,7 @@ def settle(cfg, levels, model, prompt, held_out, processes, free):
 
     def needed(phase, **flags):
         parts = plan(replace(cfg, **flags), levels, model, prompt, held_out, processes)
-        return total(parts["always"]) + total(parts[phase])
+        return total(parts["always"]) + TAKEN[cfg.device] * total(parts[phase])
 
     flags = helps(cfg)
     if cfg.slots is None:
@@ -271,8 +283,8 @@ def settle_on_all(cfg, states, held_out, policy, ranks):
     described = settle(described, *shape, free)
     slots, tokens = described.slots, described.micro_batch_tokens
     tqdm.write(
-        f"memory: at most {peak(plan(described, *shape)) / 1e9:.2f} GB of {free / 1e9:.2f} GB with "
-        f"--slots {slots} --micro-batch-tokens {tokens}; --plan says for what"
+        f"memory: by the plan {peak(plan(described, *shape)) / 1e9:.2f} GB of {free / 1e9:.2f} GB "
+        f"with --slots {slots} --micro-batch-tokens {tokens}; --plan says for what"
     )
     return replace(cfg, slots=slots, micro_batch_tokens=tokens)
 

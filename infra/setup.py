@@ -43,7 +43,8 @@ def start_run(cfg, ranks):
     objective = explain(cfg, [state.level for state in levels])
     if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
         tqdm.write(objective.rpartition("\n")[2])
-    if cfg.lora_rank and cfg.lr == stated(cfg.preset).get("lr", LR):
+    full = stated(cfg.preset).get("lr", LR if is_shipped(cfg.model) else None)
+    if cfg.lora_rank and cfg.lr == full:
         tqdm.write(f"--lr {cfg.lr:g} is a rate of full training. With --lora-rank {LORA_RATE}")
     config = {
         **with_full_paths(cfg),

@@ -235,11 +235,12 @@ def variance(values):
 
 
 def peak_memory_mb():
-    """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes)."""
+    """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes).
+    In units of a million bytes, as in --plan."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def unfilled(row, level):

@@ -82,7 +82,7 @@ class Policy:
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
-        with explained("the chat template fails"):
+        with explained("the chat template (or --template) fails"):
             prompts = [data.render(self.tokenizer, p, **self.prompting) for p in problems]
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
@@ -214,7 +214,7 @@ def end_of_turn(tokenizer):
     """The token that the chat template puts behind an assistant's turn, if it is a special one. A
     base model may name another end, and would run on into a question that it invents."""
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
-    with explained("the chat template fails"):
+    with explained("the chat template (or --template) fails"):
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
     tokens = tokenizer.encode(behind, add_special_tokens=False)
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

@@ -49,6 +49,8 @@ def parse_name(name):
     text = name[len(source) :] or "[:]"
     with explained(f"{name}: a slice is written [:512] or [100:200], rows counted from 0"):
         first, end = (int(number) if number else None for number in text[1:-1].split(":"))
+        if min(first or 0, end or 0) < 0:
+            raise ValueError("a data set of the hub has no end to count from")
         return source, slice(first, end)
 
 

@@ -159,7 +159,7 @@ FLAGS = """
 --template none.jinja | --template none.jinja: cannot be read as a chat template
 --template taken | --template taken: cannot be read as a chat template
 --template file | the chat template makes an empty prompt
---template cut.jinja | the chat template fails (TemplateSyntaxError
+--template cut.jinja | the chat template (or --template) fails (TemplateSyntaxError
 --examples none.jsonl | none.jsonl: cannot be read
 --examples good.jsonl | good.jsonl, line 1: a worked example needs the texts "problem" and
 --examples half.jsonl | half.jsonl, line 1: half a character
@@ -311,10 +311,10 @@ def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
     ],
 )
 def test_defaults_found_with_the_shipped_model_are_said_for_others(folder, capsys, words, acting):
-    """A single level of a foreign model had K = 0.3 and 40 updates, and nothing said so."""
-    own = (
-        f"--model toy --data good.jsonl --lr 3e-4 --max-new-tokens 9 --quality 1 {words} --explain"
-    )
+    """A single level of a foreign model had K = 0.3 and 40 updates, and nothing said so. Q = 1
+    takes all problems, so it acts on nothing."""
+    (folder / "plain.jsonl").write_text('{"problem": "1", "answer": "1"}')
+    own = f"--model toy --data plain.jsonl --lr 3e-4 --max-new-tokens 9 {words} --explain"
     train.main(own.split())
     *_, last = capsys.readouterr().out.splitlines()
     flags = "".join(f"  --{flag}" for flag in [*acting, "lr-decay linear"])
@@ -372,8 +372,8 @@ generation_config.json {"eos_token_id": "</s>"} | stop token '</s>'
 generation_config.json = { | generation_config.json: not a JSON object
 tokenizer.json = { | its tokenizer cannot be loaded
 tokenizer.json | tokenizer
-chat_template.jinja = {% for %} | chat template fails (TemplateSyntaxError
-chat_template.jinja = {{ 1 / 0 }} | chat template fails (ZeroDivisionError
+chat_template.jinja = {% for %} | the chat template (or --template) fails (TemplateSyntaxError
+chat_template.jinja = {{ 1 / 0 }} | the chat template (or --template) fails (ZeroDivisionError
 chat_template.jinja = {{ raise_exception('no system turns') }} | no system turns
 chat_template.jinja = {# #} | chat template makes an empty prompt
 """

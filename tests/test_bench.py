@@ -42,7 +42,7 @@ def test_the_table_of_a_comparison(monkeypatch, printed, tmp_path):
     speeds |= {"ours": [100, 1200, 600]}
     turns = iter(zip(*(speeds[side] for side in compare.SAMPLERS)))
     results = [
-        speed and {"tokens_per_second": speed, "peak_rss_mb": 50} for t in turns for speed in t
+        speed and {"tokens_per_second": speed, "peak_rss_mib": 50} for t in turns for speed in t
     ]
     monkeypatch.setattr(compare, "last_line", lambda *_: results.pop(0))
     monkeypatch.setattr(compare.common, "make_model", lambda *_: None)
@@ -89,15 +89,17 @@ def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
 
 
 def test_an_acceptance_test_that_fails_says_so(monkeypatch, capsys):
-    """One part that cannot be measured must cost none of the others, nor pass."""
-    monkeypatch.setattr(gpu.step, "make_run", lambda *_: None)
-    for name in ("logprob_gap", "decoding", "phases", "resuming", "full_memory"):
+    """One part that cannot be measured must cost none of the others, nor pass; nor a model that
+    cannot be loaded."""
+    monkeypatch.setattr(gpu.step, "make_run", lambda *_: {}["model"])
+    for name in ("decoding", "phases", "resuming", "full_memory"):
         monkeypatch.setattr(gpu, name, named(name, lambda *_: ("1", "2", True)))
     monkeypatch.setattr(gpu, "phases", named("phases", lambda *_: 1 / 0))
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with raises(SystemExit, match="True"):
         gpu.main()
     rows = capsys.readouterr().out.splitlines()[-5:]
+    assert rows[0] == "| learner less sampler, nats a token | KeyError: 'model' |  | NO |"
     assert rows[2] == "| phases | ZeroDivisionError: division by zero |  | NO |"
     assert rows[4] == "| full_memory | 1 | 2 | yes |"
 

@@ -247,6 +247,8 @@ def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
         ("[a:3]", "a slice is written"),
         ("[:10%]", "a slice is written"),
         ("[::2]", "a slice is written"),
+        ("[-2:]", "a slice is written"),  # a data set of the hub would fail otherwise
+        ("[:-1]", "a slice is written"),
         ("[1:1]", "nothing in it"),
         ("[2:1]", "nothing in it"),
         ("[9:]", "nothing in it"),

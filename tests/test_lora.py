@@ -19,7 +19,7 @@ from model import ChosenLogprobs, Transformer
 from parts import lora
 from parts.files import sha256
 from parts.optimizer import Learner
-from parts.policy import Policy
+from parts.policy import TINY, Policy
 
 FLAGS = """--model toy --data p.jsonl --reward r.py:even --group-size 4 --buffer-groups 2
 --max-new-tokens 6 --updates 2 --lr 1e-2 --device cpu --lora-rank 2 --out run"""
@@ -301,10 +301,18 @@ def test_merge_rounds_once_to_the_dtype_of_the_base(workshop, tmp_path, base_dty
     workshop("--model whole --lora-rank 0")  # training goes on from it
 
 
-@mark.parametrize("rate, said", [("--lr 3e-4", True), ("", False)])
-def test_a_rate_of_full_training_is_said(workshop, capsys, rate, said):
-    """With it factors would learn a tenth of what they could, in silence. FLAGS have 1e-2."""
-    workshop(rate)
+RATES = [
+    ("--preset deepscaler --lr 1e-6", True),
+    ("", False),  # FLAGS have 1e-2
+    ("--lr 3e-4", False),  # the shipped model's default, and a good rate of another one's factors
+    (f"--model {TINY} --max-new-tokens 12 --lr 3e-4", True),
+]
+
+
+@mark.parametrize("flags, said", RATES)
+def test_a_rate_of_full_training_is_said(workshop, capsys, flags, said):
+    """With it factors would learn a tenth of what they could, in silence."""
+    workshop(flags)
     assert ("is a rate of full training. With --lora-rank" in capsys.readouterr().out) is said
 
 

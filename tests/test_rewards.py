@@ -176,7 +176,7 @@ def test_fuzz():
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["verdicts"][RIGHT] > 70 and result["verdicts"][WRONG] > 300
-    assert result["largest_worker_mb"] < 1000
+    assert result["largest_worker_mib"] < 1000
 
 
 WATCHED = """
