@@ -21,19 +21,6 @@ MEASURED = (  # by every arm, on the shipped held-out problems
 GREEDY = "--data assets/heldout.jsonl --samples 1 --temperature 0 --max-new-tokens 128"
 MIX, TWO = "--quality 1.0", "--quality 0.8 1.0"
 
-# ------------------------------------------------------------------------- what is confounded
-
-confounds = {}
-for lr in ("3e-4", "5e-4"):
-    for K in (0, 0.3):
-        own = f"--lr {lr} --length-weight {K} --eval-every 5 {MEASURED}"
-        confounds[f"mix, {lr}, K = {K}"] = f"{MIX} --tokens 800000 {own}"
-        confounds[f"levels, {lr}, K = {K}"] = f"{TWO} --tokens 240000 560000 {own}"
-        confounds[f"hard only, {lr}, K = {K}"] = f"{TWO} --tokens 0 800000 {own}"
-# As many updates as the mix with K = 0.3 has, whatever it samples
-own = f"--lr 3e-4 --length-weight 0 --eval-every 5 {MEASURED}"
-confounds["mix, 3e-4, K = 0, 62 updates"] = f"{MIX} --tokens 2000000 --updates 62 {own}"
-
 # ------------------------------------------------------------------------------------- the map
 
 # Bases by what a sample of a hard problem is right: more warm start from the shipped model, with
@@ -66,15 +53,6 @@ def of_base(base, lr):
     return flags, f"{flags} --data {folder(base)}.jsonl"
 
 
-own, measured = of_base("0.6 %", "5e-4")
-lost = {
-    "mix": f"{MIX} --tokens 400000 {measured} --eval-every 3",
-    "levels": f"{TWO} --tokens 120000 280000 {measured} --eval-every 3",
-    "mix, warm-up 1": f"{MIX} --tokens 400000 {measured} --eval-every 3 --warmup 1",
-    "levels, warm-up 1": f"{TWO} --tokens 120000 280000 {measured} --eval-every 3 --warmup 1",
-    "mix, 8e-4": f"{MIX} --tokens 400000 {measured} --eval-every 3 --lr 8e-4",
-    "mix, 2x": f"{MIX} --tokens 800000 {measured} --eval-every 3",
-}
 choose, bases = {}, {}
 CONSTANT = "--lr-decay none --warmup 2"
 for base in ("1 %", "8 %", "20 %"):
@@ -95,7 +73,7 @@ for base in BASES if RATE else ():
     if base in ("1 %", "8 %"):  # what the mix gains by leaving out what is always solved
         bases[f"{base}: all problems"] = f"--tokens {BUDGET} {DECLARED} {own}"
 
-ARMS = {"confounds": confounds, "lost": lost, "choose": choose, "map": bases}
+ARMS = {"choose": choose, "map": bases}
 # Pairs that are compared; elsewhere each arm with the first of its family, see tables.with_first
 CONTRASTS = {
     "confounds": [

@@ -271,18 +271,18 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, results
         return {"arm": arm, "seed": seed, "command": command, "pad": "x" * 100_000}
 
     monkeypatch.setattr(runner, "train", train)
-    tasks = runner.missing("lost", None, range(30, 32))
-    assert len(tasks) == 12
+    tasks = runner.missing("choose", None, range(30, 32))
+    assert len(tasks) == 18
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda task: runner.one_run(*task), tasks))
     assert sorted(made) == sorted(command for *_, command in tasks)
-    lines = {(run["arm"], run["seed"]): run["command"] for run in tables.read_runs("lost")}
+    lines = {(run["arm"], run["seed"]): run["command"] for run in tables.read_runs("choose")}
     assert lines == {(arm, seed): command for _, arm, seed, command in tasks}
-    assert len(runner.missing("lost", None, range(31, 33))) == 6
-    path = results / "lost.jsonl"
+    assert len(runner.missing("choose", None, range(31, 33))) == 9
+    path = results / "choose.jsonl"
     path.write_text(path.read_text()[:-1])
-    with raises(SystemExit, match="lost.jsonl: a kill has torn its last line"):
-        runner.missing("lost", None, [30])
+    with raises(SystemExit, match="choose.jsonl: a kill has torn its last line"):
+        runner.missing("choose", None, [30])
 
 
 def write_result(name, arm, seed, final, **changes):
