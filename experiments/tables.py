@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 FIRST_GROUPS = 64
+EASY = "levels", "ladder", "easy only"  # arms of the map that begin with easy problems
+READ, TESTED = ("0.6 %", "1 %", "6 %", "20 %"), ("2.5 %", "8 %")  # bases of the rule
 BUDGETS = 400_000, 800_000, 1_000_000, BUDGET  # of the map
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
@@ -23,7 +25,8 @@ OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
     "to 50 %": (0, "sampled tokens until level 2 is at 50 %, thousands; -: it never is"),
     "forgotten": (1, "level 1, from its best to its end, points"),
     "pass@16": (1, "level 2, 64 problems, %"),
-    "greedy 2": (1, "level 2, without sampling, %; -: not measured"),
+    "greedy 1": (1, "level 1, without sampling, %; -: not measured"),
+    "greedy 2": (1, "level 2, the same"),
 }
 COURSE = {  # of the second
     "sampled": (0, "tokens, thousands"),
@@ -37,7 +40,8 @@ COURSE = {  # of the second
     "clipped": (2, "of the tokens trained on, %: without gradient; -: not kept"),
     "entropy": (3, "last five updates, nats a token"),
 }
-COMPARED = ("accuracy", "level 1", "level 2", "area", "area 2", "at 1 M", "greedy 2", "length 2")
+COMPARED = "accuracy", "level 1", "level 2", "area", "area 2", "at 1 M"
+COMPARED += "greedy 1", "greedy 2", "length 2"
 OF_BUDGET = ("area", "area 2", "ratio")  # not to be compared where budgets differ
 CHOOSING = range(20, 30)  # seeds, which are not reported
 
@@ -85,6 +89,7 @@ def measure(run):
         "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
         "forgotten": level_1.max() - level_1[-1],
         "pass@16": 100 * run.get("pass@16", np.nan),
+        "greedy 1": 100 * run.get("greedy", [np.nan] * 2)[0],
         "greedy 2": 100 * run.get("greedy", [np.nan] * 2)[1],
         "ratio": np.log(reached[0] if len(reached) else run["budget"]),
         "budget": run["budget"],
@@ -130,11 +135,12 @@ def measures(name, arm):
     return {seed: measure(run) for seed, run in read(name, arm).items()}
 
 
-def interval(values):
-    """Mean and half of the 95 % t-interval; of a single value: nan"""
+def interval(values, sureness=0.95):
+    """Mean and half of the t-interval; of a single value: nan"""
     if len(values) < 2:
         return np.mean(values), np.nan
-    return np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    quantile = stats.t.ppf((1 + sureness) / 2, len(values) - 1)
+    return np.mean(values), quantile * stats.sem(values)
 
 
 def cell(values, decimals):
@@ -164,12 +170,12 @@ def table(measured, columns):
     yield ""
 
 
-def difference(by_seed, reference, name="accuracy"):
-    """Paired by seed -> mean, half of its 95 % interval"""
+def difference(by_seed, reference, name="accuracy", sureness=0.95):
+    """Paired by seed -> mean, half of its interval"""
     seeds = by_seed.keys() & reference.keys()
     if not seeds:
         return np.nan, np.nan
-    return interval([by_seed[s][name] - reference[s][name] for s in seeds])
+    return interval([by_seed[s][name] - reference[s][name] for s in seeds], sureness)
 
 
 def with_first(arms):
@@ -204,6 +210,45 @@ def compare(measured, pairs):
         yield f"| {' | '.join(cells)} |"
 
 
+def lead(arm, other, sureness=0.95):
+    """By how much an arm is ahead of another by the outcome of MAP.md, and whether it is *ahead*.
+    Both: {seed: {measure: value}}"""
+    name, sign, least = "area 2", 1, 3.7
+    for by_seed in (arm, other):
+        never = sum(np.isnan(m["to 50 %"]) for m in by_seed.values())
+        if never <= 1:
+            name, sign, least = "ratio", -1, -np.log(0.8)
+    mean, half = difference(arm, other, name, sureness)
+    mean *= sign
+    return mean, mean > half and mean >= least
+
+
+def easy_first(measured):
+    """measured: {arm: {seed: {measure: value}}} of a base -> whether it is *easy first*; None:
+    undecided"""
+    if max(np.mean([m["level 2"] for m in by_seed.values()]) for by_seed in measured.values()) < 10:
+        return None
+    for name in EASY:
+        _, ahead = lead(measured[name], measured["mix"], sureness=0.983)
+        if ahead and lead(measured["hard only"], measured[name])[0] <= 0:
+            return True
+    return False
+
+
+def rule(w, first):
+    """The threshold that MAP.md reads from four bases, and whether it is right for the two others;
+    None: there is none.
+
+    w  {base: share of all-wrong groups, %};  first  {base: see easy_first}
+    """
+    easy = [w[base] for base in READ if first[base]]
+    others = [w[base] for base in READ if first[base] is False]
+    if not easy or not others or min(easy) <= max(others):
+        return None
+    threshold = (min(easy) + max(others)) / 2
+    return threshold, all(first[base] in (None, w[base] > threshold) for base in TESTED)
+
+
 def best_at(base, budget):
     """On hard problems -> the best arm, its lead over the mix, whether it is told apart from the
     mix, or the mix from the second"""
@@ -236,6 +281,22 @@ def draw_map():
     figure.savefig(RESULTS / "map.png", dpi=100)
 
 
+def decisions(measured):
+    """What follows for each base, and the rule."""
+    w, first = {}, {}
+    for base in BASES:
+        own = {}
+        for arm, by_seed in measured.items():
+            if arm.startswith(f"{base}: "):
+                own[arm.partition(": ")[2]] = by_seed
+        if not {"mix", "hard only", *EASY} <= own.keys():
+            return  # runs are missing
+        w[base] = np.mean([m["at first"] for m in own["mix"].values()])
+        first[base] = easy_first(own)
+        yield f"- {base}: w = {w[base]:.1f} %; easy first: {first[base]}"
+    yield f"- threshold of w, and whether it holds: {rule(w, first)}"
+
+
 def report(name):
     """Write the table, verdict and picture of an experiment, as far as its runs are there."""
     measured = {}
@@ -251,5 +312,6 @@ def report(name):
     lines += [f"- {arm}: `{flags}`" for arm, flags in commands(name).items()]
     if name == "map":
         draw_map()
+        lines += ["", *decisions(measured)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

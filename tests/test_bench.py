@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from pytest import approx, fixture, mark, raises
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -232,6 +233,53 @@ def test_the_map_names_the_best_arm_and_whether_it_is_told_apart(results, monkey
     rows = [row for row in path.read_text().splitlines(keepends=True) if "levels" not in row]
     path.write_text("".join(rows))
     assert tables.best_at("1 %", 200_000) == ("mix", 0, False)  # the second is the ladder
+
+
+def of_arm(tokens, area=30.0, level_2=60.0, at_first=40.0):
+    """Measures of four seeds, which differ a little; tokens in thousands, nan: never."""
+    by_seed = {}
+    for seed, factor in enumerate((1.0, 1.1, 0.9, 1.0)):
+        at = tokens * factor
+        numbers = {"to 50 %": at, "ratio": np.log(1600 if np.isnan(at) else at)}
+        numbers["area 2"] = area + factor
+        by_seed[seed] = numbers | {"level 2": level_2, "at first": at_first}
+    return by_seed
+
+
+NEVER = {"tokens": float("nan")}
+BETTER = [
+    (of_arm(400), of_arm(800), True),
+    (of_arm(800), of_arm(400), False),
+    (of_arm(700), of_arm(800), False),  # told apart, and less than of use
+    (of_arm(400), of_arm(**NEVER), True),  # which counts with its budget
+    (of_arm(**NEVER, area=34), of_arm(**NEVER), True),  # by area, where neither gets there
+    (of_arm(**NEVER, area=33), of_arm(**NEVER), False),
+]
+
+
+@mark.parametrize("arm, other, expected", BETTER)
+def test_an_arm_is_ahead_by_the_protocol(arm, other, expected):
+    assert tables.lead(arm, other)[1] is np.bool_(expected)
+
+
+def test_easy_first_is_not_said_where_hard_problems_alone_do_as_well():
+    """A threshold that is read where nothing was learned would be one of the budget."""
+    arms = {"mix": of_arm(800), "ladder": of_arm(700), "easy only": of_arm(900)}
+    assert tables.easy_first({**arms, "levels": of_arm(400), "hard only": of_arm(600)})
+    assert not tables.easy_first({**arms, "levels": of_arm(400), "hard only": of_arm(390)})
+    assert not tables.easy_first({**arms, "levels": of_arm(700), "hard only": of_arm(900)})
+    lost = dict.fromkeys([*arms, "levels", "hard only"], of_arm(**NEVER, level_2=9.9))
+    assert tables.easy_first(lost) is None
+
+
+def test_a_rule_is_read_from_four_bases_and_tested_on_two():
+    w = {"0.6 %": 70, "1 %": 60, "2.5 %": 50, "6 %": 30, "8 %": 25, "20 %": 10}
+    first = {base: share > 40 for base, share in w.items()}
+    assert tables.rule(w, first) == (45, True)
+    assert tables.rule(w, first | {"2.5 %": False}) == (45, False)
+    assert tables.rule(w, first | {"2.5 %": None, "1 %": None}) == (50, True)
+    assert tables.rule(w, first | {"20 %": True}) is None  # the four cannot be parted
+    assert tables.rule(w, dict.fromkeys(w, False)) is None
 
 
 def test_every_arm_is_a_command_that_train_reads():
