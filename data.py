@@ -349,9 +349,9 @@ class Order:
         self.prompts, self.seed, self.drawn = prompts, seed, 0
 
     def shuffled(self, epoch):
-        indices = list(range(len(self.prompts)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(indices)
-        return [self.prompts[i] for i in indices]
+        prompts = list(self.prompts)
+        random.Random(f"{self.seed}/{epoch}").shuffle(prompts)
+        return prompts
 
     def draw(self, count):
         """-> the next prompts"""

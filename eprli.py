@@ -117,7 +117,7 @@ def overlong_penalty(length, max_new_tokens, cache):
     return -((length - (max_new_tokens - cache)) / cache).clamp(0, 1)
 
 
-def kimi_length_reward(length, correct):
+def kimi_length_term(length, correct):
     """Kimi k1.5, per group: lambda = 1/2 - (T - Tmin) / (Tmax - Tmin); wrong: min(0, lambda).
 
     length, correct (bool)  (..., G) -> (..., G), in [-1/2, 1/2]; a group of equal lengths gets 0
@@ -128,7 +128,7 @@ def kimi_length_reward(length, correct):
     return lam.masked_fill(shortest == longest, 0.0)
 
 
-def cosine_length_reward(length, correct, stopped, max_new_tokens):
+def cosine_length_term(length, correct, stopped, max_new_tokens):
     """After arXiv 2502.03373, as a term added to the outcome.
 
     A right completion gets 1/2, falling to 0 with its length; a wrong one -1/2, rising to 0; one
@@ -146,9 +146,9 @@ def length_term(kind, length, correct, stopped, max_new_tokens, cache):
     if kind == "overlong":
         return overlong_penalty(length, max_new_tokens, cache)
     if kind == "kimi":
-        return kimi_length_reward(length, correct)
+        return kimi_length_term(length, correct)
     if kind == "cosine":
-        return cosine_length_reward(length, correct, stopped, max_new_tokens)
+        return cosine_length_term(length, correct, stopped, max_new_tokens)
     raise ValueError(f"length kind {kind!r}: expected overlong, kimi or cosine")
 
 
@@ -422,10 +422,10 @@ def resolve_levels(cfg, measured):
     num_levels = max(len(values[name]) for name in binding)
     for name in binding:
         if len(values[name]) not in (1, num_levels):
-            option = "--" + name.replace("_", "-")
+            said = "" if getattr(cfg, name) else " as by default"
             raise ValueError(
-                f"there are {num_levels} levels, and {option} needs 1 or {num_levels} "
-                f"values, not {len(values[name])}{'' if getattr(cfg, name) else ' as by default'}"
+                f"there are {num_levels} levels, and --{name.replace('_', '-')} needs 1 or "
+                f"{num_levels} values, not {len(values[name])}{said}"
             )
     levels = []
     for i in range(num_levels):

@@ -121,14 +121,14 @@ def flags_of(run):
     with explained(f"--like {run}: it is not the folder of a training run"):
         config = json.loads((Path(run) / "config.json").read_text())
         longest = max(level["max_new_tokens"] for level in config["levels"])
-        flags = {name: config[name] for name in LIKE.split() if name in config}
+        flags = {name: config[name] for name in LIKE.split()}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
         if config["difficulty"] == "pass_rate":  # else levels have their declared numbers
             qualities = [level["quality"] for level in config["levels"]]
             flags["quality"] = config["eval_quality"] or qualities
-        if config.get("eval_data"):
+        if config["eval_data"]:
             flags["data"] = config["eval_data"]
-        if len(set(config.get("reward", []))) == 1:  # else give the one that is meant
+        if len(set(config["reward"])) == 1:  # else give the one that is meant
             flags["reward"] = config["reward"][0]
         return flags | {"model": str(newest_whole(run))}
 
@@ -331,12 +331,12 @@ def add_pass_rates(path, prompts, results, measured):
     data.write_problems(path, problems)
 
 
-def write_results(args, files, out, config):
+def write_results(args, files, out, locked):
     """Write results.jsonl and summary.json, print tables -> what summary.json holds
 
-    config  config.json, an open file
+    locked  config.json, an open file
     """
-    summary = json.load(config)
+    summary = json.load(locked)
     results, answered = [], False
     with open(out / "completions.jsonl", encoding="utf-8") as lines:
         while rows := [json.loads(line) for line in islice(lines, args.samples)]:
@@ -390,13 +390,13 @@ def main(arguments=None):
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
             args.slots = args.slots or choose_slots(args, policy, files, ranks)
             out = ranks.from_first(lambda: open_folder(args, policy, files))
-            config = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
+            locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             refuse(parser, error)
         try:
             sample_rest(args, policy, files, out / "completions.jsonl", ranks)
             if ranks.first:
-                print(json.dumps(write_results(args, files, out, config)))
+                print(json.dumps(write_results(args, files, out, locked)))
         except OSError as error:
             refuse(parser, error)
         except Stop as stop:

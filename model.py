@@ -107,7 +107,7 @@ def additive_mask(seen, dtype):
     Not infinity: the softmax of an idle slot, which sees nothing, stays finite. Made once for all
     layers. Given booleans, each layer would make and keep a mask of its own.
     """
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -1e30)
+    return seen.new_zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -1e30)
 
 
 def keys_for_every_head(device, masked):
@@ -248,11 +248,12 @@ class EmbeddedTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ids, weight = ctx.saved_tensors
-        dense = partial(torch.ops.aten.embedding_dense_backward, padding_idx=-1)
+        options = {"padding_idx": -1, "scale_grad_by_freq": False}
+        dense = partial(torch.ops.aten.embedding_dense_backward, **options)
         if not hasattr(weight, "master"):
-            return None, dense(grad, ids, len(weight), scale_grad_by_freq=False)
+            return None, dense(grad, ids, len(weight))
         different, rows = ids.unique(return_inverse=True)
-        rows_grad = dense(grad.float(), rows, len(different), scale_grad_by_freq=False)
+        rows_grad = dense(grad.float(), rows, len(different))
         gradient_to_add_to(weight).index_add_(0, different, rows_grad)
         return None, None
 
@@ -304,7 +305,7 @@ class GatedUnit(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        for g, u, part in zip(*map(in_cache, (gate, up, out))):
+        for g, u, part in in_cache(gate, up, out):
             torch.mul(F.silu(g), u, out=part)
         return out
 
@@ -312,7 +313,7 @@ class GatedUnit(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        for d, g, u, dg, du in zip(*map(in_cache, (grad, gate, up, gate_grad, up_grad))):
+        for d, g, u, dg, du in in_cache(grad, gate, up, gate_grad, up_grad):
             torch.ops.aten.silu_backward(d * u, g, grad_input=dg)
             torch.mul(d, F.silu(g), out=du)
         return gate_grad, up_grad
@@ -433,7 +434,7 @@ class Transformer(nn.Module):
         more = self.model(tokens, positions, cache.attention(rows, starts, len(offset) - 1))
         hidden = torch.cat([last, more], 1)[offset < lengths[:, None]]  # in the order of ids[mask]
         values = ChosenLogprobs.apply(hidden, self.lm_head.weight, ids[mask], temperature)
-        empty = torch.zeros(ids.shape, dtype=values[0].dtype, device=ids.device)
+        empty = values[0].new_zeros(ids.shape)
         return tuple(empty.masked_scatter(mask, value) for value in values)
 
     @contextmanager
@@ -507,8 +508,6 @@ class Transformer(nn.Module):
     def save_pretrained(self, path):
         """Write config.json and model.safetensors, or several such files and their index, if it is
         large; transformers loads the folder as it is."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         config = self.config
         config.architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
         config.dtype = self.lm_head.weight.dtype
@@ -566,15 +565,17 @@ def rows_in_cache(width):
     return max(1, torch.get_num_threads() * NUMBERS_IN_CACHE // width)
 
 
-def in_cache(x):
-    """x (..., V) -> its rows, part by part: what is made of a part stays in the cache of a CPU."""
+def in_cache(x, *others):
+    """x (..., V) -> its rows, and those of the others, part by part (rows, V or what they have):
+    what is made of a part stays in the cache of a CPU."""
     rows = x.view(-1, x.shape[-1])
-    return rows.split(len(rows) if x.is_cuda else rows_in_cache(x.shape[-1]))
+    size = len(rows) if x.is_cuda else rows_in_cache(x.shape[-1])
+    return zip(*(y.view(len(rows), -1).split(size) for y in (rows, *others)))
 
 
 def add_wider(total, part):
     """total += part, in the dtype of the total. torch would first copy all of the part to it."""
-    for sums, numbers in zip(in_cache(total), in_cache(part)):
+    for sums, numbers in in_cache(total, part):
         sums += numbers
 
 
@@ -598,10 +599,9 @@ class ChosenLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         chosen, entropy = [], []
         for _, logits, target in chunks_of_logits(hidden, weight, targets):
-            parts = in_cache(logits)
-            for part, ids in zip(parts, target.split(len(parts[0]))):
+            for part, ids in in_cache(logits, target):
                 logprobs = log_softmax(part, temperature)
-                chosen.append(logprobs.gather(-1, ids[:, None])[:, 0])
+                chosen.append(logprobs.gather(-1, ids)[:, 0])
                 entropy.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
         chosen, entropy = torch.cat(chosen), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
@@ -619,13 +619,10 @@ class ChosenLogprobs(torch.autograd.Function):
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         grad = grad / ctx.temperature
         for i, (at, logits, target) in enumerate(chunks_of_logits(hidden, weight, targets)):
-            parts = in_cache(logits)
-            size = len(parts[0])
-            for part, ids, g in zip(parts, target.split(size), grad[at].split(size)):
+            for part, ids, g in in_cache(logits, target, grad[at]):
                 # (1[v = chosen] - p_v) g
-                logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g[:, None])
-                logits_grad[torch.arange(len(g), device=g.device), ids] += g
-                part.copy_(logits_grad)
+                logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g)
+                part.copy_(logits_grad.scatter_add_(-1, ids, g))
             hidden_grad[at] = kernels.linear(logits, weight.t())
             if learned:
                 partial_sum.addmm_(logits.t(), hidden[at])

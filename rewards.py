@@ -325,7 +325,7 @@ MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
 PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
 
 
-def start_loop():
+def start_loop(_):
     """An event loop in a thread of its own, for as long as the process lives."""
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
@@ -348,8 +348,8 @@ class Calls:
         self.begun = []  # futures that `submit` has returned since the last `drop`
         self.left = []  # (problem id, future) of calls that were left behind
 
-    clock = functools.cached_property(lambda self: start_loop())
-    tasks = functools.cached_property(lambda self: start_loop())
+    clock = functools.cached_property(start_loop)
+    tasks = functools.cached_property(start_loop)
 
     def submit(self, reward, problem_id, *arguments):
         """-> a future of what the call returns, or of OVER. It raises Stop for what it raises."""
@@ -478,9 +478,6 @@ class Scorer:
             return scores
 
         return finish
-
-    def drop(self):
-        self.calls.drop()
 
     def close(self):
         self.grader.close()

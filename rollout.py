@@ -74,7 +74,7 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     choices are certain, 0 nats.
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
     logprobs = log_softmax(logits, temperature)
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)
@@ -327,10 +327,9 @@ class Slots:
         keys = np.array([sequence.key for sequence in sequences], np.uint64)
         positions = np.array([len(sequence.tokens) for sequence in sequences])
         u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
-        parts = in_cache(self.logits)
         chosen = []
-        for logits, some in zip(parts, u.split(len(parts[0]))):
-            tokens, logprobs = choose(logits, some, temperature, top_k, top_p)
+        for logits, some in in_cache(self.logits, u):
+            tokens, logprobs = choose(logits, some[:, 0], temperature, top_k, top_p)
             chosen.append(torch.stack([tokens.double(), logprobs.double()]))
         chosen = torch.cat(chosen, 1).tolist()  # one GPU sync
         for sequence, token, logprob in zip(sequences, *chosen):

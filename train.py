@@ -94,11 +94,11 @@ def draw(run, state, update):
     """
     cfg, level, order = run.cfg, state.level, state.order
     count = level.prompts
-    if cfg.surplus == "missing" and update.draws:
+    if cfg.surplus == "missing" and update.groups:
         count = min(count, level.buffer_groups - state.buffer.pending)
     first = state.buffer.counts["drawn"]  # groups of this level so far
-    requested = []
-    for group_number, prompt in enumerate(order.draw(min(count, update.prompts_left)), first):
+    prompts, requested = order.draw(min(count, update.prompts_left)), []
+    for group_number, prompt in enumerate(prompts, first):
         streams = [
             stream(cfg.seed, TRAINING, state.number, group_number, g)
             for g in range(level.group_size)
@@ -118,11 +118,10 @@ def draw(run, state, update):
         return [(a, make_group(run, level, prompt, a)) for (prompt, *_), a in zip(share, done)]
 
     scored = run.ranks.share_out(requested, sample_and_score)  # if one process fails, all raise
-    groups = [group for _, group in scored]
-    prompts = [prompt for prompt, *_ in requested]
+    attempts, groups = zip(*scored)
     if cfg.online:
         order.learn(groups)
-    update.add_draw(prompts, [attempts for attempts, _ in scored], groups)
+    update.add_draw(prompts, attempts, groups)
     return groups
 
 
@@ -132,7 +131,7 @@ def make_group(run, level, prompt, attempts):
     limit = min(level.max_new_tokens, run.policy.room(prompt))
     length_reward = level.length_weight * length_term(
         run.cfg.length_kind,
-        torch.tensor([a.length for a in attempts], dtype=torch.float64),
+        outcome.new_tensor([a.length for a in attempts]),
         outcome >= 1,
         torch.tensor([a.completion.stopped for a in attempts]),
         limit,

@@ -92,8 +92,8 @@ def main():
             model = Path(size)
             if size in common.SIZES:
                 model = Path(folder, size)
-            if size in common.SIZES and not model.exists():
-                common.make_model(size, model)
+                if not model.exists():
+                    common.make_model(size, model)
             shape = SHAPES.get(size, SHAPES[""])
             values = {"size": model.name, "model": str(model), "dtype": dtype, "shape": shape}
             compare(args, what, values | {"folder": folder, "slots": args.slots})

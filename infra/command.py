@@ -85,9 +85,8 @@ def train_and_save(train, run):
                 traceback.print_exception(stop.__cause__)
         run.take_back()
         try:
-            if not run.num_broken:  # else the last good checkpoint is better
-                with memory_explained(run):
-                    run.save()
+            with memory_explained(run):
+                run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
     if run.num_broken and not code:

@@ -111,6 +111,7 @@ def sampling_bytes(device, model, rows, length):
 def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     """What one process holds -> {"always": {what: bytes}, "sampling": ..., "learning": ...}
 
+    levels    all; what is not trained takes part as a limit of evaluation alone
     model     of the right shape and dtype; it may be on the meta device
     prompt    tokens of the longest prompt
     held_out  problems of an evaluation, each sampled --eval-samples times
@@ -118,9 +119,9 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     layers = model.model.layers
     size = model.lm_head.weight.itemsize  # bytes of a weight or activation
     wide = max(size, 4)  # of a master, norm or log-prob: float32 at least
-    longest = max(level.max_new_tokens for level in levels)
-    if held_out:
-        longest = max(longest, cfg.eval_max_new_tokens or 0)
+    longest = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
+    levels = [level for level in levels if level.trains] or levels
+    longest = max([level.max_new_tokens for level in levels] + [longest] * bool(held_out))
     drawn = max(ceil(x.prompts / processes) * x.group_size for x in levels)
     rows = min(cfg.slots or SLOTS[0], max(drawn, ceil(held_out / processes) * cfg.eval_samples))
     sampling = sampling_bytes(cfg.device, model, rows, prompt + longest)
@@ -277,23 +278,15 @@ def settle_on_all(cfg, states, held_out, policy, ranks):
     held_out = len(prompts) if cfg.eval_every != 0 else 0
     prompts += [prompt for state in states for prompt in state.order.prompts]
     longest = max((len(p.tokens) for p in prompts if policy.room(p)), default=0)
-    described, levels = to_plan(cfg, [state.level for state in states])
     free = min(ranks.gather(free_bytes(ranks.device))) + nbytes(policy.model)
+    levels = [state.level for state in states]
     shape = levels, policy.model, longest, held_out, ranks.size
-    described = settle(described, *shape, free)
-    slots, tokens = described.slots, described.micro_batch_tokens
+    cfg = settle(cfg, *shape, free)
     tqdm.write(
-        f"memory: by the plan {peak(plan(described, *shape)) / 1e9:.2f} GB of {free / 1e9:.2f} GB "
-        f"with --slots {slots} --micro-batch-tokens {tokens}; --plan says for what"
+        f"memory: by the plan {peak(plan(cfg, *shape)) / 1e9:.2f} GB of {free / 1e9:.2f} GB with "
+        f"--slots {cfg.slots} --micro-batch-tokens {cfg.micro_batch_tokens}; --plan says for what"
     )
-    return replace(cfg, slots=slots, micro_batch_tokens=tokens)
-
-
-def to_plan(cfg, levels):
-    """-> Config with the longest completion of an evaluation, the levels that are trained"""
-    limit = cfg.eval_max_new_tokens or max(level.max_new_tokens for level in levels)
-    levels = [level for level in levels if level.trains] or levels
-    return replace(cfg, eval_max_new_tokens=limit), levels
+    return cfg
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -320,7 +313,6 @@ def memory_table(cfg):
     held_out = sum(held_out.values(), []) if cfg.eval_every != 0 else []
     policy = load_policy(cfg, cfg.model, "meta")
     longest = max(len(p.tokens) for p in fitting(policy, train_set + held_out))
-    cfg, levels = to_plan(cfg, levels)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     lines = table(plan(cfg, levels, policy.model, longest, len(held_out), processes))
     on_host = total(held_bytes(cfg, policy.model, processes)[1])

@@ -92,7 +92,7 @@ class Run:
         return bool(every and self.num_updates and self.num_updates % every == 0)
 
     def save_if_due(self):
-        if self.save_due and not self.num_broken:
+        if self.save_due:
             self.save()
 
     def start_update(self, state, lr):
@@ -211,9 +211,10 @@ class Run:
     # ------------------------------------------------------------------------------ checkpoints
 
     def save(self):
-        """Write the state, unless it is on the disk. Every process must call. Raises Stop."""
+        """Write the state, unless it is on the disk, or the last good checkpoint is better: numbers
+        are not finite. Every process must call. Raises Stop."""
         name = f"{self.num_updates:06d}"
-        if name == self.saved or self.half_done:
+        if name == self.saved or self.half_done or self.num_broken:
             return
         self.doing = "saving"
         parts = in_parts(self.learner.tensors())

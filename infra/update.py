@@ -43,7 +43,6 @@ class Update:
         self.prompts_left = max_draws * state.level.prompts  # that may still be drawn
         self.num_carried = 0  # groups trained on that an older policy sampled
         self.before = state.order.drawn, list(state.buffer.groups), Counter(state.buffer.counts)
-        self.draws = 0
         self.rows = []
         self.scored = []  # those of groups whose R_l came in time
         self.num_late = 0  # the other groups
@@ -55,7 +54,12 @@ class Update:
 
     def add_draw(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
-        self.draws += 1
+        if not self.groups and self.number % SHOW_EVERY == 1:
+            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
+                tqdm.write(
+                    f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
+                    f"({a.score.verdict}; answer {prompt.problem.answer!r})"
+                )
         self.prompts_left -= len(prompts)
         self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
@@ -81,13 +85,6 @@ class Update:
                 self.rows.append(row)
                 if not group.late:
                     self.scored.append(row)
-
-        if self.draws == 1 and self.number % SHOW_EVERY == 1:
-            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
-                tqdm.write(
-                    f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
-                    f"({a.score.verdict}; answer {prompt.problem.answer!r})"
-                )
 
     def take_back(self):
         """Order and buffer as they were before the update."""

@@ -189,7 +189,7 @@ def sequence_length(sample):
     return len(sample.group.prompt) + len(sample.completion.tokens)
 
 
-def cut_micro_batches(samples, max_tokens, one_prompt=False):
+def cut_micro_batches(samples, max_tokens, one_prompt):
     """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample); one_prompt:
     each has samples of one prompt alone."""
     prompts = [s.group.prompt for s in samples]

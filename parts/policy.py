@@ -297,7 +297,7 @@ def attempt(policy, scorer, work, sampling, *, verifier_too=False, show_progress
         sampled = time.perf_counter()
         scores = [finish[number]() for number in range(len(work))]
     finally:
-        scorer.drop()
+        scorer.calls.drop()
     if clock is not None:
         clock.update(sample=sampled - start, score=time.perf_counter() - sampled)
     return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]

@@ -87,7 +87,7 @@ def column(record, name, missing=None):
     return column(record.get(outer), inner, missing) if inner else missing
 
 
-def find_layout(record, columns, must_fit=False, graded=True):
+def find_layout(record, columns, must_fit, graded):
     """{our name: the name of the column}, those that are given if the record has them.
 
     must_fit  raise ValueError if it lacks one of them; else a known layout serves too, and columns
@@ -115,7 +115,7 @@ def find_layout(record, columns, must_fit=False, graded=True):
     )
 
 
-def in_our_columns(record, columns, must_fit=False, graded=True):
+def in_our_columns(record, columns, must_fit, graded):
     """-> the record with our names for its columns, and the names that they had"""
     layout = find_layout(record, columns, must_fit, graded)
     ours = dict(record)

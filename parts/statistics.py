@@ -83,7 +83,7 @@ def measure(result, k):
     values = {f"avg@{n}": right / n, f"pass@{k}": pass_at_k(n, right, k)}
     if "majority" in result:  # else no sample has an answer in a box
         values[f"maj@{n}"] = result["majority"]
-    values |= result.get("means", {})
+    values |= result["means"]
     return values | {name: result[name] for name in ("length", "cut_off", "writes_steps")}
 
 

@@ -791,7 +791,10 @@ def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(run, monkeyp
 
 TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
 "data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
-"difficulty": "pass_rate", "eval_quality": null,
+"difficulty": "pass_rate", "eval_quality": null, "eval_data": null, "reward": ["math"],
+"system": null, "suffix": "", "template": null, "template_kwargs": "{}", "stop": [], "columns": [],
+"reward_timeout": 60.0, "reward_workers": 16, "reward_retry": false, "reward_tries": 1,
+"reward_held_out": null,
 "levels": [{"max_new_tokens": 300, "quality": 0.5}, {"max_new_tokens": 200, "quality": 1}]}"""
 
 

@@ -37,6 +37,7 @@ def metrics(n=12, **columns):
         name: 0 for panel in report.PANELS.splitlines() for name in panel.split("|")[2].split()
     }
     defaults |= {"groups_drawn": 8, "groups_kept": 8, "grad_norm": 0.5, "outcome_mean": 0.5}
+    defaults["reward_timeouts"] = 0
     for i in range(n):
         row = {"update": i + 1, "level": 1, "accuracy": 0.5, "completions_left_out": 0}
         for name, value in {**defaults, **columns}.items():

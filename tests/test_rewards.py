@@ -684,7 +684,7 @@ def test_what_is_dropped_is_not_called():
     using.begin(reward, Problem("p", "1", "1"), "", list("abc"))
     while not called:
         time.sleep(0.01)
-    using.drop()
+    using.calls.drop()
     free.set()
     time.sleep(0.2)
     assert called == ["a"]

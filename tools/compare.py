@@ -14,10 +14,6 @@ LINE = (
 )
 
 
-# Settings that results of older versions lack.
-OLDER = {"reward": "math", "reward_identity": "math", "reward_timeout": 60.0}
-
-
 def read(path):
     """A results.jsonl, or the folder with it -> settings, {(name of the file, problem id): result}
 
@@ -32,7 +28,7 @@ def read(path):
         for row in rows:
             measure(row, 1)
             results[Path(row["file"]).stem, row["problem_id"]] = row
-        return OLDER | first["settings"], results
+        return dict(first["settings"]), results
 
 
 def compare(*paths):

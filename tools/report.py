@@ -80,9 +80,8 @@ def read_runs(folders):
 
 
 def column(rows, key):
-    """(rows,) float: null becomes nan, a missing key 0, or nan for a part of R_l."""
-    missing = np.nan if key.startswith("part_") else 0
-    return np.array([row.get(key, missing) for row in rows], float)
+    """(rows,) float: null becomes nan, and so does a part of R_l that an update lacks."""
+    return np.array([row.get(key) for row in rows], float)
 
 
 def smooth(values, window):
@@ -188,7 +187,7 @@ def read_completions(path, updates):
     """Rows of completions.jsonl from the first update to the last."""
     times, rows = np.linspace(1, updates, TIMES).round(), []
     for row in read_log(path):
-        first = row.get("group", 0) < GROUPS_PER_TIME or "pieces" in row
+        first = row["group"] < GROUPS_PER_TIME or "pieces" in row
         if first and row["update"] in times:
             rows.append(shorten(row))
     while len(encode(rows)) > MOST_BYTES:

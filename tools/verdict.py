@@ -33,7 +33,7 @@ def starved(metrics):
     """Could an update not fill the buffer, so that it was skipped?"""
     skipped = 0  # a late group is broken, but no number that is not finite ended the update
     for row in metrics:
-        skipped += row["groups_kept"] + row["groups_broken"] == row.get("reward_timeouts", 0)
+        skipped += row["groups_kept"] + row["groups_broken"] == row["reward_timeouts"]
     drawn, right, wrong = (
         sum(row[f"groups_{fate}"] for row in metrics)
         for fate in ("drawn", "all_right", "all_wrong")
