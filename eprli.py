@@ -22,8 +22,8 @@ itself, this is how we read it. Every departure from the text is in this list:
     would have no gradient.
  5. Eq. 1 leaves out its inner sum. We take the mean over a completion's tokens, then over
     completions (--loss-norm sequence).
- 6. The buffer keeps a group if its R_l differ. R_l alone decides: a group whose completions are
-    all right is dropped even if their lengths differ.
+ 6. The buffer drops a group whose R_l are all equal. R_l alone decides: a group whose completions
+    are all right is dropped even if their lengths differ.
  7. "Skip the update if the buffer is short": groups stay in the buffer from draw to draw. Surplus
     groups serve the next update, with the log-probs under which they were sampled: for them rho is
     not 1 in an update's first step (carried_share; --surplus drop is on-policy). A group that was
@@ -62,8 +62,8 @@ import torch
 
 # Q_l by default, for the shipped problems. Level 1: solved in 20 % of the attempts or more.
 QUALITY = [0.8, 1.0]
-# Defaults by level, for the shipped model: a value for level 1 of several levels, and one for all
-# others or for a single level.
+# Defaults that differ by level, for the shipped model: a value for level 1 of several levels, and
+# one for all others or for a single level. All other defaults are in infra/flags.py.
 LEVEL_DEFAULTS = {
     "quality": QUALITY,
     "max_new_tokens": [96, 128],
@@ -89,7 +89,7 @@ class Level:
     prompts: int  # P_l    prompts per draw
     group_size: int  # G_l    completions per prompt
     max_new_tokens: int  # Len_l  longest completion, tokens
-    reward: str  # R_l    "math", or a user's function
+    reward: str  # R_l    its name, "math" or "path.py:function"; loaded: LevelState.reward
     length_weight: float  # K_l    0 switches the length reward off
     overlong_cache: int  # last tokens, over which the overlong penalty falls to -1
     eps_low: float  # clip bounds, asymmetric: rho in [1 - eps_low, 1 + eps_high]
@@ -172,7 +172,7 @@ def group_advantage(reward, std="group"):
 
 
 def loss_weight(norm, length, num_completions, num_tokens, max_new_tokens):
-    """The weight of each token of a completion in the objective.  length (B,) tokens -> (B,)
+    """The weight of each token of a completion in the objective.  length (B,) tokens, float -> (B,)
 
     num_completions and num_tokens are counted over the whole optimizer step, all its micro-batches
     and processes: the step's loss is a sum divided once.
@@ -244,8 +244,8 @@ class Group:
     outcome: torch.Tensor  # (G,)  R_l of each completion
     length_reward: torch.Tensor  # (G,)  K_l x length term
     advantage: torch.Tensor  # (G,)  A of each completion
-    sampled_after: int  # updates that its policy had been trained on when it sampled the group
-    late: bool = False  # R_l took too long: no number, and no fault of the policy's
+    policy_version: int  # of the policy that sampled it: updates that it had been trained on
+    late: bool = False  # R_l took too long: its outcomes are nan, and no fault of the policy's
 
     @property
     def reward(self):
@@ -270,11 +270,14 @@ class Group:
 class Buffer:
     """The dynamic buffer of one level: groups that wait for their update.
 
-    counts says what became of all others (`kept`: trained on), and nothing is lost: at any time
+    counts says what became of all others, and nothing is lost: at any time
     drawn = kept + all_right + all_wrong + broken + stale + pending.
+    kept: trained on. broken: R_l came too late, a number is not finite, or the update that trained
+    on it was given up.
     """
 
     def __init__(self, keep_flat=False):
+        """keep_flat  --filter all"""
         self.keep_flat, self.groups, self.counts = keep_flat, [], Counter()
 
     @property
@@ -297,12 +300,12 @@ class Buffer:
             else:
                 self.groups.append(group)
 
-    def expire(self, num_trained, max_age=1):
+    def expire(self, policy_version, max_age=1):
         """Drop what was sampled more than max_age updates ago.
 
-        num_trained  updates that the policy has been trained on by now
+        policy_version  that of now
         """
-        old = [g for g in self.groups if num_trained - g.sampled_after > max_age]
+        old = [g for g in self.groups if policy_version - g.policy_version > max_age]
         self.remove(old, "stale")
 
     def oldest(self, num_groups):
@@ -328,14 +331,14 @@ class LevelState:
 
     number: int  # from 1
     level: Level
-    order: object  # in which its prompts are drawn, see data.Order
+    order: object  # data.Order of its prompts; with --online data.Bins
     reward: object  # R_l, see rewards.Reward
     buffer: Buffer
     num_trained: int = 0  # updates of this level that changed the policy
     tokens_sampled: int = 0  # in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
-    extended_after: list = field(default_factory=list)  # every M_l that --resume --updates raised
+    extended_after: list = field(default_factory=list)  # M_l before each --resume --updates
 
     @property
     def progress(self):
@@ -367,12 +370,13 @@ class LevelState:
     def over(self):
         return self.progress == 1 or self.skips == MOST_SKIPS
 
-    def count(self, update, tokens_sampled, changed_policy, given_up):
+    def count(self, number, tokens_sampled, changed_policy, given_up):
         """Count an update of this level. What waits when the level ends is stale.
 
-        update  its number in the run
+        number    of the update in the run
+        given_up  it met a number that is not finite, so it is no skip
         """
-        self.last_update = update
+        self.last_update = number
         self.tokens_sampled += tokens_sampled
         self.num_trained += changed_policy
         self.skips = 0 if changed_policy or given_up else self.skips + 1
@@ -417,7 +421,7 @@ def resolve_levels(cfg, measured):
     measured  whether some training problem has a pass rate
     """
     values = level_values(cfg, measured)
-    # These say how many levels there are; the other defaults fit any number of levels.
+    # The longest of these lists is the number of levels; the other defaults fit any number.
     binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
     num_levels = max(len(values[name]) for name in binding)
     for name in binding:

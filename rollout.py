@@ -35,7 +35,7 @@ class Completion:
 # --------------------------------------------------------------------------------------- choice
 
 
-def stream(*counters):
+def stream_key(*counters):
     """A 64-bit key for non-negative integers, such as (run seed, purpose, level, group, sample).
 
     Trailing zeros do not count, so one purpose always passes equally many: (1, 2) is (1, 2, 0).
@@ -257,10 +257,10 @@ class Slots:
     def __init__(self, model, prompts, keys, max_new_tokens, slots):
         """See `sample`."""
         self.model, self.groups = model, []
-        for number, (tokens, streams, limit) in enumerate(zip(prompts, keys, max_new_tokens)):
+        for number, (tokens, own, limit) in enumerate(zip(prompts, keys, max_new_tokens)):
             prompt = SharedPrompt(tokens, number)
-            limits = np.broadcast_to(limit, len(streams)).tolist()
-            self.groups.append([Sequence(prompt, *each) for each in zip(streams, limits)])
+            limits = np.broadcast_to(limit, len(own)).tolist()
+            self.groups.append([Sequence(prompt, *each) for each in zip(own, limits)])
         self.waiting = deque(sequence for sequence in chain(*self.groups) if sequence.limit)
         rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
@@ -394,7 +394,7 @@ def sample(
     """Complete every prompt; returns one list of Completion per prompt, in order.
 
     prompts         token lists
-    keys            for each prompt the streams of its completions, see `stream`
+    keys            for each prompt those of its completions, see `stream_key`
     max_new_tokens  for each prompt the limit of its completions, or a list with one per completion
     slots           rows decoded together, at least MIN_ROWS (memory and speed only)
     stop_ids        a completion ends with the first of these ids, which is kept

@@ -35,7 +35,7 @@ from parts.files import Stop
 from parts.policy import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
 from parts.statistics import by_name, interval
 from rewards import LATE
-from rollout import Completion, stream
+from rollout import Completion, stream_key
 
 # Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
 # of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
@@ -46,10 +46,13 @@ PEAKS = ("ratio_max", "gap_max")
 
 
 def train(run):
-    """The loop of the paper. The comments quote the algorithm box of the README."""
+    """The loop of the paper. The comments quote the algorithm box of the README.
+
+    run is an infra.run.Run, state an eprli.LevelState, update an infra.update.Update.
+    """
     cfg, ranks = run.cfg, run.ranks
     while True:
-        # what the last update made due
+        # due at the start, at the end of a level, and as --eval-every says; 0: never
         if run.evaluation_due and cfg.eval_every != 0:
             evaluate(run)
         run.save_if_due()
@@ -63,11 +66,11 @@ def train(run):
         update = run.start_update(state, learning_rate(cfg, *state.lr_position))
         try:
             # drop groups that were sampled more than one update ago
-            buffer.expire(run.num_trained, max_age=0 if cfg.surplus == "drop" else 1)
+            buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, G_l completions of each, r_i = R_l + K_l length_l, A_i
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
-                # keep a group iff its R_l are not all equal
+                # drop a group if its R_l are all equal
                 buffer.add(groups)
                 update.raise_if_not_finite()
             # until the buffer holds N_l groups: never train on less, else the update is skipped
@@ -94,16 +97,18 @@ def draw(run, state, update):
     """
     cfg, level, order = run.cfg, state.level, state.order
     count = level.prompts
+    # after the first draw only as many prompts as groups are missing
     if cfg.surplus == "missing" and update.groups:
         count = min(count, level.buffer_groups - state.buffer.pending)
     first = state.buffer.counts["drawn"]  # groups of this level so far
-    prompts, requested = order.draw(min(count, update.prompts_left)), []
+    prompts, work = order.draw(min(count, update.prompts_left)), []
+    update.prompts_left -= len(prompts)
     for group_number, prompt in enumerate(prompts, first):
-        streams = [
-            stream(cfg.seed, TRAINING, state.number, group_number, g)
+        keys = [
+            stream_key(cfg.seed, TRAINING, state.number, group_number, g)
             for g in range(level.group_size)
         ]
-        requested.append((prompt, streams, state.reward))
+        work.append((prompt, keys, state.reward))
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
     def sample_and_score(share):
@@ -113,11 +118,15 @@ def draw(run, state, update):
             share,
             sampling,
             show_progress=run.ranks.first,
-            clock=update.seconds,
+            seconds=update.seconds,
         )
-        return [(a, make_group(run, level, prompt, a)) for (prompt, *_), a in zip(share, done)]
+        return [
+            (attempts, make_group(run, level, prompt, attempts))
+            for (prompt, *_), attempts in zip(share, done)
+        ]
 
-    scored = run.ranks.share_out(requested, sample_and_score)  # if one process fails, all raise
+    # the results of all processes, in order, on each; if one process fails, all raise
+    scored = run.ranks.share_out(work, sample_and_score)
     attempts, groups = zip(*scored)
     if cfg.online:
         order.learn(groups)
@@ -143,7 +152,7 @@ def make_group(run, level, prompt, attempts):
         outcome=outcome,
         length_reward=length_reward,
         advantage=group_advantage(outcome + length_reward, run.cfg.adv_std),
-        sampled_after=run.num_trained,
+        policy_version=run.policy_version,
         late=attempts[0].score.verdict == LATE,  # then all are
     )
 
@@ -164,21 +173,22 @@ class Sample:
 def learn(run, state, groups, update):
     """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
-    run.doing = "learning"
+    run.doing = "learning"  # for the message if memory runs out
     samples = []  # one list for each group
     for group in groups:
-        fresh = group.sampled_after == run.num_trained
+        fresh = group.policy_version == run.policy_version
         update.num_carried += not fresh
         pairs = zip(group.completions, group.advantage.tolist())
         samples.append([Sample(group, completion, A, fresh) for completion, A in pairs])
-    for step in minibatches(cfg, state.level.inner_epochs, samples, update.number):
-        sums, peaks = accumulate_gradient(run, state.level, step)
+    for minibatch in minibatches(cfg, state.level.inner_epochs, samples, update.number):
+        sums, peaks = accumulate_gradient(run, state.level, minibatch)
         step_number = len(update.steps) + 1
         if step_number == 1:
             check_gap(cfg.dtype, sums)
         if not math.isfinite(sums["objective"]):
             learner.drop_gradient()
             raise NotFinite(f"the loss of step {step_number} is {-sums['objective']}", groups)
+        # the norm before the clip; there is no step if it is not finite
         norm = learner.step(update.lr, cfg.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient's norm in step {step_number} is {norm}", groups)
@@ -212,7 +222,7 @@ def check_gap(dtype, sums):
         )
 
 
-def accumulate_gradient(run, level, step):
+def accumulate_gradient(run, level, minibatch):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
     The step's sum is divided once, by counts of the whole step. So how the learner cuts it into
@@ -220,12 +230,13 @@ def accumulate_gradient(run, level, step):
 
     -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """
-    counts = len(step), sum(len(s.completion.tokens) for s in step)
+    counts = len(minibatch), sum(len(s.completion.tokens) for s in minibatch)
 
     def objective_of(model, micro):
         return objective(run, level, model, micro, counts)
 
-    logs = run.learner.add_gradients(step, objective_of, run.cfg.micro_batch_tokens)
+    # (-J).backward() for each micro-batch; -> what each logged, of all processes
+    logs = run.learner.add_gradients(minibatch, objective_of, run.cfg.micro_batch_tokens)
     sums = {name: sum(logged[name] for logged in logs) for name in SUMS}
     peaks = {name: max(logged[name] for logged in logs) for name in PEAKS}
     return sums, peaks
@@ -241,6 +252,7 @@ def objective(run, level, model, micro, counts):
     ids, mask = pad(
         [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
     )
+    # (B, T) as ids: of the token at its place, 0 outside the mask; the entropy has no gradient
     logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature)
     sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
@@ -281,13 +293,14 @@ def evaluate(run):
             verifier_too=bool(cfg.reward_held_out),
             show_progress=ranks.first,
         )
-        return [means_of_problem(p.problem.id, a) for (p, *_), a in zip(share, done)]
+        return [means_of_problem(p.problem.id, some) for (p, *_), some in zip(share, done)]
 
     work, rows = [], []
     for _, prompts, reward in run.held_out:
         work += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
     done = iter(ranks.share_out(work, sample_and_score))
     for labels, prompts, _ in run.held_out:
+        # {what: a mean for each problem}: right, length, writes_steps; of one's own R_l its parts
         values = by_name(itertools.islice(done, len(prompts)))
         accuracy, low, high = interval(values.pop("right"))
         row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
@@ -299,7 +312,7 @@ def evaluate(run):
     run.add_evaluation(rows)
 
 
-def draw_run(out):
+def write_report(out):
     """The picture and the page of a run directory."""
     from tools import report  # matplotlib takes a second to import
 
@@ -312,7 +325,7 @@ def draw_run(out):
 
 def main(arguments=None):
     """Set a run up, train, and leave with an exit code that says how it ended."""
-    run_command(train, draw_run, arguments)
+    run_command(train, write_report, arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data import read_problems
 from infra.memory import nbytes
 from parts.policy import SHIPPED
-from rollout import Slots, stream
+from rollout import Slots, stream_key
 from train import MOST_GAP
 
 FLAGS = """--quality 1 --filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3
@@ -51,7 +51,7 @@ def decoding(args, made):
     """a decoding step as it is, and captured"""
     model, rows = made().policy.model, args.slots
     # Every row has read 512 tokens.
-    work = Slots(model, [[5] * 512], [[stream(0, i) for i in range(rows)]], [9], rows)
+    work = Slots(model, [[5] * 512], [[stream_key(0, i) for i in range(rows)]], [9], rows)
     with model.laid_out(rows):
         work.refill()
         work.advance(1.0, 0, 1.0)

@@ -15,13 +15,13 @@ import common
 import torch
 
 from model import Transformer
-from rollout import sample, stream
+from rollout import sample, stream_key
 
 
 def measure(args):
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), args.device)
     prompts, lengths = zip(*common.read_workload(args.workload))
-    keys = [[stream(0, i, k) for k in range(len(many))] for i, many in enumerate(lengths)]
+    keys = [[stream_key(0, i, k) for k in range(len(many))] for i, many in enumerate(lengths)]
     options = {"slots": args.slots, "stop_ids": (), "temperature": 1.0}
     work = functools.partial(sample, model, prompts, keys, lengths, **options)
     done = work()  # a warm-up

@@ -34,9 +34,9 @@ from parts.files import Stop
 from parts.inputs import read_data
 
 
-def run_command(train, draw, arguments):
+def run_command(train, report, arguments):
     """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
-    draw(its folder) makes the pictures of a run that came to its end."""
+    report(its folder) makes the pictures of a run that came to its end."""
     parser = make_parser()
     silence_others()
     with contextlib.ExitStack() as stack:
@@ -60,7 +60,7 @@ def run_command(train, draw, arguments):
         if is_first():
             say_results(run, ended)
             if not ended and run.num_updates:
-                draw(run.directory.out)
+                report(run.directory.out)
         if code:
             sys.exit(code)
 

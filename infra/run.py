@@ -50,7 +50,7 @@ class Run:
     levels: list  # of LevelState
     held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...], R_l)
     num_updates: int = 0  # so far, skipped ones included
-    num_broken: int = 0  # updates in a row that met a number that is not finite
+    num_broken: int = 0  # updates that met a number that is not finite, since one trained
     evaluation_due: bool = True
     save_due: bool = False
     saved: str | None = None  # name of the newest checkpoint
@@ -63,7 +63,7 @@ class Run:
     bar: tqdm | None = None
 
     @property
-    def num_trained(self):
+    def policy_version(self):
         """Updates that changed the policy."""
         return sum(state.num_trained for state in self.levels)
 
@@ -125,7 +125,8 @@ class Run:
             self.bar.update(self.progress - self.bar.n)
         if self.num_broken == MOST_BROKEN:
             raise Stop(
-                f"{MOST_BROKEN} updates in a row met numbers that are not finite, the last time: "
+                f"{MOST_BROKEN} updates in a row met numbers that are not finite (skipped ones do "
+                "not count), the last time: "
                 f"{update.fault}. {self.directory.last_good()}; lower --lr, or look at --reward"
             )
 

@@ -60,7 +60,6 @@ class Update:
                     f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
                     f"({a.score.verdict}; answer {prompt.problem.answer!r})"
                 )
-        self.prompts_left -= len(prompts)
         self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
             self.num_late += group.late

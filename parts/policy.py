@@ -25,13 +25,13 @@ from parts import lora
 from parts.files import Stop, explained, sha256
 from parts.statistics import by_name
 from rewards import VERIFIER, Score, identity, writes_steps
-from rollout import Completion, sample, stream
+from rollout import Completion, sample, stream_key
 
 # A tiny checkpoint, and its problems with pass rates
 SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
-TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream
+TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -258,16 +258,18 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(policy, scorer, work, sampling, *, verifier_too=False, show_progress=False, clock=None):
+def attempt(
+    policy, scorer, work, sampling, *, verifier_too=False, show_progress=False, seconds=None
+):
     """Complete every prompt once per key, and score: one list of Attempt per prompt.
 
     A completion ends where the context ends; a prompt that fills the context gets empty ones. The
     completions of a prompt are scored together: a user's R_l begins as soon as the last of them is
     there, the verifier compares after all sampling.
 
-    work          triples: a prompt, the keys of its completions (see rollout.stream), its Reward
+    work          triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
     verifier_too  see Scorer.begin
-    clock         a Counter of seconds: `sample`, and `score` after the last sample, are added
+    seconds       a Counter: `sample`, and `score` after the last sample, are added
     """
     start = time.perf_counter()
     prompts, keys, rewards = zip(*work) if work else ((), (), ())
@@ -298,8 +300,8 @@ def attempt(policy, scorer, work, sampling, *, verifier_too=False, show_progress
         scores = [finish[number]() for number in range(len(work))]
     finally:
         scorer.calls.drop()
-    if clock is not None:
-        clock.update(sample=sampled - start, score=time.perf_counter() - sampled)
+    if seconds is not None:
+        seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
     return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
 
 
@@ -324,8 +326,8 @@ def must_be_finite(name, attempts):
 
 
 def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
-    """Every prompt with a random stream for each of its samples, a function of the problem's id,
-    and its R_l.
+    """Every prompt with a key for each of its samples, a function of the problem's id, and its R_l:
+    work for `attempt`.
 
     Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
     the measurement of difficulty use others: problems that were called hard after unlucky samples
@@ -334,6 +336,6 @@ def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUAT
     work = []
     for prompt in prompts:
         number = zlib.crc32(prompt.problem.id.encode())
-        streams = [stream(seed, purpose, number, k) for k in range(samples)]
-        work.append((prompt, streams, reward))
+        keys = [stream_key(seed, purpose, number, k) for k in range(samples)]
+        work.append((prompt, keys, reward))
     return work

@@ -253,7 +253,7 @@ def test_k3_value_and_gradient_by_enumeration():
 # ----------------------------------------------------------------------------------------- buffer
 
 
-def group(*outcome, sampled_after=0, length=None, logprob=-1.0):
+def group(*outcome, policy_version=0, length=None, logprob=-1.0):
     outcome = torch.tensor(outcome, dtype=torch.float64)
     return Group(
         prompt=[1],
@@ -261,7 +261,7 @@ def group(*outcome, sampled_after=0, length=None, logprob=-1.0):
         outcome=outcome,
         length_reward=torch.zeros_like(outcome) if length is None else torch.tensor(length),
         advantage=group_advantage(outcome),
-        sampled_after=sampled_after,
+        policy_version=policy_version,
     )
 
 
@@ -271,10 +271,10 @@ def test_buffer_conserves_groups_under_a_random_script():
     rng, buffer, drawn, trained_on = np.random.default_rng(0), Buffer(), [], []
     for trained in range(60):
         buffer.expire(trained)
-        assert all(g.sampled_after >= trained - 1 for g in buffer.groups)
+        assert all(g.policy_version >= trained - 1 for g in buffer.groups)
         for _ in range(rng.integers(0, 3)):
-            new = [group(*rng.integers(0, 2, 3), sampled_after=trained) for _ in range(4)]
-            new.append(group(1, 0, logprob=rng.choice([-1, -math.inf]), sampled_after=trained))
+            new = [group(*rng.integers(0, 2, 3), policy_version=trained) for _ in range(4)]
+            new.append(group(1, 0, logprob=rng.choice([-1, -math.inf]), policy_version=trained))
             buffer.add(new)
             drawn += new
         if buffer.pending >= 4:
@@ -290,7 +290,7 @@ def test_buffer_conserves_groups_under_a_random_script():
 
 def test_surplus_serves_the_next_update_and_no_other():
     """Surplus that expires at once is dropped before it can be used."""
-    buffer, surplus = Buffer(), group(0, 1, sampled_after=1)
+    buffer, surplus = Buffer(), group(0, 1, policy_version=1)
     buffer.add([surplus])
     buffer.expire(2)
     assert buffer.oldest(1) == [surplus]

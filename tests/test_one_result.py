@@ -31,7 +31,7 @@ from infra.ranks import Ranks
 from model import log_softmax
 from parts import kernels, lora
 from parts.optimizer import Learner, cut_micro_batches
-from rollout import sample, stream, uniforms
+from rollout import sample, stream_key, uniforms
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
 pytestmark = mark.faults
@@ -312,7 +312,8 @@ def test_torchrun_itself(workshop):
 def requests(n):
     """[(prompt, keys of its three completions)]"""
     return [
-        ([5] * (1 + i % 7) + [9, i % 90], [stream(0, 1, i, k) for k in range(3)]) for i in range(n)
+        ([5] * (1 + i % 7) + [9, i % 90], [stream_key(0, 1, i, k) for k in range(3)])
+        for i in range(n)
     ]
 
 

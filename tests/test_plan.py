@@ -26,7 +26,7 @@ from infra.update import Update
 from model import Transformer
 from parts import lora
 from parts.optimizer import Learner
-from rollout import sample, stream
+from rollout import sample, stream_key
 
 
 def peak(work):
@@ -58,7 +58,7 @@ def fill(cfg, level, model, prompt):
     prompts = torch.randint(0, 2048, (level.prompts, prompt)).tolist()
     prompts = [tokens[i % 2 :] for i, tokens in enumerate(prompts)]
     samples = range(level.group_size)
-    keys = [[stream(i, k) for k in samples] for i in range(len(prompts))]
+    keys = [[stream_key(i, k) for k in samples] for i in range(len(prompts))]
     limits = [[level.max_new_tokens - k % 2 for k in samples]] * len(prompts)
     options = {"slots": cfg.slots, "stop_ids": (), "temperature": cfg.temperature}
     done = sample(model, prompts, keys, limits, **options)

@@ -38,7 +38,7 @@ from rewards import (
     load_reward,
     writes_steps,
 )
-from rollout import sample, stream
+from rollout import sample, stream_key
 
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 
@@ -502,7 +502,7 @@ def test_so_many_calls_wait_together_and_no_more(workers):
 def test_a_group_is_scored_while_others_are_sampled():
     """Sampling hides a slow judge. The first group is asked for long before the last is there."""
     model, begun, sampled = random_model(), [], []
-    keys, limits = [[stream(i, k) for k in range(2)] for i in range(3)], [3, 40, [4, 60]]
+    keys, limits = [[stream_key(i, k) for k in range(2)] for i in range(3)], [3, 40, [4, 60]]
 
     def on_group(number, completions):
         begun.append(number)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import rollout
 from model import pad
-from rollout import KVCache, choose, sample, stream, uniforms
+from rollout import KVCache, choose, sample, stream_key, uniforms
 
 # 5 6 7, then 8, and so on: prompts of different lengths.
 PROMPTS = [list(range(*ends)) for ends in itertools.pairwise((5, 8, 9, 18, 20, 24))]
@@ -22,7 +22,7 @@ def complete(model, prompts=PROMPTS, samples=3, limit=25, **settings):
     """`sample` with `samples` streams per prompt (or one number per prompt), and one limit."""
     keys = []
     for i, n in enumerate(np.broadcast_to(samples, len(prompts))):
-        keys.append([stream(0, i, k) for k in range(n)])
+        keys.append([stream_key(0, i, k) for k in range(n)])
     settings = dict(slots=8, stop_ids={3, 50}, temperature=1.0) | settings
     return sample(model, prompts, keys, [limit] * len(prompts), **settings)
 
@@ -151,7 +151,7 @@ def test_room_follows_the_longest_completion(monkeypatch):
         rooms.append(slots.cache.room)
 
     monkeypatch.setattr(rollout.Slots, "decode", watch)
-    keys = [[stream(0, i, k) for k in range(5)] for i in range(40)]
+    keys = [[stream_key(0, i, k) for k in range(5)] for i in range(40)]
     limits = [[40, 3, 3, 3, 3]] + [3] * 39
     settings = dict(slots=8, stop_ids=(), temperature=1.0)
     sample(random_model(), [[10 + i] for i in range(40)], keys, limits, **settings)
@@ -243,7 +243,7 @@ def test_sampled_frequencies_follow_the_softmax():
 
 def test_uniforms_are_uniform_and_independent():
     """The streams of neighbouring samples must not be shifted copies of each other."""
-    keys = np.array([stream(0, 1, 0, d, i) for d in range(30) for i in range(20)])
+    keys = np.array([stream_key(0, 1, 0, d, i) for d in range(30) for i in range(20)])
     u = np.array([uniforms(keys, np.full(len(keys), t)) for t in range(100)])  # (100, 600)
     assert u.min() >= 0 and u.max() < 1 and len(np.unique(u)) == u.size
     assert np.bincount((u.ravel() * 10).astype(int)).std() < 4 * np.sqrt(u.size * 0.09)
@@ -273,7 +273,7 @@ def test_top_k_and_top_p_by_hand():
 def test_limits_and_equal_prompts():
     """A limit for each prompt, or for each completion. A prompt that is drawn twice is sampled
     twice: equal completions would count one sample double."""
-    keys = [[stream(i, k) for k in range(4)] for i in range(3)]
+    keys = [[stream_key(i, k) for k in range(4)] for i in range(3)]
     limits = [7, [3, 1, 9, 2], 7]
     settings = dict(slots=2, stop_ids=(), temperature=1.0, on_tokens=(heard := []).append)
     done = sample(random_model(), [[5, 6]] * 3, keys, limits, **settings)

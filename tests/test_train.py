@@ -36,7 +36,7 @@ from parts.inputs import check_measured
 from parts.optimizer import Learner
 from parts.policy import Attempt, Sampling, attempt, evaluation_requests
 from rewards import MATH, Score, Scorer
-from rollout import Completion, sample, stream
+from rollout import Completion, sample, stream_key
 from train import Sample, accumulate_gradient, learn
 
 METRICS = (
@@ -73,7 +73,7 @@ def group(prompt, completions, rewards=(1.0, 0.0)):
         outcome=rewards,
         length_reward=torch.zeros_like(rewards),
         advantage=group_advantage(rewards),
-        sampled_after=1,
+        policy_version=1,
     )
 
 
@@ -82,7 +82,7 @@ def off_policy_samples(model, n=7):
     clip."""
     prompts = [[5] * (1 + 3 * i) for i in range(n)]
     limits = [3 + 4 * i for i in range(n)]
-    keys = [[stream(i)] for i in range(n)]
+    keys = [[stream_key(i)] for i in range(n)]
     done = sample(model, prompts, keys, limits, slots=8, stop_ids=set(), temperature=0.8)
     rng = torch.Generator().manual_seed(0)
     samples = []
@@ -98,7 +98,7 @@ def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
     cfg = fill(config(f"--temperature 0.8 --micro-batch-tokens 4096 {flags}"))
     return SimpleNamespace(
-        cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), num_trained=2
+        cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), policy_version=2
     )
 
 
@@ -774,7 +774,7 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
     not the grader, says which of two completions is right: one of 0.5 is not."""
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
-    run = SimpleNamespace(cfg=cfg, policy=policy, num_trained=0)
+    run = SimpleNamespace(cfg=cfg, policy=policy, policy_version=0)
     own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
     attempts = []
     for outcome, verdict, n in zip((1.0, 0.5), ("right", "wrong"), lengths):
