@@ -313,9 +313,9 @@ def cut_levels(problems, qualities, kind):
     bounds = sorted({floor, *qualities, math.inf})
     bins = defaultdict(list)  # by upper bound; None: unknown
     for p in problems:
-        bound = difficulty(p, kind)
-        if bound is not None:
-            bound = bounds[bisect_left(bounds, bound - 1e-9)]  # 1 - 0.2 is not quite 0.8
+        bound, known = None, difficulty(p, kind)
+        if known is not None:
+            bound = bounds[bisect_left(bounds, known - 1e-9)]  # 1 - 0.2 is not quite 0.8
         bins[bound].append(p)
     left_out = {
         "unmeasured": len(bins[None]),

@@ -305,7 +305,7 @@ class GatedUnit(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        for g, u, part in in_cache(gate, up, out):
+        for g, u, part in row_chunks(gate, up, out):
             torch.mul(F.silu(g), u, out=part)
         return out
 
@@ -313,7 +313,7 @@ class GatedUnit(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        for d, g, u, dg, du in in_cache(grad, gate, up, gate_grad, up_grad):
+        for d, g, u, dg, du in row_chunks(grad, gate, up, gate_grad, up_grad):
             torch.ops.aten.silu_backward(d * u, g, grad_input=dg)
             torch.mul(d, F.silu(g), out=du)
         return gate_grad, up_grad
@@ -560,22 +560,22 @@ def log_softmax(logits, temperature):
     return torch.log_softmax(logits, -1)
 
 
-def rows_in_cache(width):
+def rows_per_chunk(width):
     """Rows of so many numbers that a CPU works on at once."""
     return max(1, torch.get_num_threads() * NUMBERS_IN_CACHE // width)
 
 
-def in_cache(x, *others):
+def row_chunks(x, *others):
     """x (..., V) -> its rows, and those of the others, part by part (rows, V or what they have):
     what is made of a part stays in the cache of a CPU."""
     rows = x.view(-1, x.shape[-1])
-    size = len(rows) if x.is_cuda else rows_in_cache(x.shape[-1])
+    size = len(rows) if x.is_cuda else rows_per_chunk(x.shape[-1])
     return zip(*(y.view(len(rows), -1).split(size) for y in (rows, *others)))
 
 
 def add_wider(total, part):
     """total += part, in the dtype of the total. torch would first copy all of the part to it."""
-    for sums, numbers in in_cache(total, part):
+    for sums, numbers in row_chunks(total, part):
         sums += numbers
 
 
@@ -599,7 +599,7 @@ class ChosenLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         chosen, entropy = [], []
         for _, logits, target in chunks_of_logits(hidden, weight, targets):
-            for part, ids in in_cache(logits, target):
+            for part, ids in row_chunks(logits, target):
                 logprobs = log_softmax(part, temperature)
                 chosen.append(logprobs.gather(-1, ids)[:, 0])
                 entropy.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
@@ -619,7 +619,7 @@ class ChosenLogprobs(torch.autograd.Function):
         partial_sum = torch.zeros_like(weight) if narrow else weight_grad
         grad = grad / ctx.temperature
         for i, (at, logits, target) in enumerate(chunks_of_logits(hidden, weight, targets)):
-            for part, ids, g in in_cache(logits, target, grad[at]):
+            for part, ids, g in row_chunks(logits, target, grad[at]):
                 # (1[v = chosen] - p_v) g
                 logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g)
                 part.copy_(logits_grad.scatter_add_(-1, ids, g))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import additive_mask, in_cache, log_softmax, scaled_dot_product
+from model import additive_mask, log_softmax, row_chunks, scaled_dot_product
 
 PREFILL_TOKENS = 8192  # padded prompt tokens that go through the model at once (memory only)
 ROOM = 32  # the room of the KV cache is a multiple of it, in positions
@@ -328,7 +328,7 @@ class Slots:
         positions = np.array([len(sequence.tokens) for sequence in sequences])
         u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
         chosen = []
-        for logits, some in in_cache(self.logits, u):
+        for logits, some in row_chunks(self.logits, u):
             tokens, logprobs = choose(logits, some[:, 0], temperature, top_k, top_p)
             chosen.append(torch.stack([tokens.double(), logprobs.double()]))
         chosen = torch.cat(chosen, 1).tolist()  # one GPU sync

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import rows_in_cache, tokens_per_chunk
+from model import rows_per_chunk, tokens_per_chunk
 from parts import kernels
 from parts.inputs import fitting, load_policy, read_data
 from rollout import MIN_ROWS, ROOM, round_up
@@ -57,7 +57,7 @@ def layer_bytes(model, size, wide):
 def softmax_bytes(device, rows, vocabulary, wide):
     """Of what is made of (rows, V) logits, on the way to log-probs, entropy, gradient or choice."""
     if device == "cpu":
-        rows = min(rows, rows_in_cache(vocabulary))
+        rows = min(rows, rows_per_chunk(vocabulary))
     return 3 * wide * rows * vocabulary
 
 

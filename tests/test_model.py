@@ -197,15 +197,15 @@ SEQUENCES = """
 
 @mark.parametrize("prompts, completions", table(SEQUENCES))
 @mark.parametrize("temperature", [1.0, 0.6])
-@mark.parametrize("chunk, in_cache", [(1, 1), (3, 2), (10**9, 4)])
+@mark.parametrize("chunk, rows", [(1, 1), (3, 2), (10**9, 4)])
 def test_chunked_log_probs_equal_dense_ones(
-    prompts, completions, temperature, chunk, in_cache, monkeypatch
+    prompts, completions, temperature, chunk, rows, monkeypatch
 ):
     """Values and gradients: a chunk that is lost or read after the next one lies in its buffer, a
     temperature that is forgotten, a token that sees another's prompt, its padding or what comes
     after it fails."""
     monkeypatch.setattr("model.tokens_per_chunk", lambda *_: chunk)
-    monkeypatch.setattr("model.rows_in_cache", lambda width: in_cache)
+    monkeypatch.setattr("model.rows_per_chunk", lambda width: rows)
     model = random_model(dtype=torch.float64)
     ids, mask = pad(json.loads(prompts), json.loads(completions))
     weight = torch.randn(*ids.shape, dtype=torch.double)
@@ -224,7 +224,7 @@ def test_chunked_log_probs_equal_dense_ones(
 
 def test_the_gated_unit_has_the_gradient_of_its_formula(monkeypatch):
     """Models that are compared with each other share it, so a wrong gradient would agree."""
-    monkeypatch.setattr("model.rows_in_cache", lambda width: 2)  # several parts
+    monkeypatch.setattr("model.rows_per_chunk", lambda width: 2)  # several parts
     torch.manual_seed(0)
     inputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gate, up = inputs
@@ -398,7 +398,7 @@ def resident_bytes():
 
 def test_a_sum_of_two_dtypes_is_exact_in_every_row(monkeypatch):
     """A part that is left out; a sum in bfloat16, which has no 1 + 2^-9."""
-    monkeypatch.setattr("model.rows_in_cache", lambda width: 3)
+    monkeypatch.setattr("model.rows_per_chunk", lambda width: 3)
     total, part = torch.ones(8, 2), torch.full((8, 2), 2**-9).bfloat16()
     model_module.add_wider(total, part)
     assert (total == 1 + 2**-9).all()

@@ -114,7 +114,7 @@ def test_choosing_a_few_rows_at_a_time_changes_nothing(monkeypatch):
     """A part of the logits with the random numbers of another."""
     model = random_model(dtype=torch.float64)
     expected = complete(model, slots=16)
-    monkeypatch.setattr("model.rows_in_cache", lambda width: 3)
+    monkeypatch.setattr("model.rows_per_chunk", lambda width: 3)
     assert complete(model, slots=16) == expected
 
 
