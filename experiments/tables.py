@@ -291,7 +291,7 @@ def decisions(measured):
                 own[arm.partition(": ")[2]] = by_seed
         if not {"mix", "hard only", *EASY} <= own.keys():
             return  # runs are missing
-        w[base] = np.mean([m["at first"] for m in own["mix"].values()])
+        w[base] = float(np.mean([m["at first"] for m in own["mix"].values()]))
         first[base] = easy_first(own)
         yield f"- {base}: w = {w[base]:.1f} %; easy first: {first[base]}"
     yield f"- threshold of w, and whether it holds: {rule(w, first)}"

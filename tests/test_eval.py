@@ -433,6 +433,9 @@ def test_command_line_writes_what_it_prints(run):
     assert np.mean(right) == approx(measures["all"]["avg@3"][0])
     run(f"{flags} --out again")  # no longer measures difficulty
     assert lines("again/completions.jsonl") != rows
+    said = "levels by difficulty, up to --quality"
+    cut = run("--data g.jsonl --quality 0.5 1 --samples 1 --max-new-tokens 8 --out cut")
+    assert f"{said} 0.5 1.0" in cut and not any(said in line for line in printed)  # declared ones
     graded = read_problems("g.jsonl")
     assert np.mean([p.pass_rate for p in graded]) == approx(np.mean(right))
     for p in graded:
@@ -615,6 +618,10 @@ def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
         chosen.append(evaluation.choose_slots(args, toy_policy, work, Ranks()))
     assert 256 == chosen[0] > chosen[1] > chosen[2] >= 8
     weights = memory.nbytes(toy_policy.model)
+    longest = max(len(prompt.tokens) for prompt in work["f"]) + 64
+    taken = memory.sampling_bytes("cpu", toy_policy.model, chosen[1], longest)
+    # twice what is counted, see docs/memory.md
+    assert weights + 2 * memory.total(taken) <= 0.9 * (2_000_000 + weights)
     monkeypatch.setattr(memory, "free_bytes", lambda device: weights)
     refused("--slots 8 would take", SHORT)
     monkeypatch.setattr(memory, "free_bytes", lambda device: weights - 1)

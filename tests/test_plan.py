@@ -273,10 +273,6 @@ def test_a_run_that_cannot_fit_is_refused(toy_folder, tmp_path, capsys, monkeypa
     assert "always holds" in capsys.readouterr().err
 
 
-def bytes_of(model):
-    return sum(p.nbytes for p in model.parameters())
-
-
 @mark.parametrize(
     "dtype, flags, share, named",
     [
@@ -292,7 +288,7 @@ def test_the_flags_that_are_named_make_it_fit(monkeypatch, dtype, flags, share, 
     was not."""
     cfg = config(f"--device cpu --dtype {dtype} {flags}")
     model = make_learner(cfg, "llama", False).model
-    monkeypatch.setattr(memory, "free_bytes", lambda device: share * bytes_of(model))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: share * memory.nbytes(model))
     with raises(ValueError, match=f"less is held with {named}$"):
         must_hold(cfg, model, SimpleNamespace(size=1, device=torch.device("cpu")))
 
