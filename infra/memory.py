@@ -200,9 +200,11 @@ def helps(cfg):
 
 
 def must_hold(cfg, model, ranks):
-    """Raise ValueError if a process cannot even hold what it always does. The model may be on the
+    """Raise ValueError if a process cannot even hold what every step takes. The model may be on the
     meta device: this is known before weights are loaded, and moments come with the first step."""
     here, on_host = held_bytes(cfg, model, ranks.size)
+    if not on_host:
+        here["gradients"] = here["moments"] // 2
     must_fit("of its device", here, ranks.device, cfg.dtype, helps(cfg))
     must_fit("of the host", on_host, torch.device("cpu"), cfg.dtype, helps(cfg))
 
@@ -219,8 +221,8 @@ def must_fit(where, parts, device, dtype, flags=()):
         )
     listed = ", ".join(f"{what} {n / 1e9:.1f}" for what, n in parts.items() if n)
     raise ValueError(
-        f"this process always holds {total(parts) / 1e9:.1f} GB {where} ({listed}), and "
-        f"{free / 1e9:.1f} GB are free: less is held with "
+        f"this process needs at least {total(parts) / 1e9:.1f} GB {where} ({listed}), and "
+        f"{free / 1e9:.1f} GB are free: less is needed with "
         f"{' or '.join([*flags, 'a smaller --model'])}"
     )
 
@@ -233,11 +235,11 @@ def most_that_fits(flag, sizes, needed, free, flags=()):
     for size in sizes:
         if needed(size) <= SHARE * free:
             return size
-    words = " or ".join(["lower --max-new-tokens", *flags])
+    words = " or ".join(["a lower --max-new-tokens", *flags])
     raise ValueError(
         f"{flag} {size} would take {needed(size) / 1e9:.1f} GB with completions as long as they "
         f"may be, and of the {free / 1e9:.1f} GB that are free {SHARE * free / 1e9:.1f} may be "
-        f"planned with: {words}, or give {flag}, if most completions are shorter"
+        f"planned with: less is needed with {words}. If most completions are shorter, give {flag}"
     )
 
 

@@ -28,7 +28,7 @@ def read_records(path, parse=lambda record, name: record, rows=slice(None)):
     rows  which of the lines that are not blank; the default id tells the line, whatever the slice
     """
     path, records = Path(path), []
-    hub = "a data set of the hub is written OWNER/NAME[:CONFIGURATION]:SPLIT"
+    hub = "a data set of the hub is OWNER/NAME[:CONFIGURATION]:SPLIT, a slice F.jsonl[:512]"
     with explained(f"{path}: cannot be read as UTF-8 text; {hub}"):
         # str.splitlines would also cut at U+2028, which is legal within a string.
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -625,7 +625,7 @@ def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: weights)
     refused("--slots 8 would take", SHORT)
     monkeypatch.setattr(memory, "free_bytes", lambda device: weights - 1)
-    refused("always holds", SHORT)
+    refused("needs at least", SHORT)
 
 
 @mark.parametrize(
