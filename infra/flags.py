@@ -163,8 +163,7 @@ class Optimizer:
         "the shipped model; any other needs it given. That, and what presets state, is a rate of "
         "full training. With --lora-rank give ten times as much or more, as the best rates of the "
         "two differ (Schulman et al. 2025): 3e-3 for the shipped model; 2e-4 taught a Qwen2 of "
-        "0.5 B (docs/lora.md) "
-        "[ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
+        "0.5 B (docs/lora.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
     )
     warmup: int = flag(
         "updates of linear warm-up, in each level [ours, for 0.6 M parameters; DAPO 10 steps]", 5
@@ -334,7 +333,7 @@ RULES = (
 
 # What any model but the shipped one needs given.
 REQUIRED = "lr", "max_new_tokens"
-LORA_RATE = "give ten times a rate of full training, which presets state, or more: docs/lora.md"
+LORA_RATE = "give ten times a rate of full training or more; presets state one: docs/lora.md"
 
 
 def option(name):

@@ -130,10 +130,8 @@ def plan(cfg, levels, model, prompt, held_out=0, processes=1):
     if cfg.sharded:  # embedding, head and two layers, and the gradients of as many
         gathered = nbytes(model) - nbytes(layers[2:])
         learning["gathered layers"] = gathered * (2 + wide // size)
-    here, on_host = held_bytes(cfg, model, processes)
-    if not on_host:
-        learning["gradients"] = here["moments"] // 2
-    return {"always": here, "sampling": sampling, "learning": learning}
+    here, _ = held_bytes(cfg, model, processes)
+    return {"always": here, "sampling": sampling, "learning": learning | gradients(here)}
 
 
 def held_bytes(cfg, model, processes):
@@ -148,6 +146,11 @@ def held_bytes(cfg, model, processes):
         return here, {"master weights": shard, "moments": 2 * shard, "gradients": shard}
     here["master weights"] = shard * (learned[0].itemsize < 4 or cfg.sharded)
     return here | {"moments": 2 * shard}, {}
+
+
+def gradients(here):
+    """{what: bytes} on the device while it learns; with --offload the host holds them."""
+    return {"gradients": here.get("moments", 0) // 2}
 
 
 # ------------------------------------------------------------------------------------- what fits
@@ -203,9 +206,7 @@ def must_hold(cfg, model, ranks):
     """Raise ValueError if a process cannot even hold what every step takes. The model may be on the
     meta device: this is known before weights are loaded, and moments come with the first step."""
     here, on_host = held_bytes(cfg, model, ranks.size)
-    if not on_host:
-        here["gradients"] = here["moments"] // 2
-    must_fit("of its device", here, ranks.device, cfg.dtype, helps(cfg))
+    must_fit("of its device", here | gradients(here), ranks.device, cfg.dtype, helps(cfg))
     must_fit("of the host", on_host, torch.device("cpu"), cfg.dtype, helps(cfg))
 
 
