@@ -56,7 +56,7 @@ def of_base(base, lr):
 choose, bases = {}, {}
 CONSTANT = "--lr-decay none --warmup 2"
 for base in ("1 %", "8 %", "20 %"):
-    for lr in ("2e-4", "3e-4", "5e-4"):
+    for lr in ("1e-4", "2e-4", "3e-4", "5e-4"):  # 1e-4: one more, since 2e-4 was an end
         _, measured = of_base(base, lr)
         own = f"{CONSTANT} --eval-every {EVERY[base]} --eval-data {VARIANTS}/choose.jsonl"
         choose[f"{base}: {lr}"] = f"{MIX} --tokens 800000 {measured} {own}"
