@@ -48,7 +48,8 @@ STYLE = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "font.size": 9,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
+    "legend.framealpha": 0.75,
 }
 
 
