@@ -45,23 +45,14 @@ def folder(base):
     return VARIANTS.parent / re.sub(r"\W+", "-", f"base {base} {BASES[base]}").strip("-")
 
 
-def of_base(base, lr):
-    """-> flags of every arm; of those that need measured problems"""
-    flags = f"--lr {lr} --length-weight 0.3 {MEASURED}"
-    if BASES[base]:
-        flags += f" --model {folder(base)}"
-    return flags, f"{flags} --data {folder(base)}.jsonl"
-
-
-choose, bases = {}, {}
-CONSTANT = "--lr-decay none --warmup 2"
-for base in ("1 %", "8 %", "20 %"):
-    for lr in ("1e-4", "2e-4", "3e-4", "5e-4"):  # 1e-4: one more, since 2e-4 was an end
-        _, measured = of_base(base, lr)
-        own = f"{CONSTANT} --eval-every {EVERY[base]} --eval-data {VARIANTS}/choose.jsonl"
-        choose[f"{base}: {lr}"] = f"{MIX} --tokens 800000 {measured} {own}"
+bases = {}
 for base in BASES:
-    own, measured = (f"{x} {CONSTANT} --eval-every {EVERY[base]}" for x in of_base(base, RATE))
+    own = f"--lr {RATE} --length-weight 0.3 {MEASURED}"
+    if BASES[base]:
+        own += f" --model {folder(base)}"
+    constant = f"--lr-decay none --warmup 2 --eval-every {EVERY[base]}"
+    measured = f"{own} --data {folder(base)}.jsonl {constant}"
+    own += f" {constant}"
     first, hard = FIRST // 4, BUDGET - FIRST
     bases[f"{base}: mix"] = f"{MIX} --tokens {BUDGET} {measured}"
     bases[f"{base}: levels"] = f"{TWO} --tokens {FIRST} {hard} {measured}"
@@ -73,30 +64,31 @@ for base in BASES:
     if base in ("1 %", "8 %"):  # what the mix gains by leaving out what is always solved
         bases[f"{base}: all problems"] = f"--tokens {BUDGET} {DECLARED} {own}"
 
-ARMS = {"choose": choose, "map": bases}
-# Pairs that are compared; elsewhere each arm with the first of its family, see tables.with_first
+ARMS = {"map": bases}
+# Pairs that are compared, "A, less B"; elsewhere each arm with the first of its family, see
+# tables.with_first
 CONTRASTS = {
-    "confounds": [
-        ("mix, 3e-4, K = 0.3", "mix, 3e-4, K = 0"),
-        ("mix, 5e-4, K = 0.3", "mix, 5e-4, K = 0"),
-        ("levels, 3e-4, K = 0.3", "levels, 3e-4, K = 0"),
-        ("levels, 5e-4, K = 0.3", "levels, 5e-4, K = 0"),
-        ("hard only, 3e-4, K = 0.3", "hard only, 3e-4, K = 0"),
-        ("hard only, 5e-4, K = 0.3", "hard only, 5e-4, K = 0"),
-        ("levels, 3e-4, K = 0", "mix, 3e-4, K = 0"),
-        ("levels, 5e-4, K = 0", "mix, 5e-4, K = 0"),
-        ("levels, 3e-4, K = 0.3", "mix, 3e-4, K = 0.3"),
-        ("levels, 5e-4, K = 0.3", "mix, 5e-4, K = 0.3"),
-        ("mix, 3e-4, K = 0, 62 updates", "mix, 3e-4, K = 0"),
-        ("mix, 3e-4, K = 0.3", "mix, 3e-4, K = 0, 62 updates"),
-    ],
-    "lost": [
-        ("levels", "mix"),
-        ("levels, warm-up 1", "mix, warm-up 1"),
-        ("mix, warm-up 1", "mix"),
-        ("mix, 8e-4", "mix"),
-        ("mix, 2x", "mix"),
-    ],
+    "confounds": """
+mix, 3e-4, K = 0.3, less mix, 3e-4, K = 0
+mix, 5e-4, K = 0.3, less mix, 5e-4, K = 0
+levels, 3e-4, K = 0.3, less levels, 3e-4, K = 0
+levels, 5e-4, K = 0.3, less levels, 5e-4, K = 0
+hard only, 3e-4, K = 0.3, less hard only, 3e-4, K = 0
+hard only, 5e-4, K = 0.3, less hard only, 5e-4, K = 0
+levels, 3e-4, K = 0, less mix, 3e-4, K = 0
+levels, 5e-4, K = 0, less mix, 5e-4, K = 0
+levels, 3e-4, K = 0.3, less mix, 3e-4, K = 0.3
+levels, 5e-4, K = 0.3, less mix, 5e-4, K = 0.3
+mix, 3e-4, K = 0, 62 updates, less mix, 3e-4, K = 0
+mix, 3e-4, K = 0.3, less mix, 3e-4, K = 0, 62 updates
+""",
+    "lost": """
+levels, less mix
+levels, warm-up 1, less mix, warm-up 1
+mix, warm-up 1, less mix
+mix, 8e-4, less mix
+mix, 2x, less mix
+""",
 }
 
 

@@ -30,6 +30,7 @@ OUTCOME = {  # the columns of the first table: decimals, what it is, its unit
 }
 COURSE = {  # of the second
     "sampled": (0, "tokens, thousands"),
+    "trained": (0, "tokens trained on, thousands; -: not kept"),
     "updates": (1, "updates that trained"),
     "length 1": (1, "completions of level 1 at the end, tokens"),
     "length 2": (1, "completions of level 2 at the end, tokens"),
@@ -96,6 +97,7 @@ def measure(run):
         "length 1": length[1],
         "length 2": length[2],
         "sampled": run["evaluations"][-1]["tokens_sampled"] / 1000,
+        "trained": sum(updates.get("tokens_trained", [np.nan])) / 1000,
         "updates": sum(groups > 0 for groups in kept),
         "drawn": drawn / max(1, sum(kept)),
         "all right": 100 * sum(right) / drawn,
@@ -210,17 +212,26 @@ def compare(measured, pairs):
         yield f"| {' | '.join(cells)} |"
 
 
-def lead(arm, other, sureness=0.95):
-    """By how much an arm is ahead of another by the outcome of MAP.md, and whether it is *ahead*.
-    Both: {seed: {measure: value}}"""
-    name, sign, least = "area 2", 1, 3.7
-    for by_seed in (arm, other):
-        never = sum(np.isnan(m["to 50 %"]) for m in by_seed.values())
-        if never <= 1:
-            name, sign, least = "ratio", -1, -np.log(0.8)
+def whole(by_arm):
+    """Of {arm: {seed: anything}} the seeds that all arms have"""
+    seeds = sorted(set.intersection(*map(set, by_arm.values())))
+    return {arm: {seed: by_seed[seed] for seed in seeds} for arm, by_seed in by_arm.items()}
+
+
+def outcome(arm, mix):
+    """The measure that decides between an arm and the mix by MAP.md, its good side, and the least
+    lead that is of use. Both: {seed: {measure: value}}"""
+    if any(np.isnan(m["to 50 %"]) for m in (*arm.values(), *mix.values())):
+        return "area 2", 1, 3.7
+    return "ratio", -1, -np.log(0.8)
+
+
+def lead(arm, other, outcome, sureness=0.95):
+    """By how much an arm is ahead of another, and whether it is *ahead* by MAP.md"""
+    name, sign, least = outcome
     mean, half = difference(arm, other, name, sureness)
     mean *= sign
-    return mean, mean > half and mean >= least
+    return mean, bool(mean > half and mean >= least)
 
 
 def easy_first(measured):
@@ -229,8 +240,9 @@ def easy_first(measured):
     if max(np.mean([m["level 2"] for m in by_seed.values()]) for by_seed in measured.values()) < 10:
         return None
     for name in EASY:
-        _, ahead = lead(measured[name], measured["mix"], sureness=0.983)
-        if ahead and lead(measured["hard only"], measured[name])[0] <= 0:
+        by = outcome(measured[name], measured["mix"])
+        _, ahead = lead(measured[name], measured["mix"], by, sureness=0.983)
+        if ahead and lead(measured["hard only"], measured[name], by)[0] <= 0:
             return True
     return False
 
@@ -246,7 +258,8 @@ def rule(w, first):
     if not easy or not others or min(easy) <= max(others):
         return None
     threshold = (min(easy) + max(others)) / 2
-    return threshold, all(first[base] in (None, w[base] > threshold) for base in TESTED)
+    right = all(first[base] in (None, w[base] > threshold) for base in TESTED)
+    return threshold, right and first["2.5 %"] is not None
 
 
 def best_at(base, budget):
@@ -258,6 +271,7 @@ def best_at(base, budget):
             own = at[arm.partition(": ")[2]] = {}
             for seed, run in runs.items():
                 own[seed] = {"hard": np.interp(budget, *curve(run, 2))}
+    at = whole(at)
     means = {arm: np.mean([m["hard"] for m in by_seed.values()]) for arm, by_seed in at.items()}
     best, second = sorted(means, key=means.get, reverse=True)[:2]
     lead, half = difference(at[best], at[second if best == "mix" else "mix"], "hard")
@@ -282,7 +296,7 @@ def draw_map():
 
 
 def decisions(measured):
-    """What follows for each base, and the rule."""
+    """What follows for each base from its whole seeds, and the rule."""
     w, first = {}, {}
     for base in BASES:
         own = {}
@@ -290,11 +304,19 @@ def decisions(measured):
             if arm.startswith(f"{base}: "):
                 own[arm.partition(": ")[2]] = by_seed
         if not {"mix", "hard only", *EASY} <= own.keys():
-            return  # runs are missing
-        w[base] = float(np.mean([m["at first"] for m in own["mix"].values()]))
-        first[base] = easy_first(own)
-        yield f"- {base}: w = {w[base]:.1f} %; easy first: {first[base]}"
-    yield f"- threshold of w, and whether it holds: {rule(w, first)}"
+            continue  # runs are missing
+        own = whole(own)
+        mix, shares = own["mix"], [m["at first"] for m in own["mix"].values()]
+        w[base], first[base] = float(np.mean(shares)), easy_first(own)
+        each = f"by seed {np.round(shares)}"
+        yield f"- {base}: w = {w[base]:.1f} %, {each}; easy first: {first[base]}"
+        for arm, by_seed in list(own.items())[1:]:
+            by = outcome(by_seed, mix)
+            ahead = lead(by_seed, mix, by)[1] - lead(mix, by_seed, by)[1]
+            verdict = ("not told apart from", "ahead of", "behind")[ahead]
+            yield f"  - {arm}: {verdict} the mix, by {by[0]}"
+    if len(w) == len(BASES):
+        yield f"- threshold of w, and whether it holds: {rule(w, first)}"
 
 
 def report(name):
@@ -307,11 +329,13 @@ def report(name):
         sys.exit(f"{name}: there is no result yet")
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
-        lines += compare(measured, CONTRASTS.get(name) or with_first(measured))
+        pairs = [line.split(", less ") for line in CONTRASTS.get(name, "").strip().splitlines()]
+        lines += compare(measured, pairs or with_first(measured))
     lines += ["", "The flags of each arm, for `python train.py`:", ""]
     lines += [f"- {arm}: `{flags}`" for arm, flags in commands(name).items()]
     if name == "map":
-        draw_map()
         lines += ["", *decisions(measured)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if name == "map" and measured.keys() == ARMS["map"].keys():
+        draw_map()

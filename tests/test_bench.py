@@ -251,7 +251,8 @@ BETTER = [
     (of_arm(400), of_arm(800), True),
     (of_arm(800), of_arm(400), False),
     (of_arm(700), of_arm(800), False),  # told apart, and less than of use
-    (of_arm(400), of_arm(**NEVER), True),  # which counts with its budget
+    (of_arm(400), of_arm(**NEVER), False),  # by area, which is equal here
+    (of_arm(400, area=34), of_arm(**NEVER), True),
     (of_arm(**NEVER, area=34), of_arm(**NEVER), True),  # by area, where neither gets there
     (of_arm(**NEVER, area=33), of_arm(**NEVER), False),
 ]
@@ -260,7 +261,16 @@ BETTER = [
 @mark.parametrize("arm, other, expected", BETTER)
 def test_an_arm_is_ahead_by_the_protocol(arm, other, expected):
     """A lead that is told apart but of no use to anyone, or a mean without an interval, is none."""
-    assert tables.lead(arm, other)[1] == expected
+    assert tables.lead(arm, other, tables.outcome(arm, other))[1] == expected
+
+
+def test_an_arm_that_gets_there_in_three_seeds_of_four_is_judged_by_area():
+    """By the ratio no such arm could be told apart: three equal ones and a 0 have t = 3.0, and 3.18
+    is needed."""
+    arm, mix = of_arm(400, area=60), of_arm(**NEVER)
+    arm[3] |= {"to 50 %": np.nan, "ratio": np.log(1600), "area 2": 45}
+    assert tables.lead(arm, mix, tables.outcome(arm, mix))[1]
+    assert not tables.lead(arm, mix, ("ratio", -1, 0))[1]
 
 
 def test_easy_first_is_not_said_where_hard_problems_alone_do_as_well():
@@ -271,6 +281,10 @@ def test_easy_first_is_not_said_where_hard_problems_alone_do_as_well():
     assert not tables.easy_first({**arms, "levels": of_arm(700), "hard only": of_arm(900)})
     lost = dict.fromkeys([*arms, "levels", "hard only"], of_arm(**NEVER, level_2=9.9))
     assert tables.easy_first(lost) is None
+    # By the measure of levels and mix: here the area, though hard only alone gets to 50 %
+    lost = dict.fromkeys([*arms, "levels", "hard only"], of_arm(**NEVER))
+    lost |= {"levels": of_arm(**NEVER, area=50), "hard only": of_arm(1500, area=42)}
+    assert tables.easy_first(lost)
 
 
 def test_a_rule_is_read_from_four_bases_and_tested_on_two():
@@ -278,13 +292,15 @@ def test_a_rule_is_read_from_four_bases_and_tested_on_two():
     first = {base: share > 40 for base, share in w.items()}
     assert tables.rule(w, first) == (45, True)
     assert tables.rule(w, first | {"2.5 %": False}) == (45, False)
-    assert tables.rule(w, first | {"2.5 %": None, "1 %": None}) == (50, True)
+    assert tables.rule(w, first | {"8 %": None, "0.6 %": None}) == (45, True)
     assert tables.rule(w, first | {"20 %": True}) is None  # the four cannot be parted
     assert tables.rule(w, dict.fromkeys(w, False)) is None
+    assert tables.rule(w, first | {"2.5 %": None}) == (45, False)  # the one that is new
 
 
 def test_the_decisions_of_the_map_are_those_of_each_base():
-    """The arms of 0.6 % are not those of 6 %; where one is missing, nothing is decided."""
+    """The arms of 0.6 % are not those of 6 %; where one is missing, nothing is decided. A seed that
+    an arm lacks counts for none."""
     measured = {}
     for base, levels, w in zip(
         tables.BASES, (300, 400, 400, 900, 900, 900), (70, 60, 50, 30, 25, 10)
@@ -299,17 +315,29 @@ def test_the_decisions_of_the_map_are_those_of_each_base():
         for arm, at in tokens.items():
             measured[f"{base}: {arm}"] = of_arm(at, at_first=w)
     lines = list(tables.decisions(measured))
-    assert [line.endswith("True") for line in lines] == [True] * 3 + [False] * 4
-    assert lines[3] == "- 6 %: w = 30.0 %; easy first: False" and "(45.0, True)" in lines[-1]
+    bases = [line for line in lines if "easy first" in line]
+    assert [line.endswith("True") for line in bases] == [True] * 3 + [False] * 3
+    assert bases[3] == "- 6 %: w = 30.0 %, by seed [30 30 30 30]; easy first: False"
+    assert lines[:4] == [
+        "- 0.6 %: w = 70.0 %, by seed [70 70 70 70]; easy first: True",
+        "  - levels: ahead of the mix, by ratio",
+        "  - ladder: not told apart from the mix, by ratio",
+        "  - easy only: not told apart from the mix, by ratio",
+    ]
+    assert "(45.0, True)" in lines[-1]
     del measured["6 %: ladder"]
-    assert list(tables.decisions(measured)) == lines[:3]
+    six = range(lines.index(bases[3]), lines.index(bases[4]))
+    others = [line for i, line in enumerate(lines[:-1]) if i not in six]
+    assert list(tables.decisions(measured)) == others
+    measured["0.6 %: mix"][4] = {"at first": 100.0}
+    assert list(tables.decisions(measured)) == others
 
 
 def test_every_arm_is_a_command_that_train_reads():
     """A blank or a slash in the name of an arm must not end up in a path. Arms of older experiments
     come from their results."""
     budgets = {"confounds": {800_000, 2_000_000}, "lost": {400_000, 800_000}}
-    budgets |= {"choose": {800_000}, "levels": {400_000}}
+    budgets |= {"choose": {800_000}, "levels": {400_000}, "map": {1_600_000}}
     for name, expected in budgets.items():
         some = tables.commands(name)
         folders = {runner.folder(name, arm, 0).parent for arm in some}
@@ -321,7 +349,7 @@ def test_every_arm_is_a_command_that_train_reads():
             if "--target-pass-rate" not in flags:  # a flag that is gone
                 cfg = Config(**vars(make_parser().parse_args(shlex.split(flags))))
                 assert cfg.eval_data and cfg.lr and cfg.save_every == 0
-                levels = resolve_levels(cfg, measured=not cfg.online)
+                levels = resolve_levels(cfg, measured="declared.jsonl" not in flags)
                 found.add(sum(level.tokens for level in levels))
         assert found == expected
 
@@ -342,6 +370,7 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, results
         return {"arm": arm, "seed": seed, "command": command, "pad": "x" * 100_000}
 
     monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setitem(tables.ARMS, "choose", {f"8 %: {lr}": f"--lr {lr}" for lr in range(9)})
     tasks = runner.missing("choose", None, range(30, 32))
     assert len(tasks) == 18
     with ThreadPoolExecutor(4) as pool:
