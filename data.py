@@ -56,6 +56,8 @@ def parse_problem(record, default_id, graded=True):
         raise ValueError('"problem" must be a text that is not blank')
     if graded and not is_text(answer) and not is_number(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
+    with explained('"answer" must be something that JSON can hold'):
+        json.dumps(answer)  # as the records of completions hold it
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
     if level is not None and not (is_number(level) and abs(level) < 1e308):
@@ -279,7 +281,9 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template
         turns, tokenize=False, add_generation_prompt=True, **template
     )
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    opening = "<think>" if text.rfind("<think>") > text.rfind("</think>") else ""
+    # Only what the template put behind the problem: that may speak of <think> itself.
+    behind = text.rpartition((problem.problem + suffix).strip())[2]
+    opening = "<think>" if behind.rfind("<think>") > behind.rfind("</think>") else ""
     return Prompt(problem, tokens, opening)
 
 
@@ -333,11 +337,16 @@ def name_level(row):
 
 
 def level_names(problems, qualities):
-    """{problem id: "level 1"}, for the levels that were measured, or else declared."""
+    """{problem id: "level 1"} for levels that were measured, else {problem id: "declared 1"}: a
+    level of a run may hold several that are declared."""
     if all(p.pass_rate is None for p in problems):
-        return {p.id: f"level {p.level:g}" for p in problems if p.level is not None}
+        return {p.id: f"declared {p.level:g}" for p in problems if p.level is not None}
     levels, _ = cut_levels(problems, qualities, "pass_rate")
-    return {p.id: f"level {number}" for number, level in enumerate(levels, 1) for p in level}
+    names = {}
+    for number, level in enumerate(levels, 1):
+        for p in level:
+            names.setdefault(p.id, f"level {number}")  # levels may share their problems
+    return names
 
 
 class Order:

@@ -108,6 +108,9 @@ def parse_args(parser, arguments):
         parser.set_defaults(**flags_of(args.like))
     parser.set_defaults(**papers.PROTOCOLS.get(args.protocol, {}))
     args = parser.parse_args(arguments)
+    for name in ("data", "reward"):  # None, if the run had no or several
+        if not getattr(args, name):
+            raise ValueError(f"--like {args.like}: the run does not say which --{name}, so give it")
     args.k = args.k or args.samples
     args.dtype = args.dtype or default_dtype(args.model, args.device)
     if is_shipped(args.model):
@@ -126,10 +129,9 @@ def flags_of(run):
         if config["difficulty"] == "pass_rate":  # else levels have their declared numbers
             qualities = [level["quality"] for level in config["levels"]]
             flags["quality"] = config["eval_quality"] or qualities
-        if config["eval_data"]:
-            flags["data"] = config["eval_data"]
-        if len(set(config["reward"])) == 1:  # else give the one that is meant
-            flags["reward"] = config["reward"][0]
+        flags["data"] = config["eval_data"]
+        rewards = set(config["reward"])
+        flags["reward"] = rewards.pop() if len(rewards) == 1 else None
         return flags | {"model": str(newest_whole(run))}
 
 
@@ -185,6 +187,9 @@ def read_data(args):
         files[path] = data.read_problems(path, args.columns, not args.like, graded)
         if graded:
             data.gradable(path, files[path])  # says which; they stay
+        for p in files[path] if args.add_pass_rate else ():
+            with explained(f"{path}, {p.id}: --add-pass-rate cannot write it as JSON"):
+                json.dumps(p.record())
     return files
 
 
@@ -315,7 +320,7 @@ def summarise(results, k):
         part = [measure(some, k) for some in results if level in (some["level"], "all")]
         summary[level] = {name: interval(values) for name, values in by_name(part).items()}
         cells = [f"{name} {shown(name, values)}" for name, values in summary[level].items()]
-        print(f"  {level:8} {len(part):5} problems   {'   '.join(cells)}")
+        print(f"  {level:10} {len(part):5} problems   {'   '.join(cells)}")
     return summary
 
 

@@ -239,14 +239,16 @@ class Reward:
     def total(self, value):
         """What the function returned for a completion -> R_l, {"part_NAME": the part's value}
 
+        R_l is rounded to 9 decimals: 0.7 + 0.2 + 0.1, which is 1 - 1e-16 to a computer, is right.
         Raises an error of any kind for what is neither a number nor a dict of all parts.
         """
         if not isinstance(value, dict):
-            return float(value), {}
+            return round(float(value), 9), {}
         if self.weights is None or self.weights.keys() != value.keys():
             raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
         parts = {f"part_{name}": float(part) for name, part in value.items()}
-        return sum(self.weights[name] * float(part) for name, part in value.items()), parts
+        outcome = sum(self.weights[name] * float(part) for name, part in value.items())
+        return round(outcome, 9), parts
 
 
 VERIFIER = Reward()
@@ -333,7 +335,8 @@ def start_loop(_):
 
 
 class Calls:
-    """Calls of users' functions: at most `workers` at once, each with a clock of its own.
+    """Calls of users' functions: at most `workers` at once, each with a clock of its own. A plain
+    function that is over its time goes on, beside those `workers`.
 
     A plain function runs in a thread, a coroutine on `tasks`, a loop that all of them share.
     `clock` is a loop without any code of users: nothing that they hold up or catch stops it. A call
@@ -458,7 +461,8 @@ class Scorer:
         opening       what the prompt has begun of the completions' text
         verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
         """
-        extracted = [self.grader.extract(opening + text) for text in responses]
+        responses = [opening + text for text in responses]
+        extracted = [self.grader.extract(text) for text in responses]
         cases = [(problem.gold, answer) for answer in extracted]
         if not reward.function:
             return lambda: [

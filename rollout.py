@@ -197,7 +197,8 @@ def capture(step, device):
         return step
     step()  # what libraries set up at a first call is no part of the graph
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of rewards may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
 
     def replay():

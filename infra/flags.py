@@ -228,7 +228,7 @@ class Scoring:
     )
     reward_workers: int = flag(
         "calls of your own --reward at the same time, on each process; 1 if it cannot be called "
-        "by several threads [ours]",
+        "by several threads (one that is over its time still goes on beside the next) [ours]",
         16,
     )
     reward_retry: list[str] = flag(

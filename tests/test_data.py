@@ -440,6 +440,9 @@ def test_a_think_that_the_template_opens_must_be_closed():
     """Graded with the opening put back: an answer inside thoughts that never close is none."""
     assert rendered(PLAIN + "<think>\n")[1] == "<think>"
     assert rendered(PLAIN + "<think>\n\n</think>")[1] == ""
+    about = Problem("i", "What does <think> mean?", "2")
+    assert render(template_tokenizer(PLAIN), about).opening == ""  # else its box is never found
+    assert render(template_tokenizer(PLAIN + "<think>"), about).opening == "<think>"
 
 
 # -------------------------------------------------------------------------------------- generator

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 from dataclasses import fields, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
-from data import Problem, read_problems
+from data import Problem, level_names, read_problems
 from eval import make_row, result_of
 from infra import directory, memory
 from infra.directory import lock
@@ -425,7 +425,7 @@ def test_command_line_writes_what_it_prints(run):
     summary = json.loads(printed[-1])
     assert summary == read("out/summary.json")
     measures = summary["files"]["p.jsonl"]
-    assert list(measures) == ["level 0", "level 1", "all"]
+    assert list(measures) == ["declared 0", "declared 1", "all"]
     assert " ".join(measures["all"]) == "avg@3 pass@2 maj@3 length cut_off writes_steps"
     rows = lines("out/completions.jsonl")
     right = [row["verdict"] == RIGHT for row in rows]
@@ -812,7 +812,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     folder.mkdir(parents=True)
     (run / "config.json").write_text(TRAINED)
     with raises(SystemExit):
-        evaluation.main(["--like", str(run), "--examples", ""])
+        evaluation.main(["--like", str(run), "--examples", "", "--data", *parsed().data])
     said = capsys.readouterr()
     assert "run: it has no whole checkpoint" in said.out
     assert "run/checkpoints: no config.json, so this is not a" in said.err
@@ -820,7 +820,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
         write_checkpoint(folder / name)
     (folder / "000102/checksums.json").unlink()
     (folder / "000101/state.json").write_text("torn")
-    args = parsed(f"--like {run}")
+    args = parsed(f"--like {run} --data d.jsonl")
     said = capsys.readouterr().out
     assert "000102: skipped, it is damaged (FileNotFound" in said
     assert "000101: skipped, it is damaged (state.json is not what was written)" in said
@@ -828,9 +828,9 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert args.model == str(folder / "000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
-    assert (args.seed, args.slots, args.data) == (0, None, parsed().data)
+    assert (args.seed, args.slots, args.data) == (0, None, ["d.jsonl"])
     assert args.quality == [0.5, 1]  # or its level 1 would be another than the run's
-    given = "--temperature 0.9 --model m --protocol deepscaler --dtype float32"
+    given = "--data d.jsonl --temperature 0.9 --model m --protocol deepscaler --dtype float32"
     args = parsed(f"{given} --like {run}")
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
     assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
@@ -841,8 +841,37 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert parsed(f"--like {run}").data == ["f.jsonl", "g.jsonl"]
 
 
+@mark.parametrize("flag", ["data", "reward"])
+def test_like_a_run_that_has_none_or_several_asks_for_one(flag, tmp_path):
+    """It evaluated one's own model on our sums, or graded one's own R_l by the verifier."""
+    config = json.loads(TRAINED) | {"eval_data": ["f.jsonl"]}
+    config |= {"data": {"eval_data": None}, "reward": {"reward": ["a.py:f", "b.py:g"]}}[flag]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path / "checkpoints/000100")
+    with raises(ValueError, match=f"the run does not say which --{flag}, so give it"):
+        parsed(f"--like {tmp_path}")
+    assert parsed(f"--like {tmp_path} --{flag} math")
+
+
+def test_a_level_of_a_run_is_called_as_in_the_run():
+    """Levels that share their problems are one bin, called by the first; declared ones are not the
+    levels of a run."""
+    problems = [Problem("a", "1", "1", 0.5), Problem("b", "1", "1", 0.1)]
+    assert level_names(problems, [1, 1]) == {"a": "level 1", "b": "level 1"}
+    assert level_names(problems, [0.5, 1]) == {"a": "level 1", "b": "level 2"}
+    assert level_names([Problem("a", "1", "1", level=3)], [1]) == {"a": "declared 3"}
+
+
+def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch, refused):
+    """A date of a data set ended the evaluation after all sampling, and again when repeated."""
+    some = [Problem("p1", "1+1", "2", other={"when": date(2026, 1, 1)})]
+    monkeypatch.setattr(data, "read_problems", lambda *_: some)
+    words = "p.jsonl, p1: --add-pass-rate cannot write it as JSON (TypeError"
+    refused(words, f"{SHORT} --data p.jsonl --add-pass-rate {tmp_path / 'g.jsonl'}")
+
+
 def write_checkpoint(folder):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     sums = {}
     for name in ("state.json", "optimizer.safetensors"):
         (folder / name).write_text(name)

@@ -388,6 +388,8 @@ def three(problem, response, more): return 1
 def mixed(problem, responses): return 1
 def parts(problem, response): return {"right": len(response) > 1, "form": 1}
 def other_parts(problem, response): return {"right": 1}
+def tenths(problem, response): return 0.7 + 0.2 + 0.1
+def nearly(problem, response): return 0.999999
 def empty(problem, response): pass
 def short(problems, responses): return [1.0]
 def leaves(problem, response): raise SystemExit("no")
@@ -433,6 +435,23 @@ def test_the_parts_of_a_reward_are_weighed_by_its_file(own):
     assert (low.verdict, high.verdict) == (WRONG, RIGHT)
     assert high.values == {"R_l": 1.25, "part_right": 1.0, "part_form": 1.0, "late": 0.0}
     assert low.values["part_right"] == 0.0
+
+
+def test_parts_that_add_up_to_1_are_right(own):
+    """0.7 + 0.2 + 0.1 is 0.9999999999999999: such a completion was wrong, its group all wrong."""
+    assert 0.7 + 0.2 + 0.1 < 1
+    assert scores(own("tenths")) == [1.0] and scores(own("nearly")) == [0.999999]
+    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
+    outcome, _ = Reward(weights=weights).total(dict.fromkeys(weights, 1))
+    assert outcome == 1.0
+
+
+def test_a_reward_sees_what_the_template_opened():
+    """A format reward that asks for <think>...</think> gave 0 to every completion."""
+    seen = []
+    reward = Reward("f", lambda problem, response: seen.append(response) or 1)
+    scorer().begin(reward, Problem("p", "1", "1"), "<think>", ["a</think>b"])()
+    assert seen == ["<think>a</think>b"]
 
 
 FAILURES = """
