@@ -114,7 +114,7 @@ def read_problems(name, columns=(), must_fit=False, graded=True):
 MOST_UNGRADABLE = 0.01  # share of a file's gold answers
 
 
-def gradable(name, problems):
+def only_gradable(name, problems):
     """-> the problems whose gold answer other answers can be compared with; the others are listed.
     Raises ValueError where they are many: then a column of something else was read."""
     good, bad = [], []
@@ -296,7 +296,8 @@ def parse_example(record, _):
 
 # ----------------------------------------------------------------------------------------- levels
 
-NEWEST, EVEN = 32, 1 / 9  # of --online: groups of a bin that count; weight that is spread evenly
+# Of --online: groups of a bin that count; what is spread evenly beside the weights: 10 % of all
+NEWEST, EVEN = 32, 1 / 9
 
 
 def difficulty(problem, kind):
@@ -405,7 +406,7 @@ class Bins:
             self.drawn = [*self.drawn, [level, False, 0]]
         return prompts
 
-    def learn(self, groups):
+    def note(self, groups):
         """Take note of the groups of the last draw."""
         for row, group in zip(self.drawn[-len(groups) :], groups):
             row[1:] = group.mixed, sum(len(c.tokens) for c in group.completions)

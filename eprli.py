@@ -30,11 +30,11 @@ itself, this is how we read it. Every departure from the text is in this list:
     sampled more than one update ago is stale: it is dropped and counted. (When levels take turns,
     the update of another level makes a level's surplus stale.) A skipped update does not change
     the policy, and counts neither in M_l nor in the schedule of the learning rate. Under --tokens,
-    what it sampled counts in both.
+    what it sampled counts in the level's budget, and in the decay of its learning rate.
  8. All tokens of a completion share its advantage. A group of equal rewards gets exactly 0. A
     completion that ran out of tokens is graded like any other.
- 9. mu_l counts passes over an update's groups. Each pass takes several optimizer steps. With a
-    single step per update rho would be 1, and the clip would never act.
+ 9. mu_l counts passes over an update's groups. Each pass takes --minibatches optimizer steps. With
+    a single step per update rho of fresh groups would be 1, and the clip would never act on them.
 10. What the text does not give is taken from elsewhere (see `python train.py --help`): clip bounds
     from DAPO; learning rate, batch and temperature from DeepScaleR and FastCuRL, or measured for
     the shipped problems.
@@ -62,8 +62,9 @@ import torch
 
 # Q_l by default, for the shipped problems. Level 1: solved in 20 % of the attempts or more.
 QUALITY = [0.8, 1.0]
-# Defaults that differ by level, for the shipped model: a value for level 1 of several levels, and
-# one for all others or for a single level. All other defaults are in infra/flags.py.
+# Defaults that differ by level, for the shipped model: [first, other]. `first` is for level 1 if
+# there are several levels, `other` for every other level, and for a single one. All other defaults
+# are in infra/flags.py.
 LEVEL_DEFAULTS = {
     "quality": QUALITY,
     "max_new_tokens": [96, 128],
@@ -78,11 +79,12 @@ MOST_SKIPS = 3
 class Level:
     """One rung of the curriculum: what may differ from level to level.
 
-    Len_l is the limit of a completion (or what is left of the context, if that is less), in the
-    sampler and in the length rewards `overlong` and `cosine`. It is the divisor of the loss norm
-    `constant`. Len_l / 5 is the default of overlong_cache. Unless --eval-max-new-tokens is given,
-    the largest Len_l limits held-out completions, in training and in eval.py --like. --plan and the
-    default --slots calculate memory with it, and pass rates should be measured with it.
+    Len_l is the limit of a completion, or what is left of the context, if that is less:
+    - in the sampler, and in the length rewards `overlong` and `cosine`;
+    - of held-out completions, the largest Len_l, here and in eval.py --like, unless
+      --eval-max-new-tokens is given; pass rates should be measured with it too;
+    - in --plan and the default --slots, which calculate memory with it.
+    It is also the divisor of the loss norm `constant`, and Len_l / 5 the default of overlong_cache.
     """
 
     quality: float  # Q_l    upper bound of difficulty
@@ -94,7 +96,7 @@ class Level:
     overlong_cache: int  # last tokens, over which the overlong penalty falls to -1
     eps_low: float  # clip bounds, asymmetric: rho in [1 - eps_low, 1 + eps_high]
     eps_high: float
-    inner_epochs: int  # mu_l   passes over the buffer per update
+    inner_epochs: int  # mu_l   passes over an update's groups
     buffer_groups: int  # N_l    groups needed before an update
     updates: int | None  # M_l    updates that change the policy; None: no bound of updates
     tokens: int | None  # budget of sampled tokens; the level ends where the first bound is reached

@@ -53,7 +53,8 @@ from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 
 # ----------------------------------------------------------------------------------- command line
 
-# What --like takes of a training run, beside its lengths, held-out data and newest checkpoint.
+# What --like takes of a training run, beside its lengths, levels, R_l, held-out data and newest
+# checkpoint.
 LIKE = (
     "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
     "columns reward_timeout reward_workers reward_retry reward_tries reward_held_out"
@@ -186,7 +187,7 @@ def read_data(args):
         # With --like they are the columns of the training problems, and it evaluates others.
         files[path] = data.read_problems(path, args.columns, not args.like, graded)
         if graded:
-            data.gradable(path, files[path])  # says which; they stay
+            data.only_gradable(path, files[path])  # says which; they stay
         for p in files[path] if args.add_pass_rate else ():
             with explained(f"{path}, {p.id}: --add-pass-rate cannot write it as JSON"):
                 json.dumps(p.record())

@@ -28,8 +28,8 @@ from parts import kernels
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
-# Logits that the learner makes at once: at least of 512 tokens, since every chunk reads and writes
-# the whole gradient of the head, and that takes as long as the products of 40 to 300 tokens.
+# Logits that the learner makes at once. Every chunk reads and writes the whole gradient of the
+# head, which takes as long as the products of 40 to 300 tokens. So it has at least 512 tokens.
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 LEAST_TOKENS = 512
 # Numbers that a thread of a CPU works on at once: what it makes of them stays in its cache.
@@ -250,7 +250,7 @@ class EmbeddedTokens(torch.autograd.Function):
         ids, weight = ctx.saved_tensors
         options = {"padding_idx": -1, "scale_grad_by_freq": False}
         dense = partial(torch.ops.aten.embedding_dense_backward, **options)
-        if not hasattr(weight, "master"):
+        if not hasattr(weight, "master"):  # set by parts/optimizer.py, see gradient_to_add_to
             return None, dense(grad, ids, len(weight))
         different, rows = ids.unique(return_inverse=True)
         rows_grad = dense(grad.float(), rows, len(different))
@@ -470,7 +470,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read a Hugging Face folder (config.json, *.safetensors).
+        """Read a Hugging Face folder (config.json, model*.safetensors).
 
         Raises ValueError that names what does not fit. On device "meta" the model has shapes alone,
         and only config.json is read.
@@ -589,8 +589,8 @@ class ChosenLogprobs(torch.autograd.Function):
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
     gradient. The logits of all tokens never exist: those of a chunk are made in one buffer (only
-    oneDNN makes its own), and their gradient is written over them. One more takes the gradient of
-    the head, unless it is frozen.
+    oneDNN makes its own), and their gradient is written over them. A second buffer takes the
+    gradient of the head, unless it is frozen.
     """
 
     @staticmethod
@@ -636,7 +636,7 @@ class ChosenLogprobs(torch.autograd.Function):
 
 def gradient_to_add_to(weight):
     """Zeros in float32 (or wider), or the sum that a Learner keeps: no copy of it is made, none is
-    rounded."""
+    rounded. weight.master is a Learner's float32 (or wider) copy of a narrow weight."""
     if not hasattr(weight, "master"):
         return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     if weight.master.grad is None:

@@ -49,12 +49,12 @@ MATH = "math"  # the name of the verifier
 
 
 def writes_steps(text):
-    """Whether something leads up to a box.
+    """Whether any text but signs of maths stands before a box.
 
-    The share of such completions separates choosing to reason from reasoning well.
+    The share of such completions tells writing steps from writing right ones.
     """
     before, box, _ = text.partition("\\boxed")
-    return bool(box and before.strip())
+    return bool(box and before.strip("$\\[( \t\r\n"))
 
 
 def judge_at_once(gold, answer):
@@ -102,7 +102,7 @@ def serve(pipe, seconds):
 
 def judge(pipe, seconds):
     """Judge case after case. SIGPROF kills this process if one takes more processor time."""
-    import resource  # here, so that Windows, which lacks it, comes to the sentence of parts/
+    import resource  # here: on Windows, which lacks it, parts/__init__.py says so first
 
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
@@ -435,7 +435,7 @@ class Score:
 
     outcome  R_l: 1 and above is right; nan if it came too late
     verdict  of the verifier, or by another R_l: right, wrong or late
-    answer   what stands in its box, or None
+    answer   what stands in its box (--allow-last-number: or its last number), or None
     values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
              "math", 1 if the verifier beside it says right; "late", 1 if R_l came too late
     """

@@ -37,8 +37,8 @@ from parts.statistics import by_name, interval
 from rewards import LATE
 from rollout import Completion, stream_key
 
-# Mean difference of learner and sampler that is still rounding, nats per token. Measured on a Qwen2
-# of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
+# Mean absolute difference of learner and sampler that is still rounding, nats a token. Measured on a
+# Qwen2 of 0.5 B: 0.011 in bfloat16 (bench/RESULTS.md).
 MOST_GAP = {"float64": 1e-8, "float32": 1e-2, "bfloat16": 0.05}
 # What `objective` logs: over micro-batches and processes, SUMS are added and PEAKS compared.
 SUMS = ("objective", "tokens", "entropy", "kl_old", "clip_low", "clip_high", "gap", "fresh")
@@ -68,11 +68,12 @@ def train(run):
             # drop groups that were sampled more than one update ago
             buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
             # repeat: draw P_l prompts, G_l completions of each, r_i = R_l + K_l length_l, A_i
+            # (prompts_left begins at --max-draws x P_l)
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
                 # drop a group if its R_l are all equal
                 buffer.add(groups)
-                update.raise_if_not_finite()
+                update.raise_if_not_finite()  # a reward or log-prob of what was drawn
             # until the buffer holds N_l groups: never train on less, else the update is skipped
             if buffer.pending >= level.buffer_groups:
                 groups = buffer.oldest(level.buffer_groups)
@@ -83,7 +84,8 @@ def train(run):
             update.fault = fault
             # the groups that it was training on; none if it was still drawing
             buffer.remove(fault.groups, "broken")
-        # A signal or a Stop passes through: infra/command.py takes the update back, and saves.
+        # A signal or a Stop passes through: infra/command.py takes the update back and saves,
+        # unless an optimizer step was made.
         run.end_update(update)  # counted and logged
 
 
@@ -112,6 +114,7 @@ def draw(run, state, update):
     sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
 
     def sample_and_score(share):
+        # -> a list of parts.policy.Attempt for each prompt; a group is scored once it is sampled
         done = attempt(
             run.policy,
             run.scorer,
@@ -129,7 +132,7 @@ def draw(run, state, update):
     scored = run.ranks.share_out(work, sample_and_score)
     attempts, groups = zip(*scored)
     if cfg.online:
-        order.learn(groups)
+        order.note(groups)
     update.add_draw(prompts, attempts, groups)
     return groups
 
@@ -171,7 +174,10 @@ class Sample:
 
 
 def learn(run, state, groups, update):
-    """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l."""
+    """mu_l passes over the groups, minibatch by minibatch: each is one step of ascent on J_l.
+
+    learner.step sums the gradient over processes and changes the weights of run.policy.
+    """
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
     run.doing = "learning"  # for the message if memory runs out
     samples = []  # one list for each group
@@ -197,8 +203,8 @@ def learn(run, state, groups, update):
 
 
 def minibatches(cfg, epochs, samples, number):
-    """The samples of every optimizer step of an update: an equal part of the groups, in an order
-    that is new for every pass.
+    """The samples of every optimizer step of an update: a nearly equal part of the groups, in an
+    order that is new for every pass.
 
     samples  a list for each group;  number  of the update  -> yields lists of Sample
     """
@@ -226,7 +232,7 @@ def accumulate_gradient(run, level, minibatch):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
     The step's sum is divided once, by counts of the whole step. So how the learner cuts it into
-    micro-batches, over processes and threads, changes nothing.
+    micro-batches, over processes and threads, changes nothing but rounding.
 
     -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """

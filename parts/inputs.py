@@ -4,7 +4,7 @@ The way of a line of --data, and what is left out on it:
 
     data.read_problems      it becomes a Problem
     data.without_repeats    left out: a problem that stands further up, but for blanks
-    data.gradable           left out: an answer that the grader cannot compare with others
+    data.only_gradable      left out: an answer that the grader cannot compare with others
     cut_by_difficulty       it comes to a level (or to several with one Q_l); left out: what is
                             always solved, unmeasured, or harder than all Q_l
     Policy.render           it becomes a Prompt: tokens
@@ -62,13 +62,13 @@ def read_data(cfg):
     graded = MATH in cfg.reward
     problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)
-    train_set = data.gradable(cfg.data, different) if graded else different
+    train_set = data.only_gradable(cfg.data, different) if graded else different
     graded |= bool(cfg.reward_held_out)
     held_out, everything, read = {}, [], {"--data": digest(problems)}
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
         some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
         if graded:
-            data.gradable(path, some)  # says which; in evaluation they stay
+            data.only_gradable(path, some)  # says which; in evaluation they stay
         everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))

@@ -147,7 +147,7 @@ def test_layouts_as_they_are_published(name, tmp_path):
     row, problem, answer, level = LAYOUTS[name]
     (p,) = read_rows(tmp_path, row)
     assert (p.problem, p.gold, p.level) == (problem, answer, level)
-    assert data.gradable("p", [p]) == [p]
+    assert data.only_gradable("p", [p]) == [p]
 
 
 def test_columns_by_name(tmp_path):
@@ -195,7 +195,7 @@ def test_a_box_without_an_answer_is_one_gold_that_cannot_be_graded(tmp_path):
     (p,) = read_rows(tmp_path, {"problem": "q", "solution": "so $\\boxed 14$"})
     assert "boxed" in p.answer
     with raises(ValueError, match="cannot be graded"):
-        data.gradable("f", [p])
+        data.only_gradable("f", [p])
 
 
 @mark.parametrize(
@@ -205,10 +205,10 @@ def test_golds_that_cannot_be_graded(answer, capsys):
     """Few are left out, aloud; many stop the run: a column of something else was read."""
     good = [Problem(str(i), "q", a) for i, a in enumerate(["1", "x+1", "two apples"] * 50)]
     bad = Problem("bad", "q", answer)
-    assert data.gradable("f", [*good, bad]) == good
+    assert data.only_gradable("f", [*good, bad]) == good
     assert "f: 1 of 151 gold answers cannot be graded (bad: " in capsys.readouterr().out
     with raises(ValueError, match="f: 2 of 152 gold answers .* --columns"):
-        data.gradable("f", [*good, bad, bad])
+        data.only_gradable("f", [*good, bad, bad])
 
 
 def test_data_sets_and_parquet(tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ def teach(bins, mixed, tokens, draws=40, count=8):
         for level in levels:
             completion = SimpleNamespace(tokens=[0] * tokens[level])
             groups.append(SimpleNamespace(mixed=mixed[level], completions=[completion] * 2))
-        bins.learn(groups)
+        bins.note(groups)
         drawn += levels
     return drawn
 

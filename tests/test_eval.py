@@ -632,7 +632,7 @@ def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
     "where, said",
     [
         ("parts.policy.sample", "lower --slots 256; with --out o it goes on"),
-        ("eval.data.gradable", "2.00 GiB"),
+        ("eval.data.only_gradable", "2.00 GiB"),
     ],
 )
 def test_a_gpu_without_memory_is_one_sentence(refused, monkeypatch, where, said):

@@ -317,6 +317,7 @@ def test_equal_cases_are_decided_once(grader):
 def test_steps_are_recognised_before_the_box():
     assert writes_steps(r"1+1=2;\boxed{2}")
     assert not writes_steps(r" \boxed{2}") and not writes_steps("1+1=2")
+    assert not writes_steps(r"$$ \boxed{2} $$") and not writes_steps(r"\[\boxed{2}\]")
 
 
 def test_user_reward(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pytest import fixture, mark, raises
 
-from data import gradable, overlap, read_problems
+from data import only_gradable, overlap, read_problems
 from experiments.programs import generate, is_good
 from rewards import import_file
 
@@ -363,7 +363,7 @@ def test_the_shipped_problems_are_those_of_the_generator():
     assert overlap(train, held_out) == ([], [])
     for problems, count in ((train, 200), (held_out, 100)):
         assert len(problems) == len({p.problem for p in problems}) == count
-        assert len(gradable("programs", problems)) == count
+        assert len(only_gradable("programs", problems)) == count
         assert {p.level for p in problems} == {1, 2, 3, 4}
 
 
