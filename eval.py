@@ -116,6 +116,7 @@ def parse_args(parser, arguments):
     args.dtype = args.dtype or default_dtype(args.model, args.device)
     if is_shipped(args.model):
         args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
+    # What measures difficulty is sampled from other streams of random numbers.
     args.purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     return args
 

@@ -22,7 +22,7 @@ from model import additive_mask, log_softmax, row_chunks, scaled_dot_product
 
 PREFILL_TOKENS = 8192  # padded prompt tokens that go through the model at once (memory only)
 ROOM = 32  # the room of the KV cache is a multiple of it, in positions
-MIN_ROWS = 8  # matrix products of fewer rows may round differently
+MIN_ROWS = 8  # matrix products of fewer rows (slots, or tokens of a prompt) may round differently
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,8 @@ class Slots:
     waiting  sequences without a slot, group by group
     fed      (2, rows): what the model is fed next, a token and its position. An idle row is fed
              too, at the position after the prompt that it may keep, so that this is not overwritten
+    inputs   its copy on the device, from which `forward` reads; replay: `forward`, as captured for
+             the tensors of the cache as they lie now (see `capture`)
 
     The cache and the next-token logits (rows, V) stay on the device; each token costs one small
     copy to the host.
