@@ -530,7 +530,8 @@ def read_tensors(path):
         raise ValueError(
             f"{path}: model.safetensors is missing (weights are read from safetensors only)"
         )
-    return tensors
+    # Old checkpoints of Llama hold what follows from their config.json.
+    return {n: x for n, x in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
 
 
 def check_tensors(path, found, wanted):

@@ -70,8 +70,10 @@ NUMBER_RULES = parse_rules(rf"""
 \\frac ?\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}} -> ␣\1/\2
 (?<![0-9])({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?{SCIENTIFIC} -> \1×\2\3
 ^([+-]?) ?{SCIENTIFIC} -> \g<1>1×\2\3
+^ *([+-]? ?(?:1|[0-9]*\.[0-9]*)) ?[eE]-([0-9]) *$ -> \1×-\2
 """)
-# Sign, integer of a mixed number, numerator, power of ten, denominator. 2e+1 is no power of ten.
+# Sign, integer of a mixed number, numerator, power of ten, denominator. 2e+1 and 2e-1 are no powers
+# of ten; 1e-5 and 2.5e-5 are.
 NUMBER = re.compile(
     rf" *([+-]?) *(?:([0-9]+) +(?=[0-9.]+/ ?[0-9.]+ *$))?(-?{DECIMAL})"
     rf"(?:(?:×|[eE](?=[0-9]|[+-][0-9]{{2}}))([+-]?[0-3]?[0-9]{{1,3}}))?(?: ?/ ?(-?{DECIMAL}))? *"
@@ -148,13 +150,21 @@ RESTATING = re.compile(
 NO_EXPRESSION = re.compile(
     r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]['_]|[@#%&\"]|[+\-]{3}|[^ -~]|^\W*$"
 )
-# The parser takes \Gamma for \gamma, I for i and 2E+1 for 20, and drops primes.
-PARSER_TRAPS = parse_rules(r"""
-\\Gamma(?![a-zA-Z_]) -> G_{amma}
-(?<![a-zA-Z_\\])(?<!_\{)I(?![a-zA-Z_]) -> N_{I}
+FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc|ln|log)(?![a-zA-Z])"
+INDICES = r"(?: ?[_^] ?(?:\w|\{ ?\w+ ?\}))*"
+ARGUMENT = r"(?:[0-9.]+ ?)?(?:[a-zA-Z]|\\[a-zA-Z]+)|[0-9.]+"
+# The parser takes \Gamma for \gamma, I for i and 2E+1 for 20, drops primes, reads no index of E and
+# e, and takes all of \sin x \cdot y as the argument. (In \sin x/y that may be meant; it stays.)
+PARSER_TRAPS = parse_rules(rf"""
+({FUNCTION}{INDICES}) *({ARGUMENT})(?= *(?:\\cdot|\\times|\*)(?![a-zA-Z])) -> \1(\2)
+({FUNCTION}{INDICES}) *({ARGUMENT})(?= */ *(?:{FUNCTION}|\()) -> \1(\2)
+(?<![a-zA-Z_\\])([Ee])_(\w) -> Q_{{\1\1\2}}
+(?<![a-zA-Z_\\])([Ee])_\{{ -> Q_{{\1\1
+\\Gamma(?![a-zA-Z_]) -> G_{{amma}}
+(?<![a-zA-Z_\\])(?<!_\{{)I(?![a-zA-Z_]) -> N_{{I}}
 (?<=\d)E(?=[+-]\d) -> ␣E␣
-(?<=[\w})])'' -> _{pp}
-(?<=[\w})])' -> _{p}
+(?<=[\w}})])'' -> _{{pp}}
+(?<=[\w}})])' -> _{{p}}
 """)
 
 
@@ -442,7 +452,10 @@ def extract_answer(text, allow_last_number=False):
         return None
     *before, last = re.split(r"\\boxed\s*\{", text)
     if not before:
-        numbers = re.findall(r"(?:(?<![\w)\].])-)?\d[\d,]*(?:\.\d+)?", text)
+        numbers = re.findall(
+            r"(?:(?<![\w)\].])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?",
+            text.replace("\N{MINUS SIGN}", "-"),
+        )
         return numbers[-1].rstrip(",") if numbers and allow_last_number else None
     if len(before) > 1 and re.match(r"[^{}\n]*\}%[ \t]*$", before[-1]):
         return None  # the last box is a comment to LaTeX: neither this one nor the one before pays

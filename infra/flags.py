@@ -20,10 +20,10 @@ from transformers import HfArgumentParser
 from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
 from eprli import PER_LEVEL
+from parts.files import source_of
 from parts.optimizer import BETAS, WEIGHT_DECAY
 from parts.papers import PRESETS
 from parts.policy import SHIPPED, TINY, default_dtype, is_shipped
-from parts.sources import source_of
 
 LR = 3e-4
 

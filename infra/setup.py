@@ -16,11 +16,10 @@ from infra.memory import must_hold, settle_on_all
 from infra.run import Run
 from infra.tracker import Tracker
 from parts import kernels
-from parts.files import sha256
+from parts.files import sha256, source_of
 from parts.inputs import load_inputs, load_policy, read_data
 from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
-from parts.sources import source_of
 from rewards import Scorer, reward_files
 
 

@@ -52,9 +52,20 @@ def write_records(path, records, mode="w"):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def source_of(name):
+    """F.jsonl[:512] -> F.jsonl. A path that exists is no slice, whatever its name."""
+    found = re.fullmatch(r"(.+)\[.*:.*\]", str(name))
+    return found[1] if found and not Path(name).exists() else name
+
+
+def stem(name):
+    """What results call a file or data set: without folder, ending and slice"""
+    return Path(source_of(name)).stem
+
+
 def stems(flag, paths):
-    """What results call these files: their names without folder and ending. Raises ValueError"""
-    names = [Path(path).stem for path in paths]
+    """Of several. Raises ValueError"""
+    names = [stem(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(
             f"{flag}: results are known by the names of files, without folder, ending and slice, "

@@ -20,14 +20,13 @@ objective is train.objective.
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
 import data
 from eprli import Buffer, LevelState, resolve_levels
 from parts import lora
-from parts.files import explained, stems
+from parts.files import explained, stem, stems
 from parts.policy import Policy, digest
 from rewards import MATH, load_reward
 
@@ -188,7 +187,7 @@ def cut_held_out(cfg, states, held_out, policy):
     rewards = {state.level.quality: state.reward for state in reversed(states)}
     bins, facts = [], {}
     for path, problems in held_out.items():
-        file = {"file": Path(path).stem} if len(held_out) > 1 else {}
+        file = {"file": stem(path)} if len(held_out) > 1 else {}
         parts, left_out = cut_by_difficulty(cfg, path, problems, qualities)
         facts[", ".join(["eval_left_out", *file.values()])] = left_out
         if cfg.eval_quality and None in parts:

@@ -220,11 +220,16 @@ def shard(model, ranks):
 
     dtype = model.lm_head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
     sharded = copy.deepcopy(model).to(wide)
+    model.model.layers = layers
     mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.size,))
     precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
-    for part in (*sharded.model.layers, sharded):
+    for layer in layers:  # cut one by one: no process ever holds all in wide
+        part = copy.deepcopy(layer).to(wide)
         fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
+        sharded.model.layers.append(part)
+    fsdp.fully_shard(sharded, mesh=mesh, mp_policy=precision)
     fsdp.register_fsdp_forward_method(sharded, "token_logprobs")
     return sharded
 

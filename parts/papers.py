@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import INSTRUCTION
-from parts.sources import source_of
+from parts.files import source_of
 from parts.statistics import shown
 
 # --preset: the flags that a source states, as on the command line; and what it leaves unsaid, or
@@ -94,7 +94,11 @@ def print_table(summary):
     if not any(ours):
         return
     ours.append(mean_of(ours) if all(ours) else None)
-    title = f"{Path(summary['model']).name} ({summary['protocol'] or 'own settings'})"
+    protocol = summary["protocol"] or "own settings"
+    for name, value in PROTOCOLS.get(protocol, {}).items():
+        if summary[name] != value:
+            protocol = "own settings"
+    title = f"{Path(summary['model']).name} ({protocol})"
     cells = [shown(measure, x) if x else "-" for x in ours]
     for first, *others in [HEADER, [title, *cells], *ROWS]:
         print(f"{first:38}" + "".join(f"  {cell:19}" for cell in others))

@@ -129,8 +129,19 @@ class Policy:
         return self.tokenizer.decode(tokens)
 
     def pieces(self, completion):
-        """The text of each token, the stop token included."""
-        return [self.tokenizer.decode([token]) for token in completion.tokens]
+        """The text of each token, the stop token included. Joined, they are the text: a character
+        of several tokens stands at its last one."""
+        tokens, pieces = completion.tokens, []
+        start, read = 0, 0  # the tokens between them are decoded again, for the blank that follows
+        for end in range(1, len(tokens) + 1):
+            before = self.tokenizer.decode(tokens[start:read])
+            text = self.tokenizer.decode(tokens[start:end])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
+                pieces.append("")  # a character begins
+                continue
+            pieces.append(text[len(before) :])
+            start, read = read, end
+        return pieces
 
 
 def digest(value):

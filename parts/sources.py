@@ -7,10 +7,9 @@ OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two nee
 
 import json
 import re
-from pathlib import Path
 
 from answers import extract_answer
-from parts.files import explained, is_text
+from parts.files import explained, is_text, source_of
 
 # name: data set on the hub, see above
 BENCHMARKS = {
@@ -35,12 +34,6 @@ DAPO_FRAME = re.compile(
     r"^Solve the following math problem step by step\..*?\n\n|\n\nRemember to put your answer.*",
     re.S,
 )
-
-
-def source_of(name):
-    """F.jsonl[:512] -> F.jsonl. A path that exists is no slice, whatever its name."""
-    found = re.fullmatch(r"(.+)\[.*:.*\]", str(name))
-    return found[1] if found and not Path(name).exists() else name
 
 
 def parse_name(name):
@@ -121,7 +114,10 @@ def in_our_columns(record, columns, must_fit, graded):
     ours = dict(record)
     for theirs in layout.values():  # what stands inside another column stays there, too
         ours.pop(theirs, None)
-    ours |= {name: column(record, theirs) for name, theirs in layout.items()}
+    for name, theirs in layout.items():
+        value = column(record, theirs, ...)
+        if value is not ...:  # --columns may name columns of --data that --eval-data lacks
+            ours[name] = value
     if isinstance(ours["problem"], list):
         ours["problem"] = last_question(ours["problem"])
     foreign = columns or not {"problem", "answer"} >= set(layout.values())

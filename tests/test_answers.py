@@ -199,6 +199,31 @@ Saturday <- \textbf{Saturday}
 \sum_{k=1}^n k^2 <- \sum_{k=1}^{n} k^{2}
 \max(a,b) <- \max(a, b)
 \begin{pmatrix}5/7\\12/7\end{pmatrix} <- \frac{1}{7}\begin{pmatrix} 5 \\ 12 \end{pmatrix}
+# powers of ten with one digit, functions without brackets, a box of text, degrees, indices
+1e-5 <- 10^{-5}
+1.77e-6 <- 1.77 \times 10^{-6}
+0.065 <- 6.5e-2
+\sin x\cos x <- \sin x \cdot \cos x
+3\ln 2 <- \ln 2 \cdot 3
+e^x\sin x <- \sin x \cdot e^x
+\sin^2 2x\cos x <- \sin^2 2x \cdot \cos x
+\log_2 3\cdot\log_3 5 <- \log_2 5
+\frac{\ln 3}{\ln 2} <- \ln 3/\ln 2
+\frac{\log 2}{\log 2-\log 3} <- \log 2/(\log 2-\log 3)
+18 <- \text{18 dollars}
+18 <- \text{\$18}
+18.5 <- \text{18.50}
+1080 <- \textbf{1,080}
+025 <- \textbf{25}
+\frac{1}{4} <- \sin^{2} 30^\circ
+\frac{3}{4} <- \cos^2(30^\circ)
+\frac{\pi}{3} <- \frac\pi3
+\frac{2}{\pi} <- \frac 2 \pi
+\sqrt{\pi} <- \sqrt \pi
+\frac13 E_{1}+\frac23 E_{2} <- \frac{E_1+2E_2}{3}
+E_0+2 <- 2+E_0
+4210_5 <- 4210_{(5)}
+5 <- 5 sec
 """
 DIFFERENT = r"""
 # candidates behind a number, as if they were its unit
@@ -512,6 +537,16 @@ a^b <- ab
 1 <- exec('1')
 1 <- __import__('os')
 1 <- nan
+# what a function without brackets takes is not all that follows; other indices, 2e - 1
+\ln 6 <- \ln 2 \cdot 3
+\ln(10) <- \ln 2 \times 5
+1 <- \log 2 \cdot 5
+\log_2 6 <- \log_2 3 \cdot 2
+\cos(x\sin x) <- \cos x \cdot \sin x
+E_1 <- E_2
+E_1+E_2 <- e_1+e_2
+0.2 <- 2e-1
+18 <- \text{18 or 19}
 """
 UNPRINTABLE = ["5\x1c", "\x0b5", "5\x85", "\u202e5\u202c", "\x00", "(" * 500 + "5" + ")" * 500]
 UNPRINTABLE += ["-" * 400 + "5", "{" * 300 + "5" + "}" * 300]

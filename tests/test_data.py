@@ -19,8 +19,8 @@ from data import Order, Problem, cut_levels, overlap, read_problems, render
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
+from parts.files import source_of, stem
 from parts.policy import SHIPPED, end_of_turn, stop_token
-from parts.sources import source_of
 from rewards import load_reward
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
@@ -160,6 +160,20 @@ def test_columns_by_name(tmp_path):
     assert q.answer == "1"  # held-out problems may come in a known layout
     named = {"problem": "q", "answer": "so\n#### 3"}
     assert read_rows(tmp_path, named, columns=["problem=problem", "answer=answer"])[0].answer == "3"
+
+
+def test_columns_that_held_out_problems_lack_leave_their_own(tmp_path):
+    """Their ids were replaced, and so their random numbers: nothing could be compared."""
+    row = {"problem": "q", "answer": "1", "id": "x7", "level": 2}
+    words = ["problem=problem", "answer=answer", "id=uid", "level=difficulty"]
+    (p,) = read_rows(tmp_path, row, columns=words)
+    assert (p.id, p.level) == ("x7", 2)
+
+
+def test_a_slice_has_the_name_of_the_whole():
+    """Else a slice of a benchmark has no problem in common with it."""
+    for name in ("math500", "math500[:100]", "a/math500.jsonl[3:4]"):
+        assert stem(name) == "math500"
 
 
 def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):

@@ -531,6 +531,8 @@ def test_benchmarks_end_in_the_papers_table(run):
     header, ours, *published, _ = run(f"{SHORT} --data {names}")[-10:]
     assert " ".join(header.split()) == "aime24 math500 amc22_23 minerva olympiadbench mean"
     assert ours.startswith("toy0 (own settings)")
+    changed = run(f"{SHORT} --protocol deepscaler --data {names}")[-9]
+    assert changed.startswith("toy0 (own settings)")  # two samples are not the protocol's
     assert ours.count("0.0 % [0.0, ") == 6  # five benchmarks and their mean
     assert "0.0]" not in ours  # no interval is empty
     assert " ".join(published[2].split()).endswith("43.1 87.8 73.6 30.2 50.0 57.0")

@@ -90,6 +90,8 @@ def test_shards_are_read_as_one(tmp_path):
         tmp_path / "parts", max_shard_size="30KB"
     )
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of Llama 2
+    save_file(old, tmp_path / "parts/model-old.safetensors")
     ids = torch.arange(20)[None]
     assert torch.equal(Transformer.from_pretrained(tmp_path / "parts")(ids), model(ids))
 

@@ -8,9 +8,10 @@ import subprocess
 from types import SimpleNamespace
 
 import torch
-from conftest import column, table, write_lines
+from conftest import column, lines, table, write_lines
 from pytest import mark, raises, skip
 from test_train import group
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eprli import Buffer, group_advantage
 from infra.update import Update
@@ -195,6 +196,23 @@ def test_pieces_of_tokens_spell_the_text(tokenizer):
     assert len(pieces) == len(tokens) and "".join(pieces) == "1+1=2<|end|>"
 
 
+def test_pieces_keep_blanks_and_whole_characters():
+    """Decoded alone, tokens of a Llama lose their blanks, and the bytes of a character are none."""
+    words = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581sum": 1, "s": 2}, "s"))
+    words.decoder = decoders.Metaspace()
+    bytewise = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    letters = Tokenizer(models.BPE(bytewise, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    for tokenizer, tokens, expected in (
+        (words, [0, 1, 2, 0], ["the", " sum", "s", " the"]),
+        (letters, letters.encode("a\u2264b").ids, ["a", "", "", "\u2264", "b"]),
+        (letters, letters.encode("\u2264").ids[:2], ["", "\N{REPLACEMENT CHARACTER}"]),
+    ):
+        holder = SimpleNamespace(tokenizer=tokenizer)
+        assert Policy.pieces(holder, SimpleNamespace(tokens=tokens)) == expected
+
+
 # --------------------------------------------------------------------------------------- the page
 
 
@@ -351,6 +369,17 @@ def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_
     assert column(found, "group") == [0, 1, 2, 4]
 
 
+def test_other_held_out_problems_of_one_name_are_not_drawn_together(tmp_path, printed):
+    """Level 1 up to 0.8 beside level 1 of all problems: two measures on one axis."""
+    folders = [make_run(tmp_path / name, 2) for name in ("a", "b")]
+    rows = lines(folders[1] / "eval.jsonl")
+    rows[0]["n"] = 723
+    write_lines(folders[1] / "eval.jsonl", rows)
+    (_, _, first), (_, _, second) = report.read_runs(folders)
+    assert len(first) == len(rows) and second == rows[1:]
+    assert "b: f, level 1 (723 problems) is no set of a, left out" in printed()
+
+
 def test_completions_do_not_command_the_terminal(printed):
     problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
     done = SimpleNamespace(stopped=True)
@@ -370,6 +399,9 @@ def test_a_browser_draws_the_page(tmp_path, text):
     if not browser:
         skip("no chromium here")
     first = make_run(tmp_path / "run", 6, text=text, pieces=[text])
+    rows = lines(first / "eval.jsonl")
+    rows[0]["means"] = {"part_a": [1, 1, 1]}  # which a later row lacks, if all its rewards are late
+    write_lines(first / "eval.jsonl", rows)
     page = report.write_page([first, make_run(tmp_path / "other", 9)])
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     dom = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout

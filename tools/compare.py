@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.files import explained, read_records
+from parts.files import explained, read_records, stem
 from parts.statistics import SETTINGS, bootstrap, by_name, measure
 
 LINE = (
@@ -27,7 +27,7 @@ def read(path):
     with explained(f"{path}: not what eval.py writes"):
         for row in rows:
             measure(row, 1)
-            results[Path(row["file"]).stem, row["problem_id"]] = row
+            results[stem(row["file"]), row["problem_id"]] = row
         return dict(first["settings"]), results
 
 

@@ -67,13 +67,23 @@ def read_log(path):
 
 
 def read_runs(folders):
-    """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError"""
+    """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
+
+    Held-out problems that are not those of the first run are left out, aloud.
+    """
     runs = []
     for folder in map(Path, folders):
         metrics = list(read_log(folder / "metrics.jsonl"))
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
         runs.append((folder.name, metrics, list(read_log(folder / "eval.jsonl"))))
+    wanted = {(name_level(row), row["n"]) for row in runs[0][2]}
+    for name, _, evaluations in runs:
+        for other in sorted({(name_level(row), row["n"]) for row in evaluations} - wanted):
+            tqdm.write(
+                f"{name}: {other[0]} ({other[1]} problems) is no set of {runs[0][0]}, left out"
+            )
+        evaluations[:] = [row for row in evaluations if (name_level(row), row["n"]) in wanted]
     return runs
 
 
