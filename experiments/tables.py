@@ -306,7 +306,8 @@ def decisions(measured):
         if not {"mix", "hard only", *EASY} <= own.keys():
             continue  # runs are missing
         own = whole(own)
-        mix, shares = own["mix"], [m["at first"] for m in own["mix"].values()]
+        mix = own["mix"]
+        shares = [m["at first"] for m in mix.values()]
         w[base], first[base] = float(np.mean(shares)), easy_first(own)
         each = f"by seed {np.round(shares)}"
         yield f"- {base}: w = {w[base]:.1f} %, {each}; easy first: {first[base]}"
@@ -337,5 +338,5 @@ def report(name):
         lines += ["", *decisions(measured)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if name == "map" and measured.keys() == ARMS["map"].keys():
+    if measured.keys() == ARMS["map"].keys():
         draw_map()
