@@ -296,7 +296,8 @@ def parse_example(record, _):
 
 # ----------------------------------------------------------------------------------------- levels
 
-# Of --online: groups of a bin that count; what is spread evenly beside the weights: 10 % of all
+# Of --online: groups of a bin that count; share of the mean weight that is added to every bin, so
+# that 10 % of the draws are spread evenly
 NEWEST, EVEN = 32, 1 / 9
 
 
@@ -338,8 +339,8 @@ def name_level(row):
 
 
 def level_names(problems, qualities):
-    """{problem id: "level 1"} for levels that were measured, else {problem id: "declared 1"}: a
-    level of a run may hold several that are declared."""
+    """{problem id: "level 1"}. Levels that are not measured but declared are called "declared 1",
+    since one level of a run may hold several of them."""
     if all(p.pass_rate is None for p in problems):
         return {p.id: f"declared {p.level:g}" for p in problems if p.level is not None}
     levels, _ = cut_levels(problems, qualities, "pass_rate")

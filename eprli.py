@@ -79,12 +79,12 @@ MOST_SKIPS = 3
 class Level:
     """One rung of the curriculum: what may differ from level to level.
 
-    Len_l is the limit of a completion, or what is left of the context, if that is less:
-    - in the sampler, and in the length rewards `overlong` and `cosine`;
-    - of held-out completions, the largest Len_l, here and in eval.py --like, unless
-      --eval-max-new-tokens is given; pass rates should be measured with it too;
-    - in --plan and the default --slots, which calculate memory with it.
-    It is also the divisor of the loss norm `constant`, and Len_l / 5 the default of overlong_cache.
+    Len_l limits a completion (or what is left of the context does, if that is less). It is used
+    - by the sampler, and by the length rewards `overlong` and `cosine`;
+    - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --like,
+      unless --eval-max-new-tokens is given. Pass rates should be measured with it too;
+    - by --plan and the default --slots, to calculate memory;
+    - as the divisor of the loss norm `constant`; Len_l / 5 is the default of overlong_cache.
     """
 
     quality: float  # Q_l    upper bound of difficulty

@@ -109,8 +109,8 @@ def parse_args(parser, arguments):
         parser.set_defaults(**flags_of(args.like))
     parser.set_defaults(**papers.PROTOCOLS.get(args.protocol, {}))
     args = parser.parse_args(arguments)
-    for name in ("data", "reward"):  # None, if the run had no or several
-        if not getattr(args, name):
+    for name in ("data", "reward"):  # None: the run of --like had none, or several
+        if getattr(args, name) is None and not args.merge:
             raise ValueError(f"--like {args.like}: the run does not say which --{name}, so give it")
     args.k = args.k or args.samples
     args.dtype = args.dtype or default_dtype(args.model, args.device)

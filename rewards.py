@@ -51,7 +51,7 @@ MATH = "math"  # the name of the verifier
 def writes_steps(text):
     """Whether any text but signs of maths stands before a box.
 
-    The share of such completions tells writing steps from writing right ones.
+    Beside accuracy, their share tells whether a model writes no steps, or wrong ones.
     """
     before, box, _ = text.partition("\\boxed")
     return bool(box and before.strip("$\\[( \t\r\n"))

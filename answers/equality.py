@@ -150,16 +150,19 @@ RESTATING = re.compile(
 NO_EXPRESSION = re.compile(
     r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]['_]|[@#%&\"]|[+\-]{3}|[^ -~]|^\W*$"
 )
-FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc|ln|log)(?![a-zA-Z])"
+FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp)(?![a-zA-Z])"
 INDICES = r"(?: ?[_^] ?(?:\w|\{ ?\w+ ?\}))*"
-ARGUMENT = r"(?:[0-9.]+ ?)?(?:[a-zA-Z]|\\[a-zA-Z]+)|[0-9.]+"
+ARGUMENT = rf"(?:[0-9.]+ ?)?(?:[a-zA-Z]|\\[a-zA-Z]+){INDICES}|[0-9.]+"
 # The parser takes \Gamma for \gamma, I for i and 2E+1 for 20, drops primes, reads no index of E and
-# e, and takes all of \sin x \cdot y as the argument. (In \sin x/y that may be meant; it stays.)
+# e, and takes all of \sin x \cdot y as the argument. (Before /( and /\sin it is a quotient, and
+# \sin x/y stays.)
 PARSER_TRAPS = parse_rules(rf"""
-({FUNCTION}{INDICES}) *({ARGUMENT})(?= *(?:\\cdot|\\times|\*)(?![a-zA-Z])) -> \1(\2)
+({FUNCTION}{INDICES}) *({ARGUMENT})(?= *(?:\\(?:cdot|times)(?![a-zA-Z])|\*)) -> \1(\2)
 ({FUNCTION}{INDICES}) *({ARGUMENT})(?= */ *(?:{FUNCTION}|\()) -> \1(\2)
-(?<![a-zA-Z_\\])([Ee])_(\w) -> Q_{{\1\1\2}}
-(?<![a-zA-Z_\\])([Ee])_\{{ -> Q_{{\1\1
+(?<![a-zA-Z_\\])E_(\w) -> Q_{{EE\1}}
+(?<![a-zA-Z_\\])E_\{{ -> Q_{{EE
+(?<![a-zA-Z_\\])e_(\w) -> q_{{ee\1}}
+(?<![a-zA-Z_\\])e_\{{ -> q_{{ee
 \\Gamma(?![a-zA-Z_]) -> G_{{amma}}
 (?<![a-zA-Z_\\])(?<!_\{{)I(?![a-zA-Z_]) -> N_{{I}}
 (?<=\d)E(?=[+-]\d) -> ␣E␣
@@ -453,7 +456,7 @@ def extract_answer(text, allow_last_number=False):
     *before, last = re.split(r"\\boxed\s*\{", text)
     if not before:
         numbers = re.findall(
-            r"(?:(?<![\w)\].])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?",
+            r"(?:(?<![\w)\].])-)?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d+)?",
             text.replace("\N{MINUS SIGN}", "-"),
         )
         return numbers[-1].rstrip(",") if numbers and allow_last_number else None

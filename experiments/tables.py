@@ -226,9 +226,9 @@ def outcome(arm, mix):
     return "ratio", -1, -np.log(0.8)
 
 
-def lead(arm, other, outcome, sureness=0.95):
-    """By how much an arm is ahead of another, and whether it is *ahead* by MAP.md"""
-    name, sign, least = outcome
+def lead(arm, other, by, sureness=0.95):
+    """By how much an arm is ahead of another, and whether it is *ahead* by MAP.md; by: `outcome`"""
+    name, sign, least = by
     mean, half = difference(arm, other, name, sureness)
     mean *= sign
     return mean, bool(mean > half and mean >= least)

@@ -64,7 +64,7 @@ def stem(name):
 
 
 def stems(flag, paths):
-    """Of several. Raises ValueError"""
+    """`stem` of each path. Raises ValueError if two are equal."""
     names = [stem(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(

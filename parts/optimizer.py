@@ -221,11 +221,13 @@ def shard(model, ranks):
     dtype = model.lm_head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
-    sharded = copy.deepcopy(model).to(wide)
-    model.model.layers = layers
+    try:
+        sharded = copy.deepcopy(model).to(wide)
+    finally:
+        model.model.layers = layers
     mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.size,))
     precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
-    for layer in layers:  # cut one by one: no process ever holds all in wide
+    for layer in layers:  # one by one: no process ever holds all of them in float32
         part = copy.deepcopy(layer).to(wide)
         fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
         sharded.model.layers.append(part)

@@ -31,6 +31,7 @@ from rollout import Completion, sample, stream_key
 SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
+MOST_PIECES = 8  # tokens of a character; what has more is none
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
 
@@ -136,8 +137,9 @@ class Policy:
         for end in range(1, len(tokens) + 1):
             before = self.tokenizer.decode(tokens[start:read])
             text = self.tokenizer.decode(tokens[start:end])
-            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
-                pieces.append("")  # a character begins
+            begins = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens)
+            if begins and end - read < MOST_PIECES:
+                pieces.append("")
                 continue
             pieces.append(text[len(before) :])
             start, read = read, end

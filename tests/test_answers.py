@@ -544,6 +544,11 @@ a^b <- ab
 \log_2 6 <- \log_2 3 \cdot 2
 \cos(x\sin x) <- \cos x \cdot \sin x
 E_1 <- E_2
+E_1 <- e_1
+\sin(xy) <- \sin x*y
+\ln(2x_1) <- \ln x_1\cdot 2
+\arcsin(xy) <- \arcsin x\cdot y
+X_{(1)} <- X_1
 E_1+E_2 <- e_1+e_2
 0.2 <- 2e-1
 18 <- \text{18 or 19}

@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections import Counter
+from datetime import date
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +169,12 @@ def test_columns_that_held_out_problems_lack_leave_their_own(tmp_path):
     words = ["problem=problem", "answer=answer", "id=uid", "level=difficulty"]
     (p,) = read_rows(tmp_path, row, columns=words)
     assert (p.id, p.level) == ("x7", 2)
+
+
+def test_an_answer_that_json_cannot_hold_is_refused():
+    """A date of a data set ended the run at the first line of completions.jsonl."""
+    with raises(ValueError, match='"answer" must be something that JSON can hold .TypeError'):
+        data.parse_problem({"problem": "q", "answer": date(2026, 1, 1)}, "p", graded=False)
 
 
 def test_a_slice_has_the_name_of_the_whole():

@@ -852,7 +852,9 @@ def test_like_a_run_that_has_none_or_several_asks_for_one(flag, tmp_path):
     write_checkpoint(tmp_path / "checkpoints/000100")
     with raises(ValueError, match=f"the run does not say which --{flag}, so give it"):
         parsed(f"--like {tmp_path}")
-    assert parsed(f"--like {tmp_path} --{flag} math")
+    args = parsed(f"--like {tmp_path} --{flag} math")
+    assert getattr(args, flag) in ("math", ["math"])
+    assert parsed(f"--like {tmp_path} --merge m").merge  # which needs neither
 
 
 def test_a_level_of_a_run_is_called_as_in_the_run():

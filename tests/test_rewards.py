@@ -100,6 +100,7 @@ x=-5 | -5
 (2)-7 | 7
 is −5 | -5
 about .5 | .5
+it is...42 | 42
 near 1e-5 | 1e-5
 1.5e3 m | 1.5e3
 no number | None

@@ -69,7 +69,8 @@ def read_log(path):
 def read_runs(folders):
     """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
 
-    Held-out problems that are not those of the first run are left out, aloud.
+    Held-out sets of other runs, whose name or number of problems the first run does not have, are
+    left out, with a message.
     """
     runs = []
     for folder in map(Path, folders):
@@ -78,7 +79,7 @@ def read_runs(folders):
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
         runs.append((folder.name, metrics, list(read_log(folder / "eval.jsonl"))))
     wanted = {(name_level(row), row["n"]) for row in runs[0][2]}
-    for name, _, evaluations in runs:
+    for name, _, evaluations in runs if wanted else ():
         for other in sorted({(name_level(row), row["n"]) for row in evaluations} - wanted):
             tqdm.write(
                 f"{name}: {other[0]} ({other[1]} problems) is no set of {runs[0][0]}, left out"
