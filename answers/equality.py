@@ -459,7 +459,7 @@ def extract_answer(text, allow_last_number=False):
             r"(?:(?<![\w)\].])-)?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d+)?",
             text.replace("\N{MINUS SIGN}", "-"),
         )
-        return numbers[-1].rstrip(",") if numbers and allow_last_number else None
+        return numbers[-1] if numbers and allow_last_number else None
     if len(before) > 1 and re.match(r"[^{}\n]*\}%[ \t]*$", before[-1]):
         return None  # the last box is a comment to LaTeX: neither this one nor the one before pays
     depth = 1

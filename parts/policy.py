@@ -31,7 +31,7 @@ from rollout import Completion, sample, stream_key
 SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
-MOST_PIECES = 8  # tokens of a character; what has more is none
+LONGEST_CHARACTER = 8  # tokens; what has more is none
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
 
@@ -138,7 +138,7 @@ class Policy:
             before = self.tokenizer.decode(tokens[start:read])
             text = self.tokenizer.decode(tokens[start:end])
             begins = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens)
-            if begins and end - read < MOST_PIECES:
+            if begins and end - read < LONGEST_CHARACTER:
                 pieces.append("")
                 continue
             pieces.append(text[len(before) :])

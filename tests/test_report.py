@@ -208,6 +208,8 @@ def test_pieces_keep_blanks_and_whole_characters():
         (words, [0, 1, 2, 0], ["the", " sum", "s", " the"]),
         (letters, letters.encode("a\u2264b").ids, ["a", "", "", "\u2264", "b"]),
         (letters, letters.encode("\u2264").ids[:2], ["", "\N{REPLACEMENT CHARACTER}"]),
+        # Bytes that never become a character: they are shown in time, not at the end
+        (letters, letters.encode("\u2264").ids[:1] * 9, [*7 * [""], 8 * "\ufffd", "\ufffd"]),
     ):
         holder = SimpleNamespace(tokenizer=tokenizer)
         assert Policy.pieces(holder, SimpleNamespace(tokens=tokens)) == expected
