@@ -287,12 +287,12 @@ def draw_map():
         for y, budget in enumerate(BUDGETS):
             best, lead, apart = best_at(base, budget)
             color = colors.setdefault(best, f"C{len(colors)}")
-            ax.bar(x, 1, 0.95, y, color=color, alpha=0.5, hatch="" if apart else "//")
+            ax.bar(x, 1, 0.95, y, color=color, alpha=0.5, ec="w", hatch="" if apart else "//")
             ax.text(x, y + 0.4, f"{best}\n{lead:+.0f}", ha="center")
     ax.set_xticks(range(len(BASES)), BASES)
     ax.set_yticks(np.arange(len(BUDGETS)) + 0.5, [f"{budget / 1e6:g} M" for budget in BUDGETS])
     ax.set(xlabel="hard problems solved at the start", ylabel="sampled tokens")
-    figure.savefig(RESULTS / "map.png", dpi=100)
+    figure.savefig(RESULTS / "map.png")
 
 
 def decisions(measured):
