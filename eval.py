@@ -230,7 +230,9 @@ def open_folder(args, policy, files):
     -> its path.  Raises ValueError
     """
     out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
-    measured = policy.measuring(args.temperature, args.max_new_tokens, [args.reward])
+    measured = policy.measuring(
+        args.temperature, args.max_new_tokens, [args.reward], args.top_k, args.top_p
+    )
     settings["weights"] = measured["weights"]
     settings["reward_identity"] = measured["reward"]
     settings["prompts"] = digest((files, policy.stop_ids))

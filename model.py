@@ -470,7 +470,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read a Hugging Face folder (config.json, model*.safetensors).
+        """Read a Hugging Face folder (config.json; model.safetensors, or its shards).
 
         Raises ValueError that names what does not fit. On device "meta" the model has shapes alone,
         and only config.json is read.
@@ -489,8 +489,13 @@ class Transformer(nn.Module):
             return model.to(dtype)
         tensors = read_tensors(path)
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            # Whether or not the file repeats it.
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            embedding = tensors["model.embed_tokens.weight"]
+            if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+                raise ValueError(
+                    f"{path}: config.json ties lm_head to the embedding, and the file holds two "
+                    "different ones: set tie_word_embeddings to false there"
+                )
+            tensors["lm_head.weight"] = embedding
         check_tensors(path, tensors, model.state_dict())
         # Copied even where the dtype is the same: a file's tensors are not aligned, and products
         # of unaligned weights round differently.
@@ -519,9 +524,11 @@ class Transformer(nn.Module):
 
 
 def read_tensors(path):
-    """Every tensor of a checkpoint folder, by name, from one file or from all shards."""
-    tensors = {}
-    for file in sorted(path.glob("model*.safetensors")):
+    """Every tensor of a checkpoint folder, by name, from one file or from all shards. Other files,
+    such as model_ema.safetensors, are not read."""
+    tensors, whole = {}, path / "model.safetensors"
+    shards = path.glob("model-*-of-*.safetensors")
+    for file in [whole] if whole.exists() else shards:
         try:
             tensors |= load_file(file)
         except SafetensorError as error:

@@ -145,7 +145,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
         device = "meta" if cfg.lora_rank else ranks.device
-        reference = Policy.load(cfg.model, cfg.dtype, device).model
+        reference = Policy.load(cfg.model, cfg.dtype, device, cfg).model
         if cfg.lora_rank:  # it has the same frozen weights
             reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
     learner = Learner(policy.model, ranks, cfg.recompute, cfg.offload)

@@ -111,7 +111,8 @@ def check_measured(cfg, levels, train_set, policy):
         if not measured:
             tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
             continue
-        measured.setdefault("reward", MATH)
+        older = {"reward": MATH, "top_k": 0, "top_p": 1.0, "stop_ids": now["stop_ids"]}
+        measured = older | measured
         other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
         if other:
             tqdm.write(

@@ -57,6 +57,8 @@ FASTCURL = {
     "suffix": f" {INSTRUCTION}",
 }
 PROTOCOLS = {"deepscaler": FASTCURL | {"top_p": 0.95}, "fastcurl": FASTCURL}
+# Both need these too, which a training run (--like) may have set otherwise.
+PLAIN = {"top_k": 0, "system": None, "examples": None, "allow_last_number": False, "reward": "math"}
 
 # Model (protocol): per cent right as published, and the published mean.
 PUBLISHED = """
@@ -95,7 +97,7 @@ def print_table(summary):
         return
     ours.append(mean_of(ours) if all(ours) else None)
     protocol = summary["protocol"] or "own settings"
-    for name, value in PROTOCOLS.get(protocol, {}).items():
+    for name, value in (PLAIN | PROTOCOLS.get(protocol, {})).items():
         if summary[name] != value:
             protocol = "own settings"
     title = f"{Path(summary['model']).name} ({protocol})"

@@ -64,6 +64,7 @@ class Policy:
             lora.load(model, adapter, folder, base)
         with explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.clean_up_tokenization_spaces = False  # text is graded as it was written
         if device != "meta":  # else it is loaded once more, and this is said then
             check_round_trip(folder, tokenizer)
         template = prompting["template"]
@@ -71,7 +72,7 @@ class Policy:
             template.setdefault("chat_template", data.PLAIN_TEMPLATE)
         if text := template.get("chat_template"):
             template["chat_template"] = tokenizer.chat_template = data.with_bos(tokenizer, text)
-        stop_ids = read_stop_ids(folder, tokenizer, model.config)
+        stop_ids = read_stop_ids(base, folder, tokenizer, model.config.vocab_size)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
 
@@ -113,7 +114,7 @@ class Policy:
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
-    def measuring(self, temperature, max_new_tokens, rewards):
+    def measuring(self, temperature, max_new_tokens, rewards, top_k=0, top_p=1.0):
         """What pass rates depend on, beside the problem; JSON."""
         files = sorted(self.folder.glob("*model*.safetensors"))
         return {
@@ -122,6 +123,9 @@ class Policy:
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
+            "top_k": top_k,
+            "top_p": top_p,
+            "stop_ids": list(self.stop_ids),
             "reward": ", ".join(dict.fromkeys(map(identity, rewards))),
         }
 
@@ -167,7 +171,7 @@ def find_folder(name, device, revision=None):
     weights."""
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.jinja", "tokenizer*"]
+    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*"]  # merges.txt
     if device != "meta":
         patterns.append("*.safetensors")
     name, _, given = name.partition("@")
@@ -176,21 +180,21 @@ def find_folder(name, device, revision=None):
         return Path(snapshot_download(name, revision=pin, allow_patterns=patterns))
 
 
-def read_stop_ids(folder, tokenizer, config):
+def read_stop_ids(base, folder, tokenizer, vocab_size):
     """-> {id} of the tokens that end a completion: eos_token_id of tokenizer, config and generation
-    config."""
-    named = [tokenizer.eos_token_id, config.eos_token_id]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        with explained(f"{path}: not a JSON object"):
-            named.append(json.loads(path.read_text()).get("eos_token_id"))
+    config. As the files have it: transformers gives a Llama whose config names none token 2."""
+    named = [tokenizer.eos_token_id]
+    for path in (base / "config.json", folder / "generation_config.json"):
+        if path.is_file():
+            with explained(f"{path}: not a JSON object"):
+                named.append(json.loads(path.read_text()).get("eos_token_id"))
     stop_ids = set()
     for ids in named:
         for i in ids if isinstance(ids, list) else [ids]:
-            if i is not None and i not in range(config.vocab_size):
+            if i is not None and i not in range(vocab_size):
                 raise ValueError(
                     f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
-                    f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
+                    f"{vocab_size} (eos_token_id in config.json, generation_config.json or "
                     "the tokenizer), so no completion would stop"
                 )
             stop_ids.add(i)
@@ -224,19 +228,23 @@ def check_round_trip(folder, tokenizer):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template puts behind an assistant's turn, if it is a special one. A
-    base model may name another end, and would run on into a question that it invents."""
+    """The token that the chat template puts behind an assistant's turn, if it was added to the
+    tokenizer and is no blank. A base model may name another end, and would run on into a question
+    that it invents."""
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
     with explained("the chat template (or --template) fails"):
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
     tokens = tokenizer.encode(behind, add_special_tokens=False)
-    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    return tokens[0] if tokens and added.get(tokens[0], "").strip() else None
 
 
 def stop_token(tokenizer, text):
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1:
         raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
+    if (twice := tokenizer.decode(tokens * 2)) != text * 2:
+        raise ValueError(f"--stop {text!r}: within a text its token is another, {twice!r} is two")
     return tokens[0]
 
 

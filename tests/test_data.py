@@ -12,6 +12,7 @@ import numpy as np
 import sympy
 from conftest import table, write_lines
 from pytest import approx, importorskip, mark, raises
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -455,6 +456,22 @@ def test_a_tokenizer_that_begins_all_text_with_a_token_adds_none(tokenizer):
     assert render(many, Problem("i", "1", "1")).tokens == before
     assert stop_token(many, "\n") == stop_token(tokenizer, "\n")
     assert end_of_turn(many) == tokenizer.eos_token_id
+
+
+def test_a_stop_that_has_another_token_within_a_text_is_refused():
+    """Tokenizers as that of Llama 2 put a blank in front of a text. The token of "# " alone would
+    never be sampled behind a line, and completions would run on."""
+    words = Tokenizer(models.WordLevel({"\u2581#": 0, "#": 1, "\u2581a": 2}, unk_token="#"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    with raises(ValueError, match="within a text its token is another, '# #' is two"):
+        stop_token(PreTrainedTokenizerFast(tokenizer_object=words), "#")
+
+
+def test_an_end_of_turn_is_no_blank():
+    """A tokenizer may have a new line among its added tokens: no answer would pass its first."""
+    lines = template_tokenizer("{{ messages[-1].content }}{{ '\n' }}")
+    lines.add_tokens("\n")
+    assert end_of_turn(lines) is None
 
 
 def test_a_think_that_the_template_opens_must_be_closed():

@@ -315,6 +315,24 @@ def test_a_template_replaces_that_of_the_tokenizer_and_is_compared(toy_folder, t
     assert given.measuring(1, 1, [MATH])["prompt"] != own.measuring(1, 1, [MATH])["prompt"]
 
 
+def test_a_text_is_graded_as_it_was_written(toy_folder, tmp_path):
+    """Some tokenizers remove blanks before punctuation when they decode: another program."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.save_pretrained(folder)
+    assert Policy.load(str(folder)).tokenizer.clean_up_tokenization_spaces is False
+
+
+def test_a_config_that_names_no_end_has_none(toy_folder, tmp_path):
+    """transformers gives such a Llama token 2, and its completions would end at any "#"."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Policy.load(str(folder)).stop_ids == Policy.load(str(toy_folder)).stop_ids
+
+
 def no_blank(tokenizer):
     """As transformers 5 encodes for R1-Distill-Llama."""
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
@@ -524,7 +542,7 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
     assert parsed("--protocol fastcurl").top_p == parsed().temperature == 1.0
 
 
-def test_benchmarks_end_in_the_papers_table(run):
+def test_benchmarks_end_in_the_papers_table(run, printed, monkeypatch):
     for name in papers.FIVE:
         write_problems(f"{name}.jsonl", 3)
     names = " ".join(f"{name}.jsonl" for name in papers.FIVE)
@@ -533,6 +551,11 @@ def test_benchmarks_end_in_the_papers_table(run):
     assert ours.startswith("toy0 (own settings)")
     changed = run(f"{SHORT} --protocol deepscaler --data {names}")[-9]
     assert changed.startswith("toy0 (own settings)")  # two samples are not the protocol's
+    summary = json.loads(run(f"{SHORT} --protocol deepscaler --data {names}")[-1])
+    monkeypatch.setitem(papers.PROTOCOLS["deepscaler"], "samples", 2)
+    for change, title in ({}, "deepscaler"), ({"system": "Be brief."}, "own settings"):
+        papers.print_table(summary | papers.PROTOCOLS["deepscaler"] | change)
+        assert f"toy0 ({title})" in printed()
     assert ours.count("0.0 % [0.0, ") == 6  # five benchmarks and their mean
     assert "0.0]" not in ours  # no interval is empty
     assert " ".join(published[2].split()).endswith("43.1 87.8 73.6 30.2 50.0 57.0")

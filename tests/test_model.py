@@ -91,9 +91,27 @@ def test_shards_are_read_as_one(tmp_path):
     )
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of Llama 2
-    save_file(old, tmp_path / "parts/model-old.safetensors")
+    save_file(old, tmp_path / "parts/model-00099-of-00099.safetensors")
+    other = {name: x + 1 for name, x in model.state_dict().items()}
+    save_file(other, tmp_path / "parts/model_ema.safetensors")
+    save_file(other, tmp_path / "whole/model_ema.safetensors")
     ids = torch.arange(20)[None]
-    assert torch.equal(Transformer.from_pretrained(tmp_path / "parts")(ids), model(ids))
+    for folder in ("whole", "parts"):
+        assert torch.equal(Transformer.from_pretrained(tmp_path / folder)(ids), model(ids))
+
+
+def test_a_head_that_was_trained_apart_is_not_replaced(tmp_path):
+    """By the embedding, as config.json says: training would begin from another policy."""
+    model = random_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, file)
+    Transformer.from_pretrained(tmp_path)
+    save_file(tensors | {"lm_head.weight": embedding + 1}, file)
+    with raises(ValueError, match="two different ones: set tie_word_embeddings to false"):
+        Transformer.from_pretrained(tmp_path)
 
 
 def test_sliding_window_attention_is_refused():

@@ -4,6 +4,7 @@ what they say."""
 import itertools
 import json
 import math
+import shutil
 import sqlite3
 import sys
 from dataclasses import replace
@@ -319,6 +320,8 @@ def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, printed):
         "weights x, now": own | {"weights": "x"},
         "temperature 0.6, now 1.0": own | {"temperature": 0.6},
         "max_new_tokens 9, now 8": own | {"max_new_tokens": 9},
+        "top_k 1, now 0": own | {"top_k": 1},
+        "stop_ids [7], now": own | {"stop_ids": [7]},
         "4 samples a problem: fewer than 16": own | {"samples": 4},
         "nothing says what measured": None,
     }
@@ -328,6 +331,15 @@ def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, printed):
         check_measured(Config(), levels, problems, toy_policy)
         said = printed()
         assert words in said and bool(words) == bool(said)
+
+
+def test_the_reference_has_the_template_that_was_given(workshop, toy_folder, tmp_path):
+    """Where the tokenizer's own fails, --template is there to help."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    plain = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('needs a system turn') }}")
+    (tmp_path / "t.jinja").write_text(plain)
+    workshop(f"--model {folder} --template t.jinja --kl-coef 0.1 --updates 1")
 
 
 def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed):
