@@ -264,6 +264,11 @@ def with_bos(tokenizer, template):
     return template
 
 
+# Llama 3.2 writes the day into every prompt, and tomorrow's prompts would be others. This is the
+# day that its template takes where there is no clock.
+TODAY = {"date_string": "26 Jul 2024"}
+
+
 def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template={}):  # noqa: B006
     """A problem as the policy sees it, in training and evaluation alike.
 
@@ -278,7 +283,7 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template
         turns.append({"role": "assistant", "content": example["solution"]})
     turns.append({"role": "user", "content": problem.problem + suffix})
     text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, **template
+        turns, tokenize=False, add_generation_prompt=True, **TODAY | template
     )
     tokens = tokenizer.encode(text, add_special_tokens=False)
     # Only what the template put behind the problem: that may speak of <think> itself.

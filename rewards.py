@@ -397,6 +397,7 @@ class Calls:
             try:
                 value = reward.function(*arguments)
                 value = await value if reward.awaited else value
+                value = list(value) if reward.lists else value  # an iterator works in here, too
             except BaseException as caught:
                 error = caught
             future.set_result((value, error, time.monotonic()))
@@ -497,7 +498,7 @@ def own_scores(reward, problem, extracted, returned):
         return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in extracted]
     scores = []
     try:
-        values = list(*returned) if reward.lists else returned
+        values = returned[0] if reward.lists else returned
         if len(values) != len(extracted):
             raise ValueError(f"{len(values)} numbers for {len(extracted)} responses")
         for value, answer in zip(values, extracted):

@@ -74,7 +74,8 @@ class RunDirectory:
         return sizes
 
     def cut_logs(self, sizes):
-        """Cut the logs back to the bytes that they had when a checkpoint was written."""
+        """Cut the logs back to the bytes that they had when a checkpoint was written. Where there
+        is none (it may have been deleted), they are kept beside as *.before.jsonl, once."""
         now = self.log_sizes()
         for name, size in sizes.items():
             if now.get(name, 0) < size:
@@ -83,7 +84,12 @@ class RunDirectory:
                     f"written after {size}: lines were lost"
                 )
         for name in now:  # once all are known to be long enough
-            os.truncate(self.out / name, sizes.get(name, 0))
+            path = self.out / name
+            before = path.with_suffix(".before.jsonl")
+            if sizes or before.exists():
+                os.truncate(path, sizes.get(name, 0))
+            else:
+                path.rename(before)
 
     # ------------------------------------------------------------------------------ checkpoints
 
@@ -94,9 +100,12 @@ class RunDirectory:
         try:
             part.mkdir()
             write_files(part)
-            sums = {path.name: sha256(path) for path in sorted(part.iterdir())}
+            sums = {}  # of a folder, too: a tokenizer with several templates has one
+            for path in sorted(part.rglob("*")):
+                if path.is_file():
+                    sums[str(path.relative_to(part))] = sha256(path)
             (part / "checksums.json").write_text(json.dumps(sums, indent=1))
-            force_to_disk(*part.iterdir(), part)
+            force_to_disk(*part.rglob("*"), part)
             final = self.out / "checkpoints" / name
             before = final.with_name(f"0{name}")  # a kill must leave one of the two
             if final.exists():  # of the same update, before its evaluation

@@ -377,6 +377,7 @@ def as_started(given):
         check(Config(**flags))
         if not all(config[name] for name in ("read", "model_files", "kernels", "threads", "torch")):
             raise KeyError("read")
+        flags["max_new_tokens"] = [level["max_new_tokens"] for level in config["levels"]]
         if config["revision"]:
             flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -392,6 +393,11 @@ def as_started(given):
                 f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
                 f"from a checkpoint (--model {run}/checkpoints/...)"
             )
+    count = len(config["levels"])
+    if len(given.get("updates", config["levels"])) != count:
+        raise ValueError(
+            f"--updates: with --resume it extends the last level of {run}, and needs {count} values"
+        )
     return flags | {"out": run}, config
 
 

@@ -191,7 +191,7 @@ def full_path(name):
     source = source_of(name)
     if not (source and Path(source).exists()):
         return name
-    return str(Path(source).resolve()) + name[len(source) :]
+    return str(Path(source).absolute()) + name[len(source) :]  # ids hold a link's own name
 
 
 def input_files(cfg):

@@ -467,6 +467,13 @@ def test_a_stop_that_has_another_token_within_a_text_is_refused():
         stop_token(PreTrainedTokenizerFast(tokenizer_object=words), "#")
 
 
+def test_a_prompt_does_not_depend_on_the_day():
+    """Llama 3.2 writes the day into it: a run that was resumed tomorrow had other prompts."""
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    dated += "{% endif %}{{ date_string }} {{ messages[-1].content }}"
+    assert rendered(dated)[0].startswith("26 Jul 2024 1+1")
+
+
 def test_an_end_of_turn_is_no_blank():
     """A tokenizer may have a new line among its added tokens: no answer would pass its first."""
     lines = template_tokenizer("{{ messages[-1].content }}{{ '\n' }}")

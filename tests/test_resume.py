@@ -588,7 +588,7 @@ def test_a_second_extension_leaves_the_first_as_it_is(extended):
         ("4 3", "with --resume it extends the last level"),
         ("5 9", "with --resume it extends the last level"),
         ("9", "with --resume it extends the last level"),
-        ("4 4 9", "there are 3 levels"),
+        ("4 4 9", "and needs 2 values"),
     ],
 )
 def test_only_the_last_level_can_be_extended(extended, updates, message):
@@ -761,6 +761,20 @@ def test_a_log_that_lost_lines_is_refused_and_the_others_stay(tmp_path, log):
     assert [len((tmp_path / name).read_text()) for name in LOGS if name != log] == [10, 10]
     directory.cut_logs({LOGS[0]: 4})
     assert [(tmp_path / name).read_text() for name in LOGS] == ["0123", "", ""]
+
+
+def test_without_a_checkpoint_the_logs_are_kept_beside(tmp_path):
+    """Someone may have deleted checkpoints/ to free space: --resume emptied all that was left."""
+    (tmp_path / "config.json").write_text("{}")
+    directory = RunDirectory(tmp_path, SimpleNamespace(first=True))
+    for text in ("weeks", "minutes"):  # the second time the older ones stay
+        for name in LOGS:
+            (tmp_path / name).write_text(text)
+        directory.cut_logs({})
+        for name in LOGS:
+            path = tmp_path / name
+            assert path.with_suffix(".before.jsonl").read_text() == "weeks"
+            assert not path.exists() or not path.read_text()
 
 
 @mark.parametrize("kl_coef, damage, code", [(0.1, flip, 2), (0, Path.unlink, 0)])

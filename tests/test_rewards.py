@@ -460,6 +460,18 @@ def test_a_reward_sees_what_the_template_opened():
     assert seen == ["<think>a</think>b"]
 
 
+def test_scores_that_are_made_one_by_one_have_the_clock_too():
+    """`map` returns at once: the work was done outside of the clock, and could hang the run."""
+
+    def lazy(problems, responses):
+        return map(lambda response: time.sleep(0.3) or 1, responses)
+
+    reward = Reward("f", lazy, lists=True)
+    assert scores(reward, "a") == [1]
+    finish = scorer(reward_timeout=0.1).begin(reward, Problem("p", "1", "1"), "", ["a", "b"])
+    assert [score.verdict for score in finish()] == [LATE, LATE]
+
+
 FAILURES = """
 other_parts | parts ['right'], but WEIGHTS of its file is {'right': 1.0, 'form': 0.25}
 empty       | TypeError

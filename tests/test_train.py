@@ -1,6 +1,7 @@
 """The loop: gradients that no setting of memory changes, a policy that learns, files that mean
 what they say."""
 
+import gc
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from eprli import (
     resolve_levels,
 )
 from infra import memory
-from infra.flags import Config, fill, make_parser
+from infra.flags import Config, fill, make_parser, read_flags
 from infra.ranks import Ranks
 from infra.update import Update
 from model import pad
@@ -340,6 +341,51 @@ def test_the_reference_has_the_template_that_was_given(workshop, toy_folder, tmp
     (folder / "chat_template.jinja").write_text("{{ raise_exception('needs a system turn') }}")
     (tmp_path / "t.jinja").write_text(plain)
     workshop(f"--model {folder} --template t.jinja --kl-coef 0.1 --updates 1")
+
+
+def goes_on(run, flags=""):
+    """Resume it in this process -> its config.json"""
+    gc.collect()  # its lock
+    train.main(f"--resume {run} {flags}".split())
+    return read(run / "config.json")
+
+
+def test_a_tokenizer_with_several_templates_is_saved(workshop, toy_folder, tmp_path):
+    """It fills a folder within the checkpoint, whose files have checksums too."""
+    folder = shutil.copytree(toy_folder, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = dict.fromkeys(["default", "tool_use"], tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    run = workshop(f"--model {folder}")
+    sums = read(run / "checkpoints/000004/checksums.json")
+    assert "additional_chat_templates/tool_use.jinja" in sums
+    assert goes_on(run, "--updates 2 3")["updates"] == [2, 3]
+
+
+def test_a_run_on_a_linked_file_goes_on(workshop, tmp_path):
+    """Ids hold the name of the link: with that of the file they were others."""
+    rows = [{"problem": f"{i}", "answer": "1", "level": 1 + i % 2} for i in range(10)]
+    write_lines("deep.jsonl", rows)
+    for name in ("newest.jsonl", "held.jsonl"):
+        Path(name).symlink_to("deep.jsonl")
+    run = workshop("--data newest.jsonl --eval-data held.jsonl --difficulty level --quality 1 2")
+    assert goes_on(run, "--updates 2 3")["data"] == str(tmp_path / "newest.jsonl")
+
+
+def test_a_run_goes_on_with_its_own_lengths(workshop):
+    """Our defaults fit the shipped model alone, which a checkout that was moved no longer finds."""
+    path = workshop() / "config.json"
+    moved = read(path) | {"max_new_tokens": None, "model": "moved/assets/tiny"}
+    path.write_text(json.dumps(moved))
+    cfg, _ = read_flags(make_parser(), ["--resume", "run"])
+    assert cfg.max_new_tokens == [6, 6]
+
+
+def test_another_number_of_levels_is_refused(workshop, capsys):
+    run = workshop("--quality 1 --updates 1 1")
+    with raises(SystemExit, match="2"):
+        goes_on(run, "--updates 1 1 3")
+    assert f"extends the last level of {run}, and needs 2 values" in capsys.readouterr().err
 
 
 def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed):
