@@ -131,7 +131,7 @@ def flags_of(run):
         if config["difficulty"] == "pass_rate":  # else levels have their declared numbers
             qualities = [level["quality"] for level in config["levels"]]
             flags["quality"] = config["eval_quality"] or qualities
-        flags["data"] = config["eval_data"]
+        flags["data"] = config["eval_data"] or None
         rewards = set(config["reward"])
         flags["reward"] = rewards.pop() if len(rewards) == 1 else None
         return flags | {"model": str(newest_whole(run))}

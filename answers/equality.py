@@ -10,8 +10,9 @@ three steps:
    expressions with variables, irrational constants and equations are left to sympy and math-verify.
 
 Conventions: a label (x=, f(x)=), a unit or a currency may be left out; p\% is p or p/100; order
-does not matter in a list or set; an unevaluated integral, sum, limit or maximum equals only itself.
-A label or unit that is not in the tables below is not recognised, and makes the answer wrong.
+does not matter in a list or set; 1/2 \pi is 1/(2\pi); an unevaluated integral, sum, limit or
+maximum equals only itself. A label or unit that is not in the tables below is not recognised, and
+makes the answer wrong.
 
 Hostile text may keep `equal` busy for ever, so rewards.py calls it in a process that can be killed.
 `canonical` takes little time for any text.
@@ -58,8 +59,9 @@ UNIT_RULES = parse_rules(r"""
 \^ ?(\d) -> ␣^\1␣
 """)
 UNIT_TEXT = r"\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}"
-UNIT_WORD = rf"(?:{UNIT_TEXT}|(?<=[ /])[a-zA-Z]{{2,}}\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
-UNIT = re.compile(  # a text with a digit or macro, then the unit
+UNIT_WORD = rf"(?:{UNIT_TEXT}|(?<=[ /])(?!kT\b)[a-zA-Z]{{2,}}\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
+UNIT = re.compile(  # a text with a digit or macro, then the unit; \mu mg is a product
+    r"(?=.*(?:(?<![_^])[0-9]|\\pi(?![a-z])|\\text))"
     r"((?:[^0-9\\]|\\text)*(?:[0-9]|\\(?!text)).*?(?<=[\w})!])) *"
     rf"((?: *{UNIT_WORD}(?: */| *\\cdot)?)+|\^\\circ *(?:[CF]|\\text *\{{ *[CF] *\}})?)"
 )
@@ -114,7 +116,8 @@ def plain_words(text):
     return text if len(text) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold())
 
 
-WORDS = re.compile(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{4,}")
+# Shorter ones may be products.
+WORDS = re.compile(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{4,}|^ *(?:[A-Z]{3}|(?i:yes|no|odd)) *$")
 
 
 def same_value(gold, answer):
@@ -142,21 +145,31 @@ DIGITS = 2500  # to which irrational numbers are compared: more than an answer c
 RESTATING = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots"
     r"|underset|overset|[bp]?mod|[hv]?phantom)(?![a-zA-Z])"
-    r"|\.\.\.|\\frac\{d\}\{d\w\}|\\begin\{[vV]matrix\}|\\operatorname"
+    r"|\.\.\.|\\frac\{ ?d[^{}]*\}\{ ?d ?\w ?\}|\\begin\{[vV]matrix\}|\\operatorname"
     r"|\b(?:max|min|det|lim|gcd|lcm)\b"
 )
 # Neighbours that the parser would multiply or add up, words, tricks, look-alikes, numbers in
-# another base.
+# another base, a value put in.
 NO_EXPRESSION = re.compile(
     r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]['_]|[@#%&\"]|[+\-]{3}|[^ -~]|^\W*$"
+    r"|\d *\\\{|\d\.\d*\.\d|\|_"
 )
 FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp)(?![a-zA-Z])"
 INDICES = r"(?: ?[_^] ?(?:\w|\{ ?\w+ ?\}))*"
 ARGUMENT = rf"(?:[0-9.]+ ?)?(?:[a-zA-Z]|\\[a-zA-Z]+){INDICES}|[0-9.]+"
-# The parser takes \Gamma for \gamma, I for i and 2E+1 for 20, drops primes, reads no index of E and
-# e, and takes all of \sin x \cdot y as the argument. (Before /( and /\sin it is a quotient, and
-# \sin x/y stays.)
+PAIR = r"\{[^{}]*\}\{[^{}]*\}"
+# The parser adds 3 and 4 in 3(4), as in a mixed number. It takes \Gamma for \gamma, I for i, 2E+1
+# for 20, \gcd(m,n) for 1 and dy/dx for 0, drops primes and ^T, reads no index of E and e, and takes
+# all of \sin x \cdot y as the argument. (Before /( and /\sin it is a quotient, and \sin x/y stays.)
 PARSER_TRAPS = parse_rules(rf"""
+(\\(?:binom|frac){PAIR}|\\pi|[)!]) *(?=\(|\\binom) -> \1\\cdot␣
+(?<![\w.^])(\d[\d.]*) *(?=[({{\[]|\\binom) -> \1\\cdot␣
+(\\binom{PAIR}|\)) *(?=\d|\\frac) -> \1\\cdot␣
+(\\frac{PAIR}) *(?=\\frac) -> \1\\cdot␣
+\\frac\{{ ?(?:d|\\partial) ?(\w) ?\}}\{{ ?(?:d|\\partial) ?(\w) ?\}} -> D_{{\1\2}}
+\\gcd(?![a-zA-Z]) -> G_{{cd}}
+\\operatorname *\{{ *(gcd|lcm) *\}} -> G_{{\1}}
+(?<=\^)(?:T(?![a-zA-Z_])|\{{ ?T ?\}}) -> {{N_{{T}}}}
 ({FUNCTION}{INDICES}) *({ARGUMENT})(?= *(?:\\(?:cdot|times)(?![a-zA-Z])|\*)) -> \1(\2)
 ({FUNCTION}{INDICES}) *({ARGUMENT})(?= */ *(?:{FUNCTION}|\()) -> \1(\2)
 (?<![a-zA-Z_\\])E_(\w) -> Q_{{EE\1}}
@@ -196,7 +209,7 @@ def expression(text):
     parsed = parsed.xreplace(exact)
     if isinstance(parsed, sympy.Expr):
         parsed = evaluated(parsed)
-    return None if parsed.has(sympy.nan, sympy.zoo) else parsed
+    return None if parsed.has(sympy.nan, sympy.zoo, sympy.Derivative) else parsed
 
 
 def evaluated(expression):
@@ -375,7 +388,11 @@ def same_relation(gold, answer):
 
 
 def same_equation(gold, answer):
-    """Two equations or inequalities with one sign each, by algebra."""
+    """Two equations or inequalities with one sign each, by algebra. One that is to be solved for
+    the label is not the solution."""
+    solved = gold.label and number(gold.text) is not None
+    if solved and not answer.label and gold.label not in [part.text for part in answer.parts]:
+        return False
     texts = []
     for shape in (gold, answer):
         if len(shape.mark) > 1 or not (shape.label or shape.kind == "relation"):

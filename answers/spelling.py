@@ -65,6 +65,7 @@ AFTER_MACROS = parse_rules(r"""
 \\frac(\d|\\pi) ?\{ -> \\frac{\1}{
 \\frac(\{[^{}]*\}) ?(\d|\\pi) -> \\frac\1{\2}
 \\sqrt ?(\d|\\pi) -> \\sqrt{\1}
+\\binom *(\d) ?(\d) -> \\binom{\1}{\2}
 \\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\} ?\} -> \\text{\1/\2}
 (?<=\d)_\{ ?\((\w+)\) ?\} -> _{\1}
 ([_^])\{ ?(\w) ?\}(?!\w) -> \1\2
@@ -99,7 +100,8 @@ def tidy(text):
     text = re.sub(r"\\([a-zA-Z]+)", lambda macro: MACROS.get(macro[1], macro[0]), text)
     text = respell(AFTER_MACROS, text)
     text = re.sub(
-        r"(?<![\d.])(?<!\d )([0-9]*)\.([0-9]*)\\(?:overline|dot) ?\{? ?([0-9]+) ?\}?(?!\d|\\dot)",
+        r"(?<![\d.])(?<!\d )([0-9]*)\.([0-9]*)"
+        r"\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?(?!\d|\\dot)",
         repeating_decimal,
         text,
     )

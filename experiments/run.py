@@ -39,11 +39,12 @@ COLUMNS = (
     "clip_low_share clip_high_share reward_variance_within reward_variance_between "
     "sample_seconds learn_seconds"
 )
-GIT = ["git", "describe", "--always", "--dirty"]
-COMMIT = subprocess.run(GIT, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+COMMIT = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+).stdout.strip()
 CPU = Path("/proc/cpuinfo")  # of Linux
-CPU = re.findall(r"model name\s*: (.+)", CPU.read_text())[0] if CPU.exists() else platform.machine()
-MACHINE = {"commit": COMMIT, "cpu": CPU}
+NAMES = re.findall(r"model name\s*: (.+)", CPU.read_text() if CPU.exists() else "")
+MACHINE = {"commit": COMMIT, "cpu": [*NAMES, platform.machine()][0]}
 FILES = threading.Lock()  # of results: no thread reads while another one writes
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 

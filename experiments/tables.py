@@ -307,10 +307,9 @@ def decisions(measured):
             continue  # runs are missing
         own = whole(own)
         mix = own["mix"]
-        shares = [m["at first"] for m in mix.values()]
-        w[base], first[base] = float(np.mean(shares)), easy_first(own)
-        each = f"by seed {np.round(shares)}"
-        yield f"- {base}: w = {w[base]:.1f} %, {each}; easy first: {first[base]}"
+        each = [m["at first"] for m in mix.values()]
+        w[base], first[base] = float(np.mean(each)), easy_first(own)
+        yield f"- {base}: w = {w[base]:.1f} %, by seed {np.round(each)}; easy first: {first[base]}"
         for arm, by_seed in list(own.items())[1:]:
             by = outcome(by_seed, mix)
             ahead = lead(by_seed, mix, by)[1] - lead(mix, by_seed, by)[1]

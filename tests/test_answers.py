@@ -224,6 +224,48 @@ e^x\sin x <- \sin x \cdot e^x
 E_0+2 <- 2+E_0
 4210_5 <- 4210_{(5)}
 5 <- 5 sec
+# products without a sign, transposes, greatest divisors, derivatives, units that are none
+504 <- 2\binom{10}{5}
+504 <- 2 \cdot \binom{10}{5}
+\binom42\binom31 <- 18
+18 <- \binom{4}{2} \times \binom{3}{1}
+8 <- \binom{3}{0}+\binom{3}{1}+\binom{3}{2}+\binom{3}{3}
+\sum_{k=0}^{3}\binom{3}{k} <- 8
+60 <- 12(5)
+15 <- \frac{5(6)}{2}
+1 <- 2\left(\frac12\right)
+6 <- (2)(3)
+6 <- 2{3}
+12 <- 3[4]
+32 <- 2^3(4)
+12 <- 2^{2}(3)
+12 <- 3!(2)
+\frac{1}{3} <- \frac12\frac23
+\frac{3}{2} <- \frac12(3)
+x+\frac52 <- x+2\frac12
+25\pi <- \pi(5)^2
+3(x+1) <- 3x+3
+2(3x+1) <- 6x+2
+2{,}500 <- 2500
+m+n-\gcd(m,n) <- n+m-\gcd(m,n)
+P(1+r)^T <- P(r+1)^T
+\frac{dy}{dx}+2y=0 <- 2y+\frac{dy}{dx}=0
+\mu mg <- mg\mu
+\frac{3}{2} kT <- 1.5 kT
+3\pi \text{ cm} <- 3\pi
+5 cm <- 5
+\frac{x}{2} \text{ m} <- \frac{x}{2}
+5\text{ mF} <- 5
+y=2x <- y-2x=0
+x=2 <- 2=x
+No <- no
+Yes <- \text{yes}
+yes <- Yes
+odd <- Odd
+ABC <- \text{ABC}
+\frac{ABC}{2} <- \frac12 ACB
+\frac13 <- 0.\bar{3}
+0.\overline{3} <- 0.\bar{3}
 """
 DIFFERENT = r"""
 # candidates behind a number, as if they were its unit
@@ -552,6 +594,51 @@ X_{(1)} <- X_1
 E_1+E_2 <- e_1+e_2
 0.2 <- 2e-1
 18 <- \text{18 or 19}
+# added up, transposed, derived, put in, to be solved: the same as above
+7 <- 3(4)
+5 <- 2(3)
+17 <- 12(5)
+\frac{11}{2} <- \frac{5(6)}{2}
+\frac52 <- 2\left(\frac12\right)
+7 <- (3)(4)
+7 <- 3[4]
+5 <- 2{3}
+5 <- 2\{3\}
+254 <- 2\binom{10}{5}
+\binom{4}{2}\binom{3}{1} <- 9
+12 <- 2^3(4)
+7 <- 2^{2}(3)
+8 <- 3!(2)
+\frac{7}{2} <- \frac12(3)
+10\pi <- 2\pi(5)^2
+0.36 <- 1.2.3
+m+n-\gcd(m,n) <- m+n-1
+m+n-\gcd(m,n) <- m+n-\gcd(m,k)
+\frac{mn}{\gcd(m,n)} <- mn
+\operatorname{lcm}(m,n) <- mn
+P(1+r)^T <- P(1+r)
+2^T <- 2
+e^{T} <- e
+A^{T}A <- A^2
+\frac{dV}{dt}=kV <- kV=0
+\frac{dy}{dx}+2y=0 <- 2y=0
+\frac{dy}{dx} <- 0
+\frac{\partial f}{\partial x} <- \frac{\partial f}{\partial y}
+2x <- \frac{d x^2}{dx}
+2x <- \frac{d(x^2)}{dx}
+2x <- \frac{\mathrm{d}}{\mathrm{d}x}x^2
+10 <- (x^2+3x)|_{x=2}
+10 <- \left.(x^2+3x)\right|_{x=2}
+\mu mg <- \mu
+\mu_k mg <- \mu_k
+\alpha mm <- \alpha
+\frac{3}{2} kT <- \frac32
+5\text{ mF} <- 5\text{ MF}
+5\text{ mH} <- 5\text{ MH}
+x=2 <- x+3=5
+x=2 <- x-2=0
+CAB <- ABC
+No <- on
 """
 UNPRINTABLE = ["5\x1c", "\x0b5", "5\x85", "\u202e5\u202c", "\x00", "(" * 500 + "5" + ")" * 500]
 UNPRINTABLE += ["-" * 400 + "5", "{" * 300 + "5" + "}" * 300]

@@ -870,7 +870,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
 def test_like_a_run_that_has_none_or_several_asks_for_one(flag, tmp_path):
     """It evaluated one's own model on our sums, or graded one's own R_l by the verifier."""
     config = json.loads(TRAINED) | {"eval_data": ["f.jsonl"]}
-    config |= {"data": {"eval_data": None}, "reward": {"reward": ["a.py:f", "b.py:g"]}}[flag]
+    config |= {"data": {"eval_data": []}, "reward": {"reward": ["a.py:f", "b.py:g"]}}[flag]
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_checkpoint(tmp_path / "checkpoints/000100")
     with raises(ValueError, match=f"the run does not say which --{flag}, so give it"):
