@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import answers
 from parts import sources
-from parts.files import explained, force_to_disk, is_text, read_records, squash, write_records
+from parts.files import explained, force_to_disk, is_text, read_records, squash, stem, write_records
 
 # Of DeepScaleR and FastCuRL. Their protocols put a blank before it (parts/papers.py).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -54,12 +54,15 @@ def parse_problem(record, default_id, graded=True):
     )
     if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
-    if graded and not is_text(answer) and not is_number(answer):
+    answer = "" if graded and answer is None else answer  # see only_gradable
+    if graded and not isinstance(answer, str) and not is_number(answer):
         raise ValueError('"answer" must be a text or a number that is finite')
     with explained('"answer" must be something that JSON can hold'):
         json.dumps(answer)  # as the records of completions hold it
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
+    if isinstance(level, str):  # "easy": what only its data set knows
+        other["level"], level = level, None
     if level is not None and not (is_number(level) and abs(level) < 1e308):
         raise ValueError('"level" must be a number')
     if name is None:
@@ -99,7 +102,7 @@ def read_problems(name, columns=(), must_fit=False, graded=True):
             chosen = islice(enumerate(sources.load_rows(where)), rows.start, rows.stop)
         for number, row in chosen:
             with explained(f"{name}, row {number}"):
-                problems.append(parse(row, f"{Path(source).stem}-{number}"))
+                problems.append(parse(row, f"{stem(source)}-{number}"))
     else:
         problems = read_records(source, parse, rows)
     if not problems:
@@ -141,7 +144,11 @@ def write_problems(path, problems):
     try:
         write_records(part, (p.record() for p in problems))
         force_to_disk(part)
-        os.link(part, path)
+        try:
+            os.link(part, path)
+        except OSError:  # it exists, or its disk has no links
+            open(path, "x").close()
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -239,16 +239,16 @@ class Reward:
     def total(self, value):
         """What the function returned for a completion -> R_l, {"part_NAME": the part's value}
 
-        R_l is rounded to 9 decimals: 0.7 + 0.2 + 0.1, which is 1 - 1e-16 to a computer, is right.
+        R_l is rounded to 6 decimals: 0.7 + 0.2 + 0.1, which is 1 - 1e-16 to a computer, is right.
         Raises an error of any kind for what is neither a number nor a dict of all parts.
         """
         if not isinstance(value, dict):
-            return round(float(value), 9), {}
+            return round(float(value), 6), {}
         if self.weights is None or self.weights.keys() != value.keys():
             raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
         parts = {f"part_{name}": float(part) for name, part in value.items()}
         outcome = sum(self.weights[name] * float(part) for name, part in value.items())
-        return round(outcome, 9), parts
+        return round(outcome, 6), parts
 
 
 VERIFIER = Reward()

@@ -405,12 +405,14 @@ def same_equation(gold, answer):
 
 # Of a value in words. Longer ones are prose: a right answer would be worded otherwise.
 MOST_WORDS = 6
+PLACEHOLDERS = "proof", "notfound", "nan", "null"  # of NuminaMath, of tables
 
 
 def gradable(gold):
     """Whether another answer can be found equal to this gold answer: it is no worked solution, its
-    brackets pair, and none of its values is prose. It takes little time for any text."""
-    if "####" in gold or r"\boxed" in gold:
+    brackets pair, it is no placeholder, and none of its values is prose. It takes little time for
+    any text."""
+    if "####" in gold or r"\boxed" in gold or gold.strip().casefold() in PLACEHOLDERS:
         return False
     try:
         text = tidy(gold)

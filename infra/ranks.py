@@ -6,6 +6,8 @@ message that never comes. A process may raise on its own only inside `on_all`, w
 all.
 """
 
+import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -163,6 +165,7 @@ class Ranks:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
+        forked_processes_end_on_sigterm()
         with ExitStack() as stack:
             for number in numbers:
                 before = signal.signal(number, self.receive)
@@ -191,7 +194,7 @@ class Ranks:
         have said. Left to the interpreter, gloo's threads now and then wait for a process that has
         gone (torch 2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the
         process group. And it would wait for the threads that a user's coroutine has started
-        (asyncio.to_thread), which may hang."""
+        (asyncio.to_thread), which may hang. Processes that a reward has started end with it."""
         names = [thread.name for thread in threading.enumerate()]
         if not (dist.is_initialized() or any(name.startswith("asyncio_") for name in names)):
             return
@@ -200,8 +203,29 @@ class Ranks:
             code = error.code or 0 if error else 0
         else:
             sys.excepthook(kind, error, trace)
+        for child in multiprocessing.active_children():
+            child.kill()
         try:
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(code)
+
+
+@functools.cache  # it lasts as long as this process
+def forked_processes_end_on_sigterm():
+    """`multiprocessing.Pool` ends its processes so, and waits. Those that a reward forks would have
+    our handler, and a signal that comes before they are ready would be lost."""
+
+    def mask(how):
+        signal.pthread_sigmask(how, [signal.SIGTERM])
+
+    def in_child():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        mask(signal.SIG_UNBLOCK)
+
+    os.register_at_fork(
+        before=lambda: mask(signal.SIG_BLOCK),
+        after_in_parent=lambda: mask(signal.SIG_UNBLOCK),
+        after_in_child=in_child,
+    )

@@ -260,7 +260,7 @@ class Run:
             return {}
         state = json.loads((checkpoint / "state.json").read_text())
         unpack(self, state)
-        for path in checkpoint.glob("optimizer*.safetensors"):
+        for path in sorted(checkpoint.glob("optimizer*.safetensors")):  # one order on all nodes
             self.learner.load(load_file(path))
         self.saved = checkpoint.name
         return state["sizes"]

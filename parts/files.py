@@ -31,7 +31,9 @@ def read_records(path, parse=lambda record, name: record, rows=slice(None)):
     hub = "a data set of the hub is OWNER/NAME[:CONFIGURATION]:SPLIT, a slice F.jsonl[:512]"
     with explained(f"{path}: cannot be read as UTF-8 text; {hub}"):
         # str.splitlines would also cut at U+2028, which is legal within a string.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    if lines[0].startswith("["):
+        raise ValueError(f"{path}: a JSON array; one object a line is read (jq -c '.[]' {path})")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     for number, line in numbered[rows]:
         try:
@@ -60,7 +62,8 @@ def source_of(name):
 
 def stem(name):
     """What results call a file or data set: without folder, ending and slice"""
-    return Path(source_of(name)).stem
+    path = Path(source_of(name))
+    return path.name if ":" in path.suffix else path.stem  # OWNER/NAME-1.5:SPLIT of the hub
 
 
 def stems(flag, paths):

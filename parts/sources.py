@@ -100,7 +100,8 @@ def find_layout(record, columns, must_fit, graded):
     for layout in [columns, *known]:
         if layout and all(column(record, layout.get(name, "")) is not None for name in needed):
             return layout
-    if not graded and column(record, columns.get("problem", "problem")) is not None:
+    empty = column(record, columns.get("answer", "answer"), ...) is None  # cannot be graded
+    if (empty or not graded) and column(record, columns.get("problem", "problem")) is not None:
         return {"problem": "problem"} | columns
     raise ValueError(
         f"no problem and answer in columns that are known (has: {', '.join(record)}): name them "
@@ -139,15 +140,15 @@ def last_question(turns):
 
 
 def final_answer(answer):
-    """What a published answer comes down to: the text behind ####, that of the last box, the items
-    of a list."""
+    """What a published answer comes down to: the text of the last box, the line behind ####, the
+    items of a list."""
     if isinstance(answer, list) and all(map(is_text, answer)):
         return ", ".join(text.strip().strip("$") for text in answer)
     if not isinstance(answer, str):
         return answer
     if answer.startswith('["'):  # Skywork's
         return final_answer(json.loads(answer))
-    if "####" in answer:
-        return answer.rpartition("####")[2].strip()
     boxed = extract_answer(answer) if "\\boxed" in answer else None
-    return boxed or answer
+    if boxed or "####" not in answer:
+        return boxed or answer
+    return answer.rpartition("####")[2].strip().partition("\n")[0]

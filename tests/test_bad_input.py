@@ -91,14 +91,17 @@ GOOD\n[1, 2] | x.jsonl, line 2: expected a JSON object, found list
   | x.jsonl: nothing in it
 \n \n | x.jsonl: nothing in it
 problem,answer\n1,1 | x.jsonl, line 1: Expecting value
-[\nGOOD\n] | x.jsonl, line 1
+[\nGOOD\n] | x.jsonl: a JSON array
 GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
 {"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
 {"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1:
 {"problem": " ", "answer": "1"} | x.jsonl, line 1: "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
-{"problem": "1", "answer": null} | x.jsonl, line 1: no problem and answer in columns that are known
+{"problem": "1", "answer": null} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1: '')
+{"question": "1", "answer": " "} | x.jsonl: 1 of 1 gold answers cannot be graded
+{"problem": "1", "answer": "proof"} | x.jsonl: 1 of 1 gold answers cannot be graded
+[{"problem": "1", "answer": "1"}] | x.jsonl: a JSON array; one object a line is read
 {"problem": "1", "answer": true} | "answer" must be a text or a number
 {"problem": "1", "answer": ["1"]} | "answer" must be a text or a number
 {"question": "1", "final_answer": [2]} | x.jsonl, line 1: "answer" must be a text or a number
@@ -107,7 +110,7 @@ GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"problem": "1", "answer": "1", "pass_rate": 50} | x.jsonl, line 1: "pass_rate" must be a number
 {"problem": "1", "answer": "1", "pass_rate": "0.5"} | "pass_rate" must be a number in [0, 1]
 {"problem": "1", "answer": "1", "pass_rate": NaN} | x.jsonl, line 1: "pass_rate"
-{"problem": "1", "answer": "1", "level": "hard"} | x.jsonl, line 1: "level" must be a number
+{"problem": "1", "answer": "1", "level": true} | x.jsonl, line 1: "level" must be a number
 {"problem": "\ud800", "answer": "1"} | a lone surrogate
 {"problem": "1", "answer": "1", "id": "\ud800"} | a lone surrogate
 {"problem": "1", "answer": "1", "source": ["\udfff"]} | a lone surrogate
@@ -127,7 +130,7 @@ ENCODED = [
     (b'{"problem": "gr\xf6\xdfer"}', "x.jsonl: cannot be read as UTF-8 text"),
     (GOOD.encode("utf-16"), "x.jsonl: cannot be read as UTF-8 text"),
     (pickle.dumps(GOOD), "x.jsonl: cannot be read as UTF-8 text"),
-    (b"[" * 10_000, "x.jsonl, line 1"),
+    (b'{"a":' + b"[" * 10_000, "x.jsonl, line 1"),
     (GOOD.replace("0.5", '0.5, "level": %s' % ("9" * 400)).encode(), '"level" must be a number'),
     (b'{"problem": "1", "answer": "1", "pass_rate": 0.5, "measured": 1}', '"measured" is not'),
     (

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from datetime import date
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import sympy
@@ -23,6 +24,7 @@ from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
 from parts.files import source_of, stem
 from parts.policy import SHIPPED, end_of_turn, stop_token
+from parts.sources import final_answer
 from rewards import load_reward
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
@@ -55,6 +57,40 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
         data.write_problems(path, [Problem("c", "3", "3")])
     assert [p.id for p in read_problems(path)] == ["b"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_without_links_gets_its_file(tmp_path, monkeypatch):
+    """Hours of measuring ended there in "Operation not permitted"."""
+    monkeypatch.setattr("os.link", Mock(side_effect=PermissionError))
+    path = tmp_path / "p.jsonl"
+    data.write_problems(path, [Problem("b", "2", "2")])
+    with raises(FileExistsError):
+        data.write_problems(path, [Problem("c", "3", "3")])
+    assert [p.id for p in read_problems(path)] == ["b"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
+    """One null among 300 rows refused the file."""
+    rows = [{"problem": f"{i}", "answer": f"{i}"} for i in range(300)]
+    rows[7]["answer"], rows[8]["level"] = None, "easy"  # a text is no declared level
+    path = tmp_path / "p.jsonl"
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))  # as some editors begin a file
+    problems = data.only_gradable("p", read_problems(path))
+    assert (
+        len(problems) == 299
+        and "1 of 300 gold answers cannot be graded (p-8: '')" in capsys.readouterr().out
+    )
+    assert problems[7].level is None and problems[7].record()["level"] == "easy"
+
+
+def test_the_final_answer_of_a_solution():
+    for text, answer in {
+        "so\n#### 110\nThe answer is: 110": "110",  # of MetaMathQA
+        "#### Step 2\nso \\boxed{7}": "7",  # a heading
+        "#### 5": "5",
+        "5": "5",
+    }.items():
+        assert final_answer(text) == answer
 
 
 def test_an_integer_of_any_size_is_an_answer():
@@ -182,6 +218,8 @@ def test_a_slice_has_the_name_of_the_whole():
     """Else a slice of a benchmark has no problem in common with it."""
     for name in ("math500", "math500[:100]", "a/math500.jsonl[3:4]"):
         assert stem(name) == "math500"
+    for split in ("train", "test"):  # of the hub: they were one
+        assert stem(f"AI-MO/NuminaMath-1.5:{split}[:9]") == f"NuminaMath-1.5:{split}"
 
 
 def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):

@@ -1,8 +1,10 @@
 """Numbers that go wrong: they are noticed, said, and never reach the weights or the disk."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import torch
 from conftest import column, dtypes, lines, random_model, table
@@ -395,3 +397,28 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     assert ("--recompute" in said, "--offload" in said) == (known, not known)
     assert "".join(path.name for path in tmp_path.glob("run/checkpoints/*")) == saved
     assert (tmp_path / "run").exists() == (phase != "setting up")
+
+
+# ------------------------------------------------------------------- processes that a reward starts
+
+
+def test_a_forked_process_ends_on_sigterm():
+    """multiprocessing.Pool waits for it. With the handler of the run it now and then hung."""
+    with Ranks().signals():
+        if not (child := os.fork()):
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or bool(blocked))
+        assert os.waitpid(child, 0)[1] == 0
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_processes_of_a_reward_end_with_the_run(monkeypatch):
+    """They held the pipe of `torchrun ... | tee` open for ever."""
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    Ranks().__exit__(None, None, None)
+    child.join(10)
+    assert child.exitcode == -signal.SIGKILL and codes == [0]

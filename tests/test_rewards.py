@@ -447,6 +447,8 @@ def test_parts_that_add_up_to_1_are_right(own):
     """0.7 + 0.2 + 0.1 is 0.9999999999999999: such a completion was wrong, its group all wrong."""
     assert 0.7 + 0.2 + 0.1 < 1
     assert scores(own("tenths")) == [1.0] and scores(own("nearly")) == [0.999999]
+    single = np.float32(0.65) + np.float32(0.15) + np.float32(0.2)
+    assert single < 1 and Reward().total(single)[0] == 1.0
     weights = {"a": 0.7, "b": 0.2, "c": 0.1}
     outcome, _ = Reward(weights=weights).total(dict.fromkeys(weights, 1))
     assert outcome == 1.0
