@@ -32,7 +32,7 @@ UNITS = {}  # spelling -> name
 for name, symbol in table("measures.txt"):
     for word, letter in [
         ("", ""),
-        *parse_rows("nano n\nmicro µ\nmilli m\ncenti c\nkilo k\nmega M\ngiga G"),
+        *parse_rows("nano n\nmicro µ\nmilli m\ncenti c\ndeci d\nkilo k\nmega M\ngiga G"),
     ]:
         spellings = (letter + symbol, word + name, word + name + "s")
         UNITS |= dict.fromkeys(spellings, word + name)
@@ -59,7 +59,10 @@ UNIT_RULES = parse_rules(r"""
 \^ ?(\d) -> ␣^\1␣
 """)
 UNIT_TEXT = r"\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}"
-UNIT_WORD = rf"(?:{UNIT_TEXT}|(?<=[ /])(?!kT\b)[a-zA-Z]{{2,}}\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
+TIGHT = r"(?<=[0-9])(?:[ckm]m|kg|m[lL])"  # 5cm; other letters may be variables
+TWO = r"(?:(?<=[0-9] )|(?<=/)|(?<=/ ))(?!kT\b)[a-zA-Z]{2}"  # 2\pi hr is a product
+PLAIN = rf"(?<=[ /])(?:[a-zA-Z]{{3,}}|[ck]m|ft)|{TIGHT}|{TWO}"
+UNIT_WORD = rf"(?:{UNIT_TEXT}|(?:{PLAIN})(?![a-zA-Z])\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
 UNIT = re.compile(  # a text with a digit or macro, then the unit; \mu mg is a product
     r"(?=.*(?:(?<![_^])[0-9]|\\pi(?![a-z])|\\text))"
     r"((?:[^0-9\\]|\\text)*(?:[0-9]|\\(?!text)).*?(?<=[\w})!])) *"
@@ -69,7 +72,7 @@ MONEY = re.compile(r"^([+-]?) *(\\text\{(?:dollar|euro|sterling|yen)\}) *(.+)")
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 SCIENTIFIC = r"10 ?\^ ?(?:\{ ?([+-]?[0-9]+) ?\}|([0-9]))$"
 NUMBER_RULES = parse_rules(rf"""
-\\frac ?\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}} -> ␣\1/\2
+\\frac ?\{{ ?(-?{DECIMAL}) ?\}} ?\{{ ?(-?{DECIMAL}) ?\}}(?! ?[0-9.]) -> ␣\1/\2
 (?<![0-9])({DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?{SCIENTIFIC} -> \1×\2\3
 ^([+-]?) ?{SCIENTIFIC} -> \g<1>1×\2\3
 ^ *([+-]? ?(?:1|[0-9]*\.[0-9]*)) ?[eE]-([0-9]) *$ -> \1×-\2
@@ -152,36 +155,61 @@ RESTATING = re.compile(
 # another base, a value put in.
 NO_EXPRESSION = re.compile(
     r"(?<![_^])\d +\d|\\text|[?!]{2}|[0-9]['_]|[@#%&\"]|[+\-]{3}|[^ -~]|^\W*$"
-    r"|\d *\\\{|\d\.\d*\.\d|\|_"
+    r"|\d *\\\{|\d\.\d*\.\d|\| *_|\| *\^ *\{[^{}]*=|[\d}] +_"
 )
 FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp)(?![a-zA-Z])"
 INDICES = r"(?: ?[_^] ?(?:\w|\{ ?\w+ ?\}))*"
-ARGUMENT = rf"(?:[0-9.]+ ?)?(?:[a-zA-Z]|\\[a-zA-Z]+){INDICES}|[0-9.]+"
+CALL = FUNCTION + INDICES
 PAIR = r"\{[^{}]*\}\{[^{}]*\}"
-# The parser adds 3 and 4 in 3(4), as in a mixed number. It takes \Gamma for \gamma, I for i, 2E+1
-# for 20, \gcd(m,n) for 1 and dy/dx for 0, drops primes and ^T, reads no index of E and e, and takes
-# all of \sin x \cdot y as the argument. (Before /( and /\sin it is a quotient, and \sin x/y stays.)
+GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+OPERATOR = r"\\(?:cdot|times|div|frac|sqrt|binom|pm|mp|[lr]floor|[lr]ceil)(?![a-zA-Z])"
+NAME = rf"(?!{FUNCTION}|{OPERATOR})(?:[a-zA-Z]|\\[a-zA-Z]+){INDICES}"
+FACTOR = rf"\\frac ?{GROUP} ?{GROUP}|\\sqrt ?(?:\[[^\]]*\] ?)?{GROUP}|{NAME}(?: ?{NAME})*"
+ARGUMENT = rf"(?:[0-9.]+ ?)?(?:{FACTOR})|[0-9.]+"
+MIXED = r"(\d+) *(\\frac\{ ?\d+ ?\}\{ ?\d+ ?\})(?!\})"
 PARSER_TRAPS = parse_rules(rf"""
-(\\(?:binom|frac){PAIR}|\\pi|[)!]) *(?=\(|\\binom) -> \1\\cdot␣
+# An integer before a number is added to it, as in a mixed number: 3(4) would be 7.
+\\[dt]binom(?![a-zA-Z]) -> \\binom
+(?<=\\cdot|times)(?=\d) -> ␣
+(?<![\d.^_)}}\]])(?<!(?<!\\cdo)(?<!\\time)[a-zA-Z]){MIXED} -> {{\1+\2}}
+(\\(?:binom|frac){PAIR}|\\pi|[)!\]]) *(?=[(\[]|\\binom) -> \1\\cdot␣
 (?<![\w.^])(\d[\d.]*) *(?=[({{\[]|\\binom) -> \1\\cdot␣
-(\\binom{PAIR}|\)) *(?=\d|\\frac) -> \1\\cdot␣
-(\\frac{PAIR}) *(?=\\frac) -> \1\\cdot␣
+(\\binom{PAIR}|\)) *(?=\d|\\frac|\{{) -> \1\\cdot␣
+(\\frac{PAIR}) *(?=\\frac|\d|\{{) -> \1\\cdot␣
+(?<![\w}}\]])(\{{\d+\}}) *(?=[({{\[\d]) -> \1\\cdot␣
+# What would be 0, 1 or nothing: dy/dx, \gcd(m,n), ^T.
 \\frac\{{ ?(?:d|\\partial) ?(\w) ?\}}\{{ ?(?:d|\\partial) ?(\w) ?\}} -> D_{{\1\2}}
 \\gcd(?![a-zA-Z]) -> G_{{cd}}
 \\operatorname *\{{ *(gcd|lcm) *\}} -> G_{{\1}}
 (?<=\^)(?:T(?![a-zA-Z_])|\{{ ?T ?\}}) -> {{N_{{T}}}}
-({FUNCTION}{INDICES}) *({ARGUMENT})(?= *(?:\\(?:cdot|times)(?![a-zA-Z])|\*)) -> \1(\2)
-({FUNCTION}{INDICES}) *({ARGUMENT})(?= */ *(?:{FUNCTION}|\()) -> \1(\2)
+# A function takes all that follows, of \log_{{10}} 25 the 2 alone. (Before /( and /\sin it is a
+# quotient, and \sin x/y stays.)
+(\\log ?_ ?(?:\d|\{{[^{{}}]*\}})) *(\d[\d.]*)(?![\d.!]| ?[a-zA-Z\\({{^]) -> \1(\2)
+({CALL}) *\{{((?:[^{{}}]|{GROUP})*)\}} -> \1(\2)
+({CALL}) *(\|[^|]*\|) -> \1(\2)
+({CALL}) *\[([^\[\]]*)\] -> \1(\2)
+({CALL}) *({ARGUMENT})(?= *(?:\\(?:cdot|times)(?![a-zA-Z])|\*)) -> \1(\2)
+({CALL}) *({ARGUMENT})(?= */ *(?:{FUNCTION}|[(\[])) -> \1(\2)
+# Names: \gamma is a function, I is i, an index of E, e and I is lost, as are primes; 2E+1 is 20.
 (?<![a-zA-Z_\\])E_(\w) -> Q_{{EE\1}}
 (?<![a-zA-Z_\\])E_\{{ -> Q_{{EE
 (?<![a-zA-Z_\\])e_(\w) -> q_{{ee\1}}
 (?<![a-zA-Z_\\])e_\{{ -> q_{{ee
-\\Gamma(?![a-zA-Z_]) -> G_{{amma}}
-(?<![a-zA-Z_\\])(?<!_\{{)I(?![a-zA-Z_]) -> N_{{I}}
+\^ ?(\\[gG]amma|I)(?![a-zA-Z_]) -> ^{{\1}}
+\\gamma_(\w) -> q_{{amma\1}}
+\\gamma_\{{ -> q_{{amma
+\\gamma(?![a-zA-Z]) -> q_{{amma}}
+\\Gamma *\( -> \\Gamma(
+\\Gamma(?![a-zA-Z_(]) -> G_{{amma}}
+(?<![\\_])(?<!_\{{)I_(\w) -> N_{{J\1}}
+(?<![\\_])(?<!_\{{)I_\{{ -> N_{{J
+(?<![\\_])(?<!_\{{)I -> N_{{J}}
 (?<=\d)E(?=[+-]\d) -> ␣E␣
 (?<=[\w}})])'' -> _{{pp}}
 (?<=[\w}})])' -> _{{p}}
 """)
+CALCULUS = re.compile(r"\\i*int(?![a-zA-Z])|\\partial|\\frac *\{ *d")
+D = re.compile(r"(\\[a-zA-Z]+|_\{[^{}]*\})|d(?= *[a-zA-Z\\])")  # dx is one name to the parser
 
 
 @functools.lru_cache(maxsize=4096)
@@ -193,6 +221,8 @@ def expression(text):
 
     if NO_EXPRESSION.search(text):
         return None
+    if not CALCULUS.search(text):
+        text = D.sub(lambda match: match[1] or "{d}", text)
     try:
         parsed = latex2sympy(
             respell(PARSER_TRAPS, text),
@@ -205,7 +235,8 @@ def expression(text):
     for symbol in parsed.free_symbols:
         if symbol.name != symbol.name.lower():
             exact[symbol] = sympy.Symbol(symbol.name + "_")  # math-verify ignores case
-    exact[sympy.Symbol("i")] = sympy.I
+    if not parsed.has(sympy.Sum, sympy.Product, sympy.Integral):  # there it is an index
+        exact[sympy.Symbol("i")] = sympy.I
     parsed = parsed.xreplace(exact)
     if isinstance(parsed, sympy.Expr):
         parsed = evaluated(parsed)
@@ -264,6 +295,12 @@ def readings(text):
 
 
 def join_thousands(text):
+    # 1 000 000 has no other reading; 1 234/5 is a mixed number
+    text = re.sub(
+        r"(?<![\w.,^}])(?<![\w.] )\d{1,3}(?: \d{3})+(?![\d/]| [\d/])",
+        lambda m: m[0].replace(" ", ""),
+        text,
+    )
     pattern = r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])"
     return re.sub(pattern, lambda match: match[0].replace(",", ""), text)
 
@@ -318,6 +355,11 @@ def same_tuple(gold, answer):
             return False
     elif gold.mark != answer.mark:
         return False
+    elif all(part.label for part in gold.parts + answer.parts):
+        gold, answer = (
+            replace(shape, parts=tuple(sorted(shape.parts, key=lambda part: part.label)))
+            for shape in (gold, answer)
+        )
     if len(gold.parts) != len(answer.parts):
         return False
     return all(map(same, gold.parts, answer.parts)) or gold.mark == ":" and same_ratio(gold, answer)
@@ -390,12 +432,16 @@ def same_relation(gold, answer):
 def same_equation(gold, answer):
     """Two equations or inequalities with one sign each, by algebra. One that is to be solved for
     the label is not the solution."""
-    solved = gold.label and number(gold.text) is not None
-    if solved and not answer.label and gold.label not in [part.text for part in answer.parts]:
-        return False
+    if gold.label not in ("", answer.label, *[part.text for part in answer.parts]):
+        value = expression(gold.text)
+        names = {symbol.name for symbol in value.free_symbols} if value is not None else set()
+        if not names or not names | {gold.label} <= {"x", "y", "z"}:  # a line or curve may be so
+            return False
     texts = []
     for shape in (gold, answer):
         if len(shape.mark) > 1 or not (shape.label or shape.kind == "relation"):
+            return False
+        if r"\approx" in shape.mark:  # the parser drops its right side
             return False
         texts.append(f"{shape.label} = {shape.text}" if shape.label else shape.text)
     return same_expression(*texts)

@@ -62,7 +62,8 @@ QUANTITY = (
     rf"(?:(?:the|final|total|average|required|minimum|maximum) )*(?:{'|'.join(QUANTITIES.split())})"
 )
 LABEL = re.compile(
-    rf"{SYMBOL}(?:'* *\( *(?:{SYMBOLS}|[0-9]+) *\))?|\( *{SYMBOLS} *\)|{SYMBOL}(?: *: *{SYMBOL})+"
+    rf"{SYMBOL}(?:(?:'*|\^\{{ ?-1 ?\}}) *\( *(?:{SYMBOLS}|-?[0-9]+) *\))?"
+    rf"|\( *{SYMBOLS} *\)|{SYMBOL}(?: *: *{SYMBOL})+"
     rf"|(?!NO)[A-Z]{{2}}{INDEX}|{POINTS} */ *{POINTS}|\\frac\{{ *{POINTS} *\}}\{{ *{POINTS} *\}}"
     rf"|\| *{POINTS} *\||(?:m *)?\\(?:angle|triangle) *{POINTS}"
     rf"|(?i:{QUANTITY}|\\text *\{{ *{QUANTITY} *\}})"
@@ -112,7 +113,8 @@ def read(text):
         names = {re.sub(INDEX + "$", "", item.label) for item in items}
         if len(names) < len(items):  # x_1=1, x_2=2: the values of x in any order
             return Answer("list", text, tuple(items))
-        items.sort(key=lambda item: item.label)  # x=1, y=2: the labels tell the order
+        if labels <= {"x", "y", "z"}:  # their order is known, of others it is the written one
+            items.sort(key=lambda item: item.label)
         return Answer("tuple", text, tuple(items), "()")
     label = "".join(labels)
     marks = {mark for item in items for mark in item.mark}

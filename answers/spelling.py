@@ -15,8 +15,10 @@ def table(name):
 
 
 def parse_rules(table):
-    """[(compiled pattern, new text), ...] of the lines `pattern -> new text`; ␣ is a blank."""
-    rows = [row.partition(" ->") for row in table.strip().split("\n")]
+    """[(compiled pattern, new text), ...] of the lines `pattern -> new text`; ␣ is a blank, and a
+    line that begins with # is none."""
+    lines = [line for line in table.strip().split("\n") if not line.startswith("# ")]
+    rows = [line.partition(" ->") for line in lines]
     return [(re.compile(pattern), new.strip().replace("␣", " ")) for pattern, _, new in rows]
 
 
@@ -47,6 +49,7 @@ BEFORE_MACROS = parse_rules(r"""
 \\(?:left|right) ?\. ->
 (?<=\d)(?:\{,\}|,?\\[,!]) ?(?=\d{3}(?!\d)) ->
 \\[,:;>! ]|~ -> ␣
+\\operatorname *\{ *((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp) *\} -> \\\1␣
 \\(?:mathbf|mathit|mathsf|boldsymbol|bm) *\{ *([a-zA-Z]) *\} -> ␣\1␣
 \\(?:mathrm|textrm) *\{ *([deixyz]) *\} -> ␣\1␣
 """)
@@ -57,7 +60,8 @@ AFTER_MACROS = parse_rules(r"""
 (?<=[ \d}),])(and|or)(?=[ \d\\(])(?![^{}\\]*\}) -> ␣\\\1␣
 \\?% -> \\text{ percent }
 \^ *\{ *\\circ *\} -> ^\\circ
-(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^\{?\d\}?)?) *\(? ?([0-9.]+) ?\^ ?\\circ ?\)? -> \1(\2\\pi/180)
+(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^\{?\d\}?)?) *[({] *([0-9.]+ *\^ *\\circ) *[)}] -> \1␣\2
+(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^\{?\d\}?)?) *([0-9.]+) *\^ *\\circ -> \1(\2\\pi/180)
 \^ *(?:\\prime|\{ *\\prime *\}) -> '
 \{([^{}]*)\\choose([^{}]*)\} -> \\binom{\1}{\2}
 \\(sqrt|frac) +(?=[\d{]|\\pi) -> \\\1

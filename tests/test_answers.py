@@ -266,6 +266,83 @@ ABC <- \text{ABC}
 \frac{ABC}{2} <- \frac12 ACB
 \frac13 <- 0.\bar{3}
 0.\overline{3} <- 0.\bar{3}
+# found by a second attack: I and \gamma, arguments, products, votes, labels
+I_1+I_2 <- I_2+I_1
+x^{I} <- x^I
+IR <- RI
+I^2R <- RI^2
+(\gamma-1)mc^2 <- \gamma mc^2-mc^2
+\beta\gamma <- \gamma\beta
+x\gamma+1 <- 1+\gamma x
+PV^\gamma <- V^{\gamma}P
+\sqrt{\pi} <- \Gamma(1/2)
+2\sin\frac{x}{2}\cos\frac{x}{2} <- 2\sin\frac{x}{2}\cdot\cos\frac{x}{2}
+\frac34 <- \sin\frac{\pi}{3}\cdot\cos\frac{\pi}{6}
+3\ln 2 <- \ln{2}\cdot 3
+y\ln|x| <- \ln|x|\cdot y
+\frac{1}{2}\ln|x| <- \ln|x|/2
+\sin x\cos x <- \sin{x}\cdot\cos{x}
+1 <- \log_{3}{2}\cdot\log_{2}{3}
+y\cos(\omega t) <- \cos \omega t\cdot y
+\frac{\ln 3}{\ln 2} <- \ln{3}/\ln{2}
+\ln\ln x <- \ln(\ln x)
+\sin{\frac{x}{2}} <- \sin\frac x2
+30 <- 5\cdot2(3)
+504 <- 2\dbinom{10}{5}
+504 <- 2\tbinom{10}{5}
+\frac52\pi <- 2\frac12\pi
+\frac52 x <- 2\frac12 x
+12 <- \frac{6}{2}{4}
+17 <- \frac{1}{2}34
+5 <- 2\cdot2\frac12
+3d <- d\cdot 3
+2ad <- 2da
+a+(n-1)d <- a+dn-d
+d\sqrt{2} <- \sqrt{2}d
+\frac{dy}{dx}+2y=0 <- 2y+\frac{dy}{dx}=0
+\int_0^1 x dx <- \int_0^1 xdx
+\frac32 <- \frac{1}{2}3
+|x|^{2} <- |x|^2
+1011_2 <- 1011_{2}
+\frac{\log_{10} 25}{3} <- \frac13\log_{10}25
+\log_2 3x <- \log_2(3x)
+\log_2 35x <- \log_2(35x)
+2\log_{10} 25 <- \log_{10} 25^2
+y=3x-2 <- 3x-y-2=0
+y=\frac1x <- xy=1
+x=2a <- 2a=x
+m=3, b=4 <- (3,4)
+m=3, b=4 <- 3,4
+m=3, b=4 <- b=4, m=3
+(1,2) <- y=2, x=1
+x=1,y=2 <- y=2,x=1
+\frac12 <- \sin\left(30^\circ\right)
+\frac12 <- \sin\left(30^{\circ}\right)
+\frac12 <- \sin{30^\circ}
+\frac12 <- \sin (30^\circ)
+\frac12 <- (\sin 30^\circ)
+\frac{1}{4} <- \sin^{2} \left( 30^\circ \right)
+3\sqrt2 <- 3\sqrt{2} cm
+5 <- 5 mg
+5 <- 5 km/hr
+\frac12 <- \frac{1}{2} hour
+1000000 <- 1 000 000
+12345 <- 12\ 345
+1000 <- x = 1 000
+x+1 <- f^{-1}(x)=x+1
+f^{-1}(x)=x+1 <- x+1
+5 <- f(-2)=5
+5 <- f'(-2)=5
+\sum_{i=1}^n i^2 <- \sum_{i=1}^{n} {i}^{2}
+\sum_{i=1}^n i <- \frac{n(n+1)}{2}
+5\sqrt2 \approx 7.07 <- 5\sqrt{2}\approx7.07
+5 <- 5cm
+2.5 kg <- 2.5kg
+12 dm <- 12
+3 kWh <- 3
+3\text{ kWh} <- 3 kWh
+\arctan 2 <- \operatorname{arctan} 2
+\arctan x <- \operatorname{arctan}(x)
 """
 DIFFERENT = r"""
 # candidates behind a number, as if they were its unit
@@ -639,6 +716,65 @@ x=2 <- x+3=5
 x=2 <- x-2=0
 CAB <- ABC
 No <- on
+# the same, that were right
+I_1 <- I_2
+I_1+I_2 <- 2I_1
+1+\frac{I_1}{2} <- 1+\frac{I_2}{2}
+i <- I_1
+ki <- kI
+1 <- \gamma+1
+24 <- \gamma+5
+24 <- \gamma(5)
+\gamma_1+1 <- \gamma_2+1
+\frac{\Gamma(1/4)^2}{4} <- \Gamma(1/2)^2/16
+\sin x <- \sin\frac{x}{2}\cdot 2
+\ln 6 <- \ln{2}\cdot 3
+\ln 6 <- \ln\sqrt{4}\cdot 3
+\ln(xy) <- \ln{x}y
+\ln(|x|y) <- \ln|x|\cdot y
+\ln 6 <- \ln[2]\cdot 3
+\cos 2x <- \cos{x}2
+\sin(x\cos x) <- \sin{x}\cdot\cos{x}
+\sin(\pi xy) <- \sin \pi x\cdot y
+\ln\frac{|x|}{2} <- \ln|x|/2
+7 <- {3}(4)
+7 <- {3}{4}
+5 <- [2][3]
+7 <- \frac{6}{2}{4}
+25 <- 5\cdot2(3)
+254 <- 2\dbinom{10}{5}
+9 <- \binom{4}{2}{3}
+\pi <- 2\frac12\pi
+x <- 2\frac12 x
+\frac{dy}{dx}+2y=0 <- 2y=0
+\frac{1}{23} <- \frac{1}{2}3
+10 <- (x^2+3x)|^{x=2}
+10 <- (x^2+3x)| _{x=2}
+13 <- 13 _5
+\frac{\log_{10} 25}{3} <- \frac{\log_{10} 7}{3}
+0 <- \log_2 2.5
+t=\frac{v-u}{a} <- v=u+at
+x=\frac{b}{a} <- ax=b
+h=\frac{2A}{b} <- A=\frac{1}{2}bh
+F=\frac{9}{5}C+32 <- C=\frac59(F-32)
+x=\sqrt{2}+1 <- x-1=\sqrt{2}
+z=1+i <- z-1=i
+m=3, b=4 <- (4,3)
+m=3, b=4 <- 4,3
+m=3, b=4 <- m=4, b=3
+\frac{1}{3} mL^2 <- \frac13
+\frac{1}{12}\,mL^2 <- \frac{1}{12}
+2\pi hr <- 2\pi
+\frac{5}{2} mg <- \frac52
+\frac{1}{2} kA^2 <- \frac12
+1000 <- 1 0 0 0
+x_1 234 <- x_{1234}
+4 <- x^{-1}=4
+4 <- f(x+1)=4
+\sum_{i=1}^n i <- \frac{n(n-1)}{2}
+5\sqrt2 \approx 7.07 <- 5\sqrt2 \approx 9
+5 cm <- 5mm
+5x <- 5cm
 """
 UNPRINTABLE = ["5\x1c", "\x0b5", "5\x85", "\u202e5\u202c", "\x00", "(" * 500 + "5" + ")" * 500]
 UNPRINTABLE += ["-" * 400 + "5", "{" * 300 + "5" + "}" * 300]
