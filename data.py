@@ -61,8 +61,9 @@ def parse_problem(record, default_id, graded=True):
         json.dumps(answer)  # as the records of completions hold it
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
-    if isinstance(level, str):  # "easy": what only its data set knows
+    if isinstance(level, str) and not level.isdecimal():  # "easy": what only its data set knows
         other["level"], level = level, None
+    level = int(level) if isinstance(level, str) else level
     if level is not None and not (is_number(level) and abs(level) < 1e308):
         raise ValueError('"level" must be a number')
     if name is None:
@@ -128,7 +129,7 @@ def only_gradable(name, problems):
     if len(bad) > MOST_UNGRADABLE * len(problems):
         raise ValueError(
             f"{words}: name the column of final answers, --columns problem=NAME answer=NAME (of "
-            "named columns, the text behind #### or in the last box is taken)"
+            "named columns, the text in the last box or behind #### is taken)"
         )
     if bad:
         tqdm.write(words)
@@ -136,7 +137,8 @@ def only_gradable(name, problems):
 
 
 def write_problems(path, problems):
-    """So that read_problems reads them back. The file is there whole or not at all.
+    """So that read_problems reads them back. The file is there whole or not at all (on a disk
+    without links a kill may leave an empty one).
 
     Raises OSError, also if it exists: it may have come into being since that was checked.
     """

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, C hidden size, V vocabulary, H heads, K key/value head
 S positions that attention sees.
 """
 
+import json
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -485,18 +486,23 @@ class Transformer(nn.Module):
                 model = cls(AutoConfig.from_pretrained(path, trust_remote_code=False))
         except Exception as error:  # transformers and arithmetic raise many types for a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
+        # As it stands there: transformers gives a Llama whose config names no end token 2.
+        model.config.eos_token_id = json.loads((path / "config.json").read_text()).get(
+            "eos_token_id"
+        )
         if device == "meta":
             return model.to(dtype)
         tensors = read_tensors(path)
-        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            embedding = tensors["model.embed_tokens.weight"]
-            if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-                raise ValueError(
-                    f"{path}: config.json ties lm_head to the embedding, and the file holds two "
-                    "different ones: set tie_word_embeddings to false there"
-                )
-            tensors["lm_head.weight"] = embedding
+        head, embedding = map(tensors.get, ("lm_head.weight", "model.embed_tokens.weight"))
+        if model.config.tie_word_embeddings and embedding is not None:
+            tensors["lm_head.weight"] = embedding  # whether or not the file repeats it
         check_tensors(path, tensors, model.state_dict())
+        apart = head is not None and head.shape == tensors["lm_head.weight"].shape
+        if apart and not torch.equal(head.to(embedding), tensors["lm_head.weight"]):
+            raise ValueError(
+                f"{path}: config.json ties lm_head to the embedding, and the file holds two "
+                "different ones: set tie_word_embeddings to false there"
+            )
         # Copied even where the dtype is the same: a file's tensors are not aligned, and products
         # of unaligned weights round differently.
         tensors = {n: tensor.to(device, dtype, copy=True) for n, tensor in tensors.items()}
@@ -523,12 +529,16 @@ class Transformer(nn.Module):
         save_torch_state_dict(tensors, path, max_shard_size=PART_BYTES)
 
 
+def weight_files(path):
+    """model.safetensors, or all its shards; others, such as model_ema.safetensors, are not read."""
+    whole = path / "model.safetensors"
+    return [whole] if whole.exists() else sorted(path.glob("model-*-of-*.safetensors"))
+
+
 def read_tensors(path):
-    """Every tensor of a checkpoint folder, by name, from one file or from all shards. Other files,
-    such as model_ema.safetensors, are not read."""
-    tensors, whole = {}, path / "model.safetensors"
-    shards = path.glob("model-*-of-*.safetensors")
-    for file in [whole] if whole.exists() else shards:
+    """Every tensor of a checkpoint folder, by name."""
+    tensors = {}
+    for file in weight_files(path):
         try:
             tensors |= load_file(file)
         except SafetensorError as error:

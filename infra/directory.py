@@ -73,10 +73,10 @@ class RunDirectory:
                 sizes[name] = path.stat().st_size
         return sizes
 
-    def cut_logs(self, sizes):
-        """Cut the logs back to the bytes that they had when a checkpoint was written. Where there
-        is none (it may have been deleted), they are kept beside as *.before.jsonl, once."""
-        now = self.log_sizes()
+    def cut_logs(self, kept):
+        """Cut the logs back to the bytes that they had when a checkpoint was written. None: there
+        is none (they may have been deleted), and the logs stay beside as *.before.jsonl, once."""
+        now, sizes = self.log_sizes(), kept or {}
         for name, size in sizes.items():
             if now.get(name, 0) < size:
                 raise ValueError(
@@ -86,10 +86,10 @@ class RunDirectory:
         for name in now:  # once all are known to be long enough
             path = self.out / name
             before = path.with_suffix(".before.jsonl")
-            if sizes or before.exists():
-                os.truncate(path, sizes.get(name, 0))
-            else:
+            if kept is None and not before.exists():
                 path.rename(before)
+            else:
+                os.truncate(path, sizes.get(name, 0))
 
     # ------------------------------------------------------------------------------ checkpoints
 

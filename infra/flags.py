@@ -396,7 +396,8 @@ def as_started(given):
     count = len(config["levels"])
     if len(given.get("updates", config["levels"])) != count:
         raise ValueError(
-            f"--updates: with --resume it extends the last level of {run}, and needs {count} values"
+            f"--updates: with --resume it extends the last level of {run}, and needs a value for "
+            f"each of the {count}"
         )
     return flags | {"out": run}, config
 

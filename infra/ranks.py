@@ -194,7 +194,8 @@ class Ranks:
         have said. Left to the interpreter, gloo's threads now and then wait for a process that has
         gone (torch 2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the
         process group. And it would wait for the threads that a user's coroutine has started
-        (asyncio.to_thread), which may hang. Processes that a reward has started end with it."""
+        (asyncio.to_thread), which may hang. Processes that a reward has started by
+        multiprocessing end with it."""
         names = [thread.name for thread in threading.enumerate()]
         if not (dist.is_initialized() or any(name.startswith("asyncio_") for name in names)):
             return
@@ -203,11 +204,11 @@ class Ranks:
             code = error.code or 0 if error else 0
         else:
             sys.excepthook(kind, error, trace)
-        for child in multiprocessing.active_children():
-            child.kill()
         try:
             sys.stdout.flush()
             sys.stderr.flush()
+            for child in multiprocessing.active_children():  # last: a pool would start others
+                child.kill()
         finally:
             os._exit(code)
 

@@ -257,7 +257,7 @@ class Run:
     def resume(self, checkpoint):
         """Take up the state of a checkpoint (None: the beginning). -> {log: bytes it had then}"""
         if not checkpoint:
-            return {}
+            return None
         state = json.loads((checkpoint / "state.json").read_text())
         unpack(self, state)
         for path in sorted(checkpoint.glob("optimizer*.safetensors")):  # one order on all nodes

@@ -179,7 +179,9 @@ def computing(choice):
 def with_full_paths(cfg):
     """The flags, with paths that mean the same from any folder."""
     flags = asdict(cfg)
-    for name in ("model", "data", "examples", "template"):
+    if Path(cfg.model).exists():
+        flags["model"] = str(Path(cfg.model).resolve())
+    for name in ("data", "examples", "template"):
         flags[name] = full_path(flags[name])
     flags["eval_data"] = [full_path(path) for path in cfg.eval_data]
     flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]

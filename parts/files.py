@@ -32,9 +32,9 @@ def read_records(path, parse=lambda record, name: record, rows=slice(None)):
     with explained(f"{path}: cannot be read as UTF-8 text; {hub}"):
         # str.splitlines would also cut at U+2028, which is legal within a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    if lines[0].startswith("["):
-        raise ValueError(f"{path}: a JSON array; one object a line is read (jq -c '.[]' {path})")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if numbered and numbered[0][1].startswith("["):
+        raise ValueError(f"{path}: a JSON array; one object a line is read (jq -c '.[]' FILE)")
     for number, line in numbered[rows]:
         try:
             record = json.loads(line)
@@ -63,7 +63,8 @@ def source_of(name):
 def stem(name):
     """What results call a file or data set: without folder, ending and slice"""
     path = Path(source_of(name))
-    return path.name if ":" in path.suffix else path.stem  # OWNER/NAME-1.5:SPLIT of the hub
+    hub = ":" in path.name and not path.exists()  # OWNER/NAME-1.5:SPLIT
+    return path.name if hub else path.stem
 
 
 def stems(flag, paths):

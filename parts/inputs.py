@@ -73,8 +73,8 @@ def read_data(cfg):
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     if (cfg.online or cfg.difficulty == "level") and all(p.level is None for p in train_set):
         raise ValueError(
-            f"--difficulty level, --online: no problem of {cfg.data} has a level; name its column "
-            "(--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
+            f"--difficulty level, --online: no problem of {cfg.data} has a level that is a number: "
+            "name its column (--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
         )
     facts = {
         "ungradable_left_out": len(different) - len(train_set),

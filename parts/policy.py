@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import data
 from eprli import LEVEL_DEFAULTS
-from model import Transformer
+from model import Transformer, weight_files
 from parts import lora
 from parts.files import Stop, explained, sha256
 from parts.statistics import by_name
@@ -72,7 +72,7 @@ class Policy:
             template.setdefault("chat_template", data.PLAIN_TEMPLATE)
         if text := template.get("chat_template"):
             template["chat_template"] = tokenizer.chat_template = data.with_bos(tokenizer, text)
-        stop_ids = read_stop_ids(base, folder, tokenizer, model.config.vocab_size)
+        stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
 
@@ -116,7 +116,7 @@ class Policy:
 
     def measuring(self, temperature, max_new_tokens, rewards, top_k=0, top_p=1.0):
         """What pass rates depend on, beside the problem; JSON."""
-        files = sorted(self.folder.glob("*model*.safetensors"))
+        files = weight_files(self.folder) or [self.folder / lora.WEIGHTS]
         return {
             "weights": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12],
             "prompt": digest(self.prompting)[:12],
@@ -180,21 +180,21 @@ def find_folder(name, device, revision=None):
         return Path(snapshot_download(name, revision=pin, allow_patterns=patterns))
 
 
-def read_stop_ids(base, folder, tokenizer, vocab_size):
+def read_stop_ids(folder, tokenizer, config):
     """-> {id} of the tokens that end a completion: eos_token_id of tokenizer, config and generation
-    config. As the files have it: transformers gives a Llama whose config names none token 2."""
-    named = [tokenizer.eos_token_id]
-    for path in (base / "config.json", folder / "generation_config.json"):
-        if path.is_file():
-            with explained(f"{path}: not a JSON object"):
-                named.append(json.loads(path.read_text()).get("eos_token_id"))
+    config."""
+    named = [tokenizer.eos_token_id, config.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with explained(f"{path}: not a JSON object"):
+            named.append(json.loads(path.read_text()).get("eos_token_id"))
     stop_ids = set()
     for ids in named:
         for i in ids if isinstance(ids, list) else [ids]:
-            if i is not None and i not in range(vocab_size):
+            if i is not None and i not in range(config.vocab_size):
                 raise ValueError(
                     f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
-                    f"{vocab_size} (eos_token_id in config.json, generation_config.json or "
+                    f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
                     "the tokenizer), so no completion would stop"
                 )
             stop_ids.add(i)
@@ -228,15 +228,14 @@ def check_round_trip(folder, tokenizer):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template puts behind an assistant's turn, if it was added to the
-    tokenizer and is no blank. A base model may name another end, and would run on into a question
-    that it invents."""
+    """The token that the chat template puts behind an assistant's turn, blanks aside, if it was
+    added to the tokenizer. A base model may name another end, and would run on into a question that
+    it invents."""
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2 3"}]
     with explained("the chat template (or --template) fails"):
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2 3")[2]
-    tokens = tokenizer.encode(behind, add_special_tokens=False)
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    return tokens[0] if tokens and added.get(tokens[0], "").strip() else None
+    tokens = tokenizer.encode(behind.strip(), add_special_tokens=False)
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
 def stop_token(tokenizer, text):
@@ -244,7 +243,9 @@ def stop_token(tokenizer, text):
     if len(tokens) != 1:
         raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
     if (twice := tokenizer.decode(tokens * 2)) != text * 2:
-        raise ValueError(f"--stop {text!r}: within a text its token is another, {twice!r} is two")
+        raise ValueError(
+            f"--stop {text!r}: twice it reads {twice!r}: within a text its token differs"
+        )
     return tokens[0]
 
 

@@ -100,8 +100,11 @@ def find_layout(record, columns, must_fit, graded):
     for layout in [columns, *known]:
         if layout and all(column(record, layout.get(name, "")) is not None for name in needed):
             return layout
-    empty = column(record, columns.get("answer", "answer"), ...) is None  # cannot be graded
-    if (empty or not graded) and column(record, columns.get("problem", "problem")) is not None:
+    for layout in [columns, *known]:  # an answer that is null cannot be graded: see only_gradable
+        question, answer = (column(record, layout.get(name, ""), ...) for name in needed)
+        if question not in (None, ...) and answer is None:
+            return layout
+    if not graded and column(record, columns.get("problem", "problem")) is not None:
         return {"problem": "problem"} | columns
     raise ValueError(
         f"no problem and answer in columns that are known (has: {', '.join(record)}): name them "

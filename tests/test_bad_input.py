@@ -100,6 +100,8 @@ GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
 {"problem": "1", "answer": null} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1: '')
 {"question": "1", "answer": " "} | x.jsonl: 1 of 1 gold answers cannot be graded
+{"problem": "1", "solution": null} | x.jsonl: 1 of 1 gold answers cannot be graded
+{"prompt": "1", "reward_model": {"ground_truth": null}} | x.jsonl: 1 of 1 gold answers cannot be
 {"problem": "1", "answer": "proof"} | x.jsonl: 1 of 1 gold answers cannot be graded
 [{"problem": "1", "answer": "1"}] | x.jsonl: a JSON array; one object a line is read
 {"problem": "1", "answer": true} | "answer" must be a text or a number

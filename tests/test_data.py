@@ -72,7 +72,7 @@ def test_a_disk_without_links_gets_its_file(tmp_path, monkeypatch):
 def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
     """One null among 300 rows refused the file."""
     rows = [{"problem": f"{i}", "answer": f"{i}"} for i in range(300)]
-    rows[7]["answer"], rows[8]["level"] = None, "easy"  # a text is no declared level
+    rows[7]["answer"], rows[8]["level"], rows[9]["level"] = None, "easy", "3"
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))  # as some editors begin a file
     problems = data.only_gradable("p", read_problems(path))
@@ -81,6 +81,7 @@ def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
         and "1 of 300 gold answers cannot be graded (p-8: '')" in capsys.readouterr().out
     )
     assert problems[7].level is None and problems[7].record()["level"] == "easy"
+    assert problems[8].level == 3
 
 
 def test_the_final_answer_of_a_solution():
@@ -220,6 +221,7 @@ def test_a_slice_has_the_name_of_the_whole():
         assert stem(name) == "math500"
     for split in ("train", "test"):  # of the hub: they were one
         assert stem(f"AI-MO/NuminaMath-1.5:{split}[:9]") == f"NuminaMath-1.5:{split}"
+    assert stem("a/b:v0.1") != stem("a/b:v0.2")
 
 
 def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):
@@ -501,7 +503,7 @@ def test_a_stop_that_has_another_token_within_a_text_is_refused():
     never be sampled behind a line, and completions would run on."""
     words = Tokenizer(models.WordLevel({"\u2581#": 0, "#": 1, "\u2581a": 2}, unk_token="#"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    with raises(ValueError, match="within a text its token is another, '# #' is two"):
+    with raises(ValueError, match="twice it reads '# #': within a text its token differs"):
         stop_token(PreTrainedTokenizerFast(tokenizer_object=words), "#")
 
 
@@ -517,6 +519,8 @@ def test_an_end_of_turn_is_no_blank():
     lines = template_tokenizer("{{ messages[-1].content }}{{ '\n' }}")
     lines.add_tokens("\n")
     assert end_of_turn(lines) is None
+    lines.chat_template += "<|end|>"
+    assert end_of_turn(lines) == lines.convert_tokens_to_ids("<|end|>")
 
 
 def test_a_think_that_the_template_opens_must_be_closed():

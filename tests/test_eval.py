@@ -330,7 +330,11 @@ def test_a_config_that_names_no_end_has_none(toy_folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     del config["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert Policy.load(str(folder)).stop_ids == Policy.load(str(toy_folder)).stop_ids
+    policy, own = Policy.load(str(folder)), Policy.load(str(toy_folder)).stop_ids
+    assert policy.stop_ids == own
+    policy.model.save_pretrained(tmp_path / "saved")
+    policy.save(tmp_path / "saved")
+    assert Policy.load(str(tmp_path / "saved")).stop_ids == own
 
 
 def no_blank(tokenizer):

@@ -588,7 +588,7 @@ def test_a_second_extension_leaves_the_first_as_it_is(extended):
         ("4 3", "with --resume it extends the last level"),
         ("5 9", "with --resume it extends the last level"),
         ("9", "with --resume it extends the last level"),
-        ("4 4 9", "and needs 2 values"),
+        ("4 4 9", "and needs a value for each of the 2"),
     ],
 )
 def test_only_the_last_level_can_be_extended(extended, updates, message):
@@ -770,7 +770,7 @@ def test_without_a_checkpoint_the_logs_are_kept_beside(tmp_path):
     for text in ("weeks", "minutes"):  # the second time the older ones stay
         for name in LOGS:
             (tmp_path / name).write_text(text)
-        directory.cut_logs({})
+        directory.cut_logs(None)
         for name in LOGS:
             path = tmp_path / name
             assert path.with_suffix(".before.jsonl").read_text() == "weeks"
