@@ -487,9 +487,8 @@ class Transformer(nn.Module):
         except Exception as error:  # transformers and arithmetic raise many types for a bad config
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         # As it stands there: transformers gives a Llama whose config names no end token 2.
-        model.config.eos_token_id = json.loads((path / "config.json").read_text()).get(
-            "eos_token_id"
-        )
+        named = json.loads((path / "config.json").read_text())
+        model.config.eos_token_id = named.get("eos_token_id")
         if device == "meta":
             return model.to(dtype)
         tensors = read_tensors(path)
