@@ -23,7 +23,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
-from answers.shapes import LABEL, Unreadable, read
+from answers.shapes import AXES, LABEL, Unreadable, read
 from answers.spelling import parse_rows, parse_rules, respell, squeeze, table, tidy
 
 # ------------------------------------------------------------------------------------------- values
@@ -51,6 +51,7 @@ UNIT_RULES = parse_rules(r"""
 (?<=met|lit)re(?=s?\b) -> er
 \bmph\b -> mile per hour
 \bkm?ph\b -> kilometer per hour
+\bper cent\b -> percent
 \bper\b|/ -> ␣/␣
 \bsq(?:uared?)?\b *(\w+) -> \1^2
 \bcubic (\w+) -> \1^3
@@ -59,10 +60,11 @@ UNIT_RULES = parse_rules(r"""
 \^ ?(\d) -> ␣^\1␣
 """)
 UNIT_TEXT = r"\\text *\{(?= */? *[\\a-zA-Zµ])(?:[^{}]|\{[^{}]*\})*\}"
-TIGHT = r"(?<=[0-9])(?:[ckm]m|kg|m[lL])"  # 5cm; other letters may be variables
+TIGHT = r"(?<=[0-9])(?:[ckm]m|(?:kg|m[lL])(?! *\^))"  # 5cm; other letters may be variables
 TWO = r"(?:(?<=[0-9] )|(?<=/)|(?<=/ ))(?!kT\b)[a-zA-Z]{2}"  # 2\pi hr is a product
-PLAIN = rf"(?<=[ /])(?:[a-zA-Z]{{3,}}|[ck]m|ft)|{TIGHT}|{TWO}"
-UNIT_WORD = rf"(?:{UNIT_TEXT}|(?:{PLAIN})(?![a-zA-Z])\.?)(?: *\^ *\{{?-?[0-9]\}}?)?"
+SPEED = r"(?<=[0-9] )k?m ?/ ?[hs]"
+PLAIN = rf"(?<=[ /])(?:[a-zA-Z]{{3,}}|[ck]m|(?<!pi )ft)|{TIGHT}|{TWO}|{SPEED}"
+UNIT_WORD = rf"(?:{UNIT_TEXT}|(?:{PLAIN})(?![a-zA-Z])\.?)(?: *\^ *(?:-?[0-9]|\{{ ?-?[0-9] ?\}}))?"
 UNIT = re.compile(  # a text with a digit or macro, then the unit; \mu mg is a product
     r"(?=.*(?:(?<![_^])[0-9]|\\pi(?![a-z])|\\text))"
     r"((?:[^0-9\\]|\\text)*(?:[0-9]|\\(?!text)).*?(?<=[\w})!])) *"
@@ -115,12 +117,16 @@ def number(text):
 def plain_words(text):
     """The text as words, without text macros, punctuation, articles and the case of words."""
     text = re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)
+    if re.search(r"[\\+*^_=]", text):  # a formula: brackets, primes and case count
+        return " ".join(text.split())
     text = " ".join(re.sub(r"""["'()]|(?<=[a-zA-Z])\.""", " ", text).split())
-    return text if len(text) == 1 else re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold())
+    if len(text) == 1 or re.fullmatch("(?!YES|ODD)[A-Z]{3}", text):
+        return text
+    return re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold())
 
 
 # Shorter ones may be products.
-WORDS = re.compile(r"\\text|(?<![\\a-zA-Z])[a-zA-Z]{4,}|^ *(?:[A-Z]{3}|(?i:yes|no|odd)) *$")
+WORDS = re.compile(r"\\text|(?<![\\a-zA-Z])(?<!_\{)[a-zA-Z]{4,}|^ *(?:[A-Z]{3}|(?i:yes|no|odd)) *$")
 
 
 def same_value(gold, answer):
@@ -149,7 +155,7 @@ RESTATING = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim(?:sup|inf)?|partial|det|max|min|sup|inf|gcd|ldots|cdots|dots"
     r"|underset|overset|[bp]?mod|[hv]?phantom)(?![a-zA-Z])"
     r"|\.\.\.|\\frac\{ ?d[^{}]*\}\{ ?d ?\w ?\}|\\begin\{[vV]matrix\}|\\operatorname"
-    r"|\b(?:max|min|det|lim|gcd|lcm)\b"
+    r"|(?<!_\{)\b(?:max|min|det|lim|gcd|lcm)\b"
 )
 # Neighbours that the parser would multiply or add up, words, tricks, look-alikes, numbers in
 # another base, a value put in.
@@ -175,8 +181,9 @@ PARSER_TRAPS = parse_rules(rf"""
 (\\(?:binom|frac){PAIR}|\\pi|[)!\]]) *(?=[(\[]|\\binom) -> \1\\cdot␣
 (?<![\w.^])(\d[\d.]*) *(?=[({{\[]|\\binom) -> \1\\cdot␣
 (\\binom{PAIR}|\)) *(?=\d|\\frac|\{{) -> \1\\cdot␣
+(?<!\\)(\[[\d.]+\]) *(?=\d) -> \1\\cdot␣
 (\\frac{PAIR}) *(?=\\frac|\d|\{{) -> \1\\cdot␣
-(?<![\w}}\]])(\{{\d+\}}) *(?=[({{\[\d]) -> \1\\cdot␣
+(?<![\w}}\]])(\{{\d+\}}) *(?=[({{\[\d]|\\frac|\\binom) -> \1\\cdot␣
 # What would be 0, 1 or nothing: dy/dx, \gcd(m,n), ^T.
 \\frac\{{ ?(?:d|\\partial) ?(\w) ?\}}\{{ ?(?:d|\\partial) ?(\w) ?\}} -> D_{{\1\2}}
 \\gcd(?![a-zA-Z]) -> G_{{cd}}
@@ -208,7 +215,10 @@ PARSER_TRAPS = parse_rules(rf"""
 (?<=[\w}})])'' -> _{{pp}}
 (?<=[\w}})])' -> _{{p}}
 """)
-CALCULUS = re.compile(r"\\i*int(?![a-zA-Z])|\\partial|\\frac *\{ *d")
+CALCULUS = re.compile(
+    r"\\i*int(?![a-zA-Z])|\\partial|\\frac *\{ *d(?:[^{}]|\{[^{}]*\})*\} *\{ *d"
+    r"|(?<![a-zA-Z\\])d ?(?:\^ ?\w ?)?\\?[a-zA-Z]+(?:_\w)? */ *\(? ?d ?\\?[a-zA-Z]"
+)
 D = re.compile(r"(\\[a-zA-Z]+|_\{[^{}]*\})|d(?= *[a-zA-Z\\])")  # dx is one name to the parser
 
 
@@ -351,7 +361,8 @@ def same_tuple(gold, answer):
     """
     if gold.kind != answer.kind:
         labelled, other = (gold, answer) if gold.kind == "tuple" else (answer, gold)
-        if other.kind != "list" or not all(part.label for part in labelled.parts):
+        labels = [part.label for part in labelled.parts]
+        if other.kind != "list" or labelled.label or not all(labels):
             return False
     elif gold.mark != answer.mark:
         return False
@@ -435,7 +446,7 @@ def same_equation(gold, answer):
     if gold.label not in ("", answer.label, *[part.text for part in answer.parts]):
         value = expression(gold.text)
         names = {symbol.name for symbol in value.free_symbols} if value is not None else set()
-        if not names or not names | {gold.label} <= {"x", "y", "z"}:  # a line or curve may be so
+        if gold.label not in AXES or not names & AXES:  # only a line or curve may be so
             return False
     texts = []
     for shape in (gold, answer):
@@ -494,6 +505,11 @@ def canonical(answer):
 def spell(shape):
     if shape.kind in ("list", "set"):
         return ",".join(sorted(map(spell, shape.parts)))
+    if shape.kind == "union" and len(shape.parts) == 1:
+        return spell(shape.parts[0])
+    labels = {part.label for part in shape.parts}
+    if shape.kind == "tuple" and "" not in labels and not labels <= AXES:
+        return "()" + ",".join(sorted(f"{part.label}={spell(part)}" for part in shape.parts))
     if shape.kind == "tuple":
         return f"{shape.mark}{','.join(map(spell, shape.parts))}"
     core, unit = quantity(shape.text)

@@ -52,6 +52,7 @@ GREEK += "|hbar|ell|Delta|Gamma|Omega|Phi"
 INDEX = r"(?:_(?:\{[^{}]*\}|\w))?"
 LETTER = rf"\\(?:vec|overline|hat|bar) *\{{[^{{}}]*\}}|\\(?:{GREEK})(?![a-zA-Z])|[a-df-zA-Z]"
 SYMBOL = rf"(?:(?:{LETTER}){INDEX})"
+AXES = {"x", "y", "z"}  # whose order is known
 SYMBOLS = rf"{SYMBOL}(?: *, *{SYMBOL})*"
 POINTS = rf"[A-Z]{{1,4}}{INDEX}"
 QUANTITIES = """answer ans result solution value total sum difference product quotient remainder
@@ -113,7 +114,7 @@ def read(text):
         names = {re.sub(INDEX + "$", "", item.label) for item in items}
         if len(names) < len(items):  # x_1=1, x_2=2: the values of x in any order
             return Answer("list", text, tuple(items))
-        if labels <= {"x", "y", "z"}:  # their order is known, of others it is the written one
+        if labels <= AXES:  # their order is known, of others it is the written one
             items.sort(key=lambda item: item.label)
         return Answer("tuple", text, tuple(items), "()")
     label = "".join(labels)
@@ -156,7 +157,16 @@ def read_item(text):
 def read_relation(text, sides, signs):
     label, value = sides[0], sides[-1]
     if signs in (["="], [r"\in"]) and LABEL.fullmatch(label) and not CHOICE.fullmatch(text):
-        return replace(read(value), label=squeeze(label))
+        shape = read(value)
+        names = label.strip("() ").split(",") if label[0] == "(" else []
+        if shape.kind == "tuple" and len(names) == len(shape.parts):  # (x,y)=(1,2): x=1, y=2
+            names = [squeeze(name.strip(" ")) for name in names]
+            items = [replace(part, label=name) for part, name in zip(shape.parts, names)]
+            if set(names) <= AXES:
+                items.sort(key=lambda item: item.label)
+            shape = replace(shape, parts=tuple(items))
+            label = f"({','.join(sorted(names))})"
+        return replace(shape, label=squeeze(label))
     if signs[0] in (">", r"\ge"):
         sides = sides[::-1]
         signs = [FLIPPED.get(sign, sign) for sign in signs[::-1]]

@@ -343,6 +343,76 @@ f^{-1}(x)=x+1 <- x+1
 3\text{ kWh} <- 3 kWh
 \arctan 2 <- \operatorname{arctan} 2
 \arctan x <- \operatorname{arctan}(x)
+# by a third attack: indices in words, d, units in products, labels that are tuples, braces
+\text{The circle} <- circle
+\text{Black/White} <- black/white
+m(v_{\text{f}}-v_{\text{i}}) <- m(v_{\text{f}}-v_{\text{i}})
+k_{\text{B}}T <- k_BT
+k_{\mathrm{B}}T\ln 2 <- k_B T\ln 2
+v_{\text{max}} <- v_{max}
+v_{init}+at <- at+v_{init}
+I_{cm}+Md^2 <- I_{\text{cm}}+Md^2
+5 <- v_{\text{max}}=5
+5 <- x_{\max}=5
+5 <- f_\min=5
+5 <- x_{min}=5
+F_{\mathrm{net}}=10 <- 10
+m(v_{\text{f}}-v_{\text{i}}) <- mv_{\text{f}}-mv_{\text{i}}
+\frac{V}{R_{\text{eq}}+r} <- \frac{V}{r+R_{\mathrm{eq}}}
+\frac{n^2h^2}{8mL^2} <- \frac{h^2n^2}{8mL^2}
+\frac{n^2\pi^2\hbar^2}{2mL^2} <- \frac{\hbar^2\pi^2n^2}{2mL^2}
+\frac{\hbar^2}{2mL^2} <- \frac{\hbar^2}{2L^2m}
+5 <- 5cm^2
+5 <- 5\text{ m s}^{-1}
+5 kg <- 5kg
+5 <- 5mL
+5 <- 5 \text{ cm}^{2}
+(a,b)=(3,4) <- b=4,a=3
+(a,b)=(3,4) <- a=3,b=4
+(a,b)=(3,4) <- (b,a)=(4,3)
+(1,2) <- (y,x)=(2,1)
+m=3,b=4 <- (m,b)=(3,4)
+m=3,b=4 <- (b,m)=(4,3)
+(x,y,z)=(1,2,3) <- z=3,y=2,x=1
+(1,2),(2,1) <- (x,y)=(1,2),(2,1)
+(x,y)=(1,2),(2,1) <- (2,1),(1,2)
+(x,y)=(1,2),(2,1) <- (x,y)=(2,1) \text{ or } (x,y)=(1,2)
+(1,2),(2,1) <- (x,y)\in\{(1,2),(2,1)\}
+(a,b)=(3,4) <- (3,4)
+(x_1,x_2)=(1,2) <- (1,2)
+\frac{ad}{bc} <- \frac{da}{cb}
+\frac{d\sqrt{3}}{2} <- \frac{\sqrt{3}}{2}d
+\frac{dh}{2} <- \frac12 dh
+\frac{dv}{c} <- \frac{vd}{c}
+L\frac{dI}{dt}+RI=0 <- RI+L\frac{dI}{dt}=0
+\frac{d^2y}{dx^2}+y=0 <- y+\frac{d^2y}{dx^2}=0
+vd/c <- \frac{dv}{c}
+d/v <- \frac{d}{v}
+YES <- yes
+{{a}_{n}}=2n-1 <- 2n-1
+{{a}_{n}}=2n-1 <- a_n=2n-1
+\left( {{x}_{0}},{{y}_{0}} \right) <- (x_0,y_0)
+{{x}^{2}}+1 <- 1+x^2
+{{S}_{n}}={{2}^{n}}-1 <- 2^n-1
+\frac{{{a}_{1}}}{2} <- \frac12 a_1
+50\% <- 50 \text{ per cent}
+0.5 <- 50 \text{ per cent}
+\frac{18}{7} <- {2}\frac97
+4 <- {4}\dbinom{1}{1}
+30 <- 10[3]
+300 <- 10[3]10
+\sqrt[3]{2} <- \sqrt[3]2
+\sqrt[3]{2}x <- x\sqrt[3]{2}
+A\cos(2\pi ft) <- A\cos 2\pi ft
+2\pi ft <- 2\pi tf
+5 ft <- 5
+3\sqrt{2} ft <- 3\sqrt2
+3\pi \text{ ft} <- 3\pi
+y=mx+b <- mx-y+b=0
+y=ax^2 <- ax^2-y=0
+90 \text{ km/h} <- 90 km/h
+5 <- 5 m/s
+20\text{ m/s} <- 20 m/s
 """
 DIFFERENT = r"""
 # candidates behind a number, as if they were its unit
@@ -775,6 +845,47 @@ x_1 234 <- x_{1234}
 5\sqrt2 \approx 7.07 <- 5\sqrt2 \approx 9
 5 cm <- 5mm
 5x <- 5cm
+# the same, that were right
+m(v_{\text{f}}-v_{\text{i}}) <- m v_{\text{f}}-v_{\text{i}}
+M_{\text{sun}} R <- m_{\text{sun}} r
+k_{\text{B}} \ln\Omega <- k_{\text{B}} \ln\omega
+\frac{1}{2}(v_{\text{A}}+v_{\text{B}}) <- \frac{1}{2} v_{\text{A}}+v_{\text{B}}
+f'(x)+\text{C} <- f(x)+\text{C}
+(x+\text{C})^2 <- x+\text{C}^2
+1-(T_{\text{C}}/T_{\text{H}}) <- 1-(T_{\text{c}}/T_{\text{h}})
+2 (abcd+1) <- 2 abcd+1
+k_{\text{B}}T <- K_BT
+v_{\text{max}} <- v_{\text{min}}
+1011_{\text{two}} <- 1011
+5 <- v_{\text{max}}=6
+7 <- max(3,7)
+5 <- x_{\max}=6
+2(v_{init}+a) <- 2v_{init}+a
+2mL^2 <- 2
+2 <- 2mL^2
+2kg^2 <- 2
+(a,b)=(3,4) <- b=3,a=4
+m=3,b=4 <- (b,m)=(3,4)
+(1,2) <- (y,x)=(1,2)
+(x,y)=(1,2) <- (y,x)=(1,2)
+1,2 <- (x,y)=(1,2)
+(x,y)=(1,2) <- (a,b)=(1,2)
+(x,y)=(1,2) <- 1,2
+dy/dx=2x <- y/x=2x
+L dI/dt <- L I/t
+\frac{dy}{dx}=x <- \frac{y}{x}=x
+d\phi/dt+1 <- \phi/t+1
+ABC <- abc
+abc <- ABC
+x_{a}b <- x_ba
+5 <- 50\text{ per cent}
+\frac{23}{7} <- {2}\frac97
+5 <- {4}\dbinom{1}{1}
+130 <- 10[3]10
+2\pi ft <- 2\pi
+A\cos 2\pi ft <- A\cos 2\pi
+5 \text{ m/s} <- 5 km/h
+5 <- 5x/s
 """
 UNPRINTABLE = ["5\x1c", "\x0b5", "5\x85", "\u202e5\u202c", "\x00", "(" * 500 + "5" + ")" * 500]
 UNPRINTABLE += ["-" * 400 + "5", "{" * 300 + "5" + "}" * 300]
