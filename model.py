@@ -492,16 +492,9 @@ class Transformer(nn.Module):
         if device == "meta":
             return model.to(dtype)
         tensors = read_tensors(path)
-        head, embedding = map(tensors.get, ("lm_head.weight", "model.embed_tokens.weight"))
-        if model.config.tie_word_embeddings and embedding is not None:
-            tensors["lm_head.weight"] = embedding  # whether or not the file repeats it
+        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+            tie_head(path, tensors)
         check_tensors(path, tensors, model.state_dict())
-        apart = head is not None and head.shape == tensors["lm_head.weight"].shape
-        if apart and not torch.equal(head.to(embedding), tensors["lm_head.weight"]):
-            raise ValueError(
-                f"{path}: config.json ties lm_head to the embedding, and the file holds two "
-                "different ones: set tie_word_embeddings to false there"
-            )
         # Copied even where the dtype is the same: a file's tensors are not aligned, and products
         # of unaligned weights round differently.
         tensors = {n: tensor.to(device, dtype, copy=True) for n, tensor in tensors.items()}
@@ -548,6 +541,19 @@ def read_tensors(path):
         )
     # Old checkpoints of Llama hold what follows from their config.json.
     return {n: x for n, x in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+
+
+def tie_head(path, tensors):
+    """The embedding stands for the head too, whether or not the file repeats it."""
+    embedding = tensors["model.embed_tokens.weight"]
+    head = tensors.get("lm_head.weight", embedding)
+    alike = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if alike and not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):  # nan is nan
+        raise ValueError(
+            f"{path}: config.json ties lm_head to the embedding, and the file holds two different "
+            "ones: set tie_word_embeddings to false there"
+        )
+    tensors["lm_head.weight"] = embedding
 
 
 def check_tensors(path, found, wanted):
