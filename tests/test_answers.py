@@ -413,6 +413,14 @@ y=ax^2 <- ax^2-y=0
 90 \text{ km/h} <- 90 km/h
 5 <- 5 m/s
 20\text{ m/s} <- 20 m/s
+E_{12}-E_{11} <- -E_{11}+E_{12}
+2e_1+e_2 <- e_2+2e_1
+e_{12}+1 <- 1+e_{12}
+\gamma_1+1 <- 1+\gamma_1
+\gamma_{12}+1 <- 1+\gamma_{12}
+I_{12}+1 <- 1+I_{12}
+\sqrt{\pi} <- \Gamma (1/2)
+y''+2y <- 2y+y''
 """
 DIFFERENT = r"""
 # candidates behind a number, as if they were its unit
@@ -886,6 +894,12 @@ x_{a}b <- x_ba
 A\cos 2\pi ft <- A\cos 2\pi
 5 \text{ m/s} <- 5 km/h
 5 <- 5x/s
+E_{12}+1 <- E_{21}+1
+e_1+1 <- e_2+1
+e_{12}+1 <- e_{21}+1
+\gamma_{12}+1 <- \gamma_{21}+1
+I_{12}+1 <- I_{21}+1
+y''+2y <- y'+2y
 """
 UNPRINTABLE = ["5\x1c", "\x0b5", "5\x85", "\u202e5\u202c", "\x00", "(" * 500 + "5" + ")" * 500]
 UNPRINTABLE += ["-" * 400 + "5", "{" * 300 + "5" + "}" * 300]
