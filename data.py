@@ -353,9 +353,9 @@ def name_level(row):
 
 
 def level_names(problems, qualities):
-    """{problem id: "level 1"}. Levels that are not measured but declared are called "declared 1",
-    since one level of a run may hold several of them."""
-    if all(p.pass_rate is None for p in problems):
+    """{problem id: "level 1"}. Levels that are declared, without qualities or without pass rates,
+    are called "declared 1", since one level of a run may hold several of them."""
+    if not qualities or all(p.pass_rate is None for p in problems):
         return {p.id: f"declared {p.level:g}" for p in problems if p.level is not None}
     levels, _ = cut_levels(problems, qualities, "pass_rate")
     names = {}

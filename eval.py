@@ -128,7 +128,8 @@ def flags_of(run):
         longest = max(level["max_new_tokens"] for level in config["levels"])
         flags = {name: config[name] for name in LIKE.split()}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
-        if config["difficulty"] == "pass_rate":  # else levels have their declared numbers
+        flags["quality"] = []  # levels have their declared numbers
+        if config["difficulty"] == "pass_rate":
             qualities = [level["quality"] for level in config["levels"]]
             flags["quality"] = config["eval_quality"] or qualities
         flags["data"] = config["eval_data"] or None

@@ -71,10 +71,10 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     """Pick one token per row: the inverse of its distribution function at u.
 
     logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: its
-    choices are certain, 0 nats.
+    choices are certain, 0 nats; nan where a logit is.
     """
     if temperature == 0:
-        return logits.argmax(-1), logits.new_zeros(len(logits))
+        return logits.argmax(-1), 0 * logits.amax(-1)
     logprobs = log_softmax(logits, temperature)
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)

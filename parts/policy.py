@@ -341,8 +341,10 @@ def means_of_problem(name, attempts):
 
 
 def must_be_finite(name, attempts):
-    """Raise Stop where no update can be given up for an R_l that is not finite."""
+    """Raise Stop where no update can be given up for an R_l, or a logit, that is not finite."""
     for a in attempts:
+        if not all(map(math.isfinite, a.completion.logprobs)):
+            raise Stop(f"problem {name}: the model's logits are not finite; try --dtype float32")
         if not math.isfinite(a.score.values.get("R_l", 0.0)):
             raise Stop(f"--reward returned, for problem {name}, {a.score.outcome}")
 

@@ -127,6 +127,18 @@ def test_sign_flips_have_their_size_and_power():
     assert interval(hard)[2] - interval(hard)[1] > 0.06  # wider than the difference
 
 
+def test_a_difference_of_nothing_is_not_certain():
+    """Thirty problems that two models answer alike say little of the next thirty. A bare bootstrap
+    has no width here. By hand (Bonett and Price 2012): a deviation of sqrt(2 / 32), 32 values."""
+    for low, high in ((0, 0), (0, 1), (1, 0)):
+        found = difference(np.full(30, low), np.full(30, high))
+        assert found["high"] - found["low"] > 0.1
+    found = difference(np.zeros(30), np.zeros(30))
+    half = 1.96 * math.sqrt(2 / 32 / 32)
+    assert (found["low"], found["high"]) == approx((-half, half), abs=0.02)
+    assert (found["difference"], found["p"]) == (0, 1)
+
+
 # --------------------------------------------------------------------------------------- attempts
 
 TEN = Sampling(max_new_tokens=10, temperature=1.0, slots=8)
@@ -165,6 +177,18 @@ def test_an_infinite_reward_names_its_held_out_problem():
     endless = Score(math.inf, RIGHT, None, {"R_l": math.inf})
     with raises(Stop, match="for problem p-7, inf"):
         policies.means_of_problem("p-7", [Attempt(Completion([1], [0.0], True), "", endless)])
+
+
+@mark.parametrize("temperature", [0, 1])
+def test_a_model_that_overflows_is_no_wrong_answer(own_folder, temperature):
+    """Its tokens are arbitrary. They were measured as a pass rate of 0."""
+    policy = load(own_folder)
+    policy.model.model.norm.weight.data.fill_(math.inf)
+    sampling = replace(TEN, temperature=temperature)
+    work = evaluation_requests(0, policy.render(ADD), 2)
+    (attempts,) = attempt(policy, Scorer(Config()), work, sampling)
+    with raises(Stop, match="problem a: the model's logits are not finite"):
+        policies.means_of_problem("a", attempts)
 
 
 def test_levels_stand_in_their_order(printed):
@@ -868,6 +892,8 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert parsed(f"--like {run}").quality == [0.3, 0.6]
     assert parsed(f"--like {run}").max_new_tokens == 50
     assert parsed(f"--like {run}").data == ["f.jsonl", "g.jsonl"]
+    edit(run / "config.json", {"difficulty": "level"})
+    assert parsed(f"--like {run}").quality == []  # not the pass rates that a file may have too
 
 
 @mark.parametrize("flag", ["data", "reward"])
@@ -891,6 +917,8 @@ def test_a_level_of_a_run_is_called_as_in_the_run():
     assert level_names(problems, [1, 1]) == {"a": "level 1", "b": "level 1"}
     assert level_names(problems, [0.5, 1]) == {"a": "level 1", "b": "level 2"}
     assert level_names([Problem("a", "1", "1", level=3)], [1]) == {"a": "declared 3"}
+    both = [Problem("a", "1", "1", 0.5, level=3)]  # as in a run with --difficulty level
+    assert level_names(both, []) == {"a": "declared 3"}
 
 
 def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch, refused):
@@ -963,3 +991,13 @@ def test_compare_says_which_settings_differ(run):
     write_result("b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
     said = [line for line in run("--compare a b") if "differs" in line]
     assert said == ["protocol differs: A None, B 'deepscaler'", "temperature differs: A 1.0, B 0.6"]
+
+
+def test_compare_says_that_problems_were_changed(run):
+    """Ids are line numbers where a file has none: its lines in another order made other pairs."""
+    for name, answer in zip("abc", "334"):
+        write_lines("p.jsonl", [{"problem": "1+2", "answer": answer}])
+        run(f"{SHORT} --out {name}")
+    said = "other problems, answers, pass rates, templates or stop tokens in A than in B"
+    assert said not in run("--compare a b")
+    assert said in run("--compare a c")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import column, lines, table, write_lines
+from matplotlib.figure import Figure
 from pytest import mark, raises, skip
 from test_train import group
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -93,6 +94,7 @@ def test_what_is_forgotten_was_better_in_between():
     assert forgotten(evaluated(0.3, 0.6, 0.3))[0] == "yes"
     assert forgotten(evaluated(0.3, 0.6, 0.52))[0] == "no"
     assert "best 60.0%" in forgotten(evaluated(0.3, 0.6, 0.3))[1]
+    assert forgotten(evaluated(0.3))[0] == "not known"
 
 
 # Of the second update: groups kept, broken, late. Of both: all right, all wrong.
@@ -102,7 +104,7 @@ STARVED = """
 0 0 0 6 1 | yes, it is too easy
 0 0 0 1 1 | yes, too few groups are drawn
 0 8 0 0 6 | no
-0 8 8 1 1 | yes, too few groups are drawn
+0 8 8 1 1 | yes, most rewards came too late
 """
 
 
@@ -113,8 +115,20 @@ def test_a_level_is_starved_if_its_buffer_was_not_filled(counts, answer):
     kept, broken, late, right, wrong = map(int, counts.split())
     flat = {"groups_all_right": right, "groups_all_wrong": wrong, "reward_timeouts": [0, late]}
     found = starved(metrics(2, groups_kept=[8, kept], groups_broken=[0, broken], **flat))
-    said = f"of 16 groups drawn {2 * right} were all right and {2 * wrong} all wrong"
-    assert found[0] == answer and said in found[1]
+    reason = "0 of 2 updates were skipped"
+    if answer != "no":
+        reason = f"1 of 2 updates were skipped: of their 8 groups {right} were all right, {wrong} "
+        reason += "all wrong"
+    assert found == (answer, reason)
+
+
+def test_the_reason_of_a_skipped_update_is_its_own():
+    """A hundred filled updates with wrong groups among them hid that the skipped one was too
+    easy."""
+    rows = metrics(101, groups_kept=[8] * 100 + [0], groups_all_right=[0] * 100 + [8])
+    for row in rows[:100]:
+        row["groups_all_wrong"] = 3
+    assert starved(rows)[0] == "yes, it is too easy"
 
 
 def test_every_level_is_judged_by_its_own_rows():
@@ -236,7 +250,7 @@ def make_run(
         folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"system": text}]
     )
     write_lines(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
-    both = evaluated(0.3, 0.6, file="f") + evaluated(0.1, 0.2, file="g")
+    both = evaluated(0.3, 0.6, file="f") + evaluated(0.1, 0.2238, file="g")
     write_lines(folder / "eval.jsonl", both)
     rows = []
     counts = range(1, num_updates + 1), range(num_groups), range(group_size)
@@ -311,8 +325,13 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     """A folder with an umlaut was named: config.json spells it in ASCII."""
     (tmp_path / "Übung").mkdir()
     monkeypatch.chdir(tmp_path / "Übung")
-    page = report.write_page([make_run(tmp_path / "run", 2)]).read_text()
+    folder = make_run(tmp_path / "run", 2)
+    (config,) = lines(folder / "config.json")
+    config["objective"] = f"  --reward {report.Path.cwd()}/r.py:f [given]"
+    write_lines(folder / "config.json", [config])
+    page = report.write_page([folder]).read_text()
     config = content(page)["config"]
+    assert config["objective"] == "  --reward r.py:f [given]"
     assert (config["model"], config["levels"][0]["reward"]) == ("assets/tiny", "r.py:f")
     assert config["eval_data"] == "f.jsonl, g.jsonl"
     assert "bung" not in page
@@ -382,6 +401,37 @@ def test_other_held_out_problems_of_one_name_are_not_drawn_together(tmp_path, pr
     assert "b: f, level 1 (723 problems) is no set of a, left out" in printed()
 
 
+def test_another_held_out_file_of_one_size_is_not_drawn_with_it(tmp_path, printed):
+    """A single file has no name in eval.jsonl, and 300 problems are as many as 300 others."""
+    folders = [make_run(tmp_path / name, 2) for name in ("a", "b", "c")]
+    for folder, hashed in zip(folders, ("1", "2", "1")):
+        config = json.loads(CONFIG) | {"read": {f"--eval-data {folder.name}": hashed}}
+        write_lines(folder / "config.json", [config])
+        write_lines(folder / "eval.jsonl", evaluated(0.3, 0.6))
+    assert [len(evaluations) for _, _, evaluations in report.read_runs(folders)] == [2, 0, 2]
+    assert "b: level 1 (300 problems) is no set of a, left out" in printed()
+
+
+def test_a_name_has_one_color_in_all_runs(tmp_path):
+    """By its place in its own run, level 2 of a second run was drawn as the first's level 1. Names
+    with dollar signs ended a run with an error of TeX."""
+    first, second = make_run(tmp_path / "a$^$", 2), make_run(tmp_path / "b", 2)
+    write_lines(second / "eval.jsonl", lines(second / "eval.jsonl")[2:])  # g alone
+    write_lines(first / "metrics.jsonl", metrics(2, part_a=1, part_b=2))
+    write_lines(second / "metrics.jsonl", metrics(2, part_b=3))
+    runs, axes = report.read_runs([first, second]), Figure().subplots(3, 4).flatten()
+    held_out = ["f, level 1", "g, level 1"]
+    for _, rows, evaluations in runs:
+        report.draw_run(axes, rows, evaluations, "-", ["part_a", "part_b"], held_out)
+    report.finish(axes, runs[0][1])
+    for ax, name in ((axes[0], "held out, g, level 1"), (axes[2], "part_b")):
+        colors = [line.get_color() for line in ax.lines if line.get_label() == name]
+        assert len(colors) == 2 and len(set(colors)) == 1
+        legend = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert legend.count(name) == 1
+    assert report.draw([first, second]).exists()
+
+
 def test_completions_do_not_command_the_terminal(printed):
     problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
     done = SimpleNamespace(stopped=True)
@@ -414,6 +464,7 @@ def test_a_browser_draws_the_page(tmp_path, text):
     for name, before in (("f, level 1", "30.0 [25.0, 35.0]"), ("g, level 1", "10.0 [5.0, 15.0]")):
         assert f'<th scope="row">{name}</th><td>300</td><td>{before}</td>' in dom
         assert dom.count(f"held out, {name}<output>") == 1
+    assert "<td>+12.4</td>" in dom  # 12.38 points were cut to 12.3
     assert "completions shown" in dom and "Runs: run (solid), other (dashed)" in dom
     ids = re.findall(r'\bid="([^"]*)"', dom)
     assert len(ids) == len(set(ids))

@@ -50,6 +50,7 @@ STYLE = {
     "font.size": 9,
     "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
     "legend.framealpha": 0.75,
+    "text.parse_math": False,  # a name may hold two dollar signs
 }
 
 
@@ -66,25 +67,38 @@ def read_log(path):
                 tqdm.write(f"{path}: its last line is torn, and left out")
 
 
+def held_out_set(folder):
+    """-> a function of a row of eval.jsonl: what it is an accuracy of"""
+    with explained(f"{folder}: not the folder of a run"):
+        read = json.loads((folder / "config.json").read_text()).get("read", {})
+    hashes = {name: read[name] for name in read if name.startswith("--eval-data")}
+    only = list(hashes.values())[:1]  # a row names its file where there are several
+
+    def of(row):
+        hashed = hashes.get(f"--eval-data {row['file']}") if "file" in row else only
+        return name_level(row), row["n"], str(hashed)
+
+    return of
+
+
 def read_runs(folders):
     """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
 
-    Held-out sets of other runs, whose name or number of problems the first run does not have, are
-    left out, with a message.
+    Held-out sets of other runs that are none of the first run's (name, number and hash of the
+    problems) are left out, with a message.
     """
-    runs = []
+    runs, wanted = [], None
     for folder in map(Path, folders):
         metrics = list(read_log(folder / "metrics.jsonl"))
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
-        runs.append((folder.name, metrics, list(read_log(folder / "eval.jsonl"))))
-    wanted = {(name_level(row), row["n"]) for row in runs[0][2]}
-    for name, _, evaluations in runs if wanted else ():
-        for other in sorted({(name_level(row), row["n"]) for row in evaluations} - wanted):
-            tqdm.write(
-                f"{name}: {other[0]} ({other[1]} problems) is no set of {runs[0][0]}, left out"
-            )
-        evaluations[:] = [row for row in evaluations if (name_level(row), row["n"]) in wanted]
+        evaluations, of = list(read_log(folder / "eval.jsonl")), held_out_set(folder)
+        sets = dict.fromkeys(map(of, evaluations))
+        wanted = wanted or sets
+        for name, n, _ in sorted(sets.keys() - wanted.keys()):
+            tqdm.write(f"{folder.name}: {name} ({n} problems) is no set of {runs[0][0]}, left out")
+        evaluations = [row for row in evaluations if of(row) in wanted]
+        runs.append((folder.name, metrics, evaluations))
     return runs
 
 
@@ -109,12 +123,15 @@ def parts(metrics):
     return [key for key in keys if key.startswith("part_")]
 
 
-def draw_run(axes, metrics, evaluations, line):
-    """Raw values are faint, their running means strong; held-out accuracy goes into the first."""
+def draw_run(axes, metrics, evaluations, line, part_names, held_out):
+    """Raw values are faint, their running means strong; held-out accuracy goes into the first.
+
+    part_names, held_out  of all runs: a name has one color
+    """
     updates = column(metrics, "update")
     for ax, panel in zip(axes, PANELS.splitlines()):
         title, unit, keys = map(str.strip, panel.split("|"))
-        keys = keys.split() + (parts(metrics) if title.startswith("reward") else [])
+        keys = keys.split() + (part_names if title.startswith("reward") else [])
         ax.set(title=title, xlabel="update", ylabel=unit)
         if "log scale" in unit:
             ax.set_yscale("log")
@@ -122,20 +139,23 @@ def draw_run(axes, metrics, evaluations, line):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
             ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
-    for i, name in enumerate(dict.fromkeys(map(name_level, evaluations)), 1):
+    for i, name in enumerate(held_out, 1):
         rows, colour = [row for row in evaluations if name_level(row) == name], f"C{i}"
         updates, accuracy = column(rows, "update"), column(rows, "accuracy")
-        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=name)
+        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=f"held out, {name}")
         axes[0].vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
 def finish(axes, metrics):
-    """The legends, of the first run alone, and a line wherever its level changes."""
+    """The legends, a name once, and a line wherever the level of the first run changes."""
     starts = [b["update"] for a, b in pairwise(metrics) if a["level"] != b["level"]]
     if len(starts) > 8:  # interleaved levels change all the time
         starts = []
     for ax in axes:
-        ax.legend()
+        names = {}
+        for line, name in zip(*ax.get_legend_handles_labels()):
+            names.setdefault(name, line)
+        ax.legend(names.values(), names.keys())
         for update in starts:
             ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
 
@@ -145,12 +165,14 @@ def draw(folders):
     """Draw these run directories into report.png of the first; returns the picture's path."""
     figure = Figure(figsize=(17, 10), layout="constrained")
     axes = figure.subplots(3, 4).flatten()
-    names = []
-    for (name, metrics, evaluations), line in zip(read_runs(folders), cycle(LINES)):
-        draw_run(axes, metrics, evaluations, line)
-        if not names:
-            finish(axes, metrics)
+    names, runs, updates, held_out = [], read_runs(folders), [], {}
+    for _, metrics, evaluations in runs:
+        updates += metrics
+        held_out |= dict.fromkeys(map(name_level, evaluations))
+    for (name, metrics, evaluations), line in zip(runs, cycle(LINES)):
+        draw_run(axes, metrics, evaluations, line, parts(updates), held_out)
         names.append(f"{line} {name}")
+    finish(axes, runs[0][1])
     figure.suptitle("   ".join(names))
     path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)
@@ -167,6 +189,7 @@ def write_page(folders):
     # A page that is published need not tell whose folder it was.
     here = f"{Path.cwd()}/"
     config = json.loads((folder / "config.json").read_text())
+    config["objective"] = config.get("objective", "").replace(f" {here}", " ")
     for name in ("model", "data", "eval_data", "examples", "template", "out"):
         paths = config.get(name) or []
         paths = [paths] if isinstance(paths, str) else paths  # --eval-data takes several

@@ -31,18 +31,23 @@ def moved(metrics):
 
 def starved(metrics):
     """Could an update not fill the buffer, so that it was skipped?"""
-    skipped = 0  # a late group is broken, but no number that is not finite ended the update
+    skipped = []  # a late group is broken, but no number that is not finite ended the update
     for row in metrics:
-        skipped += row["groups_kept"] + row["groups_broken"] == row["reward_timeouts"]
-    drawn, right, wrong = (
-        sum(row[f"groups_{fate}"] for row in metrics)
-        for fate in ("drawn", "all_right", "all_wrong")
+        if row["groups_kept"] + row["groups_broken"] == row["reward_timeouts"]:
+            skipped.append(row)
+    drawn, right, wrong, late = (
+        sum(row[name] for row in skipped)
+        for name in ("groups_drawn", "groups_all_right", "groups_all_wrong", "reward_timeouts")
     )
-    answer = "yes, it is too hard" if wrong > right else "yes, it is too easy"
-    if right + wrong < drawn / 2:  # as infra/update.py says while it runs
+    reason = f"{len(skipped)} of {len(metrics)} updates were skipped"
+    if not skipped:
+        return "no", reason
+    answer = "yes, it is too easy" if right > wrong else "yes, it is too hard"
+    if late > drawn / 2:  # as infra/update.py says while it runs
+        answer = "yes, most rewards came too late"
+    elif right + wrong < drawn / 2:
         answer = "yes, too few groups are drawn"
-    reason = f"{skipped} of {len(metrics)} updates were skipped; of {drawn} groups drawn "
-    return answer if skipped else "no", f"{reason}{right} were all right and {wrong} all wrong"
+    return answer, f"{reason}: of their {drawn} groups {right} were all right, {wrong} all wrong"
 
 
 def rose(evaluations):
@@ -58,6 +63,8 @@ def forgotten(evaluations):
     """Did it end below its best?"""
     best, last = max(evaluations, key=lambda row: row["accuracy"]), evaluations[-1]
     answer = "yes" if beyond(best, last) < 0 else "no"
+    if len(evaluations) == 1:
+        answer = "not known"
     return answer, f"at its best {spell(best)}, at the end {spell(last)}"
 
 
