@@ -207,7 +207,7 @@ def load_inputs(args, device, files):
     policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
     for path, problems in files.items():
         prompts[path] = policy.render(problems)
-        policy.show(path, prompts[path])
+        policy.show(path, prompts[path], args.max_new_tokens)
     return policy, prompts
 
 

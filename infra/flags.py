@@ -451,6 +451,10 @@ def check(cfg):
         rate = "in (0, 1]: a difficulty is 1 - pass rate"
         rules.insert(0, ("quality eval_quality", lambda v: 0 < v <= 1, rate))
     check_ranges(cfg, rules)
+    if not cfg.lora_rank and (cfg.lora_targets or cfg.lora_alpha != Config.lora_alpha):
+        raise ValueError(
+            "--lora-targets, --lora-alpha: without --lora-rank all weights are learned"
+        )
 
 
 def check_ranges(flags, rules):

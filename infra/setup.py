@@ -92,7 +92,7 @@ def resume_run(cfg, config, ranks):
     """
     directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
     checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
-    if cfg.kl_coef or not checkpoint:
+    if cfg.kl_coef or cfg.lora_rank or not checkpoint:
         files = files | config["model_files"]
     ranks.from_first(lambda: must_be_unchanged(cfg.out, files, hashes(files)))
     for name, now in computing(config["kernels"]).items():

@@ -254,6 +254,6 @@ def unfilled(row, level):
     if right > wrong:
         return seen + "The level is too easy: raise --quality, or measure the pass rates anew"
     if cut_off > 0.5:
-        now = f"(now {level.max_new_tokens})"
-        return seen + f"Completions do not come to an end: raise --max-new-tokens {now}"
+        end = f"raise --max-new-tokens (now {level.max_new_tokens}), if the context leaves more"
+        return seen + f"Completions do not come to an end: {end}"
     return seen + "The level is too hard: lower --quality, show --examples, or raise --group-size"

@@ -45,7 +45,8 @@ def load_inputs(cfg, model, device, read):
         with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
             check_measured(cfg, levels, train_set, policy)
     states, cut_facts = make_levels(cfg, levels, train_set, policy)
-    policy.show(cfg.data, sum((state.order.prompts for state in states), []))
+    longest = max(level.max_new_tokens for level in levels)
+    policy.show(cfg.data, sum((state.order.prompts for state in states), []), longest)
     prompts, eval_facts = cut_held_out(cfg, states, held_out, policy)
     return states, prompts, policy, facts | cut_facts | eval_facts
 
@@ -204,5 +205,6 @@ def cut_held_out(cfg, states, held_out, policy):
                 tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
         if not shown:
             raise ValueError(f"{path}: no problem falls into any level; see --eval-quality")
-        policy.show(path, shown)
+        longest = max(state.level.max_new_tokens for state in states)
+        policy.show(path, shown, cfg.eval_max_new_tokens or longest)
     return bins, facts

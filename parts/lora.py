@@ -20,6 +20,7 @@ from model import Linear, at_least_float32, check_tensors
 from parts.files import explained, sha256
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = ".safetensors", "/config.json"  # what its files that must not change end in
 
 
 def layers(model):
@@ -69,7 +70,7 @@ def save(model, folder, config):
     }
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
     files = config["model_files"].items()
-    base = {Path(path).name: digest for path, digest in files if path.endswith(".safetensors")}
+    base = {Path(path).name: digest for path, digest in files if path.endswith(BASE)}
     save_file(tensors(model), folder / WEIGHTS, metadata=base)
 
 
@@ -94,8 +95,9 @@ def load(model, config, folder, base):
         if model.device.type == "meta":
             return
         trained = safe_open(folder / WEIGHTS, "pt").metadata()
-        if {path.name: sha256(path) for path in base.glob("*.safetensors")} != trained:
-            raise ValueError("its *.safetensors are not what they were")
+        for name in trained.keys() | {path.name for path in base.glob("*.safetensors")}:
+            if sha256(base / name) != trained.get(name):
+                raise ValueError(f"its {name} is not what it was")
         factors = load_file(folder / WEIGHTS)
         check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():

@@ -97,10 +97,11 @@ class Policy:
                 )
         return prompts
 
-    def show(self, name, prompts):
-        """Print two examples as the model sees them, and how many leave no room to answer.
+    def show(self, name, prompts, longest):
+        """Print two examples as the model sees them, and how many leave little room to answer.
 
-        name  of the file or set
+        name     of the file or set
+        longest  tokens of a completion at most
         """
         for prompt in prompts[:2]:
             text = self.tokenizer.decode(prompt.tokens)
@@ -108,6 +109,11 @@ class Policy:
         if too_long := sum(not self.room(p) for p in prompts):
             tqdm.write(
                 f"{name}: {too_long} of {len(prompts)} prompts fill the context and count as wrong"
+            )
+        if short := sum(0 < self.room(p) < longest for p in prompts):
+            tqdm.write(
+                f"{name}: {short} of {len(prompts)} prompts leave less than the {longest} tokens of "
+                f"a completion in the context of {self.model.context}"
             )
 
     def room(self, prompt):

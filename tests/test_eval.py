@@ -162,8 +162,12 @@ def try_one(policy, prompt, seed=0):
 
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     prompts = toy_policy.render([Problem("long", "1" * 300, "1"), *ADD])
-    toy_policy.show("p.jsonl", prompts)
-    assert "p.jsonl: 1 of 2 prompts fill the context" in printed()
+    toy_policy.show("p.jsonl", prompts, 100)
+    assert "leave less" not in printed()
+    toy_policy.show("p.jsonl", prompts, 128)
+    said = printed()
+    assert "p.jsonl: 1 of 2 prompts fill the context" in said
+    assert "1 of 2 prompts leave less than the 128 tokens of" in said
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
     work = evaluation_requests(0, prompts, 2)

@@ -3,9 +3,10 @@
 import gc
 import math
 import shutil
+from pathlib import Path
 
 import torch
-from conftest import families, files, random_model, read, spoil, table, write_lines
+from conftest import edit, families, files, random_model, read, spoil, table, write_lines
 from pytest import approx, fixture, importorskip, mark, raises, skip
 from safetensors.torch import load_file
 from test_plan import peak
@@ -43,7 +44,8 @@ def write(model, folder):
     (folder / "adapter").mkdir()
     path = folder / "base/model.safetensors"
     config = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets_of(model)}
-    config |= {"model": str(folder / "base"), "model_files": {str(path): sha256(path)}}
+    hashes = {str(p): sha256(p) for p in (path, path.with_name("config.json"))}
+    config |= {"model": str(folder / "base"), "model_files": hashes}
     lora.save(model, folder / "adapter", config | {"revision": None})
     return folder / "base", folder / "adapter"
 
@@ -339,9 +341,10 @@ def test_the_reference_is_the_base_and_takes_no_memory(workshop):
 
 DAMAGES = """
 base/model.safetensors = other | not a readable safetensors
-base another | not what they were
-base renamed | not what they were
-base one more | not what they were
+base another | model.safetensors is not what it was
+base renamed | not an adapter of
+base one more | model2.safetensors is not what it was
+base/config.json {"rope_theta": 500.0} | config.json is not what it was
 adapter/adapter_model.safetensors = torn | not an adapter of
 adapter/adapter_config.json {"r": 5} | lacks
 adapter/adapter_config.json {"target_modules": ["q_proj"]} | has surplus
@@ -394,11 +397,17 @@ def test_training_on_an_adapter_or_another_base_is_refused(workshop, tmp_path, c
         with raises(SystemExit, match="^2$"):
             workshop(f"--model {folder} --lora-rank {rank} --out other")
         assert "--merge FOLDER" in capsys.readouterr().err
+    gc.collect()  # the first run's lock goes with its last reference
+    config = Path("toy/config.json").read_text()
+    edit(Path("toy/config.json"), {"rope_theta": 500.0})
+    with raises(SystemExit, match="^2$"):
+        train.main(["--resume", "run"])
+    assert "config.json is gone, or is not what it was" in capsys.readouterr().err
+    Path("toy/config.json").write_text(config)
     state = Transformer.from_pretrained("toy")
     state.model.norm.weight.data *= 2
     state.save_pretrained("toy")
-    gc.collect()  # the first run's lock goes with its last reference
     with raises(SystemExit, match="^2$"):
         train.main(["--resume", "run"])
-    assert "not what they were" in capsys.readouterr().err
+    assert "not what it was" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
