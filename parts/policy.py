@@ -112,8 +112,8 @@ class Policy:
             )
         if short := sum(0 < self.room(p) < longest for p in prompts):
             tqdm.write(
-                f"{name}: {short} of {len(prompts)} prompts leave less than the {longest} tokens of "
-                f"a completion in the context of {self.model.context}"
+                f"{name}: {short} of {len(prompts)} prompts leave less than the {longest} tokens "
+                f"of a completion in the context of {self.model.context}"
             )
 
     def room(self, prompt):
