@@ -313,7 +313,7 @@ def decisions(measured):
         for arm, by_seed in list(own.items())[1:]:
             by = outcome(by_seed, mix)
             ahead = lead(by_seed, mix, by)[1] - lead(mix, by_seed, by)[1]
-            verdict = ("not told apart from", "ahead of", "behind")[ahead]
+            verdict = ("neither ahead of nor behind", "ahead of", "behind")[ahead]
             yield f"  - {arm}: {verdict} the mix, by {by[0]}"
     if len(w) == len(BASES):
         yield f"- threshold of w, and whether it holds: {rule(w, first)}"

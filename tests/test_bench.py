@@ -321,8 +321,8 @@ def test_the_decisions_of_the_map_are_those_of_each_base():
     assert lines[:4] == [
         "- 0.6 %: w = 70.0 %, by seed [70 70 70 70]; easy first: True",
         "  - levels: ahead of the mix, by ratio",
-        "  - ladder: not told apart from the mix, by ratio",
-        "  - easy only: not told apart from the mix, by ratio",
+        "  - ladder: neither ahead of nor behind the mix, by ratio",
+        "  - easy only: neither ahead of nor behind the mix, by ratio",
     ]
     assert "(45.0, True)" in lines[-1]
     del measured["6 %: ladder"]

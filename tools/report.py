@@ -50,7 +50,6 @@ STYLE = {
     "font.size": 9,
     "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
     "legend.framealpha": 0.75,
-    "text.parse_math": False,  # a name may hold two dollar signs
 }
 
 
@@ -123,6 +122,11 @@ def parts(metrics):
     return [key for key in keys if key.startswith("part_")]
 
 
+def plain(name):
+    """As a label. Between two dollar signs there would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def draw_run(axes, metrics, evaluations, line, part_names, held_out):
     """Raw values are faint, their running means strong; held-out accuracy goes into the first.
 
@@ -138,11 +142,13 @@ def draw_run(axes, metrics, evaluations, line, part_names, held_out):
         for i, key in enumerate(keys):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
-            ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
+            ax.plot(
+                updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=plain(key)
+            )
     for i, name in enumerate(held_out, 1):
         rows, colour = [row for row in evaluations if name_level(row) == name], f"C{i}"
         updates, accuracy = column(rows, "update"), column(rows, "accuracy")
-        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=f"held out, {name}")
+        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=plain(f"held out, {name}"))
         axes[0].vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
 
 
@@ -171,7 +177,7 @@ def draw(folders):
         held_out |= dict.fromkeys(map(name_level, evaluations))
     for (name, metrics, evaluations), line in zip(runs, cycle(LINES)):
         draw_run(axes, metrics, evaluations, line, parts(updates), held_out)
-        names.append(f"{line} {name}")
+        names.append(plain(f"{line} {name}"))
     finish(axes, runs[0][1])
     figure.suptitle("   ".join(names))
     path = Path(folders[0]) / "report.png"
