@@ -71,7 +71,9 @@ def save(model, folder, config):
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
     files = config["model_files"].items()
     base = {Path(path).name: digest for path, digest in files if path.endswith(BASE)}
-    save_file(tensors(model), folder / WEIGHTS, metadata=base)
+    # One entry: several would be written in any order, and the same adapter in other bytes.
+    metadata = {"base": json.dumps(base, sort_keys=True)}
+    save_file(tensors(model), folder / WEIGHTS, metadata)
 
 
 def read_config(folder):
@@ -94,7 +96,7 @@ def load(model, config, folder, base):
         add(model, config["r"], config["lora_alpha"], config["target_modules"])
         if model.device.type == "meta":
             return
-        trained = safe_open(folder / WEIGHTS, "pt").metadata()
+        trained = json.loads(safe_open(folder / WEIGHTS, "pt").metadata()["base"])
         for name in trained.keys() | {path.name for path in base.glob("*.safetensors")}:
             if sha256(base / name) != trained.get(name):
                 raise ValueError(f"its {name} is not what it was")
