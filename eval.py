@@ -236,7 +236,7 @@ def open_folder(args, policy, files):
     )
     settings["weights"] = measured["weights"]
     settings["reward_identity"] = measured["reward"]
-    settings["prompts"] = digest((files, policy.stop_ids))
+    settings["prompts"] = digest((list(files.values()), policy.stop_ids))
     if not (out and out.exists()):
         return create(out, settings | {"measured": measured}, "eval-")
     with explained(f"--out {out}: exists already, and is no evaluation to go on with"):

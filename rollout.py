@@ -71,7 +71,7 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     """Pick one token per row: the inverse of its distribution function at u.
 
     logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: its
-    choices are certain, 0 nats; nan where a logit is.
+    choices are certain, 0 nats; nan where a logit is nan or infinite.
     """
     if temperature == 0:
         return logits.argmax(-1), 0 * logits.amax(-1)

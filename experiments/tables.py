@@ -1,8 +1,9 @@
-"""From the results of an experiment to its measures, table, picture and verdict."""
+"""From the results of an experiment to its measures, tables and verdict; of the map, a picture."""
 
 import json
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,8 @@ def measure(run):
     clipped = 0
     for key in ("clip_low_share", "clip_high_share"):
         clipped += average(updates.get(key, [np.nan]))
-    return {
+    at_budgets = {budget: np.interp(budget, grid, level_2) for budget in BUDGETS}
+    return at_budgets | {
         "accuracy": both[-1],
         "level 1": level_1[-1],
         "level 2": level_2[-1],
@@ -126,15 +128,13 @@ def commands(name):
     return found
 
 
-def read(name, arm):
-    """-> {seed: run} of an arm, without those whose seeds chose a setting"""
-    runs = {run["seed"]: run for run in read_runs(name) if run["arm"] == arm}
-    return {seed: runs[seed] for seed in sorted(runs) if seed not in CHOOSING or name == "choose"}
-
-
 def measures(name, arm):
-    """-> {seed: {measure: value}}"""
-    return {seed: measure(run) for seed, run in read(name, arm).items()}
+    """-> {seed: {measure: value}} of an arm, without runs whose seeds chose a setting"""
+    found = {}
+    for run in read_runs(name):
+        if run["arm"] == arm and (run["seed"] not in CHOOSING or name == "choose"):
+            found[run["seed"]] = measure(run)
+    return dict(sorted(found.items()))
 
 
 def interval(values, sureness=0.95):
@@ -212,10 +212,14 @@ def compare(measured, pairs):
         yield f"| {' | '.join(cells)} |"
 
 
-def whole(by_arm):
-    """Of {arm: {seed: anything}} the seeds that all arms have"""
-    seeds = sorted(set.intersection(*map(set, by_arm.values())))
-    return {arm: {seed: by_seed[seed] for seed in seeds} for arm, by_seed in by_arm.items()}
+def of_base(by_arm, base):
+    """Of {"base: arm": {seed: anything}} the arms of a base, with the seeds that all have"""
+    own = {}
+    for name, by_seed in by_arm.items():
+        if name.startswith(f"{base}: "):
+            own[name.partition(": ")[2]] = by_seed
+    seeds = sorted(set.intersection(*map(set, own.values()))) if own else ()
+    return {arm: {seed: by_seed[seed] for seed in seeds} for arm, by_seed in own.items()}
 
 
 def outcome(arm, mix):
@@ -262,36 +266,30 @@ def rule(w, first):
     return threshold, right and first["2.5 %"] is not None
 
 
-def best_at(base, budget):
-    """On hard problems -> the best arm, its lead over the mix, whether it is told apart from the
-    mix, or the mix from the second"""
-    at = {}
-    for arm in ARMS["map"]:
-        if arm.startswith(f"{base}: ") and (runs := read("map", arm)):
-            own = at[arm.partition(": ")[2]] = {}
-            for seed, run in runs.items():
-                own[seed] = {"hard": np.interp(budget, *curve(run, 2))}
-    at = whole(at)
-    means = {arm: np.mean([m["hard"] for m in by_seed.values()]) for arm, by_seed in at.items()}
+def best_at(own, budget):
+    """On hard problems, of the arms of a base -> the best, its lead over the mix, whether it is
+    told apart from the mix, or the mix from the second"""
+    means = {arm: np.mean([m[budget] for m in by_seed.values()]) for arm, by_seed in own.items()}
     best, second = sorted(means, key=means.get, reverse=True)[:2]
-    lead, half = difference(at[best], at[second if best == "mix" else "mix"], "hard")
+    lead, half = difference(own[best], own[second if best == "mix" else "mix"], budget)
     return best, means[best] - means["mix"], lead > half
 
 
-def draw_map():
+def draw_map(measured):
     """Start rate across, budget up, the best arm in color with its lead over the mix in points;
     hatched: it is not told apart."""
     figure, colors = Figure(figsize=(11, 5), layout="constrained"), {}
     ax = figure.subplots()
     for x, base in enumerate(BASES):
         for y, budget in enumerate(BUDGETS):
-            best, lead, apart = best_at(base, budget)
+            best, lead, apart = best_at(of_base(measured, base), budget)
             color = colors.setdefault(best, f"C{len(colors)}")
             ax.bar(x, 1, 0.95, y, color=color, alpha=0.5, ec="w", hatch="" if apart else "//")
             ax.text(x, y + 0.4, f"{best}\n{lead:+.0f}", ha="center")
     ax.set_xticks(range(len(BASES)), BASES)
     ax.set_yticks(np.arange(len(BUDGETS)) + 0.5, [f"{budget / 1e6:g} M" for budget in BUDGETS])
     ax.set(xlabel="hard problems solved at the start", ylabel="sampled tokens")
+    ax.set_title("the best arm, its lead over the mix in points; hatched: not told apart")
     figure.savefig(RESULTS / "map.png")
 
 
@@ -299,13 +297,9 @@ def decisions(measured):
     """What follows for each base from its whole seeds, and the rule."""
     w, first = {}, {}
     for base in BASES:
-        own = {}
-        for arm, by_seed in measured.items():
-            if arm.startswith(f"{base}: "):
-                own[arm.partition(": ")[2]] = by_seed
+        own = of_base(measured, base)
         if not {"mix", "hard only", *EASY} <= own.keys():
             continue  # runs are missing
-        own = whole(own)
         mix = own["mix"]
         each = [m["at first"] for m in mix.values()]
         w[base], first[base] = float(np.mean(each)), easy_first(own)
@@ -327,9 +321,13 @@ def report(name):
             measured[arm] = by_seed
     if not measured:
         sys.exit(f"{name}: there is no result yet")
+    pairs = [line.split(", less ") for line in CONTRASTS.get(name, "").strip().splitlines()]
+    for base in BASES if name == "map" else ():
+        own = {f"{base}: {arm}": by_seed for arm, by_seed in of_base(measured, base).items()}
+        measured |= own
+        pairs += [(arm, other) for other, arm in combinations(own, 2)]
     lines = [*table(measured, OUTCOME), *table(measured, COURSE)]
     if name != "rates":
-        pairs = [line.split(", less ") for line in CONTRASTS.get(name, "").strip().splitlines()]
         lines += compare(measured, pairs or with_first(measured))
     lines += ["", "The flags of each arm, for `python train.py`:", ""]
     lines += [f"- {arm}: `{flags}`" for arm, flags in commands(name).items()]
@@ -338,4 +336,4 @@ def report(name):
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if measured.keys() == ARMS["map"].keys():
-        draw_map()
+        draw_map(measured)

@@ -453,7 +453,7 @@ def check(cfg):
     check_ranges(cfg, rules)
     if not cfg.lora_rank and (cfg.lora_targets or cfg.lora_alpha != Config.lora_alpha):
         raise ValueError(
-            "--lora-targets, --lora-alpha: without --lora-rank all weights are learned"
+            "--lora-targets and --lora-alpha need --lora-rank: without it all weights learn"
         )
 
 

@@ -77,7 +77,7 @@ def resume_run(cfg, config, ranks):
      2. Lock the directory. Nothing in it has been read but config.json.
      3. Find the newest checkpoint whose files have their checksums. Damaged newer ones are renamed.
      4. The files of data, examples, template and rewards must be unchanged; those of the starting
-        model too, if they are read again.
+        model too, if they are read again (with LoRA, lora.load checks them).
      5. Choose the kernels that the run began with, and say what else differs on this machine.
      6. Read data and policy as a new run does. The problems must be unchanged.
      7. Take up the state: counters, waiting groups, order of problems, optimizer.
@@ -92,7 +92,7 @@ def resume_run(cfg, config, ranks):
     """
     directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
     checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
-    if cfg.kl_coef or cfg.lora_rank or not checkpoint:
+    if cfg.kl_coef or not checkpoint:
         files = files | config["model_files"]
     ranks.from_first(lambda: must_be_unchanged(cfg.out, files, hashes(files)))
     for name, now in computing(config["kernels"]).items():

@@ -203,8 +203,8 @@ FLAGS = """
 --seed -1 | --seed must be at least 0
 --lora-rank -1 | --lora-rank must be at least 0
 --lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0
---lora-alpha 64 | --lora-targets, --lora-alpha: without --lora-rank all weights are learned
---lora-targets q_proj | --lora-targets, --lora-alpha: without --lora-rank all weights
+--lora-alpha 64 | --lora-targets and --lora-alpha need --lora-rank
+--lora-targets q_proj | --lora-targets and --lora-alpha need --lora-rank
 --lora-rank 2 --lora-targets q_proj lm_head | must be among q_proj k_proj v_proj o_proj
 --reward none.py:f | importing none.py failed (FileNotFoundError
 --reward maths | reward 'maths': expected math, or path.py:function

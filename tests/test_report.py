@@ -398,7 +398,7 @@ def test_other_held_out_problems_of_one_name_are_not_drawn_together(tmp_path, pr
     write_lines(folders[1] / "eval.jsonl", rows)
     (_, _, first), (_, _, second) = report.read_runs(folders)
     assert len(first) == len(rows) and second == rows[1:]
-    assert "b: f, level 1 (723 problems) is no set of a, left out" in printed()
+    assert "b: f, level 1 (723 problems) is no set of the first run, left out" in printed()
 
 
 def test_another_held_out_file_of_one_size_is_not_drawn_with_it(tmp_path, printed):
@@ -409,7 +409,13 @@ def test_another_held_out_file_of_one_size_is_not_drawn_with_it(tmp_path, printe
         write_lines(folder / "config.json", [config])
         write_lines(folder / "eval.jsonl", evaluated(0.3, 0.6))
     assert [len(evaluations) for _, _, evaluations in report.read_runs(folders)] == [2, 0, 2]
-    assert "b: level 1 (300 problems) is no set of a, left out" in printed()
+    assert "b: level 1 (300 problems) is no set of the first run, left out" in printed()
+    for folder, hashed in zip(folders, ("1", "2", "1")):  # with names: a hash for each file
+        config = json.loads(CONFIG) | {"read": {"--eval-data f": "0", "--eval-data g": hashed}}
+        write_lines(folder / "config.json", [config])
+        both = evaluated(0.3, file="f") + evaluated(0.6, file="g")
+        write_lines(folder / "eval.jsonl", both)
+    assert [len(evaluations) for _, _, evaluations in report.read_runs(folders)] == [2, 1, 2]
 
 
 def test_a_name_has_one_color_in_all_runs(tmp_path):

@@ -48,7 +48,9 @@ def compare(*paths):
         if settings_a.get(name) != settings_b.get(name):
             print(f"{name} differs: A {settings_a.get(name)!r}, B {settings_b.get(name)!r}")
     if settings_a.get("prompts") != settings_b.get("prompts"):  # their hash
-        print("other problems, answers, pass rates, templates or stop tokens in A than in B")
+        print(
+            "other prompts in A than in B: problems, answers, pass rates, templates, tokenizers..."
+        )
     print(f"{len(a)} problems in A, {len(b)} in B, {len(a.keys() & b.keys())} in both")
     report = {}
     for name, pairs in parts.items():
@@ -87,8 +89,8 @@ def difference(x, y):
     """Values of A and B, one per problem -> both means, B - A with its 95 % interval, and p
 
     p is that of a two-sided permutation test: if A and B were alike, the difference of any problem
-    could as well have the other sign. Where all differences are -1, 0 or 1, a bootstrap is too
-    narrow: of none that differs, it is certain. So one more of each sign is added (Bonett and
+    could as well have the other sign. Where all values are 0 or 1, a bootstrap is too narrow: of
+    none that differs, it is certain. So one more difference of each sign is added (Bonett and
     Price 2012).
     """
     from scipy.stats import permutation_test
@@ -99,7 +101,7 @@ def difference(x, y):
         p = permutation_test(
             (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
         ).pvalue
-    unseen = [-1, 1] if np.isin(gain, (-1, 0, 1)).all() else []
+    unseen = [-1, 1] if np.isin([x, y], (0, 1)).all() else []
     low, high = bootstrap([*gain, *unseen])
     return {
         "A": x.mean(),

@@ -83,7 +83,7 @@ def held_out_set(folder):
 def read_runs(folders):
     """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
 
-    Held-out sets of other runs that are none of the first run's (name, number and hash of the
+    Held-out sets that are none of the first run that has some (name, number and hash of the
     problems) are left out, with a message.
     """
     runs, wanted = [], None
@@ -93,9 +93,9 @@ def read_runs(folders):
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
         evaluations, of = list(read_log(folder / "eval.jsonl")), held_out_set(folder)
         sets = dict.fromkeys(map(of, evaluations))
-        wanted = wanted or sets
+        wanted = wanted or sets  # of the first run that has some
         for name, n, _ in sorted(sets.keys() - wanted.keys()):
-            tqdm.write(f"{folder.name}: {name} ({n} problems) is no set of {runs[0][0]}, left out")
+            tqdm.write(f"{folder.name}: {name} ({n} problems) is no set of the first run, left out")
         evaluations = [row for row in evaluations if of(row) in wanted]
         runs.append((folder.name, metrics, evaluations))
     return runs

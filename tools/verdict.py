@@ -43,7 +43,7 @@ def starved(metrics):
     if not skipped:
         return "no", reason
     answer = "yes, it is too easy" if right > wrong else "yes, it is too hard"
-    if late > drawn / 2:  # as infra/update.py says while it runs
+    if late > drawn / 2:  # as infra/update.py says, but for completions that are cut off
         answer = "yes, most rewards came too late"
     elif right + wrong < drawn / 2:
         answer = "yes, too few groups are drawn"
