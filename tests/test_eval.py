@@ -162,7 +162,7 @@ def try_one(policy, prompt, seed=0):
 
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     prompts = toy_policy.render([Problem("long", "1" * 300, "1"), *ADD])
-    toy_policy.show("p.jsonl", prompts, 100)
+    toy_policy.show("p.jsonl", prompts, toy_policy.room(prompts[1]))
     assert "leave less" not in printed()
     toy_policy.show("p.jsonl", prompts, 128)
     said = printed()

@@ -763,7 +763,14 @@ def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed, mon
     write_lines("long.jsonl", LONG)
     workshop("--eval-data long.jsonl --updates 1 --eval-quality 1")
     words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
-    assert printed().count(words) == 1 and 0 < max(longest) < 128
+    said = printed()
+    assert said.count(words) == 1 and 0 < max(longest) < 128
+    assert "leave less" not in said
+    more = "--max-new-tokens 127 --eval-max-new-tokens 126 --out more --eval-every 0 --max-draws 1"
+    workshop(f"--eval-data long.jsonl --updates 1 --eval-quality 1 {more}")
+    said = printed()
+    assert "p.jsonl: 20 of 20 prompts leave less than the 127 tokens" in said
+    assert "long.jsonl: 2 of 4 prompts leave less than the 126 tokens" in said
 
 
 @mark.parametrize(
