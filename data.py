@@ -393,10 +393,10 @@ class Bins:
     """The order of --online, a control that the paper does not have: levels that choose themselves,
     without a measurement. The problems of each declared level are a bin, which has an Order. A bin
     is drawn with a weight that follows the share of its newest groups whose outcomes differed,
-    divided by the tokens that they took, and 0.1 spread evenly. A bin that was not drawn yet has
-    only its part of these, so it may wait for long.
-    SEC (arXiv 2505.14970) weighs bins by what they teach too, but not by what that costs. `drawn`
-    is all its state: [level, whether outcomes differed, tokens] of each group.
+    divided by the tokens that they took; a tenth is spread evenly. A bin that was not drawn yet has
+    only its part of this tenth, so it may wait for long. SEC (arXiv 2505.14970) weighs bins by what
+    they teach too, but not by what that costs. `drawn` is all its state: [level, whether outcomes
+    differed, tokens] of each group.
     """
 
     def __init__(self, prompts, seed):

@@ -71,10 +71,11 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     """Pick one token per row: the inverse of its distribution function at u.
 
     logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: its
-    choices are certain, 0 nats; nan where a logit is nan or infinite.
+    choices are certain, 0 nats; nan if their logit is nan or infinite, so that it is noticed.
     """
     if temperature == 0:
-        return logits.argmax(-1), 0 * logits.amax(-1)
+        tokens = logits.argmax(-1)  # that of nan, if there is one
+        return tokens, 0 * logits.gather(1, tokens[:, None])[:, 0]
     logprobs = log_softmax(logits, temperature)
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)

@@ -81,6 +81,7 @@ def measure(run):
     clipped = 0
     for key in ("clip_low_share", "clip_high_share"):
         clipped += average(updates.get(key, [np.nan]))
+    # On hard problems, for the picture of the map
     at_budgets = {budget: np.interp(budget, grid, level_2) for budget in BUDGETS}
     return at_budgets | {
         "accuracy": both[-1],

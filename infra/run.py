@@ -255,7 +255,8 @@ class Run:
         (folder / "state.json").write_text(json.dumps(state, default=plain))
 
     def resume(self, checkpoint):
-        """Take up the state of a checkpoint (None: the beginning). -> {log: bytes it had then}"""
+        """Take up the state of a checkpoint (None: the beginning). -> {log: bytes it had then}, or
+        None"""
         if not checkpoint:
             return None
         state = json.loads((checkpoint / "state.json").read_text())

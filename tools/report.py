@@ -86,7 +86,7 @@ def read_runs(folders):
     Held-out sets that are none of the first run that has some (name, number and hash of the
     problems) are left out, with a message.
     """
-    runs, wanted = [], None
+    runs, wanted = [], {}
     for folder in map(Path, folders):
         metrics = list(read_log(folder / "metrics.jsonl"))
         if not metrics:
@@ -171,12 +171,13 @@ def draw(folders):
     """Draw these run directories into report.png of the first; returns the picture's path."""
     figure = Figure(figsize=(17, 10), layout="constrained")
     axes = figure.subplots(3, 4).flatten()
-    names, runs, updates, held_out = [], read_runs(folders), [], {}
+    names, runs, rows, held_out = [], read_runs(folders), [], {}
     for _, metrics, evaluations in runs:
-        updates += metrics
+        rows += metrics
         held_out |= dict.fromkeys(map(name_level, evaluations))
+    part_names = parts(rows)
     for (name, metrics, evaluations), line in zip(runs, cycle(LINES)):
-        draw_run(axes, metrics, evaluations, line, parts(updates), held_out)
+        draw_run(axes, metrics, evaluations, line, part_names, held_out)
         names.append(plain(f"{line} {name}"))
     finish(axes, runs[0][1])
     figure.suptitle("   ".join(names))

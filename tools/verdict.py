@@ -35,13 +35,13 @@ def starved(metrics):
     for row in metrics:
         if row["groups_kept"] + row["groups_broken"] == row["reward_timeouts"]:
             skipped.append(row)
+    reason = f"{len(skipped)} of {len(metrics)} updates were skipped"
+    if not skipped:
+        return "no", reason
     drawn, right, wrong, late = (
         sum(row[name] for row in skipped)
         for name in ("groups_drawn", "groups_all_right", "groups_all_wrong", "reward_timeouts")
     )
-    reason = f"{len(skipped)} of {len(metrics)} updates were skipped"
-    if not skipped:
-        return "no", reason
     answer = "yes, it is too easy" if right > wrong else "yes, it is too hard"
     if late > drawn / 2:  # as infra/update.py says, but for completions that are cut off
         answer = "yes, most rewards came too late"
