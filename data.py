@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ def only_gradable(name, problems):
     good, bad = [], []
     for p in problems:
         (good if answers.gradable(p.gold) else bad).append(p)
-    seen = "; ".join(f"{p.id}: {squash(p.gold)[-60:]!r}" for p in bad[:5])
+    seen = "; ".join(f"{p.id!r}: {squash(p.gold)[-60:]!r}" for p in bad[:5])
     words = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be graded ({seen})"
     if len(bad) > MOST_UNGRADABLE * len(problems):
         raise ValueError(
@@ -161,47 +160,6 @@ def without_repeats(problems):
     for p in problems:
         first.setdefault(squash(p.problem), p)
     return list(first.values())
-
-
-NEAR_WORDS, NEAR_JACCARD, NEAR_SHARE = 8, 0.7, 0.9
-
-
-def overlap(train, evaluation):
-    """Evaluation problems that training problems repeat: (exact, near), lists of pairs of ids
-    (evaluation, training).
-
-    exact  equal in their letters, digits and signs of arithmetic; case, dots and blanks aside
-    near   their word 8-grams have a Jaccard index of 0.7, or 90 % of the evaluation problem's stand
-           in the training problem. This finds copies with other figures, and no paraphrases.
-    """
-    originals = {bare(t.problem): t.id for t in reversed(train)}  # the first of equals stays
-    exact, others, by_gram = [], {}, defaultdict(list)
-    for e in evaluation:
-        if bare(e.problem) in originals:
-            exact.append((e.id, originals[bare(e.problem)]))
-            continue
-        others[e.id] = ngrams(e.problem)
-        for gram in others[e.id]:
-            by_gram[gram].append(e.id)
-    near = {}
-    for t in train:
-        grams = ngrams(t.problem)
-        shared = Counter(name for gram in grams for name in by_gram.get(gram, ()))
-        for name, count in shared.items():
-            size = len(others[name])
-            union = len(grams) + size - count
-            if count >= NEAR_JACCARD * union or count >= NEAR_SHARE * size:
-                near.setdefault(name, t.id)
-    return exact, list(near.items())
-
-
-def bare(text):
-    return re.sub(r"[^\w+\-*/=<>^]", "", text).lower()
-
-
-def ngrams(text):
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + NEAR_WORDS]) for i in range(len(words) - NEAR_WORDS + 1)}
 
 
 # ---------------------------------------------------------------------------------------- prompts

@@ -30,7 +30,7 @@ from eprli import QUALITY
 from infra import memory
 from infra.directory import checkpoints, create, damage, lock
 from infra.flags import Machine, Scoring, check_ranges, make_parser
-from infra.ranks import Ranks, refuse, silence_others
+from infra.ranks import Ranks, refuse, set_up_output
 from parts import lora, papers
 from parts.files import Stop, explained, stems, write_records
 from parts.policy import (
@@ -191,7 +191,7 @@ def read_data(args):
         if graded:
             data.only_gradable(path, files[path])  # says which; they stay
         for p in files[path] if args.add_pass_rate else ():
-            with explained(f"{path}, {p.id}: --add-pass-rate cannot write it as JSON"):
+            with explained(f"{path}, {p.id!r}: --add-pass-rate cannot write it as JSON"):
                 json.dumps(p.record())
     return files
 
@@ -336,7 +336,7 @@ def add_pass_rates(path, prompts, results, measured):
         late, other = result["verdicts"][LATE], prompt.problem.other | {"measured": measured}
         rate = None if late else result["right"] / result["n"]
         if late:
-            print(f"{result['problem_id']}: not measured, {late} of its rewards came too late")
+            print(f"{result['problem_id']!r}: not measured, {late} of its rewards came too late")
         problems.append(replace(prompt.problem, pass_rate=rate, other=other))
     data.write_problems(path, problems)
 
@@ -379,7 +379,7 @@ def write_results(args, files, out, locked):
 
 
 def main(arguments=None):
-    silence_others()
+    set_up_output()
     parser = make_parser(SECTIONS)
     with contextlib.ExitStack() as stack:
         try:

@@ -26,6 +26,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from parts import kernels
+from parts.files import explained
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
@@ -522,9 +523,14 @@ class Transformer(nn.Module):
 
 
 def weight_files(path):
-    """model.safetensors, or all its shards; others, such as model_ema.safetensors, are not read."""
-    whole = path / "model.safetensors"
-    return [whole] if whole.exists() else sorted(path.glob("model-*-of-*.safetensors"))
+    """model.safetensors, or the shards that its index names; no others are read."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] * whole.exists()
+    with explained(f"{index}: not an index of weights"):
+        return sorted(
+            {path / name for name in json.loads(index.read_text())["weight_map"].values()}
+        )
 
 
 def read_tensors(path):
@@ -547,8 +553,10 @@ def tie_head(path, tensors):
     """The embedding stands for the head too, whether or not the file repeats it."""
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
-    alike = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if alike and not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):  # nan is nan
+    narrow = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)
+    head, same = head.to(narrow), embedding.to(narrow)
+    alike = head.shape == same.shape and head.allclose(same, rtol=0, atol=0, equal_nan=True)
+    if head.numel() and not alike:  # an empty one is a placeholder
         raise ValueError(
             f"{path}: config.json ties lm_head to the embedding, and the file holds two different "
             "ones: set tie_word_embeddings to false there"

@@ -53,7 +53,7 @@ def writes_steps(text):
 
     Beside accuracy, their share tells whether a model writes no steps, or wrong ones.
     """
-    before, box, _ = text.partition("\\boxed")
+    before, box, _ = text.removeprefix("<think>").partition("\\boxed")
     return bool(box and before.strip("$\\[( \t\r\n"))
 
 
@@ -360,7 +360,7 @@ class Calls:
         if len(hanging) >= MOST_LEFT:
             raise Stop(
                 f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
-                f"the last of problem {hanging[-1]}: let your function end by itself"
+                f"the last of problem {hanging[-1]!r}: let your function end by itself"
             )
         call = self.call(reward, problem_id, arguments)
         self.begun.append(asyncio.run_coroutine_threadsafe(call, self.clock))
@@ -423,8 +423,11 @@ def is_named(error, names):
 
 
 def failure(reward, problem_id, error):
-    where = f"--reward {reward.name}, problem {problem_id}"
-    return Stop(f"{where}: {type(error).__name__}: {error}")
+    where = f"--reward {reward.name}, problem {problem_id!r}"
+    return Stop(
+        f"{where}: {type(error).__name__}: {error}. If this may pass (a busy server), let the "
+        "function itself try again: docs/rewards.md"
+    )
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -456,13 +459,11 @@ class Scorer:
             flags.reward_workers, flags.reward_timeout, flags.reward_retry, flags.reward_tries
         )
 
-    def begin(self, reward, problem, opening, responses, verifier_too=False):
+    def begin(self, reward, problem, responses, verifier_too=False):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]
 
-        opening       what the prompt has begun of the completions' text
         verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
         """
-        responses = [opening + text for text in responses]
         extracted = [self.grader.extract(text) for text in responses]
         cases = [(problem.gold, answer) for answer in extracted]
         if not reward.function:

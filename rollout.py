@@ -129,7 +129,7 @@ class KVCache:
     def copy(self, source, targets, length):
         """Copy the first `length` positions of row source to the rows targets."""
         for x in self.k + self.v:
-            x[targets, :, :length] = x[source, :, :length]
+            x[targets, :, :length] = x[source, :, :length].clone()  # x may be all of it
 
     def keep(self, rows):
         """Keep only these rows, in this order."""

@@ -84,8 +84,8 @@ def train(run):
             update.fault = fault
             # the groups that it was training on; none if it was still drawing
             buffer.remove(fault.groups, "broken")
-        # A signal or a Stop passes through: infra/command.py takes the update back and saves,
-        # unless an optimizer step was made.
+        # A signal, which takes effect while drawing alone, or a Stop passes through:
+        # infra/command.py takes the update back and saves, unless an optimizer step was made.
         run.end_update(update)  # counted and logged
 
 
@@ -320,13 +320,16 @@ def evaluate(run):
 
 def write_report(out):
     """The picture and the page of a run directory."""
-    from tools import report  # matplotlib takes a second to import
+    try:
+        from tools import report  # matplotlib takes a second to import
 
-    print(f"picture: {report.draw([out])}")
-    print(f"page:    {report.write_page([out])}")
-    metrics = report.read_log(out / "metrics.jsonl")
-    if left_out := sum(row["completions_left_out"] for row in metrics):
-        print(f"{left_out:,} completions were not written down (--keep-completions)")
+        print(f"picture: {report.draw([out])}")
+        print(f"page:    {report.write_page([out])}")
+        metrics = report.read_log(out / "metrics.jsonl")
+        if left_out := sum(row["completions_left_out"] for row in metrics):
+            print(f"{left_out:,} completions were not written down (--keep-completions)")
+    except Exception as error:  # of a library, a disk: the run itself went well
+        print(f"no picture or page of {out} ({type(error).__name__}: {error})")
 
 
 def main(arguments=None):

@@ -89,6 +89,11 @@ ENDS = parse_rules(r"""
 (?<![,;: ])(?:[,;: ]*(?<!\.)\.)?[,;: ]*$ ->
 """)
 ROOTS = parse_rules(rf"""
+# As programs write them
+(?<![a-zA-Z\\])sqrt(?=[ ]?\() -> √
+(?<![a-zA-Z\\])(sin|cos|tan|ln|log|exp)(?=[ ]?\() -> \\\1
+(?<![a-zA-Z\\])(?<!\\text\{{)pi(?![a-zA-Z]) -> \\pi␣
+\*\*[ ]?(-?\w+) -> ^{{\1}}
 √ *([0-9.]+|[a-zA-Z]) -> \\sqrt{{\1}}
 √ *\(([^()]*)\) -> \\sqrt{{\1}}
 √ -> \\sqrt

@@ -28,7 +28,7 @@ import torch
 
 from infra.flags import explain, make_parser, read_flags
 from infra.memory import helps, memory_table
-from infra.ranks import Ranks, is_first, refuse, silence_others
+from infra.ranks import Ranks, is_first, refuse, set_up_output
 from infra.setup import resume_run, start_run
 from parts.files import Stop
 from parts.inputs import read_data
@@ -38,7 +38,7 @@ def run_command(train, report, arguments):
     """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
     report(its folder) makes the pictures of a run that came to its end."""
     parser = make_parser()
-    silence_others()
+    set_up_output()
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)

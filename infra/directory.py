@@ -75,7 +75,8 @@ class RunDirectory:
 
     def cut_logs(self, kept):
         """Cut the logs back to the bytes that they had when a checkpoint was written. None: there
-        is none (they may have been deleted), and the logs stay beside as *.before.jsonl, once."""
+        is none (they may have been deleted), and the logs stay beside as *.before.jsonl,
+        *.before1.jsonl, and so on."""
         now, sizes = self.log_sizes(), kept or {}
         for name, size in sizes.items():
             if now.get(name, 0) < size:
@@ -85,9 +86,9 @@ class RunDirectory:
                 )
         for name in now:  # once all are known to be long enough
             path = self.out / name
-            before = path.with_suffix(".before.jsonl")
-            if kept is None and not before.exists():
-                path.rename(before)
+            if kept is None:
+                copies = (path.with_suffix(f".before{n or ''}.jsonl") for n in itertools.count())
+                path.rename(next(copy for copy in copies if not copy.exists()))
             else:
                 os.truncate(path, sizes.get(name, 0))
 

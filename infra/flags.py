@@ -105,8 +105,8 @@ class Levels:
     )
     reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
-        f"K_l, weight of the length reward; default {DEFAULTS['length_weight']} "
-        "[ours, for 0.6 M parameters; paper: K_l > 0, without a number; DAPO: 0.5]"
+        f"K_l, weight of the length reward; default {DEFAULTS['length_weight']} for the shipped "
+        "model, 0 for any other [ours; paper: K_l > 0, without a number; DAPO: 0.5]"
     )
     eps_low: list[float] = flag("ratio's lower clip bound is 1 - eps_low [DAPO]", [0.2])
     eps_high: list[float] = flag("ratio's upper clip bound is 1 + eps_high [DAPO]", [0.28])
@@ -327,6 +327,7 @@ RULES = (
     ),
     ("group_size", lambda v: v >= 2, "at least 2"),  # a group of one has no advantage
     ("eps_low", lambda v: v < 1, "below 1"),
+    ("lora_alpha", lambda v: v < 1e6, "below 1000000"),
     ("quality eval_quality", math.isfinite, "a finite number"),
 )
 
@@ -435,7 +436,10 @@ def fill(cfg):
     if not held_out and source == (SHIPPED / "train.jsonl").resolve():
         held_out = [str(SHIPPED / "heldout.jsonl")]
     recompute = cfg.device == "cuda" if cfg.recompute is None else cfg.recompute
-    return replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)
+    cfg = replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)
+    if is_shipped(cfg.model) or cfg.length_weight:
+        return cfg
+    return replace(cfg, length_weight=[0.0])
 
 
 def check(cfg):

@@ -37,10 +37,33 @@ def is_first():
     return os.environ.get("RANK", "0") == "0"
 
 
-def silence_others():
-    """The other processes print nothing from now on."""
+class Output:
+    """Standard output or error. Where it cannot be written to, its reader has gone, which is a
+    hang-up: from then on nothing is printed. What it cannot spell is printed as \\u4e00."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                for descriptor in (1, 2):
+                    os.dup2(nowhere.fileno(), descriptor)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
+                signal.raise_signal(signal.SIGHUP)
+
+
+def set_up_output():
+    """The first process prints to streams that may go away, the others nothing."""
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
 
 
 def refuse(parser, error):
@@ -79,7 +102,7 @@ class Ranks:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         if device == "cuda" and self.size > 1:
-            local = int(os.environ["LOCAL_RANK"])
+            local = int(os.environ.get("LOCAL_RANK", self.rank))
             if local >= torch.cuda.device_count():
                 raise ValueError("torchrun started more processes than there are GPUs here")
             self.device = torch.device("cuda", local)

@@ -105,14 +105,14 @@ class Run:
         """Undo an update that a signal or an error has ended. Weights that it has changed stay."""
         if self.update:
             self.update.take_back()
-            self.half_done |= bool(self.update.steps)
+            self.half_done |= self.update.changed_policy
 
     def end_update(self, update):
         """Count and log. Raises Stop after MOST_BROKEN updates that met bad numbers."""
         self.update, self.half_done = None, True
         state, tokens = update.state, sum(row["tokens"] for row in update.rows)
         self.num_updates += 1
-        state.count(self.num_updates, tokens, bool(update.steps), bool(update.fault))
+        state.count(self.num_updates, tokens, update.changed_policy, bool(update.fault))
         if update.fault:
             self.num_broken += 1
         elif update.steps:

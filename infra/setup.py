@@ -22,6 +22,9 @@ from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
 from rewards import Scorer, reward_files
 
+# Endings of a model's files on which a run depends: its weights, config and tokenizer.
+DECIDE = ".safetensors", ".json", ".jinja", ".model", ".txt"
+
 
 def start_run(cfg, ranks):
     """A new run. It makes its directory when all else has gone well.
@@ -57,7 +60,7 @@ def start_run(cfg, ranks):
         "levels": [asdict(state.level) for state in levels],
         "read": read,
         "inputs": inputs,
-        "model_files": hashes(policy.folder.iterdir()),
+        "model_files": hashes(p for p in policy.folder.iterdir() if p.suffix in DECIDE),
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))

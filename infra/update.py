@@ -85,6 +85,11 @@ class Update:
                 if not group.late:
                     self.scored.append(row)
 
+    @property
+    def changed_policy(self):
+        """A gradient of exactly 0 moves nothing."""
+        return any(step["grad_norm"] for step in self.steps)
+
     def take_back(self):
         """Order and buffer as they were before the update."""
         state = self.state
@@ -118,7 +123,7 @@ class Update:
             if not math.isfinite(reward):
                 raise NotFinite(
                     f"--reward {self.state.level.reward} returned, "
-                    f"for problem {row['problem_id']}, {reward}"
+                    f"for problem {row['problem_id']!r}, {reward}"
                 )
         if self.count("broken") > self.num_late:
             raise NotFinite("log-probs sampled from the policy are not finite")
@@ -198,6 +203,8 @@ class Update:
             )
         if self.fault:
             tqdm.write(f"  update {self.number} given up: {self.fault}")
+        elif self.steps and not self.changed_policy:
+            tqdm.write(f"  update {self.number} changed nothing: all its groups are flat")
         elif not self.steps:
             tqdm.write(f"  update {self.number} skipped: {unfilled(row, self.state.level)}")
 

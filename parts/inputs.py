@@ -18,8 +18,6 @@ objective is train.objective.
 """
 
 import json
-from collections import Counter
-from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -64,12 +62,11 @@ def read_data(cfg):
     different = data.without_repeats(problems)
     train_set = data.only_gradable(cfg.data, different) if graded else different
     graded |= bool(cfg.reward_held_out)
-    held_out, everything, read = {}, [], {"--data": digest(problems)}
+    held_out, read = {}, {"--data": digest(problems)}
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
         some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
         if graded:
             data.only_gradable(path, some)  # says which; in evaluation they stay
-        everything += [replace(p, id=(name, p.id)) for p in some]  # files may share their ids
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     if (cfg.online or cfg.difficulty == "level") and all(p.level is None for p in train_set):
@@ -82,9 +79,6 @@ def read_data(cfg):
         "repeats_removed": len(problems) - len(different),
         "read": read,
     }
-    for kind, pairs in zip(("overlap", "near_overlap"), data.overlap(train_set, everything)):
-        counts = Counter(name for (name, _), _ in pairs)
-        facts[f"{kind}_with_eval"] = dict(counts) if len(held_out) > 1 else len(pairs)
     return levels, train_set, held_out, facts
 
 

@@ -39,6 +39,8 @@ def add(model, rank, alpha, targets=None, seed=0):
     targets = targets or known
     if not known.keys() >= set(targets):
         raise ValueError(f"--lora-targets must be among {' '.join(known)}, found {targets}")
+    if rank > model.config.hidden_size:
+        raise ValueError(f"--lora-rank {rank} is more than the hidden size of the model")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
     for name, layer in layers(model):

@@ -64,6 +64,7 @@ class Policy:
             lora.load(model, adapter, folder, base)
         with explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.encode("1")  # fails for a bad model_max_length
         tokenizer.clean_up_tokenization_spaces = False  # text is graded as it was written
         if device != "meta":  # else it is loaded once more, and this is said then
             check_round_trip(folder, tokenizer)
@@ -89,10 +90,10 @@ class Policy:
         vocab_size = self.model.config.vocab_size
         for prompt in prompts:
             if not prompt.tokens:
-                raise ValueError(f"{prompt.problem.id}: the chat template makes an empty prompt")
+                raise ValueError(f"{prompt.problem.id!r}: the chat template makes an empty prompt")
             if max(prompt.tokens) >= vocab_size:
                 raise ValueError(
-                    f"{prompt.problem.id}: token {max(prompt.tokens)} is not in the model's "
+                    f"{prompt.problem.id!r}: token {max(prompt.tokens)} is not in the model's "
                     f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
                 )
         return prompts
@@ -105,7 +106,7 @@ class Policy:
         """
         for prompt in prompts[:2]:
             text = self.tokenizer.decode(prompt.tokens)
-            tqdm.write(f"{prompt.problem.id}, gold {prompt.problem.answer!r}: {text!r}")
+            tqdm.write(f"{prompt.problem.id!r}, gold {prompt.problem.answer!r}: {text!r}")
         if too_long := sum(not self.room(p) for p in prompts):
             tqdm.write(
                 f"{name}: {too_long} of {len(prompts)} prompts fill the context and count as wrong"
@@ -274,7 +275,7 @@ class Attempt:
     """One completion of a problem, scored."""
 
     completion: Completion
-    text: str
+    text: str  # with what the prompt has begun of it, see data.Prompt
     score: Score
 
     @property
@@ -305,9 +306,10 @@ def attempt(
     groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
 
     def begin(number, completions):
-        prompt, texts = prompts[number], [policy.text(c) for c in completions]
+        prompt = prompts[number]
+        texts = [prompt.opening + policy.text(c) for c in completions]
         groups[number] = completions, texts
-        asked = rewards[number], prompt.problem, prompt.opening, texts, verifier_too
+        asked = rewards[number], prompt.problem, texts, verifier_too
         finish[number] = scorer.begin(*asked)
 
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
@@ -350,9 +352,9 @@ def must_be_finite(name, attempts):
     """Raise Stop where no update can be given up for an R_l, or a logit, that is not finite."""
     for a in attempts:
         if not all(map(math.isfinite, a.completion.logprobs)):
-            raise Stop(f"problem {name}: the model's logits are not finite; try --dtype float32")
+            raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
         if not math.isfinite(a.score.values.get("R_l", 0.0)):
-            raise Stop(f"--reward returned, for problem {name}, {a.score.outcome}")
+            raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
 
 
 def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):

@@ -126,7 +126,10 @@ def in_our_columns(record, columns, must_fit, graded):
         ours["problem"] = last_question(ours["problem"])
     foreign = columns or not {"problem", "answer"} >= set(layout.values())
     if foreign and (graded or isinstance(ours.get("answer"), str)):
-        ours["answer"] = final_answer(ours.get("answer"))
+        worked = ours.get("answer")
+        ours["answer"] = final_answer(worked)
+        if "####" in str(worked) or "\\boxed" in str(worked):
+            ours.setdefault("solution", worked)
     level = str(ours.get("level"))
     if level.startswith("Level "):  # of MATH, a few are "Level ?"
         ours["level"] = int(level[6:]) if level[6:].isdecimal() else None

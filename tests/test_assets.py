@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import cut_levels, overlap, read_problems, without_repeats
+from data import cut_levels, read_problems, without_repeats
 from eprli import QUALITY
 from experiments import warmstart
 from experiments.problems import generate
@@ -15,6 +15,7 @@ from infra.flags import Config
 from model import Transformer
 from parts.policy import SHIPPED, Policy, Sampling, attempt, evaluation_requests
 from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
+from tools.overlap import overlap
 
 TINY = SHIPPED / "tiny"
 TRAINING, HELD_OUT = (read_problems(SHIPPED / f"{name}.jsonl") for name in ("train", "heldout"))

@@ -95,10 +95,10 @@ problem,answer\n1,1 | x.jsonl, line 1: Expecting value
 GOOD\n{"problem": "1"} | x.jsonl, line 2: no problem and answer in columns
 {"text": "1", "answer": "1"} | x.jsonl, line 1: no problem and answer in columns that are known
 {"prompt": [{"role": "system"}], "reward_model": {"ground_truth": "1"}} | "problem" must be a text
-{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1:
+{"problem": "1", "answer": "so #### 1"} | x.jsonl: 1 of 1 gold answers cannot be graded ('x-1':
 {"problem": " ", "answer": "1"} | x.jsonl, line 1: "problem" must be a text that is not blank
 {"problem": ["1"], "answer": "1"} | "problem" must be a text
-{"problem": "1", "answer": null} | x.jsonl: 1 of 1 gold answers cannot be graded (x-1: '')
+{"problem": "1", "answer": null} | x.jsonl: 1 of 1 gold answers cannot be graded ('x-1': '')
 {"question": "1", "answer": " "} | x.jsonl: 1 of 1 gold answers cannot be graded
 {"problem": "1", "solution": null} | x.jsonl: 1 of 1 gold answers cannot be graded
 {"prompt": "1", "reward_model": {"ground_truth": null}} | x.jsonl: 1 of 1 gold answers cannot be
@@ -202,6 +202,8 @@ FLAGS = """
 --keep-completions -1 | --keep-completions must be at least 0
 --seed -1 | --seed must be at least 0
 --lora-rank -1 | --lora-rank must be at least 0
+--lora-rank 1000000000000 | --lora-rank 1000000000000 is more than the hidden size
+--lora-rank 2 --lora-alpha 1e300 | --lora-alpha must be below 1000000
 --lora-rank 2 --lora-alpha 0 | --lora-alpha must be above 0
 --lora-alpha 64 | --lora-targets and --lora-alpha need --lora-rank
 --lora-targets q_proj | --lora-targets and --lora-alpha need --lora-rank
@@ -313,7 +315,7 @@ def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
 @mark.parametrize(
     "words, acting",
     [
-        ("", ["buffer-groups 16", "length-weight 0.3", "updates 40", "warmup 5"]),
+        ("", ["buffer-groups 16", "updates 40", "warmup 5"]),
         ("--tokens 99 --buffer-groups 2 --length-weight 0", ["warmup 5"]),
     ],
 )
@@ -379,6 +381,7 @@ generation_config.json {"eos_token_id": "</s>"} | stop token '</s>'
 generation_config.json = { | generation_config.json: not a JSON object
 tokenizer.json = { | its tokenizer cannot be loaded
 tokenizer.json | tokenizer
+tokenizer_config.json {"model_max_length": "x"} | its tokenizer
 chat_template.jinja = {% for %} | the chat template (or --template) fails (TemplateSyntaxError
 chat_template.jinja = {{ 1 / 0 }} | the chat template (or --template) fails (ZeroDivisionError
 chat_template.jinja = {{ raise_exception('no system turns') }} | no system turns

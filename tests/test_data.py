@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Order, Problem, cut_levels, overlap, read_problems, render
+from data import Order, Problem, cut_levels, read_problems, render
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
@@ -26,6 +26,8 @@ from parts.files import source_of, stem
 from parts.policy import SHIPPED, end_of_turn, stop_token
 from parts.sources import final_answer
 from rewards import load_reward
+from tools.overlap import main as find_overlap
+from tools.overlap import overlap
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
 
@@ -78,7 +80,7 @@ def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
     problems = data.only_gradable("p", read_problems(path))
     assert (
         len(problems) == 299
-        and "1 of 300 gold answers cannot be graded (p-8: '')" in capsys.readouterr().out
+        and "1 of 300 gold answers cannot be graded ('p-8': '')" in capsys.readouterr().out
     )
     assert problems[7].level is None and problems[7].record()["level"] == "easy"
     assert problems[8].level == 3
@@ -105,7 +107,12 @@ def test_repeats_and_overlap_are_found():
     assert [p.id for p in data.without_repeats(train)] == ["0", "2", "3"]
     texts = {"e": "OTHER!", "f": "new", "g": "What is 2N-n?"}
     evaluation = [Problem(name, text, "1") for name, text in texts.items()]
-    assert overlap(train, evaluation) == ([("e", "2")], [])
+    assert overlapping(train, evaluation) == ([("e", "2")], [])
+
+
+def overlapping(train, test):
+    """-> ids of the pairs"""
+    return tuple([(e.id, t.id) for e, t in pairs] for pairs in overlap(train, test))
 
 
 NEAR = """
@@ -124,7 +131,9 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
     """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
     words = [f"w{i}" for i in range(evaluated)]
     training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
-    found = overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")])
+    found = overlapping(
+        [Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")]
+    )
     assert found == ([], [("e", "t")] if is_near else [])
 
 
@@ -137,7 +146,7 @@ def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
     story = " ".join(map(str, range(30)))
     train = [problems[1], Problem("story", "a " + story, "1")]
     name = problems[1].id
-    found = overlap(train, [*problems, Problem("near", "b " + story, "1")])
+    found = overlapping(train, [*problems, Problem("near", "b " + story, "1")])
     assert found == ([(name, name)], [("near", "story")])
     with raises(SystemExit):
         generator(["--out", "h.jsonl"])
@@ -194,7 +203,8 @@ def test_columns_by_name(tmp_path):
     row = {"a": {"b": "1+1"}, "c": "so\n#### 2", "answer": "none", "hard": 3}
     words = ["problem=a.b", "answer=c", "level=hard"]
     (p,) = read_rows(tmp_path, row, columns=words)
-    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, {"a": {"b": "1+1"}})
+    other = {"a": {"b": "1+1"}, "solution": "so\n#### 2"}
+    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, other)
     (q,) = read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)
     assert q.answer == "1"  # held-out problems may come in a known layout
     named = {"problem": "q", "answer": "so\n#### 3"}
@@ -268,7 +278,7 @@ def test_golds_that_cannot_be_graded(answer, capsys):
     good = [Problem(str(i), "q", a) for i, a in enumerate(["1", "x+1", "two apples"] * 50)]
     bad = Problem("bad", "q", answer)
     assert data.only_gradable("f", [*good, bad]) == good
-    assert "f: 1 of 151 gold answers cannot be graded (bad: " in capsys.readouterr().out
+    assert "f: 1 of 151 gold answers cannot be graded ('bad': " in capsys.readouterr().out
     with raises(ValueError, match="f: 2 of 152 gold answers .* --columns"):
         data.only_gradable("f", [*good, bad, bad])
 
@@ -622,3 +632,29 @@ def test_splits_are_disjoint_whatever_the_seed():
     assert len(set(first)) == 4000
     held_out = texts("heldout", 0, 1000) + texts("heldout", 2, 1000)
     assert not set(held_out) & set(first + texts("train", 1, 4000))
+
+
+def test_worked_solutions_stay(tmp_path):
+    """Those of GSM8K and MATH were lost on reading: a hint, or a reward, may want them."""
+    for row in (
+        {"question": "q", "answer": "so #### 2"},
+        {"problem": "q", "solution": "\\boxed{2}"},
+    ):
+        (write_lines(tmp_path / "x.jsonl", [row]),)
+        (problem,) = read_problems(tmp_path / "x.jsonl")
+        assert problem.gold == "2" and problem.other["solution"] == [*row.values()][1]
+
+
+def test_phrases_of_a_source_find_no_copies(tmp_path, printed, monkeypatch):
+    """Where all problems share eight words, every pair was compared."""
+    monkeypatch.chdir(tmp_path)
+    frame = "one two three four five six seven eight"
+    rows = [{"problem": f"{frame} {' '.join(f'w{i}-{j}' for j in range(20))}"} for i in range(20)]
+    write_lines("train.jsonl", [*rows, {"problem": f"{frame}!"}])
+    longer = [{"id": f"\x1b{i}", "problem": f"{row['problem']} end"} for i, row in enumerate(rows)]
+    write_lines("test.jsonl", [*longer, {"id": "same", "problem": f"{frame}?"}])
+    find_overlap(["train.jsonl", "test.jsonl"])
+    said = printed()
+    assert "1 runs of 8 words stand in more than 10 test" in said
+    assert "near: '\\x1b0' is 'train-1'" in said and "exact: 'same' is 'train-21'" in said
+    assert json.loads(said.splitlines()[-1]) == {"exact": 1, "near": 20}

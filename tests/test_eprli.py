@@ -13,12 +13,14 @@ from scipy import stats
 from eprli import (
     Buffer,
     Group,
+    LevelState,
     clipped_objective,
     diagnostics,
     group_advantage,
     kl_penalty,
     length_term,
     loss_weight,
+    next_level,
 )
 
 LOW, HIGH = 0.2, 0.28  # DAPO's clip bounds
@@ -313,3 +315,18 @@ def test_flat_groups_are_told_apart_in_all_codings(wrong):
     assert everything.pending == 4
     late = group(math.nan, math.nan)  # nan differs from nan, and teaches nothing
     assert [g.mixed for g in (*flat, late, group(1, wrong))] == [False] * 4 + [True]
+
+
+def test_levels_take_turns_whatever_becomes_of_their_updates():
+    """By updates that trained, a level whose updates are skipped was chosen again and again. An
+    update that met bad numbers is no skip: it ended a level as if it were too hard."""
+    level = SimpleNamespace(updates=9, tokens=None)
+    states = [LevelState(n, level, None, None, Buffer()) for n in (1, 2)]
+    turns = []
+    for number, trained in enumerate([False, True, False, True], 1):
+        state = next_level(states, "interleaved")
+        state.count(number, 10, trained, given_up=False)
+        turns.append(state.number)
+    assert turns == [1, 2, 1, 2] and [state.skips for state in states] == [2, 0]
+    states[0].count(5, 10, False, given_up=True)
+    assert states[0].skips == 0

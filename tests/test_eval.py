@@ -179,7 +179,7 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
 
 def test_an_infinite_reward_names_its_held_out_problem():
     endless = Score(math.inf, RIGHT, None, {"R_l": math.inf})
-    with raises(Stop, match="for problem p-7, inf"):
+    with raises(Stop, match="for problem 'p-7', inf"):
         policies.means_of_problem("p-7", [Attempt(Completion([1], [0.0], True), "", endless)])
 
 
@@ -191,7 +191,7 @@ def test_a_model_that_overflows_is_no_wrong_answer(own_folder, temperature):
     sampling = replace(TEN, temperature=temperature)
     work = evaluation_requests(0, policy.render(ADD), 2)
     (attempts,) = attempt(policy, Scorer(Config()), work, sampling)
-    with raises(Stop, match="problem a: the model's logits are not finite"):
+    with raises(Stop, match="problem 'a': the model's logits are not finite"):
         policies.means_of_problem("a", attempts)
 
 
@@ -552,7 +552,7 @@ def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, cap
     assert any("not measured, 2 of its rewards came too late" in line for line in printed)
     with raises(SystemExit, match="1"):
         run(f"{flags}:infinite --out b")
-    assert "--reward returned, for problem p-1, inf" in capsys.readouterr().err
+    assert "--reward returned, for problem 'p-1', inf" in capsys.readouterr().err
 
 
 def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
@@ -929,7 +929,7 @@ def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch,
     """A date of a data set ended the evaluation after all sampling, and again when repeated."""
     some = [Problem("p1", "1+1", "2", other={"when": date(2026, 1, 1)})]
     monkeypatch.setattr(data, "read_problems", lambda *_: some)
-    words = "p.jsonl, p1: --add-pass-rate cannot write it as JSON (TypeError"
+    words = "p.jsonl, 'p1': --add-pass-rate cannot write it as JSON (TypeError"
     refused(words, f"{SHORT} --data p.jsonl --add-pass-rate {tmp_path / 'g.jsonl'}")
 
 

@@ -101,7 +101,7 @@ def test_a_reward_that_is_never_finite_stops_the_run(run, tmp_path, capsys, metr
     assert run(f"--reward bad.py:{value}") == 1
     error = capsys.readouterr().err
     assert "3 updates in a row met numbers that are not finite" in error
-    assert f"--reward bad.py:{value} returned, for problem p" in error and f", {value}" in error
+    assert f"--reward bad.py:{value} returned, for problem 'p" in error and f", {value}" in error
     assert "no checkpoint was written before" in error and not checkpoints(tmp_path)
     assert metrics("update") == [1, 2, 3] and all(metrics("groups_broken"))
     assert metrics("grad_norm") == [None] * 3  # nothing was learned from them

@@ -342,7 +342,7 @@ def test_the_reference_is_the_base_and_takes_no_memory(workshop):
 DAMAGES = """
 base/model.safetensors = other | not a readable safetensors
 base another | model.safetensors is not what it was
-base renamed | not an adapter of
+base renamed | model.safetensors is missing
 base one more | model2.safetensors is not what it was
 base/config.json {"rope_theta": 500.0} | config.json is not what it was
 adapter/adapter_model.safetensors = torn | not an adapter of

@@ -541,9 +541,14 @@ def test_only_what_waits_for_sampling_waits_for_a_day(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    Ranks("cuda").gather(1)
+    assert Ranks("cuda").device.index == 0
+    monkeypatch.delenv("LOCAL_RANK")  # as SLURM leaves it: one node
+    made.clear()
+    two = Ranks("cuda")
+    assert two.device.index == 1
+    two.gather(1)
     (_, backend, gradients), (_, patient, messages), (_, _, gather) = made
     assert backend == ("cpu:gloo,cuda:nccl",) and gradients["timeout"].total_seconds() <= 3600
     assert messages == {"backend": "gloo", "timeout": ranks.PATIENCE} and not patient

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import launch
 import torch
 from conftest import column, lines, read, write_lines
-from launch import at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
+from launch import ROOT, at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file
 from test_train import level
@@ -29,6 +30,7 @@ import model
 from eprli import Buffer, LevelState
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
+from infra.ranks import Ranks
 from infra.setup import extend
 from parts import policy as policies
 from parts.files import Stop
@@ -713,6 +715,7 @@ def test_what_comes_from_the_hub_is_what_it_was(workshop, flags):
     rows = lines(workshop / "p.jsonl")
     rows[0]["image"] = Image()
     flags += " --model o/m --data o/d:train --eval-data o/d:test --reward math --filter all"
+    flags += " --max-new-tokens 100"  # some end earlier: K_l has something to weigh
     hub = partial(with_a_hub, workshop, "yesterday", rows)
     assert began(workshop, "hub whole", hub, flags) == 0
     assert began(workshop, "hub", partial(hub, kill=True), flags) == -SIGKILL
@@ -767,14 +770,55 @@ def test_without_a_checkpoint_the_logs_are_kept_beside(tmp_path):
     """Someone may have deleted checkpoints/ to free space: --resume emptied all that was left."""
     (tmp_path / "config.json").write_text("{}")
     directory = RunDirectory(tmp_path, SimpleNamespace(first=True))
-    for text in ("weeks", "minutes"):  # the second time the older ones stay
+    texts = {".before": "minutes", ".before1": "weeks", ".before2": "hours"}
+    for text in texts.values():  # the older ones stay, whatever their number
         for name in LOGS:
             (tmp_path / name).write_text(text)
         directory.cut_logs(None)
-        for name in LOGS:
-            path = tmp_path / name
-            assert path.with_suffix(".before.jsonl").read_text() == "weeks"
-            assert not path.exists() or not path.read_text()
+    for name in LOGS:
+        assert not (tmp_path / name).exists()
+        for suffix, text in texts.items():
+            assert (tmp_path / name).with_suffix(f"{suffix}.jsonl").read_text() == text
+
+
+def test_a_run_killed_before_its_first_checkpoint_needs_the_same_start(workshop):
+    """It would begin anew from other weights, without a word. What no run reads may change."""
+    copied(workshop, "toy", "origin")
+    killed(workshop, "early", "train.learn", 1, "--model origin --save-every 0")
+    (workshop / "origin/README.md").write_text("changed")
+    goes_on(workshop, "early")
+    killed(workshop, "early", "train.learn", 1, "--model origin --save-every 0")
+    flip(workshop / "origin/model.safetensors")
+    refused(workshop, "early", "model.safetensors is gone, or is not what it was")
+
+
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_its_name(workshop, monkeypatch):
+    """A power cut left an empty newest checkpoint, or a log shorter than state.json says."""
+    events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda d: events.append(os.readlink(f"/proc/self/fd/{d}")) or fsync(d)
+    )
+    monkeypatch.setattr(Path, "rename", lambda p, to: events.append(Path(to).name) or rename(p, to))
+    directory = RunDirectory(copied(workshop, "whole", "synced"), Ranks())
+    fill = lambda folder: (folder / "model").write_text(str(directory.log_sizes()))  # noqa: E731
+    directory.write_checkpoint("000009", fill)
+    forced = {Path(path).name for path in events[: events.index("000009")]}
+    assert {"model", "checksums.json", "checkpoint.part", *LOGS} <= forced
+
+
+def test_a_reader_that_goes_away_is_a_hang_up(workshop):
+    """`train.py ... | head`: it ended in BrokenPipeError, and nothing was saved. Under nohup it
+    goes on in silence. And what the terminal cannot spell ended it too."""
+    write_lines(workshop / "c.jsonl", [{"id": "漢", "problem": "漢", "answer": "1", "pass_rate": 0.5}])
+    words = f"{sys.executable} {ROOT / 'train.py'} {FLAGS} --eval-data c.jsonl --out piped"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    for nohup, code, saved in (("", 129, False), ("trap '' HUP;", 0, True)):
+        shutil.rmtree(workshop / "piped", ignore_errors=True)
+        script = f"{nohup} ({' '.join(words.split())}; echo $? > code) 2>&1 | grep -m1 'update 2'"
+        subprocess.run(["bash", "-c", script], cwd=workshop, env=environment)
+        assert (workshop / "code").read_text() == f"{code}\n"
+        *_, last = sorted((workshop / "piped/checkpoints").iterdir())
+        assert (last.name == f"{UPDATES:06d}") is saved
 
 
 @mark.parametrize("kl_coef, damage, code", [(0.1, flip, 2), (0, Path.unlink, 0)])

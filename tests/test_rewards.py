@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from data import Problem
 from infra.flags import Config
 from infra.ranks import Ranks
 from parts.files import Stop
+from parts.policy import Sampling, attempt
 from rewards import (
     CASE_SECONDS,
     ERROR,
@@ -416,7 +418,7 @@ def scorer(**flags):
 
 def scores(reward, responses="a", using=None, problem=Problem("p7", "1", "1")):  # noqa: B008
     using = using or scorer()
-    finish = using.begin(reward, problem, "", list(responses))
+    finish = using.begin(reward, problem, list(responses))
     return [score.outcome for score in finish()]
 
 
@@ -436,7 +438,7 @@ def test_a_function_of_another_form_is_refused_at_the_start(own, form):
 
 def test_the_parts_of_a_reward_are_weighed_by_its_file(own):
     using = scorer()
-    low, high = using.begin(own("parts"), Problem("p", "1", "1"), "", ["a", "bb"])()
+    low, high = using.begin(own("parts"), Problem("p", "1", "1"), ["a", "bb"])()
     assert (low.outcome, high.outcome) == (0.25, 1.25)
     assert (low.verdict, high.verdict) == (WRONG, RIGHT)
     assert high.values == {"R_l": 1.25, "part_right": 1.0, "part_form": 1.0, "late": 0.0}
@@ -454,12 +456,16 @@ def test_parts_that_add_up_to_1_are_right(own):
     assert outcome == 1.0
 
 
-def test_a_reward_sees_what_the_template_opened():
-    """A format reward that asks for <think>...</think> gave 0 to every completion."""
+def test_a_reward_sees_what_the_template_opened(toy_policy):
+    """A format reward that asks for <think>...</think> gave 0 to every completion; the page showed
+    an end of thoughts without their beginning."""
     seen = []
     reward = Reward("f", lambda problem, response: seen.append(response) or 1)
-    scorer().begin(reward, Problem("p", "1", "1"), "<think>", ["a</think>b"])()
-    assert seen == ["<think>a</think>b"]
+    prompt = replace(*toy_policy.render([Problem("p", "1", "1")]), opening="<think>")
+    work = [(prompt, [stream_key(1, 0)], reward)]
+    ((one,),) = attempt(toy_policy, scorer(), work, Sampling(3, 1.0, 8))
+    assert seen == [one.text] and one.text.startswith("<think>")
+    assert not writes_steps("<think>\\boxed{1}")
 
 
 def test_scores_that_are_made_one_by_one_have_the_clock_too():
@@ -470,7 +476,7 @@ def test_scores_that_are_made_one_by_one_have_the_clock_too():
 
     reward = Reward("f", lazy, lists=True)
     assert scores(reward, "a") == [1]
-    finish = scorer(reward_timeout=0.1).begin(reward, Problem("p", "1", "1"), "", ["a", "b"])
+    finish = scorer(reward_timeout=0.1).begin(reward, Problem("p", "1", "1"), ["a", "b"])
     assert [score.verdict for score in finish()] == [LATE, LATE]
 
 
@@ -485,7 +491,7 @@ leaves      | SystemExit: no
 @mark.parametrize("name, words", table(FAILURES))
 def test_what_a_reward_does_wrong_is_said_with_its_problem(own, name, words):
     """A number too few would shift all rewards behind it to other completions."""
-    with raises(Stop, match="own.py:" + name + ", problem p7: ") as caught:
+    with raises(Stop, match="own.py:" + name + ", problem 'p7': ") as caught:
         scores(own(name), "ab")
     assert words in str(caught.value)
 
@@ -504,7 +510,7 @@ def test_the_verifier_may_stand_beside_it():
     """It gives a hacked reward away: R_l says right, and the box is wrong."""
     using, problem = scorer(), Problem("p", "1", "4")
     reward = Reward("f", lambda problem, response: 1)
-    done = using.begin(reward, problem, "", [r"\\boxed{4}", r"\\boxed{5}"], verifier_too=True)
+    done = using.begin(reward, problem, [r"\\boxed{4}", r"\\boxed{5}"], verifier_too=True)
     good, bad = done()
     assert good.values == {"R_l": 1.0, "late": 0.0, "math": 1.0} and bad.values["math"] == 0.0
     assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
@@ -597,8 +603,8 @@ def test_a_call_over_its_time_breaks_its_group_alone(function):
     for ever would be missing."""
     awaited = asyncio.iscoroutinefunction(function)
     using = scorer(reward_timeout=0.2, reward_workers=1)
-    slow = using.begin(Reward("f", function, awaited=awaited), Problem("p", "1", "1"), "", "a")
-    good = using.begin(Reward("g", lambda *_: 2), Problem("q", "1", "1"), "", ["b"])
+    slow = using.begin(Reward("f", function, awaited=awaited), Problem("p", "1", "1"), "a")
+    good = using.begin(Reward("g", lambda *_: 2), Problem("q", "1", "1"), ["b"])
     start = time.monotonic()
     (late,), (on_time,) = slow(), good()
     assert time.monotonic() - start < 0.9
@@ -612,7 +618,7 @@ def test_calls_that_hang_end_the_run(monkeypatch):
     using, end = scorer(reward_timeout=0.1), threading.Event()
     hanging = Reward("f", lambda problem, response: end.wait(20))
     scores(hanging, "aaa", using)
-    with raises(Stop, match="3 calls of --reward go on after .* the last of problem p7"):
+    with raises(Stop, match="3 calls of --reward go on after .* the last of problem 'p7'"):
         scores(hanging, "a", using)
     end.set()
     time.sleep(0.2)
@@ -663,7 +669,7 @@ def test_a_call_is_tried_so_many_times_and_no_more(monkeypatch):
         tried.append(1)
         raise Overloaded
 
-    with raises(Stop, match="problem p7: Overloaded"):
+    with raises(Stop, match="problem 'p7': Overloaded"):
         scores(Reward("f", reward), "a", scorer(reward_retry=["Overloaded"], reward_tries=4))
     assert len(tried) == 4
 
@@ -720,7 +726,7 @@ def test_what_is_dropped_is_not_called():
     """After Ctrl-C a judge that costs money must not go on with the rest of the draw."""
     called, using, free = [], scorer(reward_workers=1), threading.Event()
     reward = Reward("f", lambda problem, response: called.append(response) or free.wait(5))
-    using.begin(reward, Problem("p", "1", "1"), "", list("abc"))
+    using.begin(reward, Problem("p", "1", "1"), list("abc"))
     while not called:
         time.sleep(0.01)
     using.calls.drop()
@@ -746,3 +752,18 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert result.pop("seconds") > 0
     counts = {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1}
     assert result == {**counts, "timeouts": 0, "errors": 0}
+
+
+def test_a_coroutine_that_is_late_is_cancelled():
+    """It would go on, and cost."""
+    ended = []
+
+    async def reward(problem, response):
+        try:
+            await asyncio.sleep(20)
+        finally:
+            ended.append(problem["id"])
+
+    assert np.isnan(scores(Reward("f", reward, awaited=True), "a", scorer(reward_timeout=0.05)))
+    time.sleep(0.2)
+    assert ended == ["p7"]

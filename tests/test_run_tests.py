@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pytest import fixture, mark, raises
 
-from data import only_gradable, overlap, read_problems
+from data import only_gradable, read_problems
 from experiments.programs import generate, is_good
 from rewards import import_file
+from tools.overlap import overlap
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FILE = ASSETS / "run_tests.py"
