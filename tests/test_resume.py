@@ -809,7 +809,8 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_its_name(workshop, mo
 def test_a_reader_that_goes_away_is_a_hang_up(workshop):
     """`train.py ... | head`: it ended in BrokenPipeError, and nothing was saved. Under nohup it
     goes on in silence. And what the terminal cannot spell ended it too."""
-    write_lines(workshop / "c.jsonl", [{"id": "漢", "problem": "漢", "answer": "1", "pass_rate": 0.5}])
+    row = {"id": "漢", "problem": "漢", "answer": "1", "pass_rate": 0.5}
+    write_lines(workshop / "c.jsonl", [row])
     words = f"{sys.executable} {ROOT / 'train.py'} {FLAGS} --eval-data c.jsonl --out piped"
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
     for nohup, code, saved in (("", 129, False), ("trap '' HUP;", 0, True)):
