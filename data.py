@@ -268,10 +268,6 @@ def parse_example(record, _):
 
 # ----------------------------------------------------------------------------------------- levels
 
-# Of --online: groups of a bin that count; share of the mean weight that is added to every bin, so
-# that 10 % of the draws are spread evenly
-NEWEST, EVEN = 32, 1 / 9
-
 
 def difficulty(problem, kind):
     """By kind: "pass_rate": 1 - pass rate, in [0, 1]; "level": as declared. None: unknown."""
@@ -345,42 +341,3 @@ class Order:
             chosen += some
             self.drawn += len(some)
         return chosen
-
-
-class Bins:
-    """The order of --online, a control that the paper does not have: levels that choose themselves,
-    without a measurement. The problems of each declared level are a bin, which has an Order. A bin
-    is drawn with a weight that follows the share of its newest groups whose outcomes differed,
-    divided by the tokens that they took; a tenth is spread evenly. A bin that was not drawn yet has
-    only its part of this tenth, so it may wait for long. SEC (arXiv 2505.14970) weighs bins by what
-    they teach too, but not by what that costs. `drawn` is all its state: [level, whether outcomes
-    differed, tokens] of each group.
-    """
-
-    def __init__(self, prompts, seed):
-        self.prompts, self.seed, self.drawn = prompts, seed, []
-        self.bins = defaultdict(list)
-        for prompt in prompts:
-            self.bins[prompt.problem.level].append(prompt)
-
-    def draw(self, count):
-        """-> the next prompts"""
-        values, prompts = [], []
-        for level in self.bins:
-            newest = [row for row in self.drawn if row[0] == level][-NEWEST:]
-            mixed, tokens = sum(row[1] for row in newest), sum(row[2] for row in newest)
-            values.append(mixed / (1 + tokens))
-        even = EVEN * sum(values) / len(values) or 1
-        weights = [even + value for value in values]
-        rng = random.Random(f"{self.seed}/{len(self.drawn)}")
-        for level in rng.choices([*self.bins], weights, k=count):
-            order = Order(self.bins[level], f"{self.seed}/{level}")
-            order.drawn = sum(row[0] == level for row in self.drawn)
-            prompts += order.draw(1)
-            self.drawn = [*self.drawn, [level, False, 0]]
-        return prompts
-
-    def note(self, groups):
-        """Take note of the groups of the last draw."""
-        for row, group in zip(self.drawn[-len(groups) :], groups):
-            row[1:] = group.mixed, sum(len(c.tokens) for c in group.completions)

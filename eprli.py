@@ -56,7 +56,7 @@ Shapes: P groups, G completions per group, B completions, T tokens.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -333,14 +333,13 @@ class LevelState:
 
     number: int  # from 1
     level: Level
-    order: object  # data.Order of its prompts; with --online data.Bins
+    order: object  # data.Order of its prompts
     reward: object  # R_l, see rewards.Reward
     buffer: Buffer
     num_trained: int = 0  # updates of this level that changed the policy
     tokens_sampled: int = 0  # in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
-    extended_after: list = field(default_factory=list)  # M_l before each --resume --updates
 
     @property
     def progress(self):
@@ -351,22 +350,6 @@ class LevelState:
             if budget is not None:
                 shares.append(min(1, used / budget) if budget else 1)
         return max(shares)
-
-    @property
-    def lr_position(self):
-        """(num_trained, progress, extended) for `learning_rate`.
-
-        Where --resume --updates has extended a budget, progress begins anew at the end of the old
-        budget.
-        """
-        if not self.extended_after:
-            return self.num_trained, self.progress, False
-        begin = 0
-        for end in (*self.extended_after, self.level.updates):
-            if self.num_trained < end:
-                break
-            begin = end
-        return self.num_trained, (self.num_trained - begin) / (end - begin), begin > 0
 
     @property
     def over(self):
@@ -397,15 +380,13 @@ def next_level(states, schedule):
     return left[0] if left else None
 
 
-def learning_rate(cfg, num_trained, progress, extended=False):
+def learning_rate(cfg, num_trained, progress):
     """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
     num_trained  updates of the level that changed the policy so far
     progress     share of the level's budget that is used up, in [0, 1)
-    extended     whether it is in updates that --resume --updates has added: they have no warm-up
     """
-    warm_up = 1.0 if extended else min(1.0, (num_trained + 1) / max(cfg.warmup, 1))
-    rate = cfg.lr * warm_up
+    rate = cfg.lr * min(1.0, (num_trained + 1) / max(cfg.warmup, 1))
     if cfg.lr_decay == "none":
         return rate
     if cfg.lr_decay == "linear":

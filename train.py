@@ -63,7 +63,7 @@ def train(run):
             return
         level, buffer = state.level, state.buffer
         # pi_old <- pi: completions keep the log-probs under which they are sampled
-        update = run.start_update(state, learning_rate(cfg, *state.lr_position))
+        update = run.start_update(state, learning_rate(cfg, state.num_trained, state.progress))
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
@@ -131,8 +131,6 @@ def draw(run, state, update):
     # the results of all processes, in order, on each; if one process fails, all raise
     scored = run.ranks.share_out(work, sample_and_score)
     attempts, groups = zip(*scored)
-    if cfg.online:
-        order.note(groups)
     update.add_draw(prompts, attempts, groups)
     return groups
 

@@ -60,7 +60,6 @@ for base in BASES:
     bases[f"{base}: ladder"] = f"{ladder} {measured}"
     bases[f"{base}: easy only"] = f"{TWO} --tokens {BUDGET} 0 {measured}"
     bases[f"{base}: hard only"] = f"{TWO} --tokens 0 {BUDGET} {measured}"
-    bases[f"{base}: online"] = f"--online --tokens {BUDGET} {DECLARED} {own}"
     if base in ("1 %", "8 %"):  # what the mix gains by leaving out what is always solved
         bases[f"{base}: all problems"] = f"--tokens {BUDGET} {DECLARED} {own}"
 

@@ -103,7 +103,8 @@ def missing(name, chosen, seeds):
             if there.get((arm, seed), command) != command:
                 sys.exit(f"{name}, {arm}, seed {seed}: was another run, {there[arm, seed]}")
             wanted = (not chosen or arm in chosen) and (arm, seed) not in there
-            if wanted and "--target-pass-rate" not in flags:  # a flag that is gone
+            gone = "--target-pass-rate", "--online"  # flags
+            if wanted and not any(flag in flags for flag in gone):
                 tasks.append((name, arm, seed, command))
     return tasks
 

@@ -54,15 +54,6 @@ class RunDirectory:
         except OSError as error:
             raise Stop(f"{path} cannot be written ({error}); {self.advice()}") from None
 
-    def replace_config(self, config):
-        """Write config.json anew, and lock it.  Raises ValueError if another process has it."""
-        part, path = self.out / "config.part", self.out / "config.json"
-        part.write_text(json.dumps(config, indent=1))
-        force_to_disk(part)
-        part.rename(path)
-        force_to_disk(self.out)
-        self.lock = lock(path)
-
     def log_sizes(self):
         """Bytes of every log, once they are on the disk."""
         sizes = {}

@@ -54,8 +54,7 @@ class Files:
     )
     out: str | None = flag("run directory to create; default runs/<date-time> [ours]")
     resume: str | None = flag(
-        "run directory to go on with, whatever ended it, with the flags it was started with; "
-        "--updates may give its last level more [ours]"
+        "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
     )
     save_every: int = flag("updates between checkpoints; 0: only at the end [ours]", 10)
     keep_checkpoints: int = flag("newest checkpoints to keep; older ones are deleted [ours]", 2)
@@ -88,11 +87,6 @@ class Levels:
     )
     schedule: Literal["sequential", "interleaved"] = flag(
         "levels one after the other, or taking turns [paper]", "sequential"
-    )
-    online: bool = flag(
-        "draw more often from those declared levels whose groups are mixed for the fewest tokens, "
-        "see data.Bins; a control, not the paper's method [ours]",
-        False,
     )
     group_size: list[int] = flag("G_l, completions per prompt [paper]", [16])
     prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]")
@@ -301,10 +295,10 @@ class Config(Files, Memory, Prompting, SamplingFlags, Scoring, Optimizer, Object
 
 RESULT_SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags  # that the result depends on
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
-# With --resume. No result depends on them, but for --updates, which extends the last level.
+# With --resume. No result depends on them.
 MAY_CHANGE = (
     "device slots micro_batch_tokens recompute fsdp offload save_every keep_checkpoints "
-    "keep_completions tracker updates reward_workers reward_retry reward_tries"
+    "keep_completions tracker reward_workers reward_retry reward_tries"
 )
 RULES = (
     (
@@ -394,12 +388,6 @@ def as_started(given):
                 f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
                 f"from a checkpoint (--model {run}/checkpoints/...)"
             )
-    count = len(config["levels"])
-    if len(given.get("updates", config["levels"])) != count:
-        raise ValueError(
-            f"--updates: with --resume it extends the last level of {run}, and needs a value for "
-            f"each of the {count}"
-        )
     return flags | {"out": run}, config
 
 

@@ -84,11 +84,9 @@ def resume_run(cfg, config, ranks):
      5. Choose the kernels that the run began with, and say what else differs on this machine.
      6. Read data and policy as a new run does. The problems must be unchanged.
      7. Take up the state: counters, waiting groups, order of problems, optimizer.
-     8. Extend the last level, if --updates is larger.
-     9. Cut the logs back to what they were at the checkpoint.
-    10. Write config.json anew, if 8. changed it.
+     8. Cut the logs back to what they were at the checkpoint.
 
-    What refuses to go on leaves the logs as they are: 9. checks all before it cuts one.
+    What refuses to go on leaves the logs as they are: 8. checks all before it cuts one.
 
     config  its config.json
     Raises ValueError or OSError, on all processes.
@@ -107,10 +105,7 @@ def resume_run(cfg, config, ranks):
     cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
-    extended = extend(run, config)
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
-    if extended != config:
-        ranks.from_first(lambda: directory.replace_config(extended))
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
@@ -121,27 +116,6 @@ def read_inputs(cfg, model, ranks):
     read = ranks.from_first(lambda: read_data(cfg))
     ranks.on_all(lambda: must_hold(cfg, load_policy(cfg, model, "meta").model, ranks))
     return ranks.on_all(lambda: load_inputs(cfg, model, ranks.device, read))
-
-
-def extend(run, config):
-    """Give the last level of a resumed run its larger --updates.
-
-    config  its config.json, as it was -> as it is from now on.  Raises ValueError
-    """
-    last = run.levels[-1]
-    last.extended_after = config.get("extended_after", [])
-    before = [level["updates"] for level in config["levels"]]
-    now = [state.level.updates for state in run.levels]
-    if now == before:
-        return config
-    if run.cfg.tokens or now[:-1] != before[:-1] or now < before or last.over:
-        raise ValueError(
-            f"--updates {now}: with --resume it extends the last level, which must not have ended "
-            f"early, or by --tokens; {run.directory.out} has {before}"
-        )
-    last.extended_after = [*last.extended_after, before[-1]]
-    levels = [asdict(state.level) for state in run.levels]
-    return config | {"updates": now, "levels": levels, "extended_after": last.extended_after}
 
 
 def make_run(cfg, directory, ranks, levels, held_out, policy):

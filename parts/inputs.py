@@ -69,9 +69,9 @@ def read_data(cfg):
             data.only_gradable(path, some)  # says which; in evaluation they stay
         read[f"--eval-data {name}"] = digest(some)
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
-    if (cfg.online or cfg.difficulty == "level") and all(p.level is None for p in train_set):
+    if cfg.difficulty == "level" and all(p.level is None for p in train_set):
         raise ValueError(
-            f"--difficulty level, --online: no problem of {cfg.data} has a level that is a number: "
+            f"--difficulty level: no problem of {cfg.data} has a level that is a number: "
             "name its column (--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
         )
     facts = {
@@ -136,7 +136,7 @@ def make_levels(cfg, levels, train_set, policy):
                 )
             prompts = fitting(policy, problems)
             too_long += len(problems) - len(prompts)
-        order = (data.Bins if cfg.online else data.Order)(prompts, f"{cfg.seed}/{number}")
+        order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(keep_flat=cfg.filter == "all")
         states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(

@@ -160,7 +160,7 @@ FLAGS = """
 --data none.jsonl[:5] | none.jsonl: cannot be read as UTF-8 text
 --eval-data good.jsonl[5:2] | good.jsonl[5:2]: nothing in it
 --columns problem=a answer=b | good.jsonl, line 1: no column a (has: problem, answer, pass_rate)
---difficulty level --quality 1 | --difficulty level, --online: no problem of good.jsonl has a level
+--difficulty level --quality 1 | --difficulty level: no problem of good.jsonl has a level
 --template none.jinja | --template none.jinja: cannot be read as a chat template
 --template taken | --template taken: cannot be read as a chat template
 --template file | the chat template makes an empty prompt

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import sys
-from collections import Counter
 from datetime import date
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -409,61 +408,6 @@ def test_the_order_is_seeded_and_covers_every_epoch(sizes):
     assert all(sorted(drawn[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
     assert drawn[:10] != drawn[10:20] and drawn != other.draw(35)
     assert drawn[:10] == [3, 6, 0, 5, 1, 2, 7, 8, 9, 4]  # what runs of earlier versions drew
-
-
-def a_bin(level, size=5):
-    return [
-        SimpleNamespace(problem=Problem(f"{level}/{i}", "", "0", level=level)) for i in range(size)
-    ]
-
-
-def teach(bins, mixed, tokens, draws=40, count=8):
-    """Draw again and again; what comes of a group is as its level says. -> levels drawn"""
-    drawn = []
-    for _ in range(draws):
-        levels = [prompt.problem.level for prompt in bins.draw(count)]
-        groups = []
-        for level in levels:
-            completion = SimpleNamespace(tokens=[0] * tokens[level])
-            groups.append(SimpleNamespace(mixed=mixed[level], completions=[completion] * 2))
-        bins.note(groups)
-        drawn += levels
-    return drawn
-
-
-def test_bins_are_drawn_by_what_they_teach_for_a_token():
-    """Shares alone would prefer no bin of 1 and 2, whose groups are all mixed; a bin that never
-    teaches keeps its part of the tenth, or its first success would never be seen."""
-    bins = data.Bins([p for level in (1, 2, 3) for p in a_bin(level)], "0")
-    drawn = teach(bins, {1: True, 2: True, 3: False}, {1: 10, 2: 30, 3: 10})
-    weights = Counter(drawn[100:])
-    share = {level: weights[level] / len(drawn[100:]) for level in (1, 2, 3)}
-    assert share[1] == approx(0.9 * 3 / 4 + 0.1 / 3, abs=0.08)
-    assert share[2] == approx(0.9 / 4 + 0.1 / 3, abs=0.08)
-    assert 0 < share[3] < 0.1
-    later = teach(bins, {1: False, 2: False, 3: True}, {1: 10, 2: 10, 3: 10}, draws=60)
-    assert Counter(later[-160:])[3] > 120  # old groups are forgotten
-
-
-def test_bins_begin_even_and_go_through_their_prompts_in_epochs():
-    bins = data.Bins([*a_bin(1), *a_bin(None)], "0")  # some have no level
-    first = [p.problem for p in bins.draw(400) + bins.draw(400)]
-    assert abs(Counter(p.level for p in first)[None] - 400) < 60
-    ids = [p.id for p in first if p.level is None]
-    assert all(len(set(ids[i : i + 5])) == 5 for i in range(0, len(ids) - 5, 5))
-
-
-def test_all_state_of_bins_is_what_was_drawn():
-    """A run that is resumed, or takes an update back, sets it alone."""
-    mixed, tokens = {1: True, 2: False}, {1: 9, 2: 9}
-    bins, other = (data.Bins([*a_bin(1), *a_bin(2)], "0") for _ in range(2))
-    teach(bins, mixed, tokens)
-    before = bins.drawn
-    other.drawn = json.loads(json.dumps(before))
-    expected = teach(bins, mixed, tokens)
-    assert teach(other, mixed, tokens) == expected
-    bins.drawn = before
-    assert teach(bins, mixed, tokens) == expected
 
 
 # ---------------------------------------------------------------------------------------- prompts

@@ -2,7 +2,6 @@
 
 import fcntl
 import itertools
-import json
 import os
 import random
 import re
@@ -19,19 +18,16 @@ from types import SimpleNamespace
 
 import launch
 import torch
-from conftest import column, lines, read, write_lines
+from conftest import lines, read, write_lines
 from launch import ROOT, at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
-from pytest import approx, fixture, mark, raises
+from pytest import fixture, mark, raises
 from safetensors.torch import load_file
-from test_train import level
 from transformers import AutoModelForCausalLM
 
 import model
-from eprli import Buffer, LevelState
 from infra import run
 from infra.directory import LOGS, RunDirectory, create
 from infra.ranks import Ranks
-from infra.setup import extend
 from parts import policy as policies
 from parts.files import Stop
 
@@ -208,18 +204,13 @@ def test_what_a_kill_leaves_half_written_is_cut_off(workshop):
         "--eval-data p.jsonl q.jsonl --eval-samples 2",
         "--lora-rank 2 --kl-coef 0.1",
         "--lora-rank 2 --dtype bfloat16 --save-every 0",
-        "--online",
     ],
 )
 def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     """float32 masters, no checkpoint, the starting policy of the KL term, a stale surplus, several
-    held-out files, factors that are drawn anew, what bins have taught."""
+    held-out files, factors that are drawn anew."""
     shutil.copy(workshop / "p.jsonl", workshop / "q.jsonl")
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
-    if flags == "--online":  # a group that was drawn and not learned of has no tokens
-        *_, last = sorted((workshop / "settled/checkpoints").iterdir())
-        drawn = json.loads((last / "state.json").read_text())["levels"][0]["drawn"]
-        assert len(drawn) > 5 and all(tokens > 0 for _, _, tokens in drawn)
     killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
     ends_the_same(workshop, "killed", "settled")
 
@@ -519,111 +510,6 @@ def test_the_size_of_checkpoints_is_said_before_the_run_begins(workshop):
     size = sum(p.numel() for p in model.Transformer.from_pretrained(workshop / "toy").parameters())
     assert f"every --save-every 2 updates, takes {14 * size / 1e9:.3f} GB" in said(workshop)
     assert f"being written, {4 * 14 * size / 1e9:.3f} GB" in said(workshop)
-
-
-# -------------------------------------------------------------------------------------- extension
-
-LONGER = "--updates 4 6"
-SEQUENTIAL = "--schedule sequential --quality 0.8 1.0"
-
-
-@fixture(scope="module")
-def extended(workshop):
-    """A run of two levels, four updates each, whose last level was given two more."""
-    assert began(workshop, "longer", flags=SEQUENTIAL) == 0, said(workshop)
-    copied(workshop, "longer", "not longer")
-    goes_on(workshop, "longer", LONGER)
-    return workshop
-
-
-def test_more_updates_extend_the_last_level(extended):
-    """By hand: 0.01, of level 1 with two updates of warm-up, falls to 0 over four updates; and then
-    anew over the two that were added, without a warm-up. What was there stays as it is."""
-    before, rows = (
-        without_time(extended / name / "metrics.jsonl") for name in ("not longer", "longer")
-    )
-    level = [0.005, 0.0075, 0.005, 0.0025]
-    assert column(rows, "lr") == approx([*level, *level, 0.01, 0.005])
-    assert rows[:8] == before
-    drawn = lines(extended / "longer/completions.jsonl")
-    again = {row["text"] for row in drawn if row["update"] > 8}
-    assert not again <= {row["text"] for row in drawn if row["update"] <= 8}  # other random numbers
-    old, new = (read(extended / f"{name}longer/config.json") for name in ("not ", ""))
-    changed = {name for name in new if new[name] != old.get(name)}
-    assert changed == {"updates", "levels", "extended_after"}
-    assert (new["updates"], new["extended_after"]) == ([4, 6], [4])
-    assert column(new["levels"], "updates") == [4, 6]
-
-
-@mark.parametrize("step", [3, 7])
-def test_a_kill_changes_nothing_in_what_was_added(extended, step):
-    """It is resumed without the flag: config.json has it."""
-    out, kill = f"added{step}", at("parts.optimizer.Learner.step", step, die)
-    copied(extended, "not longer", out)
-    assert resumed(extended, out, LONGER, kill) == -SIGKILL
-    goes_on(extended, out)
-    assert_the_same(extended, out, "longer", last=10)
-
-
-def test_a_run_that_is_under_way_is_extended_too(extended):
-    """Its rates are those of one that was extended at its end. (Groups that wait are not dropped in
-    between: the level goes on.)"""
-    killed(extended, "early", "train.learn", 7, SEQUENTIAL)
-    goes_on(extended, "early", LONGER)
-    rows, others = (without_time(extended / out / "metrics.jsonl") for out in ("early", "longer"))
-    assert column(rows, "lr") == column(others, "lr")
-
-
-def test_a_second_extension_leaves_the_first_as_it_is(extended):
-    """The rate of an update that a first extension added jumped where a second one came early."""
-    copied(extended, "not longer", "twice longer")
-    kill = at("parts.optimizer.Learner.step", 5, die)
-    assert resumed(extended, "twice longer", f"{LONGER} --save-every 1", kill) == -SIGKILL
-    goes_on(extended, "twice longer", "--updates 4 8")
-    rates = column(without_time(extended / "twice longer/metrics.jsonl"), "lr")
-    assert rates[8:] == approx([0.01, 0.005] * 2)
-
-
-@mark.parametrize(
-    "updates, message",
-    [
-        ("4 3", "with --resume it extends the last level"),
-        ("5 9", "with --resume it extends the last level"),
-        ("9", "with --resume it extends the last level"),
-        ("4 4 9", "and needs a value for each of the 2"),
-    ],
-)
-def test_only_the_last_level_can_be_extended(extended, updates, message):
-    before = (extended / "not longer/config.json").read_bytes()
-    refused(extended, "not longer", message, f"--updates {updates}")
-    goes_on(extended, "not longer", "--updates 4 4")  # nothing changes
-    assert (extended / "not longer/config.json").read_bytes() == before
-
-
-def test_an_extension_that_is_refused_cuts_no_log(extended):
-    """Without a checkpoint all lines were lost."""
-    killed(extended, "refused", "train.learn", 5, f"{SEQUENTIAL} --save-every 0")
-    before = [(extended / "refused" / name).read_bytes() for name in LOGS]
-    refused(extended, "refused", "it extends the last level", "--updates 4 3")
-    assert [(extended / "refused" / name).read_bytes() for name in LOGS] == before
-
-
-def test_an_extension_leaves_the_config_that_it_was_given():
-    """The list in it grew, so that the old config was the new one."""
-    state = LevelState(1, level(updates=9), None, None, Buffer())
-    longer = SimpleNamespace(levels=[state], cfg=SimpleNamespace(tokens=None))
-    config = {"levels": [{"updates": 4}], "extended_after": [2]}
-    assert extend(longer, config)["extended_after"] == state.extended_after == [2, 4]
-    assert config["extended_after"] == [2]
-
-
-def test_a_refused_extension_is_not_written_down(extended):
-    """config.json had the larger budget, though a log had lost lines."""
-    out = copied(extended, "longer", "lost")
-    truncate(out / "metrics.jsonl")
-    before = (out / "config.json").read_bytes()
-    refused(extended, "lost", "lines were lost", "--updates 4 9")
-    assert (out / "config.json").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------- refusals
