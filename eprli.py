@@ -83,7 +83,7 @@ class Level:
     - by the sampler, and by the length rewards `overlong` and `cosine`;
     - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --like,
       unless --eval-max-new-tokens is given. Pass rates should be measured with it too;
-    - by --plan and the default --slots, to calculate memory;
+    - by the default --slots;
     - as the divisor of the loss norm `constant`; Len_l / 5 is the default of overlong_cache.
     """
 

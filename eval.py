@@ -27,8 +27,8 @@ from tqdm import tqdm
 import data
 from data import flag
 from eprli import QUALITY
-from infra import memory
 from infra.directory import checkpoints, create, damage, lock
+from infra.fit import Fit
 from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, set_up_output
 from parts import lora, papers
@@ -196,12 +196,6 @@ def read_data(args):
     return files
 
 
-def must_hold(args, device):
-    """Raise ValueError if the weights do not fit, before they are read."""
-    held = {"weights": memory.nbytes(Policy.load(args.model, args.dtype, "meta", args).model)}
-    memory.must_fit("of its device", held, device, args.dtype)
-
-
 def load_inputs(args, device, files):
     """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
     policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
@@ -209,20 +203,6 @@ def load_inputs(args, device, files):
         prompts[path] = policy.render(problems)
         policy.show(path, prompts[path], args.max_new_tokens)
     return policy, prompts
-
-
-def choose_slots(args, policy, files, ranks):
-    """The most completions at once that fit the free memory. Raises ValueError if not even a few"""
-    prompts = [len(prompt.tokens) for prompts in files.values() for prompt in prompts]
-    longest, number = max(prompts) + args.max_new_tokens, len(prompts) * args.samples
-    held = memory.nbytes(policy.model)
-    free = min(ranks.gather(memory.free_bytes(ranks.device))) + held
-
-    def needed(slots):
-        parts = memory.sampling_bytes(args.device, policy.model, min(slots, number), longest)
-        return held + memory.TAKEN[args.device] * memory.total(parts)
-
-    return memory.most_that_fits("--slots", memory.SLOTS, needed, free)
 
 
 def open_folder(args, policy, files):
@@ -267,8 +247,8 @@ def sample_rest(args, policy, files, log, ranks):
     Each process takes a share of a block; the first one writes, in the order of problems.
     """
     scorer, reward = Scorer(args), load_reward(args.reward)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.slots, args.top_k, args.top_p)
-    work = []  # ((file, problem id, name of its level), request)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    fit, work = Fit(args, policy.model), []  # ((file, problem id, name of its level), request)
     for path, prompts in files.items():
         levels = data.level_names([p.problem for p in prompts], args.quality)
         for request in evaluation_requests(args.seed, prompts, args.samples, reward, args.purpose):
@@ -282,6 +262,7 @@ def sample_rest(args, policy, files, log, ranks):
             scorer,
             asked,
             sampling,
+            fit,
             verifier_too=bool(args.reward_held_out),
             show_progress=ranks.first,
         )
@@ -292,8 +273,8 @@ def sample_rest(args, policy, files, log, ranks):
         return rows
 
     done = ranks.from_first(lambda: finished(log, args.samples))
-    print(f"{log}: {done} problems are done, {len(work) - done} are left; --slots {args.slots}")
-    size = max(1, 2 * args.slots // args.samples) * ranks.size  # problems between two writes
+    print(f"{log}: {done} problems are done, {len(work) - done} are left")
+    size = max(1, 2 * fit.most_slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
         rows = ranks.share_out(work[start : start + size], sample_share)
         ranks.from_first(lambda rows=rows: write_records(log, rows, "a"))
@@ -395,10 +376,7 @@ def main(arguments=None):
                     raise ValueError(f"--merge: {args.model} is no adapter")
                 return print(json.dumps(lora.merge(policy, args.merge)))
             files = ranks.from_first(lambda: read_data(args))
-            # All processes, before one of them has taken memory.
-            ranks.on_all(lambda: must_hold(args, ranks.device))
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
-            args.slots = args.slots or choose_slots(args, policy, files, ranks)
             out = ranks.from_first(lambda: open_folder(args, policy, files))
             locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -416,9 +394,7 @@ def main(arguments=None):
             words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
             parser.exit(130, words if ranks.first else None)
         except torch.OutOfMemoryError:
-            refuse(
-                parser, f"out of memory: lower --slots {args.slots}; with --out {out} it goes on"
-            )
+            refuse(parser, f"out of memory; with --out {out} it goes on")
 
 
 if __name__ == "__main__":

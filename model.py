@@ -474,8 +474,7 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Read a Hugging Face folder (config.json; model.safetensors, or its shards).
 
-        Raises ValueError that names what does not fit. On device "meta" the model has shapes alone,
-        and only config.json is read.
+        Raises ValueError that names what does not fit.
         """
         path = Path(path)
         if not (path / "config.json").is_file():
@@ -490,8 +489,6 @@ class Transformer(nn.Module):
         # As it stands there: transformers gives a Llama whose config names no end token 2.
         named = json.loads((path / "config.json").read_text())
         model.config.eos_token_id = named.get("eos_token_id")
-        if device == "meta":
-            return model.to(dtype)
         tensors = read_tensors(path)
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
             tie_head(path, tensors)

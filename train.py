@@ -111,7 +111,7 @@ def draw(run, state, update):
             for g in range(level.group_size)
         ]
         work.append((prompt, keys, state.reward))
-    sampling = Sampling(level.max_new_tokens, cfg.temperature, cfg.slots)
+    sampling = Sampling(level.max_new_tokens, cfg.temperature)
 
     def sample_and_score(share):
         # -> a list of parts.policy.Attempt for each prompt; a group is scored once it is sampled
@@ -120,6 +120,7 @@ def draw(run, state, update):
             run.scorer,
             share,
             sampling,
+            run.fit,
             show_progress=run.ranks.first,
             seconds=update.seconds,
         )
@@ -230,7 +231,7 @@ def accumulate_gradient(run, level, minibatch):
     """Add the gradient of -J_l over the samples of one optimizer step.
 
     The step's sum is divided once, by counts of the whole step. So how the learner cuts it into
-    micro-batches, over processes and threads, changes nothing but rounding.
+    micro-batches, and over processes, changes nothing but rounding.
 
     -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """
@@ -240,7 +241,7 @@ def accumulate_gradient(run, level, minibatch):
         return objective(run, level, model, micro, counts)
 
     # (-J).backward() for each micro-batch; -> what each logged, of all processes
-    logs = run.learner.add_gradients(minibatch, objective_of, run.cfg.micro_batch_tokens)
+    logs = run.learner.add_gradients(minibatch, objective_of, run.fit)
     sums = {name: sum(logged[name] for logged in logs) for name in SUMS}
     peaks = {name: max(logged[name] for logged in logs) for name in PEAKS}
     return sums, peaks
@@ -286,7 +287,7 @@ def evaluate(run):
     cfg, ranks = run.cfg, run.ranks
     run.doing = "evaluating"
     longest = max(state.level.max_new_tokens for state in run.levels)
-    sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature, cfg.slots)
+    sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature)
 
     def sample_and_score(share):
         done = attempt(
@@ -294,6 +295,7 @@ def evaluate(run):
             run.scorer,
             share,
             sampling,
+            run.fit,
             verifier_too=bool(cfg.reward_held_out),
             show_progress=ranks.first,
         )

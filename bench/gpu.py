@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from data import read_problems
-from infra.memory import nbytes
 from parts.policy import SHIPPED
 from rollout import Slots, stream_key
 from train import MOST_GAP
@@ -59,7 +58,8 @@ def decoding(args, made):
         logits = work.forward()
         difference = (logits - work.replay()).abs().max() / logits.abs().max()
         plain, captured = (common.seconds(s, 20) for s in (work.forward, work.replay))
-    read = nbytes(model.model.layers, model.lm_head)
+    weights = [*model.model.layers.parameters(), model.lm_head.weight]
+    read = sum(tensor.nbytes for tensor in weights)
     read += sum(tensor.nbytes for tensor in work.cache.k + work.cache.v)
     share = read / captured / bandwidth(args.device)
     measured = f"{1e3 * plain:.1f} ms, {1e3 * captured:.1f} ms; logits differ by {difference:.1g}; "

@@ -16,6 +16,7 @@ import common
 import train
 from data import Order, Problem
 from eprli import Buffer, LevelState, resolve_levels
+from infra.fit import Fit
 from infra.flags import Config
 from infra.ranks import Ranks
 from infra.run import Run
@@ -43,8 +44,8 @@ def make_run(args, problems):
     reward = Reward("common.py:reward", common.reward)
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
-    learner = Learner(policy.model, ranks, args.recompute)
-    return Run(cfg, None, ranks, policy, None, learner, Scorer(cfg), [state], {})
+    learner, fit = Learner(policy.model, ranks, args.recompute), Fit(cfg, policy.model)
+    return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
 def one_update(run):

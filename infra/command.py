@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 
 from infra.flags import explain, make_parser, read_flags
-from infra.memory import helps, memory_table
 from infra.ranks import Ranks, is_first, refuse, set_up_output
 from infra.setup import resume_run, start_run
 from parts.files import Stop
@@ -42,8 +41,6 @@ def run_command(train, report, arguments):
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
-            if cfg.plan:
-                return print(memory_table(cfg))
             if cfg.explain:
                 return print(explain(cfg, read_data(cfg)[0]))
             ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
@@ -103,13 +100,10 @@ def memory_explained(run=None):
     try:
         yield
     except torch.OutOfMemoryError:
-        flags = ["--lora-rank", "--offload", "--fsdp"]
-        if run:
-            flags = ["--recompute"] * (not run.cfg.recompute) + helps(run.cfg)
         words = (
-            f"out of memory while {run.doing if run else 'setting up'}: lower --slots (sampling, "
-            "evaluating) or --micro-batch-tokens (learning), or use "
-            f"{' or '.join(flags or ['a smaller --model'])}; --plan tells what takes how much"
+            f"out of memory while {run.doing if run else 'setting up'}, and nothing can be done in "
+            "smaller parts: use --lora-rank, --recompute, --fsdp over several processes, or a "
+            "smaller --model or --max-new-tokens"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True

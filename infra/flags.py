@@ -65,9 +65,6 @@ class Files:
         "send config, metrics and some completions to this tracker too [ours]"
     )
     explain: bool = flag("print the resolved objective with its numbers, and stop [ours]", False)
-    plan: bool = flag(
-        "print the memory that one process of the run would take, and stop [ours]", False
-    )
 
 
 @dataclass(frozen=True)
@@ -251,8 +248,8 @@ class Machine:
         "model but the shipped one [ours]"
     )
     slots: int | None = flag(
-        "completions decoded together, on each process; memory and speed only; default: what the "
-        "free memory holds, at most 256 [ours]"
+        "completions decoded together, on each process; memory and speed only; default: what half "
+        "of the free memory holds, at most 256 [ours]"
     )
 
 
@@ -261,8 +258,8 @@ class Memory(Machine):
     _argument_group_name = "memory and speed"
 
     micro_batch_tokens: int | None = flag(
-        "padded tokens per backward pass; memory only, never changes the result; default: what the "
-        "free memory holds, at most 2048, on a GPU 32768 [ours]"
+        "padded tokens per backward pass; memory only, never changes the result; default 2048, on "
+        "a GPU 32768, and less where its memory is full [ours]"
     )
     recompute: bool | None = flag(
         "activation checkpointing: compute a layer again in the backward pass; memory only; on a "
@@ -273,11 +270,6 @@ class Memory(Machine):
     fsdp: bool = flag(
         "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
         "--lora-rank nothing is cut [ours]",
-        False,
-    )
-    offload: bool = flag(
-        "hold masters, moments and gradients in the memory of the host, not of the GPU, and step "
-        "there; memory only, but for rounding: a gradient in bfloat16 is moved as it is [ours]",
         False,
     )
 
@@ -297,7 +289,7 @@ RESULT_SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags  # that t
 SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens recompute fsdp offload save_every keep_checkpoints "
+    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints "
     "keep_completions tracker reward_workers reward_retry reward_tries"
 )
 RULES = (
@@ -436,8 +428,6 @@ def check(cfg):
     rules = [
         *RULES,
         ("buffer_groups", lambda v: v >= cfg.minibatches, enough),
-        ("offload", lambda v: not v or cfg.device == "cuda", "False on a CPU"),
-        ("offload", lambda v: not (v and cfg.sharded), "False with --fsdp, which divides the same"),
     ]
     if cfg.difficulty == "pass_rate":
         rate = "in (0, 1]: a difficulty is 1 - pass rate"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data import name_level
 from eprli import MOST_SKIPS, Group
 from infra.directory import RunDirectory
+from infra.fit import Fit
 from infra.flags import Config
 from infra.ranks import Ranks
 from infra.tracker import Tracker
@@ -46,6 +47,7 @@ class Run:
     policy: Policy
     reference: Transformer | None  # the starting policy's model, for the KL term
     learner: Learner
+    fit: Fit
     scorer: Scorer
     levels: list  # of LevelState
     held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...], R_l)

@@ -11,13 +11,14 @@ import torch
 from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
+from infra.fit import Fit
 from infra.flags import LORA_RATE, LR, explain, stated
-from infra.memory import must_hold, settle_on_all
 from infra.run import Run
 from infra.tracker import Tracker
+from model import Transformer
 from parts import kernels
 from parts.files import sha256, source_of
-from parts.inputs import load_inputs, load_policy, read_data
+from parts.inputs import load_inputs, read_data
 from parts.optimizer import Learner
 from parts.policy import Policy, is_shipped
 from rewards import Scorer, reward_files
@@ -39,7 +40,6 @@ def start_run(cfg, ranks):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(kernels.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
-    cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(input_files(cfg)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     objective = explain(cfg, [state.level for state in levels])
@@ -102,7 +102,6 @@ def resume_run(cfg, config, ranks):
     model = checkpoint or cfg.model
     levels, held_out, policy, facts = read_inputs(cfg, model, ranks)
     ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
-    cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
@@ -114,18 +113,19 @@ def read_inputs(cfg, model, ranks):
     """`load_inputs`. The first process reads the problems and sends them to the others: each would
     parse a million rows on its own."""
     read = ranks.from_first(lambda: read_data(cfg))
-    ranks.on_all(lambda: must_hold(cfg, load_policy(cfg, model, "meta").model, ranks))
     return ranks.on_all(lambda: load_inputs(cfg, model, ranks.device, read))
 
 
 def make_run(cfg, directory, ranks, levels, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
-    if cfg.kl_coef:
-        device = "meta" if cfg.lora_rank else ranks.device
-        reference = Policy.load(cfg.model, cfg.dtype, device, cfg).model
-        if cfg.lora_rank:  # it has the same frozen weights
-            reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
-    learner = Learner(policy.model, ranks, cfg.recompute, cfg.offload)
+    if cfg.kl_coef and cfg.lora_rank:  # it has the same frozen weights
+        with torch.device("meta"):
+            reference = Transformer(policy.model.config)
+        reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
+        reference.tie()
+    elif cfg.kl_coef:
+        reference = Policy.load(cfg.model, cfg.dtype, ranks.device, cfg).model
+    learner, fit = Learner(policy.model, ranks, cfg.recompute), Fit(cfg, policy.model)
     scorer = Scorer(cfg)
     size = 0  # GB
     for weight, master in zip(learner.weights, learner.masters):  # and its two moments
@@ -135,7 +135,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
         f"{size:.3f} GB; --keep-checkpoints and one that is being written, "
         f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
     )
-    run = Run(cfg, directory, ranks, policy, reference, learner, scorer, levels, held_out)
+    run = Run(cfg, directory, ranks, policy, reference, learner, fit, scorer, levels, held_out)
     if cfg.tracker:
         run.tracker = ranks.on_all(lambda: ranks.first and Tracker(cfg, directory.out))
     return run

@@ -239,7 +239,7 @@ def variance(values):
 
 def peak_memory_mb():
     """Of the GPU where there is one, else of this process (Linux counts in KiB, macOS in bytes).
-    In units of a million bytes, as in --plan."""
+    In units of a million bytes."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -88,7 +88,7 @@ def read_config(folder):
 
 
 def load(model, config, folder, base):
-    """Give a model the factors that `save` wrote; on the meta device their shapes alone.
+    """Give a model the factors that `save` wrote.
 
     config  see read_config
     base    the folder that the model was read from: it must be the one that was trained
@@ -96,8 +96,6 @@ def load(model, config, folder, base):
     """
     with explained(f"{folder}: not an adapter of {base} that train.py wrote"):
         add(model, config["r"], config["lora_alpha"], config["target_modules"])
-        if model.device.type == "meta":
-            return
         trained = json.loads(safe_open(folder / WEIGHTS, "pt").metadata()["base"])
         for name in trained.keys() | {path.name for path in base.glob("*.safetensors")}:
             if sha256(base / name) != trained.get(name):

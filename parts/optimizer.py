@@ -2,7 +2,6 @@
 
 import copy
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -11,7 +10,6 @@ from model import add_wider, at_least_float32, micro_batches
 from parts import kernels
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
-SMALL = 4_000_000  # parameters, see Learner.takes_two_threads
 
 
 class Learner:
@@ -21,23 +19,17 @@ class Learner:
     of 1e-6 of a weight would vanish in bfloat16.
 
     model    what gradients go through
-    models   one for each thread that computes gradients
     weights  those of the policy's model that are learned (with LoRA its factors). Every process has
              them whole: sampling from shards would gather them for every token.
     masters  what AdamW steps on. `publish` copies them to the weights, where they are others.
 
-    case                model            models         weights    masters
-    float32, float64    the policy's     model          as given   the weights themselves
-    two threads, on a   the policy's     model, twin    as given   the weights themselves; the twin
-      CPU, if small                                                reads them, and has gradients
-    bfloat16            the policy's     model          bfloat16   float32 copies; a hook moves
-                                                                   each gradient to them
-    --offload           the policy's     model          as given   the same, in the host's memory
-    FSDP                a sharded copy   model          as given   the shards of the copy, float32
-                                                                   or wider
+    case                model            weights    masters
+    float32, float64    the policy's     as given   the weights themselves
+    bfloat16            the policy's     bfloat16   float32 copies; a hook moves each gradient there
+    FSDP                a sharded copy   as given   the shards of the copy, float32 or wider
     """
 
-    def __init__(self, policy_model, ranks, recompute=False, offload=False):
+    def __init__(self, policy_model, ranks, recompute=False):
         self.ranks = ranks
         named = policy_model.named_parameters()
         self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
@@ -48,82 +40,47 @@ class Learner:
         self.one_prompt = self.weights[0].device.type == "cuda"
         self.masters = [p for p in self.model.parameters() if p.requires_grad]
         narrow = self.weights[0].dtype.itemsize < 4
-        self.has_copies = not ranks.sharded and (narrow or offload)
-        if self.has_copies:
-            home = "cpu" if offload else self.weights[0].device
-            wide = torch.promote_types(self.weights[0].dtype, torch.float32)
-            self.masters = [weight.detach().to(home, wide, copy=True) for weight in self.weights]
+        if narrow and not ranks.sharded:
+            self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
-                if not offload:
-                    weight.master = master  # see model.gradient_to_add_to
+                weight.master = master  # see model.gradient_to_add_to
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
-        self.models = [self.model]
-        if self.takes_two_threads():
-            twin = copy.deepcopy(self.model)  # which takes gradients of its own
-            for copied, original in zip(twin.parameters(), self.model.parameters()):
-                copied.data = original.data
-            self.models.append(twin)
-            threads = torch.get_num_threads() // 2
-            self.pool = ThreadPoolExecutor(2, "learn", torch.set_num_threads, (threads,))
         self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
-    def takes_two_threads(self):
-        """Whether two threads compute gradients side by side. On a CPU the operations of a small
-        model are too short to be cut over its cores. For a large model the copy would take too much
-        memory, also with LoRA: it holds the frozen weights too."""
-        size = sum(weight.numel() for weight in self.model.parameters())
-        on_cpu = self.weights[0].device.type == "cpu" and torch.get_num_threads() > 1
-        return on_cpu and size < SMALL and not self.ranks.sharded and not self.has_copies
-
-    def add_gradients(self, samples, objective, micro_batch_tokens):
+    def add_gradients(self, samples, objective, fit):
         """Add the gradient of -J over the samples of a step: a sum over its micro-batches, each by
-        its backward pass; over threads, by `join_gradients`; over processes, in `step` (under FSDP
-        in the backward pass).
+        its backward pass; over processes, in `step` (under FSDP in the backward pass).
 
-        samples    of the whole step: every process, and every thread, takes a share
+        samples    of the whole step: every process takes a share
         objective  (model, micro-batch) -> J, what is logged of it
+        fit        an infra.fit.Fit: the tokens of a micro-batch
         -> [what is logged of a micro-batch, ...] of all processes, on each
 
         Gradients are summed in the order of shares, so that every run has the same bits.
         """
-        ranks, models = self.ranks, self.models  # a thread for each model
-        parts = split(samples, ranks.size * len(models))
-        # Threads hold their micro-batches at the same time.
-        most_tokens = micro_batch_tokens // len(models)
-        shares = [cut_micro_batches(part, most_tokens, self.one_prompt) for part in parts]
-        most = max(map(len, shares)) if ranks.sharded else 0
-        # FSDP averages gradients over the processes, and we need their sum.
-        scale = ranks.size if ranks.sharded else 1
+        ranks = self.ranks
+        shares = split(samples, ranks.size)
 
-        def backward(model, share):
-            logs = []
-            for micro in share:
+        def backward(max_tokens):
+            cut = [cut_micro_batches(share, max_tokens, self.one_prompt) for share in shares]
+            # FSDP averages gradients over the processes, and we need their sum.
+            scale, logs = ranks.size if ranks.sharded else 1, []
+            for micro in cut[ranks.rank]:
                 kernels.give_back()
-                J, logged = objective(model, micro)
+                J, logged = objective(self.model, micro)
                 (-scale * J).backward()
                 logs.append(logged)
             # FSDP gathers weights from all processes, so one without samples runs a dummy.
-            for _ in range(most - len(share)):
-                J, _ = objective(model, [min(samples, key=sequence_length)])
+            for _ in range(max(map(len, cut)) - len(logs) if ranks.sharded else 0):
+                J, _ = objective(self.model, [min(samples, key=sequence_length)])
                 (0 * J).backward()
             return logs
 
-        first = ranks.rank * len(models)
-        shares_here = shares[first : first + len(models)]
-        if len(models) == 1:
-            logs = backward(self.model, *shares_here)
-        else:
-            logs = sum(self.pool.map(backward, models, shares_here), [])
-            self.join_gradients()
+        # Under FSDP all processes would have to begin anew together.
+        logs = backward(fit.tokens) if ranks.sharded else fit.learn(backward, self.drop_gradient)
         return sum(ranks.gather(logs), [])
-
-    def join_gradients(self):
-        """The gradients of the second model are added to those of the first."""
-        for ours, theirs in zip(*(model.parameters() for model in self.models)):
-            grads = [p.grad for p in (ours, theirs) if p.grad is not None]
-            ours.grad, theirs.grad = sum(grads) if grads else None, None
 
     def step(self, lr, max_norm):
         """One step at learning rate lr; returns the gradient's norm before it was clipped.
@@ -202,11 +159,10 @@ def move_gradient(master, weight):
     """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
     if weight.grad is None:  # the backward pass has added it, see model.gradient_to_add_to
         return
-    grad = weight.grad.to(master.device)
     if master.grad is None:
-        master.grad = at_least_float32(grad)
+        master.grad = at_least_float32(weight.grad)
     else:
-        add_wider(master.grad, grad)
+        add_wider(master.grad, weight.grad)
     weight.grad = None
 
 

@@ -54,10 +54,10 @@ class Policy:
 
         Raises ValueError saying what is wrong.
         """
-        folder = base = find_folder(name, device)
+        folder = base = find_folder(name)
         adapter = lora.read_config(folder)
         if adapter:
-            base = find_folder(adapter["base_model_name_or_path"], device, adapter.get("revision"))
+            base = find_folder(adapter["base_model_name_or_path"], adapter.get("revision"))
         prompting = data.read_prompting(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
         if adapter:
@@ -66,8 +66,7 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer.encode("1")  # fails for a bad model_max_length
         tokenizer.clean_up_tokenization_spaces = False  # text is graded as it was written
-        if device != "meta":  # else it is loaded once more, and this is said then
-            check_round_trip(folder, tokenizer)
+        check_round_trip(folder, tokenizer)
         template = prompting["template"]
         if not tokenizer.chat_template:
             template.setdefault("chat_template", data.PLAIN_TEMPLATE)
@@ -173,14 +172,11 @@ def default_dtype(model, device):
     return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
 
 
-def find_folder(name, device, revision=None):
-    """A folder as it is; NAME[@REVISION] of the hub is downloaded, for the meta device without
-    weights."""
+def find_folder(name, revision=None):
+    """A folder as it is; NAME[@REVISION] of the hub is downloaded."""
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*"]  # merges.txt
-    if device != "meta":
-        patterns.append("*.safetensors")
+    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.safetensors"]  # merges.txt
     name, _, given = name.partition("@")
     pin = revision or given or None
     with explained(f"model {name!r} is neither a folder nor to be had from the hub"):
@@ -265,7 +261,6 @@ class Sampling:
 
     max_new_tokens: int  # of each completion, the stop token included
     temperature: float  # 0 is greedy
-    slots: int  # completions decoded at once (memory and speed only)
     top_k: int = 0  # 0 is off, as in training
     top_p: float = 1.0  # 1 is off, as in training
 
@@ -288,7 +283,7 @@ class Attempt:
 
 
 def attempt(
-    policy, scorer, work, sampling, *, verifier_too=False, show_progress=False, seconds=None
+    policy, scorer, work, sampling, fit, *, verifier_too=False, show_progress=False, seconds=None
 ):
     """Complete every prompt once per key, and score: one list of Attempt per prompt.
 
@@ -297,6 +292,7 @@ def attempt(
     there, the verifier compares after all sampling.
 
     work          triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
+    fit           an infra.fit.Fit: how many are decoded at once
     verifier_too  see Scorer.begin
     seconds       a Counter: `sample`, and `score` after the last sample, are added
     """
@@ -304,6 +300,7 @@ def attempt(
     prompts, keys, rewards = zip(*work) if work else ((), (), ())
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
     groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
+    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
 
     def begin(number, completions):
         prompt = prompts[number]
@@ -312,18 +309,22 @@ def attempt(
         asked = rewards[number], prompt.problem, texts, verifier_too
         finish[number] = scorer.begin(*asked)
 
+    def sample_all(slots):
+        return sample(
+            policy.model,
+            [p.tokens for p in prompts],
+            keys,
+            **vars(sampling) | {"max_new_tokens": limits},
+            slots=slots,
+            stop_ids=policy.stop_ids,
+            on_tokens=bar.update,
+            on_group=begin,
+        )
+
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
     try:
         with bar:
-            done = sample(
-                policy.model,
-                [p.tokens for p in prompts],
-                keys,
-                **vars(sampling) | {"max_new_tokens": limits},
-                stop_ids=policy.stop_ids,
-                on_tokens=bar.update,
-                on_group=begin,
-            )
+            done = fit.sample(longest, sample_all, undo=scorer.calls.drop)
         for number in set(range(len(work))) - groups.keys():  # no room for a token
             begin(number, done[number])
         sampled = time.perf_counter()

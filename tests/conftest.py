@@ -1,14 +1,18 @@
 """What the tests share: tiny random models and a toy policy, made here; no network, no GPU."""
 
+import gc
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from pytest import fail, fixture, mark
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from experiments.warmstart import make_tokenizer
+from infra.fit import Fit
 from model import Transformer
 from parts import kernels
 from parts.policy import Policy
@@ -94,6 +98,25 @@ def use_kernels():
 def printed(capsys):
     """What was printed since it was last asked for."""
     return lambda: capsys.readouterr().out
+
+
+def peak(work):
+    """-> work(); bytes that torch held meanwhile, at most, and afterwards, beyond those before"""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        result = work()
+        gc.collect()
+    held = most = 0
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return result, most, held
+
+
+def fit(model, slots=8):
+    """Sizes of a process."""
+    return Fit(SimpleNamespace(slots=slots, device="cpu"), model)
 
 
 families = mark.parametrize("family", ["llama", "qwen2", "qwen3"])

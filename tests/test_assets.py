@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import cut_levels, read_problems, without_repeats
@@ -53,8 +54,10 @@ def test_fresh_samples_confirm_the_levels():
     for level in cut_levels(HELD_OUT, QUALITY, "pass_rate")[0]:
         prompts = policy.render(level[:200])
         for temperature in (1.0, 0.0):
-            sampling = Sampling(128, temperature, slots=256)
-            done = attempt(policy, scorer, evaluation_requests(7, prompts, 2), sampling)
+            sampling = Sampling(128, temperature)
+            done = attempt(
+                policy, scorer, evaluation_requests(7, prompts, 2), sampling, fit(policy.model, 256)
+            )
             attempts = [a for group in done for a in group]
             assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
             found.append(sum(a.right for a in attempts) / len(attempts))

@@ -240,8 +240,6 @@ FLAGS = """
 --loss-norm mean | invalid choice: 'mean'
 --dtype float16 | invalid choice: 'float16'
 --fsdp | --fsdp needs the processes that torchrun starts
---offload --device cpu | --offload must be False on a CPU, found True
---offload --device cuda --fsdp | --offload must be False with --fsdp
 """
 
 

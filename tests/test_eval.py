@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import edit, files, lines, read, table, write_lines
+from conftest import edit, files, fit, lines, read, table, write_lines
 from launch import at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
@@ -23,10 +23,9 @@ import data
 import eval as evaluation
 from data import Problem, level_names, read_problems
 from eval import make_row, result_of
-from infra import directory, memory
+from infra import directory
 from infra.directory import lock
 from infra.flags import Config, make_parser
-from infra.ranks import Ranks
 from parts import papers
 from parts import policy as policies
 from parts.files import Stop
@@ -141,7 +140,7 @@ def test_a_difference_of_nothing_is_not_certain():
 
 # --------------------------------------------------------------------------------------- attempts
 
-TEN = Sampling(max_new_tokens=10, temperature=1.0, slots=8)
+TEN = Sampling(max_new_tokens=10, temperature=1.0)
 ADD = [Problem("a", "1+1", "2")]
 
 
@@ -156,7 +155,8 @@ def own_folder(toy_folder, tmp_path):
 
 
 def try_one(policy, prompt, seed=0):
-    (attempts,) = attempt(policy, Scorer(Config()), evaluation_requests(seed, [prompt], 2), TEN)
+    work = evaluation_requests(seed, [prompt], 2)
+    (attempts,) = attempt(policy, Scorer(Config()), work, TEN, fit(policy.model))
     return attempts
 
 
@@ -171,7 +171,9 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
     work = evaluation_requests(0, prompts, 2)
-    long, short = attempt(toy_policy, Scorer(Config()), work, replace(TEN, max_new_tokens=500))
+    long, short = attempt(
+        toy_policy, Scorer(Config()), work, replace(TEN, max_new_tokens=500), fit(toy_policy.model)
+    )
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].score.verdict == NO_ANSWER
@@ -190,7 +192,7 @@ def test_a_model_that_overflows_is_no_wrong_answer(own_folder, temperature):
     policy.model.model.norm.weight.data.fill_(math.inf)
     sampling = replace(TEN, temperature=temperature)
     work = evaluation_requests(0, policy.render(ADD), 2)
-    (attempts,) = attempt(policy, Scorer(Config()), work, sampling)
+    (attempts,) = attempt(policy, Scorer(Config()), work, sampling, fit(policy.model))
     with raises(Stop, match="problem 'a': the model's logits are not finite"):
         policies.means_of_problem("a", attempts)
 
@@ -665,30 +667,10 @@ def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
     assert len(lines("o/completions.jsonl")) == 8
 
 
-def test_slots_follow_from_the_free_memory(refused, toy_policy, monkeypatch):
-    """A default of 256 slots that a small card does not hold, found out in the middle of a run."""
-    problems = [Problem(str(i), "1 + 1", "2") for i in range(90)]
-    args = parsed("--samples 3 --max-new-tokens 64 --device cpu")
-    work, chosen = {"f": toy_policy.render(problems)}, []
-    for free in (10**9, 2_000_000, 1_000_000):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        chosen.append(evaluation.choose_slots(args, toy_policy, work, Ranks()))
-    assert 256 == chosen[0] > chosen[1] > chosen[2] >= 8
-    weights = memory.nbytes(toy_policy.model)
-    longest = max(len(prompt.tokens) for prompt in work["f"]) + 64
-    taken = memory.sampling_bytes("cpu", toy_policy.model, chosen[1], longest)
-    # twice what is counted, see docs/memory.md
-    assert weights + 2 * memory.total(taken) <= 0.9 * (2_000_000 + weights)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: weights)
-    refused("--slots 8 would take", SHORT)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: weights - 1)
-    refused("needs at least", SHORT)
-
-
 @mark.parametrize(
     "where, said",
     [
-        ("parts.policy.sample", "lower --slots 256; with --out o it goes on"),
+        ("parts.policy.sample", "out of memory; with --out o it goes on"),
         ("eval.data.only_gradable", "2.00 GiB"),
     ],
 )

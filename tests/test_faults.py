@@ -389,12 +389,9 @@ def test_a_gpu_without_memory_is_said_in_one_sentence(
     every = int(phase == "evaluating")
     assert run(f"--save-every 0 --eval-every {every} --eval-data p.jsonl") == 1
     error = capsys.readouterr().err
-    (said,) = [line for line in error.splitlines() if "out of memory" in line]
-    assert f"out of memory while {phase}:" in said and "Traceback" not in error
-    flags = "--slots --micro-batch-tokens --lora-rank --plan"
-    assert all(flag in said for flag in flags.split())
-    known = phase != "setting up"  # what the run has set, so what can still help
-    assert ("--recompute" in said, "--offload" in said) == (known, not known)
+    (said,) = [line for line in error.splitlines() if "out of memory while" in line]
+    assert f"out of memory while {phase}, and nothing" in said and "Traceback" not in error
+    assert "use --lora-rank, --recompute, --fsdp" in said
     assert "".join(path.name for path in tmp_path.glob("run/checkpoints/*")) == saved
     assert (tmp_path / "run").exists() == (phase != "setting up")
 

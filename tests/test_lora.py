@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from conftest import edit, families, files, random_model, read, spoil, table, write_lines
+from conftest import edit, families, files, peak, random_model, read, spoil, table, write_lines
 from pytest import approx, fixture, importorskip, mark, raises, skip
 from safetensors.torch import load_file
-from test_plan import peak
 from test_rollout import gaps
 
 import eval as evaluation

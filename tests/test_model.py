@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import random_model, read, small_config, table
+from conftest import peak, random_model, read, small_config, table
 from pytest import mark, raises, skip
 from safetensors.torch import load_file, save_file
-from test_plan import peak
 from transformers import AutoModelForCausalLM
 
 import model as model_module

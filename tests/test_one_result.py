@@ -17,19 +17,19 @@ from types import SimpleNamespace
 import launch
 import numpy as np
 import torch
-from conftest import random_model
+from conftest import fit, random_model
 from launch import at, fail, said, start, wait
 from pytest import approx, fixture, mark
 from safetensors.torch import load_file
 from test_resume import without_time
-from test_train import a_run, gradients, level, off_policy_samples
+from test_train import a_run, level, off_policy_samples
 
 import data
 from infra import ranks
 from infra.flags import Config
 from infra.ranks import Ranks
 from model import log_softmax
-from parts import kernels, lora
+from parts import kernels
 from parts.optimizer import Learner, cut_micro_batches
 from rollout import sample, stream_key, uniforms
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
@@ -371,15 +371,11 @@ def test_in_float32_a_token_flips_only_at_an_edge_of_its_distribution():
 NOTHING = dict.fromkeys(SUMS + PEAKS, 0.0)
 
 
-def gradient(
-    model, samples, size=1, recompute=False, offload=False, threads=1, one_prompt=False, flags=""
-):
+def gradient(model, samples, size=1, recompute=False, one_prompt=False, flags=""):
     """The sum of what `size` processes contribute."""
-    torch.set_num_threads(threads)
     model = copy.deepcopy(model)  # a Learner may leave hooks on it
-    learner = Learner(model, Ranks(), recompute, offload)
+    learner = Learner(model, Ranks(), recompute)
     learner.one_prompt = one_prompt
-    assert len(learner.models) == threads
     run = a_run(model, f"--loss-norm token {flags}", learner=learner)
     for rank in range(size):
         learner.ranks = SimpleNamespace(rank=rank, size=size, sharded=False)
@@ -394,16 +390,13 @@ def gradient(
         {"flags": "--micro-batch-tokens 1"},
         {"recompute": True},
         {"one_prompt": True},  # as on a GPU
-        {"offload": True, "flags": "--micro-batch-tokens 1"},
         {"size": 3},
         {"size": 12},  # some have no samples
-        {"threads": 2},
-        {"threads": 2, "size": 5},  # some threads have no samples
     ],
     ids=str,
 )
 def test_in_float32_the_gradient_of_recorded_completions_is_the_same_to_1e_5(settings):
-    """A mean over tokens is over those of all micro-batches, threads and processes."""
+    """A mean over tokens is over those of all micro-batches and processes."""
     model = random_model()
     samples = off_policy_samples(model, 9)
     one = gradient(model, samples, flags="--micro-batch-tokens 1000000")
@@ -446,7 +439,7 @@ def test_a_process_without_samples_runs_the_shortest_one():
             return model.lm_head.weight.sum(), {}
 
         learner.ranks = SimpleNamespace(rank=rank, size=3, sharded=True, gather=lambda logs: [logs])
-        learner.add_gradients(samples, objective, 10**6)
+        learner.add_gradients(samples, objective, SimpleNamespace(tokens=10**6))
     assert seen == [(0, [longest]), (1, [shortest]), (2, [shortest])]
 
 
@@ -460,7 +453,9 @@ def test_free_memory_is_given_back_before_each_micro_batch(monkeypatch):
         return model.lm_head.weight.sum(), {}
 
     samples = [sample_of(3, length) for length in (9, 2)]
-    Learner(model, Ranks()).add_gradients(samples, objective, 1)
+    learner, sizes = Learner(model, Ranks()), fit(model)
+    sizes.tokens = 1
+    learner.add_gradients(samples, objective, sizes)
     assert events == ["give back", 1] * 2
 
 
@@ -474,41 +469,6 @@ def test_gradients_of_micro_batches_add_up_in_float32_masters():
     assert (master.grad == 1 + 2**-9).all()
     learner.drop_gradient()
     assert master.grad is None
-
-
-def test_masters_on_the_host_differ_by_the_rounding_of_moved_gradients_alone():
-    """In bfloat16 the gradient of embedding and head comes there as it is: less exact by 2^-9."""
-    model = random_model().bfloat16()
-    samples = off_policy_samples(model, 9)
-    one, moved = (gradient(model, samples, offload=offload) for offload in (False, True))
-    assert 0 < (one - moved).norm() < 2**-8 * one.norm()
-
-
-def test_two_threads_learn_from_the_newest_weights():
-    """A copy of the weights in the second thread's model would be that of the run's beginning."""
-    model = random_model()
-    samples = off_policy_samples(model, 9)
-    before = gradient(model, samples)
-    torch.set_num_threads(2)
-    learner = Learner(model, Ranks())
-    run = a_run(model, "--loss-norm token", learner=learner)
-    accumulate_gradient(run, level(), samples)
-    learner.step(1e-3, 1.0)
-    accumulate_gradient(run, level(), samples)
-    two, one = gradients(model), gradient(model, samples)
-    assert (one - before).norm() > 1e-2 * one.norm()
-    assert (one - two).norm() < 1e-5 * one.norm()
-
-
-def test_a_large_model_with_few_trained_weights_is_not_copied(monkeypatch):
-    """LoRA on a large base: a second copy of the base would take its memory once more."""
-    torch.set_num_threads(2)
-    size = sum(p.numel() for p in random_model().parameters())
-    for limit, models in ((size, 1), (size + 99_999, 2)):
-        model = random_model()
-        lora.add(model, 1, 2.0)
-        monkeypatch.setattr("parts.optimizer.SMALL", limit)
-        assert len(Learner(model, Ranks()).models) == models
 
 
 @mark.parametrize(("message", "count"), [(1, 5), (5, 3), (100, 1)])

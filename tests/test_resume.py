@@ -17,7 +17,6 @@ from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 from types import SimpleNamespace
 
 import launch
-import torch
 from conftest import lines, read, write_lines
 from launch import ROOT, at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
 from pytest import fixture, mark, raises
@@ -213,26 +212,6 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
     killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
     ends_the_same(workshop, "killed", "settled")
-
-
-def with_two_threads(step=0):
-    """As on a laptop. step: the call of Learner.step that kills"""
-    torch.set_num_threads(2)
-    at_call("parts.optimizer.Learner.step", step, die)
-
-
-def test_a_kill_changes_nothing_where_two_threads_learn(workshop):
-    """A sum in the order in which threads end. Any other number of threads is said."""
-    few = "--updates 1 --save-every 1"  # threads that spin take long on a busy machine
-    assert began(workshop, "threads", with_two_threads, few) == 0, said(workshop)
-    assert began(workshop, "two", partial(with_two_threads, 6), few) == -SIGKILL
-    copied(workshop, "two", "one thread")
-    goes_on(workshop, "two", sabotage=with_two_threads)
-    assert "not bit for bit" not in said(workshop)
-    assert_the_same(workshop, "two", "threads", last=2)
-    goes_on(workshop, "one thread")
-    (line,) = re.findall(".*not bit for bit.*", said(workshop))
-    assert line == "threads 2, now 1: the run is not bit for bit the same"
 
 
 def test_kills_at_random_moments_one_after_the_other(workshop):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from conftest import random_model, table
+from conftest import fit, random_model, table
 from pytest import fixture, mark, raises
 
 import rewards
@@ -463,7 +463,7 @@ def test_a_reward_sees_what_the_template_opened(toy_policy):
     reward = Reward("f", lambda problem, response: seen.append(response) or 1)
     prompt = replace(*toy_policy.render([Problem("p", "1", "1")]), opening="<think>")
     work = [(prompt, [stream_key(1, 0)], reward)]
-    ((one,),) = attempt(toy_policy, scorer(), work, Sampling(3, 1.0, 8))
+    ((one,),) = attempt(toy_policy, scorer(), work, Sampling(3, 1.0), fit(toy_policy.model))
     assert seen == [one.text] and one.text.startswith("<think>")
     assert not writes_steps("<think>\\boxed{1}")
 

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import torch
-from conftest import column, lines, norms, random_model, read, write_lines
+from conftest import column, fit, lines, norms, random_model, read, write_lines
 from pytest import approx, fixture, importorskip, mark, raises
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,7 @@ from eprli import (
     learning_rate,
     resolve_levels,
 )
-from infra import memory
+from infra.fit import Fit
 from infra.flags import Config, fill, make_parser, read_flags
 from infra.ranks import Ranks
 from infra.update import Update
@@ -101,7 +101,12 @@ def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
     cfg = fill(config(f"--temperature 0.8 --micro-batch-tokens 4096 {flags}"))
     return SimpleNamespace(
-        cfg=cfg, learner=learner, reference=reference, ranks=Ranks(), policy_version=2
+        cfg=cfg,
+        learner=learner,
+        fit=Fit(cfg, model),
+        reference=reference,
+        ranks=Ranks(),
+        policy_version=2,
     )
 
 
@@ -721,7 +726,7 @@ def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monke
     policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
     work = evaluation_requests(0, policy.render(problems), 48)
     scorer = Scorer(Config(allow_last_number=True))
-    done = attempt(policy, scorer, work, Sampling(6, 1.0, 256))
+    done = attempt(policy, scorer, work, Sampling(6, 1.0), fit(policy.model))
     assert seen[0] == list(sum(a.right for a in some) / 48 for some in done)
     assert first["n"] == len(seen[0]) == 20 and 0 < first["accuracy"] == np.mean(seen[0])
     assert (first["low"], first["high"]) == tuple(interval(seen[0])[1:])
@@ -732,9 +737,9 @@ def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch
     """And are sampled as in training."""
     seen, attempt = [], train.attempt
 
-    def watch(policy, grader, work, sampling, **settings):
+    def watch(policy, grader, work, sampling, *rest, **settings):
         seen.append((sampling.max_new_tokens, sampling.temperature))
-        return attempt(policy, grader, work, sampling, **settings)
+        return attempt(policy, grader, work, sampling, *rest, **settings)
 
     monkeypatch.setattr(train, "attempt", watch)
     flags = "--max-new-tokens 3 9 5 --updates 1 --temperature 0.7 --quality 1"
@@ -750,21 +755,13 @@ def test_an_example_is_shown_also_where_the_first_level_is_not_trained(workshop,
     assert printed().count(", gold ") == 2
 
 
-def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed, monkeypatch):
-    """They count as wrong, and accuracy would be low for no reason that one sees. Memory is planned
-    for what is sampled: they leave a completion of 0 tokens, or fewer."""
-    longest, plan = [], memory.plan
-
-    def watch(cfg, levels, model, prompt, *more):
-        longest.append(prompt)
-        return plan(cfg, levels, model, prompt, *more)
-
-    monkeypatch.setattr(memory, "plan", watch)
+def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed):
+    """They count as wrong, and accuracy would be low for no reason that one sees."""
     write_lines("long.jsonl", LONG)
     workshop("--eval-data long.jsonl --updates 1 --eval-quality 1")
     words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
     said = printed()
-    assert said.count(words) == 1 and 0 < max(longest) < 128
+    assert said.count(words) == 1
     assert "leave less" not in said
     more = "--max-new-tokens 127 --eval-max-new-tokens 126 --out more --eval-every 0 --max-draws 1"
     workshop(f"--eval-data long.jsonl --updates 1 --eval-quality 1 {more}")
@@ -954,5 +951,5 @@ def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     monkeypatch.setattr("parts.policy.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
-        attempt(toy_policy, using, [], Sampling(3, 1.0, 8))
+        attempt(toy_policy, using, [], Sampling(3, 1.0), fit(toy_policy.model))
     using.calls.drop.assert_called_once()
