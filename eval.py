@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from data import flag
 from eprli import QUALITY
-from infra.directory import checkpoints, create, damage, lock
+from infra.directory import checkpoints, create, lock
 from infra.fit import Fit
 from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, set_up_output
@@ -135,19 +135,12 @@ def flags_of(run):
         flags["data"] = config["eval_data"] or None
         rewards = set(config["reward"])
         flags["reward"] = rewards.pop() if len(rewards) == 1 else None
-        return flags | {"model": str(newest_whole(run))}
+        return flags | {"model": str(newest(run))}
 
 
-def newest_whole(run):
-    """The newest checkpoint of a run whose files are what was written. Damaged ones are skipped,
-    aloud, and left as they are: the run may be at work."""
-    for path in checkpoints(run):
-        reason = damage(path)
-        if not reason:
-            return path
-        tqdm.write(f"{path}: skipped, it is damaged ({reason})")
-    tqdm.write(f"--like {run}: it has no whole checkpoint, so give --model")
-    return Path(run) / "checkpoints"  # which is refused as a model
+def newest(run):
+    """The newest checkpoint of a run. Without one a folder that is refused as a model."""
+    return next(iter(checkpoints(run)), Path(run) / "checkpoints")
 
 
 def check(args):

@@ -8,7 +8,6 @@
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
                                         what is large stands in several files, as the model's is
         state.json                      all other state, waiting groups, and the sizes of the logs
-        checksums.json                  SHA-256 of all of these; a folder without it is not whole
 
 A checkpoint is written beside its place, forced to the disk and renamed, so a kill at any moment
 leaves the last one. Tensors are whole, whatever number of processes wrote them.
@@ -23,12 +22,10 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from parts.files import Stop, force_to_disk, sha256, write_records
+from parts.files import Stop, force_to_disk, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
-CHECKED = {"optimizer.safetensors", "state.json"}  # and all that checksums.json names
 
 
 class RunDirectory:
@@ -92,11 +89,6 @@ class RunDirectory:
         try:
             part.mkdir()
             write_files(part)
-            sums = {}  # of a folder, too: a tokenizer with several templates has one
-            for path in sorted(part.rglob("*")):
-                if path.is_file():
-                    sums[str(path.relative_to(part))] = sha256(path)
-            (part / "checksums.json").write_text(json.dumps(sums, indent=1))
             force_to_disk(*part.rglob("*"), part)
             final = self.out / "checkpoints" / name
             before = final.with_name(f"0{name}")  # a kill must leave one of the two
@@ -125,32 +117,9 @@ class RunDirectory:
     def advice(self):
         return f"{self.last_good()}. Free space, then go on with --resume {self.out}"
 
-    def newest_whole(self):
-        """The newest checkpoint whose files are what was written; None if none was ever made.
-
-        Damaged newer ones are renamed, aloud. Raises ValueError if all are damaged.
-        """
-        damaged = {}
-        for path in checkpoints(self.out):
-            reason = damage(path)
-            if reason is None:
-                break
-            damaged[path] = reason
-        else:
-            if not damaged:
-                return None
-            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-            raise ValueError(f"{self.out}: no checkpoint is whole ({reasons}): start a new run")
-        for newer, reason in damaged.items():
-            renamed = newer.with_suffix(".damaged")
-            shutil.rmtree(renamed, ignore_errors=True)
-            newer.rename(renamed)
-            tqdm.write(f"{newer}: skipped, it is damaged ({reason}); it is now {renamed.name}")
-        return path
-
 
 def checkpoints(run):
-    """Folders of checkpoints, newest first; whether they are whole is another question."""
+    """Folders of checkpoints, newest first. Each is whole: it got its name when it was."""
     folders = [p for p in (Path(run) / "checkpoints").iterdir() if p.name.isdecimal()]
     return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
@@ -187,14 +156,3 @@ def lock(path):
     except BlockingIOError as error:
         raise ValueError(f"{path.parent}: another process is writing to it") from error
     return file
-
-
-def damage(path):
-    """What is wrong with a checkpoint, or None: every file must have its checksum."""
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name in sorted({*CHECKED, *sums}):
-            if sha256(path / name) != sums[name]:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"

@@ -362,7 +362,7 @@ def as_started(given):
         config = json.loads(path.read_text())
         flags = {name: config[name] for name in vars(Config())}
         check(Config(**flags))
-        if not all(config[name] for name in ("read", "model_files", "kernels", "threads", "torch")):
+        if not all(config[name] for name in ("read", "kernels", "threads", "torch")):
             raise KeyError("read")
         flags["max_new_tokens"] = [level["max_new_tokens"] for level in config["levels"]]
         if config["revision"]:

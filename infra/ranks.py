@@ -42,7 +42,8 @@ class Output:
     hang-up: from then on nothing is printed. What it cannot spell is printed as \\u4e00."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # a notebook's has it not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         self.stream = stream
 
     def __getattr__(self, name):
@@ -61,9 +62,9 @@ class Output:
 
 def set_up_output():
     """The first process prints to streams that may go away, the others nothing."""
-    if not is_first():
+    if not is_first() or not sys.stdout:  # None: it was closed, >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr or sys.stdout)
 
 
 def refuse(parser, error):

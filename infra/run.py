@@ -243,7 +243,7 @@ class Run:
                 )
 
     def write(self, folder, optimizer_parts):
-        """The files of a checkpoint, but for their checksums."""
+        """The files of a checkpoint."""
         self.check_weights(self.policy.model.named_parameters())
         for number, tensors in enumerate(optimizer_parts):
             self.check_weights(tensors.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infra.directory import RunDirectory, create
+from infra.directory import RunDirectory, checkpoints, create
 from infra.fit import Fit
 from infra.flags import LORA_RATE, LR, explain, stated
 from infra.run import Run
@@ -20,11 +20,8 @@ from parts import kernels
 from parts.files import sha256, source_of
 from parts.inputs import load_inputs, read_data
 from parts.optimizer import Learner
-from parts.policy import Policy, is_shipped
-from rewards import Scorer, reward_files
-
-# Endings of a model's files on which a run depends: its weights, config and tokenizer.
-DECIDE = ".safetensors", ".json", ".jinja", ".model", ".txt"
+from parts.policy import Policy, find_folder, is_shipped, weights_digest
+from rewards import Scorer
 
 
 def start_run(cfg, ranks):
@@ -40,7 +37,7 @@ def start_run(cfg, ranks):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(kernels.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
-    read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(input_files(cfg)))
+    read = facts.pop("read") | {"--model": start_digest(policy.folder)}
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
     objective = explain(cfg, [state.level for state in levels])
     if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
@@ -59,8 +56,6 @@ def start_run(cfg, ranks):
         "objective": objective,
         "levels": [asdict(state.level) for state in levels],
         "read": read,
-        "inputs": inputs,
-        "model_files": hashes(p for p in policy.folder.iterdir() if p.suffix in DECIDE),
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
@@ -78,30 +73,29 @@ def resume_run(cfg, config, ranks):
 
      1. infra.flags.as_started has taken the flags from its config.json.
      2. Lock the directory. Nothing in it has been read but config.json.
-     3. Find the newest checkpoint whose files have their checksums. Damaged newer ones are renamed.
-     4. The files of data, examples, template and rewards must be unchanged; those of the starting
-        model too, if they are read again (with LoRA, lora.load checks them).
-     5. Choose the kernels that the run began with, and say what else differs on this machine.
-     6. Read data and policy as a new run does. The problems must be unchanged.
-     7. Take up the state: counters, waiting groups, order of problems, optimizer.
-     8. Cut the logs back to what they were at the checkpoint.
+     3. Find the newest checkpoint.
+     4. Choose the kernels that the run began with, and say what else differs on this machine.
+     5. Read data and policy as a new run does. Problems, prompts and rewards must be unchanged, and
+        the starting model too, if it is still needed.
+     6. Take up the state: counters, waiting groups, order of problems, optimizer.
+     7. Cut the logs back to what they were at the checkpoint.
 
-    What refuses to go on leaves the logs as they are: 8. checks all before it cuts one.
+    What refuses to go on leaves the logs as they are: 7. checks all before it cuts one.
 
     config  its config.json
     Raises ValueError or OSError, on all processes.
     """
     directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
-    checkpoint, files = ranks.from_first(directory.newest_whole), config["inputs"]
-    if cfg.kl_coef or not checkpoint:
-        files = files | config["model_files"]
-    ranks.from_first(lambda: must_be_unchanged(cfg.out, files, hashes(files)))
+    checkpoint = ranks.from_first(lambda: next(iter(checkpoints(cfg.out)), None))
     for name, now in computing(config["kernels"]).items():
         if now != config[name]:
             tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
     levels, held_out, policy, facts = read_inputs(cfg, model, ranks)
-    ranks.from_first(lambda: must_be_unchanged(cfg.out, config["read"], facts["read"]))
+    read = config["read"] | facts["read"]
+    if cfg.kl_coef or cfg.lora_rank or not checkpoint:
+        read["--model"] = ranks.from_first(lambda: start_digest(find_folder(cfg.model)))
+    must_be_unchanged(cfg.out, config["read"], read)
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
     sizes = run.resume(checkpoint)
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
@@ -173,17 +167,10 @@ def full_path(name):
     return str(Path(source).absolute()) + name[len(source) :]  # ids hold a link's own name
 
 
-def input_files(cfg):
-    """What the run reads beside the model, reward files with what they import from their folder."""
-    paths = [cfg.data, *cfg.eval_data, cfg.examples, cfg.template]
-    return [source_of(path) for path in paths if path] + reward_files(cfg.reward)
-
-
-def hashes(paths):
-    """-> {full path: SHA-256} of those that are files"""
-    # A hub's files are links, whose own names tell what they are.
-    paths = [Path(path).absolute() for path in paths]
-    return {str(path): sha256(path) for path in paths if path.is_file()}
+def start_digest(folder):
+    """Of the starting model, which is read again without a checkpoint, for the KL term, or as the
+    frozen weights beside LoRA's factors."""
+    return weights_digest(folder) + sha256(folder / "config.json")[:12]
 
 
 def must_be_unchanged(run, before, now):

@@ -26,7 +26,7 @@ from eprli import Buffer, LevelState, resolve_levels
 from parts import lora
 from parts.files import explained, stem, stems
 from parts.policy import Policy, digest
-from rewards import MATH, load_reward
+from rewards import MATH, identity, load_reward
 
 
 def load_inputs(cfg, model, device, read):
@@ -68,6 +68,8 @@ def read_data(cfg):
         if graded:
             data.only_gradable(path, some)  # says which; in evaluation they stay
         read[f"--eval-data {name}"] = digest(some)
+    read["--reward"] = [identity(name) for name in cfg.reward]
+    read["--examples or --template"] = digest(data.read_prompting(cfg))
     levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
     if cfg.difficulty == "level" and all(p.level is None for p in train_set):
         raise ValueError(

@@ -3,8 +3,7 @@
     W x + alpha / r B A x      W (O, I) frozen, A (r, I) and B (O, r) learned: model.Linear
 
 Sampler and learner both compute this sum. A merged copy of W would take its memory once more, and
-in bfloat16 it would lose small changes. An adapter's files are PEFT's. The header of the tensors
-names the files of the base by their SHA-256.
+in bfloat16 it would lose small changes. An adapter's files are PEFT's.
 """
 
 import json
@@ -12,15 +11,13 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import Linear, at_least_float32, check_tensors
-from parts.files import explained, sha256
+from parts.files import explained
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE = ".safetensors", "/config.json"  # what its files that must not change end in
 
 
 def layers(model):
@@ -71,11 +68,7 @@ def save(model, folder, config):
         "target_modules": config["lora_targets"] or list(dict(layers(model))),
     }
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
-    files = config["model_files"].items()
-    base = {Path(path).name: digest for path, digest in files if path.endswith(BASE)}
-    # One entry: several would be written in any order, and the same adapter in other bytes.
-    metadata = {"base": json.dumps(base, sort_keys=True)}
-    save_file(tensors(model), folder / WEIGHTS, metadata)
+    save_file(tensors(model), folder / WEIGHTS)
 
 
 def read_config(folder):
@@ -87,19 +80,14 @@ def read_config(folder):
             return config
 
 
-def load(model, config, folder, base):
+def load(model, config, folder):
     """Give a model the factors that `save` wrote.
 
     config  see read_config
-    base    the folder that the model was read from: it must be the one that was trained
     Raises ValueError
     """
-    with explained(f"{folder}: not an adapter of {base} that train.py wrote"):
+    with explained(f"{folder}: not an adapter of its base that train.py wrote"):
         add(model, config["r"], config["lora_alpha"], config["target_modules"])
-        trained = json.loads(safe_open(folder / WEIGHTS, "pt").metadata()["base"])
-        for name in trained.keys() | {path.name for path in base.glob("*.safetensors")}:
-            if sha256(base / name) != trained.get(name):
-                raise ValueError(f"its {name} is not what it was")
         factors = load_file(folder / WEIGHTS)
         check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():

@@ -61,7 +61,7 @@ class Policy:
         prompting = data.read_prompting(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
         if adapter:
-            lora.load(model, adapter, folder, base)
+            lora.load(model, adapter, folder)
         with explained(f"{folder}: its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer.encode("1")  # fails for a bad model_max_length
@@ -122,9 +122,8 @@ class Policy:
 
     def measuring(self, temperature, max_new_tokens, rewards, top_k=0, top_p=1.0):
         """What pass rates depend on, beside the problem; JSON."""
-        files = weight_files(self.folder) or [self.folder / lora.WEIGHTS]
         return {
-            "weights": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12],
+            "weights": weights_digest(self.folder),
             "prompt": digest(self.prompting)[:12],
             "examples": len(self.prompting["examples"]),
             "temperature": temperature,
@@ -161,6 +160,12 @@ def digest(value):
     text would tell its place in memory."""
     text = json.dumps(value, default=lambda x: vars(x) if is_dataclass(x) else type(x).__name__)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_digest(folder):
+    """A hash of the files of weights of a checkpoint, or of an adapter."""
+    files = weight_files(folder) or [folder / lora.WEIGHTS]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12]
 
 
 def is_shipped(model):

@@ -584,7 +584,7 @@ def test_worked_solutions_stay(tmp_path):
         {"question": "q", "answer": "so #### 2"},
         {"problem": "q", "solution": "\\boxed{2}"},
     ):
-        (write_lines(tmp_path / "x.jsonl", [row]),)
+        write_lines(tmp_path / "x.jsonl", [row])
         (problem,) = read_problems(tmp_path / "x.jsonl")
         assert problem.gold == "2" and problem.other["solution"] == [*row.values()][1]
 

@@ -917,11 +917,6 @@ def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch,
 
 def write_checkpoint(folder):
     folder.mkdir(parents=True)
-    sums = {}
-    for name in ("state.json", "optimizer.safetensors"):
-        (folder / name).write_text(name)
-        sums[name] = directory.sha256(folder / name)
-    (folder / "checksums.json").write_text(json.dumps(sums))
 
 
 # ------------------------------------------------------------------------------------- comparison

@@ -252,7 +252,7 @@ def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code
 
 
 @mark.parametrize(
-    "where, phase", [("train.make_group", "sampling"), ("train.objective", "learning")]
+    "where, phase", [("train.make_group", "sampling"), ("infra.fit.Fit.learn", "learning")]
 )
 def test_a_gpu_without_memory_ends_all_processes(workshop, where, phase):
     """While one has left, others wait for its gradients; a common save would wait for ever."""

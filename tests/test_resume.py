@@ -172,7 +172,7 @@ def test_a_kill_at_any_moment_changes_nothing(workshop, share):
 @mark.parametrize(
     "where, call",
     [
-        ("infra.directory.sha256", 9),  # before the checksums of the second checkpoint
+        ("parts.policy.Policy.save", 2),  # within the second checkpoint
         ("infra.directory.RunDirectory.delete_old", 3),  # after the rename
         ("infra.run.Run.write", 4),  # the last checkpoint
     ],
@@ -242,44 +242,6 @@ def flip(path):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path):
-    path.write_text("{}")
-
-
-@mark.parametrize(
-    "name, damage",
-    [
-        ("model.safetensors", flip),
-        ("optimizer.safetensors", truncate),
-        ("state.json", flip),
-        ("state.json", Path.unlink),
-        ("checksums.json", Path.unlink),
-        ("checksums.json", empty),
-        ("", shutil.rmtree),
-    ],
-)
-def test_a_damaged_checkpoint_is_skipped_aloud(workshop, name, damage):
-    """The one before it serves, and the run still ends in the very same bits."""
-    shutil.rmtree(workshop / "damaged", ignore_errors=True)
-    newest = copied(workshop, "whole", "damaged") / "checkpoints/000008"
-    damage(newest / name)
-    newest.mkdir(exist_ok=True)
-    ends_the_same(workshop, "damaged")
-    assert "000008: skipped, it is damaged" in said(workshop)
-    assert "goes on after damaged/checkpoints/000006" in said(workshop)
-
-
-def test_when_no_checkpoint_is_whole_nothing_is_cut(workshop):
-    """Starting over would throw away logs that are sound."""
-    out = copied(workshop, "whole", "hopeless")
-    for path in (out / "checkpoints").iterdir():
-        flip(path / "model.safetensors")
-    before = (out / "metrics.jsonl").read_bytes()
-    for _ in range(2):  # the second time too
-        refused(workshop, "hopeless", "no checkpoint is whole (000008: model.safetensors")
-    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_checkpoints_hold_no_pickle_and_only_the_newest_are_kept(workshop):
@@ -460,7 +422,7 @@ def save_no_more_at_once(original, tensors, *others, **keywords):
 
 @mark.parametrize("world", [1, 2])
 def test_a_large_checkpoint_is_several_files_and_goes_on(workshop, world):
-    """Bit for bit, as from one file; transformers reads the model; a damaged part is noticed."""
+    """Bit for bit, as from one file; transformers reads the model."""
     out = workshop / f"parts{world}"
     assert began(workshop, out.name, partial(in_small_parts, 7), world=world) == -SIGKILL
     folder = out / "checkpoints/000006"
@@ -476,10 +438,6 @@ def test_a_large_checkpoint_is_several_files_and_goes_on(workshop, world):
     assert theirs.lm_head.weight.equal(ours.lm_head.weight)
     if world == 1:
         return ends_the_same(workshop, out.name)
-    flip(folder / "optimizer3.safetensors")
-    goes_on(workshop, out.name)
-    damage = "000006: skipped, it is damaged (optimizer3.safetensors is not what was written)"
-    assert damage in said(workshop)
 
 
 def test_the_size_of_checkpoints_is_said_before_the_run_begins(workshop):
@@ -522,9 +480,9 @@ def test_inputs_that_changed_are_refused(workshop):
     before = data.read_text()
     try:
         data.write_text(before + '{"problem": "new", "answer": 1, "pass_rate": 0.5}')
-        refused(workshop, "inputs", "p.jsonl is gone, or is not what it was")
+        refused(workshop, "inputs", "--data is gone, or is not what it was")
         data.unlink()
-        refused(workshop, "inputs", "p.jsonl is gone, or is not what it was")
+        refused(workshop, "inputs", "p.jsonl: cannot be read")
     finally:
         data.write_text(before)
 
@@ -536,12 +494,11 @@ def test_a_slice_and_a_template_are_resumed_from_any_folder(workshop):
     killed(workshop, "part", "train.learn", 4, "--data p.jsonl[:12] --template t.jinja --updates 2")
     config = read(workshop / "part/config.json")
     assert config["data"] == f"{workshop / 'p.jsonl'}[:12]" and sum(config["problems"]) == 12
-    assert {str(template), str(workshop / "p.jsonl")} < config["inputs"].keys()
     folder = workshop / "another"
     folder.mkdir()
     before = template.read_text()
     template.write_text("{{ messages[0]['content'] }}")
-    refused(folder, workshop / "part", "t.jinja is gone, or is not what it was")
+    refused(folder, workshop / "part", "--template is gone, or is not what it was")
     template.write_text(before)
     goes_on(folder, workshop / "part")
     (saved,) = (workshop / "part/checkpoints").glob("000004/chat_template.jinja")
@@ -598,8 +555,8 @@ def test_a_helper_of_the_reward_that_changed_is_refused(workshop):
     (workshop / "reward_helper.py").write_text(EVEN)
     flags = "--reward with_helper.py:even"
     assert began(workshop, "helped", flags=flags) == resumed(workshop, "helped") == 0
-    (workshop / "reward_helper.py").write_text("raise SystemExit('it must not be executed')")
-    refused(workshop, "helped", "reward_helper.py is gone, or is not what it was")
+    (workshop / "reward_helper.py").write_text(EVEN.rstrip() + " + 0")
+    refused(workshop, "helped", "--reward is gone, or is not what it was")
 
 
 def test_config_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -613,8 +570,6 @@ def test_config_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     create(out, {})
     (names, early), last = forced
     assert names[0] == "config.json" and not early and last == ([tmp_path.name], True)
-    RunDirectory(out, SimpleNamespace(first=True)).replace_config({})
-    assert [names for names, _ in forced[2:]] == [["config.part"], ["run"]]
 
 
 @mark.parametrize("log", LOGS)
@@ -654,7 +609,7 @@ def test_a_run_killed_before_its_first_checkpoint_needs_the_same_start(workshop)
     goes_on(workshop, "early")
     killed(workshop, "early", "train.learn", 1, "--model origin --save-every 0")
     flip(workshop / "origin/model.safetensors")
-    refused(workshop, "early", "model.safetensors is gone, or is not what it was")
+    refused(workshop, "early", "--model is gone, or is not what it was")
 
 
 def test_what_a_checkpoint_counts_on_is_on_the_disk_before_its_name(workshop, monkeypatch):
@@ -668,7 +623,7 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_its_name(workshop, mo
     fill = lambda folder: (folder / "model").write_text(str(directory.log_sizes()))  # noqa: E731
     directory.write_checkpoint("000009", fill)
     forced = {Path(path).name for path in events[: events.index("000009")]}
-    assert {"model", "checksums.json", "checkpoint.part", *LOGS} <= forced
+    assert {"model", "checkpoint.part", *LOGS} <= forced
 
 
 def test_a_reader_that_goes_away_is_a_hang_up(workshop):
@@ -695,7 +650,7 @@ def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, kl_coef, da
     killed(workshop, "kl", "train.learn", 5, f"--kl-coef {kl_coef} --model start")
     damage(workshop / "start/model.safetensors")
     assert resumed(workshop, "kl") == code, said(workshop)
-    message = "model.safetensors is gone, or is not what it was"
+    message = "--model is gone, or is not what it was"
     assert (message in said(workshop)) == (code == 2)
 
 

@@ -357,15 +357,14 @@ def goes_on(run, flags=""):
 
 
 def test_a_tokenizer_with_several_templates_is_saved(workshop, toy_folder, tmp_path):
-    """It fills a folder within the checkpoint, whose files have checksums too."""
+    """It fills a folder within the checkpoint."""
     folder = shutil.copytree(toy_folder, tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = dict.fromkeys(["default", "tool_use"], tokenizer.chat_template)
     tokenizer.save_pretrained(folder)
     run = workshop(f"--model {folder}")
-    sums = read(run / "checkpoints/000004/checksums.json")
-    assert "additional_chat_templates/tool_use.jinja" in sums
-    assert goes_on(run, "--updates 2 3")["updates"] == [2, 3]
+    assert (run / "checkpoints/000004/additional_chat_templates/tool_use.jinja").exists()
+    goes_on(run)
 
 
 def test_a_run_on_a_linked_file_goes_on(workshop, tmp_path):
@@ -375,7 +374,7 @@ def test_a_run_on_a_linked_file_goes_on(workshop, tmp_path):
     for name in ("newest.jsonl", "held.jsonl"):
         Path(name).symlink_to("deep.jsonl")
     run = workshop("--data newest.jsonl --eval-data held.jsonl --difficulty level --quality 1 2")
-    assert goes_on(run, "--updates 2 3")["data"] == str(tmp_path / "newest.jsonl")
+    assert goes_on(run)["data"] == str(tmp_path / "newest.jsonl")
 
 
 def test_a_run_goes_on_with_its_own_lengths(workshop):
@@ -385,13 +384,6 @@ def test_a_run_goes_on_with_its_own_lengths(workshop):
     path.write_text(json.dumps(moved))
     cfg, _ = read_flags(make_parser(), ["--resume", "run"])
     assert cfg.max_new_tokens == [6, 6]
-
-
-def test_another_number_of_levels_is_refused(workshop, capsys):
-    run = workshop("--quality 1 --updates 1 1")
-    with raises(SystemExit, match="2"):
-        goes_on(run, "--updates 1 1 3")
-    assert "and needs a value for each of the 2" in capsys.readouterr().err
 
 
 def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed):
@@ -698,9 +690,8 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     assert found == 3 * [("p", 1, 10), ("p", 2, 10), ("plain", None, 3)]
     config = read(out / "config.json")
     assert {"eval_left_out, p", "eval_left_out, plain"} < set(config)
-    assert list(config["read"]) == ["--data", "--eval-data p", "--eval-data plain"]
+    assert list(config["read"])[:3] == ["--data", "--eval-data p", "--eval-data plain"]
     assert config["eval_data"] == [str(tmp_path / name) for name in ("p.jsonl", "plain.jsonl")]
-    assert set(config["eval_data"]) < set(config["inputs"])
     words = printed()
     assert "held out, p, level 2: " in words and "plain.jsonl: 3 problems" in words
     table = words.split("held-out accuracy")[-1].splitlines()
@@ -925,12 +916,12 @@ def test_no_two_completions_share_a_stream(workshop, monkeypatch):
         return attempt(policy, scorer, work, *rest, **more)
 
     monkeypatch.setattr("train.attempt", watch)
-    more = "--prompts 3 --buffer-groups 4 --surplus missing --filter all --eval-every 0"
+    more = "--prompts 4 --buffer-groups 3 5 --surplus missing --filter all --eval-every 0 --seed 1"
     workshop(f"--quality 0.5 1 --updates 2 {more}")
-    assert [len(keys) // 4 for keys in drawn] == [3, 1, 3, 1, 3, 1, 3, 1]
+    assert [len(keys) // 4 for keys in drawn] == [4, 4, 4, 1, 4, 1]
     everything = sum(drawn, [])
-    assert len(set(everything)) == len(everything) == 64
-    assert everything[0] == stream_key(0, TRAINING, 1, 0, 0)
+    assert len(set(everything)) == len(everything) == 72
+    assert everything[0] == stream_key(1, TRAINING, 1, 0, 0)
 
 
 def test_an_update_whose_gradient_is_0_changes_nothing(metrics, printed):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from tqdm import tqdm
 
 from data import read_problems
+from infra.ranks import set_up_output
 
 WORDS, JACCARD, SHARE = 8, 0.7, 0.9
 # A run of words that more test problems hold is a phrase of their source. It finds no candidates.
@@ -46,10 +47,11 @@ def overlap(train, test):
     most = max(LEAST_COMMON, COMMON * len(others))
     common = {gram for gram, numbers in holders.items() if len(numbers) > most}
     if common:
-        only = sum(bool(some) and some <= common for some in grams)
+        only = sum(bool(some) and len(some - common) <= len(some) * (1 - JACCARD) for some in grams)
         tqdm.write(
             f"{len(common)} runs of {WORDS} words stand in more than {most:g} test problems, such "
-            f"as {' '.join(min(common))!r}: they find no copies, and {only} problems have no other"
+            f"as {' '.join(min(common))!r}: they find no copies, and those of {only} problems that "
+            "have few others may be missed"
         )
     near = {}
     for t in tqdm(train, unit=" problems"):
@@ -62,6 +64,7 @@ def overlap(train, test):
 
 
 def main(arguments=None):
+    set_up_output()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("train")
     parser.add_argument("test")

@@ -203,7 +203,7 @@ def write_page(folders):
         config[name] = ", ".join(path.removeprefix(here) for path in paths)
     for level in config["levels"]:
         level["reward"] = level["reward"].removeprefix(here)
-    for name in ("inputs", "model_files", "reward"):  # by paths of this machine
+    for name in ("read", "reward"):  # by paths of this machine
         config.pop(name, None)
     panels = PANELS.splitlines()  # the second one is drawn otherwise
     panels[1] = f"R_l, share right | mean | outcome_mean accuracy {' '.join(parts(metrics))}"
