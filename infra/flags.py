@@ -59,9 +59,6 @@ class Files:
     )
     save_every: int = flag("updates between checkpoints; 0: only at the end [ours]", 10)
     keep_checkpoints: int = flag("newest checkpoints to keep; older ones are deleted [ours]", 2)
-    keep_completions: int = flag(
-        "groups of each update whose completions are written down; 0: all [ours]", 16
-    )
     tracker: Literal["wandb", "trackio"] | None = flag(
         "send config, metrics and some completions to this tracker too [ours]"
     )
@@ -304,7 +301,7 @@ SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
     "device slots micro_batch_tokens recompute fsdp offload save_every keep_checkpoints "
-    "keep_completions tracker updates reward_workers reward_retry reward_tries"
+    "tracker updates reward_workers reward_retry reward_tries"
 )
 RULES = (
     (
@@ -314,7 +311,7 @@ RULES = (
     ),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
-        "lora_rank keep_completions",
+        "lora_rank",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),

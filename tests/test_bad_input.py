@@ -199,7 +199,6 @@ FLAGS = """
 --micro-batch-tokens 0 | --micro-batch-tokens must be at least 1
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
---keep-completions -1 | --keep-completions must be at least 0
 --seed -1 | --seed must be at least 0
 --lora-rank -1 | --lora-rank must be at least 0
 --lora-rank 1000000000000 | --lora-rank 1000000000000 is more than the hidden size

@@ -16,7 +16,7 @@ parts.sources data rewards
 parts.statistics parts.lora parts.optimizer parts.papers parts.policy parts.inputs
 infra.ranks infra.directory infra.memory infra.tracker infra.flags infra.update infra.run
 infra.setup infra.command
-tools tools.overlap tools.verdict tools.report tools.compare
+tools tools.overlap tools.report tools.compare
 train eval
 """
 FLOORS = ORDER.split()

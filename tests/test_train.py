@@ -490,17 +490,19 @@ def test_fifteen_updates_raise_the_reward(metrics, seed):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
 
 
-def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, printed):
+def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, printed, monkeypatch):
     """A bound that cut a group, or that reached the statistics, would pass unseen: they must be of
     all completions drawn."""
-    every, some = (
-        workshop(f"--out keep{keep} --keep-completions {keep} --reward toy_reward.py:sometimes")
-        for keep in (0, 1)
-    )
+
+    def kept(groups):
+        monkeypatch.setattr("infra.update.KEEP", groups)
+        return workshop(f"--out keep{groups} --reward toy_reward.py:sometimes")
+
+    every, some = kept(1000), kept(1)
     rows = lines(some / "metrics.jsonl")
     for row, whole in zip(rows, lines(every / "metrics.jsonl")):
         mine = [c for c in lines(some / "completions.jsonl") if c["update"] == row["update"]]
-        assert column(mine, "sample") == [0, 1, 2, 3] and all("pieces" in c for c in mine)
+        assert column(mine, "sample") == [0, 1, 2, 3]
         assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
         for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
             assert row[name] == whole[name]
@@ -864,7 +866,7 @@ def test_ones_own_reward_is_the_same_on_held_out_problems(workshop, printed):
     rows = [{"id": f"p{i}", "problem": c, "answer": [1, None]} for i, c in enumerate("0123456789")]
     write_lines("own.jsonl", rows)
     data = "--data own.jsonl --eval-data own.jsonl --quality 1 --max-new-tokens 8 --filter all"
-    out = workshop(f"{data} --reward toy_reward.py:parted --eval-samples 4 --keep-completions 0")
+    out = workshop(f"{data} --reward toy_reward.py:parted --eval-samples 4")
     row, completions = lines(out / "metrics.jsonl")[0], lines(out / "completions.jsonl")
     first = [c for c in completions if c["update"] == 1]
     for name in ("even", "long"):
@@ -901,9 +903,10 @@ def test_a_held_out_bin_has_the_reward_of_its_level(workshop):
         assert column(rows[: len(found)], "accuracy") == found
 
 
-def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed):
+def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed, monkeypatch):
     """Not the update, as a nan does; its groups are counted, and no mean holds them."""
-    flags = "--reward-timeout 0.5 --quality 1 --prompts 20 --length-weight 0.5 --keep-completions 0"
+    monkeypatch.setattr("infra.update.KEEP", 20)
+    flags = "--reward-timeout 0.5 --quality 1 --prompts 20 --length-weight 0.5"
     (row, _) = metrics(f"{flags} --reward toy_reward.py:slow")
     assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
     assert row["groups_kept"] == 2 and row["grad_norm"] > 0
