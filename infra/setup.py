@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from infra.directory import RunDirectory, create
-from infra.flags import LORA_RATE, LR, explain, stated
+from infra.flags import LORA_RATE, LR, objective_line
 from infra.memory import must_hold, settle_on_all
 from infra.run import Run
 from infra.tracker import Tracker
@@ -42,11 +42,9 @@ def start_run(cfg, ranks):
     cfg = settle_on_all(cfg, levels, held_out, policy, ranks)
     read, inputs = facts.pop("read"), ranks.from_first(lambda: hashes(input_files(cfg)))
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    objective = explain(cfg, [state.level for state in levels])
-    if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
-        tqdm.write(objective.rpartition("\n")[2])
-    full = stated(cfg.preset).get("lr", LR if is_shipped(cfg.model) else None)
-    if cfg.lora_rank and cfg.lr == full:
+    objective = objective_line(cfg, [state.level for state in levels])
+    tqdm.write(objective)
+    if cfg.lora_rank and is_shipped(cfg.model) and cfg.lr == LR:
         tqdm.write(f"--lr {cfg.lr:g} is a rate of full training. With --lora-rank {LORA_RATE}")
     config = {
         **with_full_paths(cfg),

@@ -304,7 +304,6 @@ def test_merge_rounds_once_to_the_dtype_of_the_base(workshop, tmp_path, base_dty
 
 
 RATES = [
-    ("--preset deepscaler --lr 1e-6", True),
     ("", False),  # FLAGS have 1e-2
     ("--lr 3e-4", False),  # the shipped model's default, and a good rate of another one's factors
     (f"--model {TINY} --max-new-tokens 12 --lr 3e-4", True),

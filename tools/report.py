@@ -195,7 +195,6 @@ def write_page(folders):
     # A page that is published need not tell whose folder it was.
     here = f"{Path.cwd()}/"
     config = json.loads((folder / "config.json").read_text())
-    config["objective"] = config.get("objective", "").replace(f" {here}", " ")
     for name in ("model", "data", "eval_data", "examples", "template", "out"):
         paths = config.get(name) or []
         paths = [paths] if isinstance(paths, str) else paths  # --eval-data takes several
