@@ -2,7 +2,7 @@
 
     python eval.py --model M --data F.jsonl [G.jsonl ...] --samples K     accuracies with intervals
     python eval.py --model M --data F.jsonl --add-pass-rate G.jsonl       measures difficulty
-    python eval.py --model M --protocol deepscaler --data aime24 math500  benchmarks of the papers
+    python eval.py @recipes/eval-deepscaler.args --model M --data aime24  as a paper evaluates
     python eval.py --like RUN                              as a training run samples
     python eval.py --compare A B                           tests the difference of two --out folders
 
@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from infra import memory
 from infra.directory import checkpoints, create, damage, lock
 from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, set_up_output
-from parts import lora, papers
+from parts import lora
 from parts.files import Stop, explained, stems, write_records
 from parts.policy import (
     DIFFICULTY,
@@ -75,9 +74,6 @@ class Flags(Machine):
     )
     columns: list[str] = flag("of --data: problem=NAME answer=NAME, and pass_rate, level or id", [])
     like: str | None = flag("training run: its settings and newest checkpoint as defaults")
-    protocol: Literal[tuple(papers.PROTOCOLS)] | None = flag(
-        "published defaults of flags and suffix"
-    )
     samples: int = flag("completions per problem", 16)
     k: int = flag("k of pass@k; 0: as many as --samples", 0)
     max_new_tokens: int = flag(f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0)
@@ -103,11 +99,10 @@ RULES = (
 
 
 def parse_args(parser, arguments):
-    """-> flags. A training run, then a protocol, set those that are not given. Raises ValueError"""
+    """-> flags. A training run sets those that are not given. Raises ValueError"""
     args = parser.parse_args(arguments)
     if args.like:
         parser.set_defaults(**flags_of(args.like))
-    parser.set_defaults(**papers.PROTOCOLS.get(args.protocol, {}))
     args = parser.parse_args(arguments)
     for name in ("data", "reward"):  # None: the run of --like had none, or several
         if getattr(args, name) is None and not args.merge:
@@ -155,8 +150,7 @@ def check(args):
     check_ranges(args, [*RULES, ("k", lambda v: v <= args.samples, "at most --samples")])
     if not args.max_new_tokens:
         raise ValueError(
-            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
-            "it, or a --protocol"
+            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give it"
         )
     load_reward(args.reward)
     names, rates = stems("--data", args.data), args.add_pass_rate
@@ -373,7 +367,6 @@ def write_results(args, files, out, locked):
                 "samples": args.samples,
             }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
-    papers.print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 

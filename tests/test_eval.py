@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import edit, files, lines, read, table, write_lines
-from launch import at, die, said, start, wait
+from launch import ROOT, at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -27,7 +28,6 @@ from infra import directory, memory
 from infra.directory import lock
 from infra.flags import Config, make_parser
 from infra.ranks import Ranks
-from parts import papers
 from parts import policy as policies
 from parts.files import Stop
 from parts.policy import TINY, Attempt, Policy, Sampling, attempt, evaluation_requests
@@ -57,12 +57,9 @@ def test_intervals():
 
 
 def test_an_interval_knows_of_what_it_did_not_see():
-    """One half among zeros tells less than zeros alone, and five means of zeros are not certain. A
-    bare bootstrap says so of both."""
+    """One half among zeros tells less than zeros alone. A bare bootstrap says the opposite."""
     assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
     assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
-    assert papers.mean_of([interval([0] * 30)] * 5)[2] > 0.11 / math.sqrt(5)
-    assert papers.mean_of([(0.5, 0.3, 0.6)] * 4) == approx((0.5, 0.4, 0.55))
 
 
 def test_samples_of_one_problem_are_one_cluster():
@@ -555,7 +552,7 @@ def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, cap
     assert "--reward returned, for problem 'p-1', inf" in capsys.readouterr().err
 
 
-def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
+def test_a_recipe_reaches_prompts_and_sampler(monkeypatch, run):
     """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can
     compare. A flag that is given wins."""
     seen, original = {}, policies.sample
@@ -565,38 +562,22 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
         return original(model, prompts, keys, **settings)
 
     monkeypatch.setattr(policies, "sample", sample)
-    summary = json.loads(run(f"{SHORT} --protocol deepscaler --top-k 9 --out o")[-1])
+    summary = json.loads(run(f"@{RECIPES}/eval-deepscaler.args {SHORT} --top-k 9 --out o")[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     assert (summary["samples"], summary["max_new_tokens"]) == (2, 4)
     tokenizer = load(summary["model"]).tokenizer
     # A blank, where training has a new line.
     assert "0+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
-    assert parsed("--protocol fastcurl").top_p == parsed().temperature == 1.0
-
-
-def test_benchmarks_end_in_the_papers_table(run, printed, monkeypatch):
-    for name in papers.FIVE:
-        write_problems(f"{name}.jsonl", 3)
-    names = " ".join(f"{name}.jsonl" for name in papers.FIVE)
-    header, ours, *published, _ = run(f"{SHORT} --data {names}")[-10:]
-    assert " ".join(header.split()) == "aime24 math500 amc22_23 minerva olympiadbench mean"
-    assert ours.startswith("toy0 (own settings)")
-    changed = run(f"{SHORT} --protocol deepscaler --data {names}")[-9]
-    assert changed.startswith("toy0 (own settings)")  # two samples are not the protocol's
-    summary = json.loads(run(f"{SHORT} --protocol deepscaler --data {names}")[-1])
-    monkeypatch.setitem(papers.PROTOCOLS["deepscaler"], "samples", 2)
-    for change, title in ({}, "deepscaler"), ({"system": "Be brief."}, "own settings"):
-        papers.print_table(summary | papers.PROTOCOLS["deepscaler"] | change)
-        assert f"toy0 ({title})" in printed()
-    assert ours.count("0.0 % [0.0, ") == 6  # five benchmarks and their mean
-    assert "0.0]" not in ours  # no interval is empty
-    assert " ".join(published[2].split()).endswith("43.1 87.8 73.6 30.2 50.0 57.0")
+    assert parsed(f"@{RECIPES}/eval-fastcurl.args").top_p == parsed().temperature == 1.0
 
 
 def test_published_means_are_those_of_their_rows():
     """A digit that was copied wrongly shows."""
-    for _, *values in papers.ROWS:
-        *five, mean = map(float, values)
+    page = (RECIPES.parent / "docs/evaluation.md").read_text()
+    rows = re.findall(r"^\|[^|]*\|[^|]*\|((?: \d\d\.\d \|){6})$", page, re.M)
+    assert len(rows) == 7
+    for row in rows:
+        *five, mean = map(float, row.replace("|", "").split())
         assert np.mean(five) == approx(mean, abs=0.1)
 
 
@@ -777,6 +758,7 @@ def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
     assert contents(folder) == contents(whole)
 
 
+RECIPES = ROOT / "recipes"
 SHORT = "--data p.jsonl --samples 2 --max-new-tokens 4"
 
 
@@ -864,7 +846,7 @@ TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "s
 
 def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, capsys):
     """Another temperature, length or dtype than in training measures another policy. A flag that
-    is given wins, then the protocol."""
+    is given wins."""
     run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
     folder.mkdir(parents=True)
     (run / "config.json").write_text(TRAINED)
@@ -887,10 +869,9 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
     assert (args.seed, args.slots, args.data) == (0, None, ["d.jsonl"])
     assert args.quality == [0.5, 1]  # or its level 1 would be another than the run's
-    given = "--data d.jsonl --temperature 0.9 --model m --protocol deepscaler --dtype float32"
+    given = "--data d.jsonl --temperature 0.9 --model m --dtype float32"
     args = parsed(f"{given} --like {run}")
     assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
-    assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
     edit(run / "config.json", {"eval_max_new_tokens": 50, "eval_data": ["f.jsonl", "g.jsonl"]})
     edit(run / "config.json", {"eval_quality": [0.3, 0.6]})
     assert parsed(f"--like {run}").quality == [0.3, 0.6]
@@ -992,9 +973,9 @@ def test_compare_says_which_settings_differ(run):
     """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better
     model."""
     write_result("a", [[1, 0]], temperature=1.0, k=2)
-    write_result("b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
+    write_result("b", [[1, 1]], temperature=0.6, k=2, top_p=0.95)
     said = [line for line in run("--compare a b") if "differs" in line]
-    assert said == ["protocol differs: A None, B 'deepscaler'", "temperature differs: A 1.0, B 0.6"]
+    assert said == ["temperature differs: A 1.0, B 0.6", "top_p differs: A None, B 0.95"]
 
 
 def test_compare_says_that_problems_were_changed(run):
