@@ -461,5 +461,5 @@ def objective_line(cfg, levels):
     return (
         f"maximise J_l: loss norm {cfg.loss_norm}, rho clipped to [1 - ({low}), 1 + ({high})], "
         f"advantage std {cfg.adv_std}, r = R_l + K_l length_l({cfg.length_kind}), K_l = {weight}, "
-        f"{cfg.kl_coef:g} k3"
+        f"minus {cfg.kl_coef:g} k3"
     )

@@ -823,7 +823,7 @@ def test_a_run_says_and_saves_its_objective(workshop, printed):
     assert line in printed() and "\n" not in line
     for part in ("loss norm sequence", "[1 - (0.2, 0.2), 1 + (0.28, 0.4)]", "K_l = 0.5, 0.5"):
         assert part in line
-    assert "length_l(kimi)" in line and "0.01 k3" in line
+    assert "length_l(kimi)" in line and "minus 0.01 k3" in line
 
 
 @mark.parametrize(
