@@ -16,7 +16,7 @@ import answers
 from parts import sources
 from parts.files import explained, force_to_disk, is_text, read_records, squash, stem, write_records
 
-# Of DeepScaleR and FastCuRL. Their protocols put a blank before it (parts/papers.py).
+# Of DeepScaleR and FastCuRL. Their evaluations put a blank before it (recipes/eval-*.args).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 SUFFIX = f"\n{INSTRUCTION}"  # put behind every problem
 

@@ -81,7 +81,7 @@ class Level:
 
     Len_l limits a completion (or what is left of the context does, if that is less). It is used
     - by the sampler, and by the length rewards `overlong` and `cosine`;
-    - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --like,
+    - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --model RUN,
       unless --eval-max-new-tokens is given. Pass rates should be measured with it too;
     - by the default --slots;
     - as the divisor of the loss norm `constant`; Len_l / 5 is the default of overlong_cache.

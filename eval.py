@@ -2,8 +2,8 @@
 
     python eval.py --model M --data F.jsonl [G.jsonl ...] --samples K     accuracies with intervals
     python eval.py --model M --data F.jsonl --add-pass-rate G.jsonl       measures difficulty
-    python eval.py --model M --protocol deepscaler --data aime24 math500  benchmarks of the papers
-    python eval.py --like RUN                              as a training run samples
+    python eval.py @recipes/eval-deepscaler.args --model M --data aime24  as a paper evaluates
+    python eval.py --model RUN --data F.jsonl              as a training run samples
     python eval.py --compare A B                           tests the difference of two --out folders
 
 `torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from infra.directory import checkpoints, create, lock
 from infra.fit import Fit
 from infra.flags import Machine, Scoring, check_ranges, make_parser
 from infra.ranks import Ranks, refuse, set_up_output
-from parts import lora, papers
 from parts.files import Stop, explained, stems, write_records
 from parts.policy import (
     DIFFICULTY,
@@ -53,12 +51,8 @@ from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 
 # ----------------------------------------------------------------------------------- command line
 
-# What --like takes of a training run, beside its lengths, levels, R_l, held-out data and newest
-# checkpoint.
-LIKE = (
-    "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
-    "columns reward_timeout reward_workers reward_retry reward_tries reward_held_out"
-)
+# What a training run sets, beside its lengths and R_l
+OF_RUN = "temperature examples system suffix template template_kwargs stop dtype"
 
 
 @dataclass(frozen=True)
@@ -67,17 +61,17 @@ class Flags(Machine):
 
     _argument_group_name = "evaluation"
 
-    model: str = flag("checkpoint folder or hub name[@revision]", str(TINY))
+    model: str = flag(
+        "checkpoint folder, hub name[@revision], or training run: its newest checkpoint, with how "
+        "it samples as defaults",
+        str(TINY),
+    )
     data: list[str] = flag(
         "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks; with "
         "[:512] behind it, the first 512 rows",
         [str(SHIPPED / "heldout.jsonl")],
     )
     columns: list[str] = flag("of --data: problem=NAME answer=NAME, and pass_rate, level or id", [])
-    like: str | None = flag("training run: its settings and newest checkpoint as defaults")
-    protocol: Literal[tuple(papers.PROTOCOLS)] | None = flag(
-        "published defaults of flags and suffix"
-    )
     samples: int = flag("completions per problem", 16)
     k: int = flag("k of pass@k; 0: as many as --samples", 0)
     max_new_tokens: int = flag(f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0)
@@ -89,7 +83,6 @@ class Flags(Machine):
     reward: str = flag("R_l: math, or path.py:function; 1 and more is right", MATH)
     out: Path | None = flag("new, or of a stopped evaluation; default runs/eval-<date-time>")
     add_pass_rate: Path | None = flag("file to write: the problems with their pass rates")
-    merge: Path | None = flag("folder to write: adapter --model merged into its base; then stop")
     compare: str | None = flag("test the difference of two results: A B", nargs=2)
 
 
@@ -103,15 +96,13 @@ RULES = (
 
 
 def parse_args(parser, arguments):
-    """-> flags. A training run, then a protocol, set those that are not given. Raises ValueError"""
+    """-> flags. A training run sets those that are not given. Raises ValueError"""
     args = parser.parse_args(arguments)
-    if args.like:
-        parser.set_defaults(**flags_of(args.like))
-    parser.set_defaults(**papers.PROTOCOLS.get(args.protocol, {}))
-    args = parser.parse_args(arguments)
-    for name in ("data", "reward"):  # None: the run of --like had none, or several
-        if getattr(args, name) is None and not args.merge:
-            raise ValueError(f"--like {args.like}: the run does not say which --{name}, so give it")
+    if (Path(args.model) / "checkpoints").is_dir():
+        defaults = flags_of(args.model)
+        parser.set_defaults(**defaults)
+        args = parser.parse_args(arguments)
+        args.model = defaults["model"]
     args.k = args.k or args.samples
     args.dtype = args.dtype or default_dtype(args.model, args.device)
     if is_shipped(args.model):
@@ -122,25 +113,17 @@ def parse_args(parser, arguments):
 
 
 def flags_of(run):
-    """{flag: value} with which a training run evaluates its newest checkpoint. Raises ValueError"""
-    with explained(f"--like {run}: it is not the folder of a training run"):
+    """{flag: value} with which a training run samples, and its newest checkpoint.
+    Raises ValueError"""
+    with explained(f"--model {run}: not a training run with a checkpoint"):
         config = json.loads((Path(run) / "config.json").read_text())
+        flags = {name: config[name] for name in OF_RUN.split()}
         longest = max(level["max_new_tokens"] for level in config["levels"])
-        flags = {name: config[name] for name in LIKE.split()}
         flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
-        flags["quality"] = []  # levels have their declared numbers
-        if config["difficulty"] == "pass_rate":
-            qualities = [level["quality"] for level in config["levels"]]
-            flags["quality"] = config["eval_quality"] or qualities
-        flags["data"] = config["eval_data"] or None
-        rewards = set(config["reward"])
-        flags["reward"] = rewards.pop() if len(rewards) == 1 else None
-        return flags | {"model": str(newest(run))}
-
-
-def newest(run):
-    """The newest checkpoint of a run. Without one a folder that is refused as a model."""
-    return next(iter(checkpoints(run)), Path(run) / "checkpoints")
+        if len(set(config["reward"])) == 1:
+            flags["reward"] = config["reward"][0]
+        flags["model"] = str(checkpoints(run)[0])
+        return flags
 
 
 def check(args):
@@ -148,8 +131,7 @@ def check(args):
     check_ranges(args, [*RULES, ("k", lambda v: v <= args.samples, "at most --samples")])
     if not args.max_new_tokens:
         raise ValueError(
-            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give "
-            "it, or a --protocol"
+            f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give it"
         )
     load_reward(args.reward)
     names, rates = stems("--data", args.data), args.add_pass_rate
@@ -179,8 +161,7 @@ def read_data(args):
     check(args)
     files, graded = {}, MATH in (args.reward, args.reward_held_out)
     for path in args.data:
-        # With --like they are the columns of the training problems, and it evaluates others.
-        files[path] = data.read_problems(path, args.columns, not args.like, graded)
+        files[path] = data.read_problems(path, args.columns, must_fit=True, graded=graded)
         if graded:
             data.only_gradable(path, files[path])  # says which; they stay
         for p in files[path] if args.add_pass_rate else ():
@@ -347,7 +328,6 @@ def write_results(args, files, out, locked):
                 "samples": args.samples,
             }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
-    papers.print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -363,11 +343,6 @@ def main(arguments=None):
 
                 return print(json.dumps(compare(*args.compare)))
             ranks = stack.enter_context(Ranks(args.device))
-            if args.merge:
-                policy = Policy.load(args.model, "float32", args.device, args)
-                if not lora.read_config(policy.folder):
-                    raise ValueError(f"--merge: {args.model} is no adapter")
-                return print(json.dumps(lora.merge(policy, args.merge)))
             files = ranks.from_first(lambda: read_data(args))
             policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
             out = ranks.from_first(lambda: open_folder(args, policy, files))

@@ -327,7 +327,7 @@ def write_report(out):
         print(f"page:    {report.write_page([out])}")
         metrics = report.read_log(out / "metrics.jsonl")
         if left_out := sum(row["completions_left_out"] for row in metrics):
-            print(f"{left_out:,} completions were not written down (--keep-completions)")
+            print(f"{left_out:,} completions were not written down")
     except Exception as error:  # of a library, a disk: the run itself went well
         print(f"no picture or page of {out} ({type(error).__name__}: {error})")
 

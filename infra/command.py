@@ -26,11 +26,10 @@ from pathlib import Path
 
 import torch
 
-from infra.flags import explain, make_parser, read_flags
+from infra.flags import make_parser, read_flags
 from infra.ranks import Ranks, is_first, refuse, set_up_output
 from infra.setup import resume_run, start_run
 from parts.files import Stop
-from parts.inputs import read_data
 
 
 def run_command(train, report, arguments):
@@ -41,8 +40,6 @@ def run_command(train, report, arguments):
     with contextlib.ExitStack() as stack:
         try:
             cfg, config = read_flags(parser, arguments)
-            if cfg.explain:
-                return print(explain(cfg, read_data(cfg)[0]))
             ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
             with memory_explained():
                 run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)

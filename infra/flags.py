@@ -1,16 +1,17 @@
 """The flags of train.py: defaults, units, sources, checks.
 
-The way of a flag, such as --lr: its field below (Optimizer.lr) -> `read_flags`, where a preset,
-then the command line, and with --resume the run's config.json set it -> `fill`, if it has no value
-yet -> Config, which is run.cfg in train.py, where it is read (eprli.learning_rate(cfg, ...)). A
-flag with a value per level becomes a field of Level instead (eprli.resolve_levels).
+The way of a flag, such as --lr: its field below (Optimizer.lr) -> `read_flags`, where the command
+line, with the files of flags that it names (@recipes/dapo.args), and with --resume the run's
+config.json set it -> `fill`, if it has no value yet -> Config, which is run.cfg in train.py, where
+it is read (eprli.learning_rate(cfg, ...)). A flag with a value per level becomes a field of Level
+instead (eprli.resolve_levels).
 """
 
 import argparse
 import json
 import math
-import re
-from dataclasses import dataclass, fields, replace
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +20,7 @@ from transformers import HfArgumentParser
 
 from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
-from eprli import PER_LEVEL
 from parts.files import source_of
-from parts.optimizer import BETAS, WEIGHT_DECAY
-from parts.papers import PRESETS
 from parts.policy import SHIPPED, TINY, default_dtype, is_shipped
 
 LR = 3e-4
@@ -49,22 +47,15 @@ class Files:
     columns: list[str] = flag(
         "columns of another layout, problem=NAME answer=NAME, and pass_rate, level or id [ours]", []
     )
-    preset: Literal[tuple(PRESETS)] | None = flag(
-        "fill in what a source states; flags that are given win; --explain tells them apart [ours]"
-    )
     out: str | None = flag("run directory to create; default runs/<date-time> [ours]")
     resume: str | None = flag(
         "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
     )
     save_every: int = flag("updates between checkpoints; 0: only at the end [ours]", 10)
     keep_checkpoints: int = flag("newest checkpoints to keep; older ones are deleted [ours]", 2)
-    keep_completions: int = flag(
-        "groups of each update whose completions are written down; 0: all [ours]", 16
-    )
     tracker: Literal["wandb", "trackio"] | None = flag(
         "send config, metrics and some completions to this tracker too [ours]"
     )
-    explain: bool = flag("print the resolved objective with its numbers, and stop [ours]", False)
 
 
 @dataclass(frozen=True)
@@ -151,7 +142,7 @@ class Optimizer:
 
     lr: float | None = flag(
         f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
-        "the shipped model; any other needs it given. That, and what presets state, is a rate of "
+        "the shipped model; any other needs it given. That, and what recipes/ state, is a rate of "
         "full training. With --lora-rank give ten times as much or more, as the best rates of the "
         "two differ (Schulman et al. 2025): 3e-3 for the shipped model; 2e-4 taught a Qwen2 of "
         "0.5 B (docs/lora.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
@@ -285,12 +276,12 @@ class Config(Files, Memory, Prompting, SamplingFlags, Scoring, Optimizer, Object
         return self.fsdp and not self.lora_rank
 
 
-RESULT_SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags  # that the result depends on
-SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
+# As --help shows them
+SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags, Prompting, Memory, Files
 # With --resume. No result depends on them.
 MAY_CHANGE = (
-    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints "
-    "keep_completions tracker reward_workers reward_retry reward_tries"
+    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints tracker "
+    "reward_workers reward_retry reward_tries"
 )
 RULES = (
     (
@@ -300,7 +291,7 @@ RULES = (
     ),
     (
         "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
-        "lora_rank keep_completions",
+        "lora_rank",
         lambda v: 0 <= v < math.inf,
         "at least 0",
     ),
@@ -320,7 +311,7 @@ RULES = (
 
 # What any model but the shipped one needs given.
 REQUIRED = "lr", "max_new_tokens"
-LORA_RATE = "give ten times a rate of full training or more; presets state one: docs/lora.md"
+LORA_RATE = "give ten times a rate of full training or more: docs/lora.md"
 
 
 def option(name):
@@ -330,13 +321,15 @@ def option(name):
 
 def make_parser(sections=SECTIONS):
     """One option for every flag. HfArgumentParser also reads --group_size for --group-size; --help
-    shows the latter alone."""
+    shows the latter alone. @FILE stands for the flags in a file; of two values the last wins."""
     parser = HfArgumentParser(
         sections,
         description="EPRLI: reinforcement learning level by level (arXiv 2508.01604).",
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
     )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for action in parser._actions:
         action.option_strings = [name for name in action.option_strings if "_" not in name]
     return parser
@@ -345,8 +338,7 @@ def make_parser(sections=SECTIONS):
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
     parser.parse_args(arguments)  # --help ends here
-    given, config = given_flags(parser, arguments), None
-    flags = stated(given.get("preset"))
+    given, flags, config = given_flags(parser, arguments), {}, None
     if "resume" in given:
         flags, config = as_started(given)
     cfg = Config(**{**flags, **given})
@@ -390,25 +382,14 @@ def given_flags(parser, arguments):
     return vars(parser.parse_args(arguments))
 
 
-def stated(preset):
-    """{name: value} of the flags that a preset states; None: no preset."""
-    return given_flags(make_parser(), PRESETS[preset][0].split()) if preset else {}
-
-
 def fill(cfg):
     """The Config with defaults that depend on the model or the data. Raises ValueError where there
     is none."""
     missing = [name for name in REQUIRED if getattr(cfg, name) is None]
     if missing and not is_shipped(cfg.model):
-        stating = []
-        for preset in PRESETS:
-            flags = stated(preset)
-            if flags.keys() >= set(missing):
-                words = " ".join(f"{option(name)} {flags[name]}" for name in missing)
-                stating.append(f"{preset}: {re.sub('[][,]', '', words)}")
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a --preset that states them ({'; '.join(stating)})"
+            f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args"
             + (". With --lora-rank " + LORA_RATE if "lr" in missing else "")
         )
     dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
@@ -449,36 +430,14 @@ def check_ranges(flags, rules):
                     raise ValueError(f"{option(name)} must be {words}, found {value}")
 
 
-def explain(cfg, levels):
-    """The resolved objective with its numbers, each with its source ("given": a flag set it)."""
-    std = " / (std_G r + 1e-6)" if cfg.adv_std == "group" else ""
-    lines = [
-        f"maximise  J_l = mean over tokens ({cfg.loss_norm}, see eprli.loss_weight) of "
-        f"min(rho A, clip(rho, 1 - eps_low_l, 1 + eps_high_l) A) - {cfg.kl_coef:g} k3",
-        f"  A = (r - mean_G r){std}; r = R_l + K_l length_l({cfg.length_kind})",
-        f"  rho = pi / pi_old, both at temperature {cfg.temperature:g}",
-        f"  AdamW, betas {BETAS}, weight decay {WEIGHT_DECAY} [verl]",
-        f"with {len(levels)} level(s), values level by level:",
-    ]
-    if cfg.preset:
-        lines.append(f"  --preset {cfg.preset}: {PRESETS[cfg.preset][1]}")
-    default, preset = fill(Config()), stated(cfg.preset)
-    for section in RESULT_SECTIONS:
-        for f in fields(section):
-            value = getattr(cfg, f.name)
-            source = f.metadata["help"].rpartition("[")[2]
-            required = f.name in REQUIRED and not is_shipped(cfg.model)  # it has no default
-            if required or value != getattr(default, f.name) or f.name in preset:
-                source = f"{cfg.preset}]" if preset.get(f.name) == value else "given]"
-            if f.name in PER_LEVEL:
-                value = " ".join(str(getattr(level, f.name)) for level in levels)
-            lines.append(f"  {option(f.name)} {value} [{source}")
-    if not is_shipped(cfg.model):
-        ours = [line for line in lines if "for 0.6 M parameters" in line]
-        idle = " None", "--quality 1.0 ["  # which acts on nothing: it takes all problems
-        ours = [line for line in ours if not any(words in line for words in idle)]
-        acting = "".join(line.partition(" [")[0] for line in ours)
-        lines.append(
-            f"defaults found with 0.6 M parameters that act on {cfg.model}:{acting or ' none'}"
-        )
-    return "\n".join(lines)
+def objective_line(cfg, levels):
+    """The objective with its numbers; what differs by level, level by level."""
+    low, high, weight = (
+        ", ".join(f"{getattr(level, name):g}" for level in levels)
+        for name in ("eps_low", "eps_high", "length_weight")
+    )
+    return (
+        f"maximise J_l: loss norm {cfg.loss_norm}, rho clipped to [1 - ({low}), 1 + ({high})], "
+        f"advantage std {cfg.adv_std}, r = R_l + K_l length_l({cfg.length_kind}), K_l = {weight}, "
+        f"minus {cfg.kl_coef:g} k3"
+    )

@@ -137,7 +137,7 @@ class Run:
     def log(self, update):
         """Write one update down, and tell of it."""
         state = update.state
-        row, written = update.row(), update.rows_to_write(self.cfg, self.policy)
+        row, written = update.row(), update.rows_to_write()
         row["completions_left_out"] = len(update.rows) - len(written)
         self.directory.append("completions.jsonl", written)
         self.directory.append("metrics.jsonl", [row])

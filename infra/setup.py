@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from infra.directory import RunDirectory, checkpoints, create
 from infra.fit import Fit
-from infra.flags import LORA_RATE, LR, explain, stated
+from infra.flags import LORA_RATE, LR, objective_line
 from infra.run import Run
 from infra.tracker import Tracker
 from model import Transformer
@@ -39,11 +39,9 @@ def start_run(cfg, ranks):
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
     read = facts.pop("read") | {"--model": start_digest(policy.folder)}
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
-    objective = explain(cfg, [state.level for state in levels])
-    if not is_shipped(cfg.model):  # the last line tells which defaults were not found with it
-        tqdm.write(objective.rpartition("\n")[2])
-    full = stated(cfg.preset).get("lr", LR if is_shipped(cfg.model) else None)
-    if cfg.lora_rank and cfg.lr == full:
+    objective = objective_line(cfg, [state.level for state in levels])
+    tqdm.write(objective)
+    if cfg.lora_rank and is_shipped(cfg.model) and cfg.lr == LR:
         tqdm.write(f"--lr {cfg.lr:g} is a rate of full training. With --lora-rank {LORA_RATE}")
     config = {
         **with_full_paths(cfg),

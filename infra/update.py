@@ -12,6 +12,7 @@ from tqdm import tqdm
 from parts.statistics import by_name
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
 
+KEEP = 16  # groups of each update whose completions are written down
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
 MOST_FAILURES = 0.05  # share of completions; more grader failures than that are said
 # Of groups, see Buffer. `kept` groups were trained on; those that wait are not counted yet.
@@ -95,25 +96,16 @@ class Update:
         state = self.state
         state.order.drawn, state.buffer.groups, state.buffer.counts = self.before
 
-    def rows_to_write(self, cfg, policy):
-        """Rows of completions.jsonl: of all groups, or of --keep-completions.
-
-        The first of them is the first drawn whose outcomes differ, if there is one, and shows its
-        tokens. The others are the first drawn.
-        """
+    def rows_to_write(self):
+        """Rows of completions.jsonl: of the first KEEP groups drawn, all of a group. The first of
+        them is the first drawn whose outcomes differ, if there is one."""
         teaching = [i for i, group in enumerate(self.groups) if group.mixed]
-        order = list(dict.fromkeys([*teaching[:1], *range(len(self.groups))]))
+        order = dict.fromkeys([*teaching[:1], *range(len(self.groups))])
         rows = []
-        for i in order[: cfg.keep_completions or None]:
-            group = self.groups[i]
-            first = i * len(group.completions)
-            scored = zip(self.rows[first:], group.advantage.tolist(), group.completions)
-            for row, advantage, completion in scored:
-                row = row | {"group": i, "advantage": advantage}
-                if i == order[0]:
-                    row["pieces"] = policy.pieces(completion)
-                    row["logprobs"] = [round(x, 3) + 0.0 for x in completion.logprobs]  # no -0.0
-                rows.append(row)
+        for i in list(order)[:KEEP]:
+            advantages = self.groups[i].advantage.tolist()
+            for row, advantage in zip(self.rows[i * len(advantages) :], advantages):
+                rows.append(row | {"group": i, "advantage": advantage})
         return rows
 
     def raise_if_not_finite(self):

@@ -89,8 +89,7 @@ def load_policy(cfg, model, device):
     policy = Policy.load(str(model), cfg.dtype, device, cfg)
     if model == cfg.model and lora.read_config(policy.folder):
         raise ValueError(
-            f"--model {model} is an adapter: make a whole checkpoint of it first (python eval.py "
-            f"--model {model} --merge FOLDER)"
+            f"--model {model} is an adapter: merge it into its base with PEFT first (docs/lora.md)"
         )
     if model == cfg.model and cfg.lora_rank:
         lora.add(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)

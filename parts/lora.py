@@ -92,22 +92,3 @@ def load(model, config, folder):
         check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():
             factor.copy_(factors[name])
-
-
-@torch.no_grad()
-def merge(policy, folder):
-    """Write a whole checkpoint: the sum in the dtype of the model here, which is float32, rounded
-    once to that of the base. In bfloat16 this loses changes below 1/256 of a weight.
-
-    Raises ValueError or OSError
-    """
-    model = policy.model
-    for _, layer in layers(model):
-        if layer.scale:
-            layer.weight += layer.scale * layer.lora_B @ layer.lora_A
-            del layer.lora_A, layer.lora_B, layer.scale
-    folder.mkdir(parents=True)
-    dtype = model.config.dtype or torch.float32
-    model.to(dtype).save_pretrained(folder)
-    policy.save(folder)
-    return f"{folder}: base and adapter, added up in float32 and rounded once to {dtype}"

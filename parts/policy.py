@@ -31,7 +31,6 @@ from rollout import Completion, sample, stream_key
 SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
 MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
-LONGEST_CHARACTER = 8  # tokens; what has more is none
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
 
@@ -137,22 +136,6 @@ class Policy:
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)
-
-    def pieces(self, completion):
-        """The text of each token, the stop token included. Joined, they are the text: a character
-        of several tokens stands at its last one."""
-        tokens, pieces = completion.tokens, []
-        start, read = 0, 0  # the tokens between them are decoded again, for the blank that follows
-        for end in range(1, len(tokens) + 1):
-            before = self.tokenizer.decode(tokens[start:read])
-            text = self.tokenizer.decode(tokens[start:end])
-            begins = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens)
-            if begins and end - read < LONGEST_CHARACTER:
-                pieces.append("")
-                continue
-            pieces.append(text[len(before) :])
-            start, read = read, end
-        return pieces
 
 
 def digest(value):

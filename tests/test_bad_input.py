@@ -20,13 +20,13 @@ from pytest import fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import train
-from infra.flags import Config
-from parts.papers import PRESETS
+from infra.flags import Config, make_parser, read_flags
 
 pytestmark = mark.faults
 
 BASE = """--model toy --data good.jsonl --quality 1 --group-size 2 --buffer-groups 2 --updates 1
 --max-new-tokens 4 --lr 1e-3 --out run --device cpu"""
+RECIPES = ROOT / "recipes"
 GOOD = '{"problem": "1", "answer": "1", "pass_rate": 0.5}'
 BESIDE = {  # what stands beside the model and the problems
     "good.jsonl": GOOD,
@@ -38,6 +38,7 @@ BESIDE = {  # what stands beside the model and the problems
     "broken.py": "def f(:",
     "raises.py": "import nowhere",
     "empty.py": "x = 1",
+    "uneven.args": "--system 'one",
     "exits.py": "import sys\nsys.exit(0)",
 }
 
@@ -199,7 +200,6 @@ FLAGS = """
 --micro-batch-tokens 0 | --micro-batch-tokens must be at least 1
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
---keep-completions -1 | --keep-completions must be at least 0
 --seed -1 | --seed must be at least 0
 --lora-rank -1 | --lora-rank must be at least 0
 --lora-rank 1000000000000 | --lora-rank 1000000000000 is more than the hidden size
@@ -222,7 +222,8 @@ FLAGS = """
 --data owner/name:train | owner/name:train: cannot be read
 --model toy --template-kwargs [1 | --template-kwargs [1: not a JSON object
 --model toy --stop 'two tokens' | --stop 'two tokens': is 10 tokens of this tokenizer, not one
---preset grpo | invalid choice: 'grpo'
+@none.args | No such file or directory: 'none.args'
+@uneven.args | No closing quotation
 --reward good.jsonl:f | good.jsonl is not a Python file
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
@@ -254,21 +255,16 @@ def test_bad_flags(refused, words, message):
         ("", "--lr and --max-new-tokens"),
         ("--lr 1e-6", "--max-new-tokens"),
         ("--max-new-tokens 9", "--lr"),
-        ("--preset paper", "--lr and --max-new-tokens"),
+        (f"@{RECIPES}/paper.args", "--lr and --max-new-tokens"),
     ],
 )
 def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):
-    """3e-4 would ruin a model of 1.5 B without a word. Only presets that state all of what is
-    missing are named, and what they state: `paper` states neither number."""
+    """3e-4 would ruin a model of 1.5 B without a word."""
     words = ["--model", "toy", *words.split()]
     message = refused(f"{named}: our defaults fit the shipped model alone", words)
-    flags = named.split(" and ")
-    stating = [name for name in PRESETS if all(f"{f} " in PRESETS[name][0] for f in flags)]
-    assert re.findall(r"[(;] ?([\w-]+): --", message) == stating and "paper" not in stating
-    values = {"--lr": "--lr 1e-06", "--max-new-tokens": "--max-new-tokens 20480"}
-    assert f"dapo: {' '.join(values[flag] for flag in flags)};" in message
+    assert "@recipes/dapo.args" in message
     about_lora = "With --lora-rank give ten times a rate of full training" in message
-    assert about_lora is ("--lr" in flags)
+    assert about_lora is ("--lr" in named.split(" and "))
 
 
 def test_declared_levels_need_their_highest_numbers(refused):
@@ -290,44 +286,23 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     )
 
 
-def test_underscores_and_a_flag_that_stands_twice(folder, capsys):
+def test_underscores_and_a_flag_that_stands_twice():
     """Flags may be written as in config.json. The last of two wins, as in any shell script."""
-    train.main([*BASE.split(), "--group_size", "4", "--updates=3", "--updates=2", "--explain"])
-    printed = capsys.readouterr().out
-    assert "--group-size 4 [given]" in printed and "--updates 2 [given]" in printed
-    assert not (folder / "run").exists()
+    words = [*BASE.split(), "--group_size", "4", "--updates=3", "--updates=2"]
+    cfg, _ = read_flags(make_parser(), words)
+    assert cfg.group_size == [4] and cfg.updates == [2]
 
 
-def test_a_preset_fills_in_what_is_not_given(folder, capsys, monkeypatch):
-    """A preset that wins over the command line would train with another rate than was asked for.
-    The words are those of a real command line: a list that was given hid that None was not read."""
-    words = "--model toy --data good.jsonl --preset dr-grpo --group-size 4 --quality 1 --explain"
+@mark.parametrize("name", ["paper", "deepscaler", "fastcurl", "dapo", "dr-grpo"])
+def test_flags_behind_a_recipe_win(name, monkeypatch):
+    """A recipe that wins over the command line would train with another rate than was asked for.
+    The words are those of a real command line."""
+    words = f"@{RECIPES}/{name}.args --model toy --lr 1e-5 --max-new-tokens 9 --group-size 4"
     monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
-    train.main()
-    printed = capsys.readouterr().out
-    for line in ("--group-size 4 [given]", "--lr 1e-06 [dr-grpo]", "--adv-std none [dr-grpo]"):
-        assert line in printed
-    assert "--preset dr-grpo: unsaid: clip bounds" in printed
-
-
-@mark.parametrize(
-    "words, acting",
-    [
-        ("", ["buffer-groups 16", "updates 40", "warmup 5"]),
-        ("--tokens 99 --buffer-groups 2 --length-weight 0", ["warmup 5"]),
-    ],
-)
-def test_defaults_found_with_the_shipped_model_are_said_for_others(folder, capsys, words, acting):
-    """A single level of a foreign model had K = 0.3 and 40 updates, and nothing said so. Q = 1
-    takes all problems, so it acts on nothing."""
-    (folder / "plain.jsonl").write_text('{"problem": "1", "answer": "1"}')
-    own = f"--model toy --data plain.jsonl --lr 3e-4 --max-new-tokens 9 {words} --explain"
-    train.main(own.split())
-    *_, last = capsys.readouterr().out.splitlines()
-    flags = "".join(f"  --{flag}" for flag in [*acting, "lr-decay linear"])
-    assert last == f"defaults found with 0.6 M parameters that act on toy:{flags}"
-    train.main(["--explain", "--length-weight", "0.5"])
-    assert "that act on" not in capsys.readouterr().out  # on the shipped one
+    cfg, _ = read_flags(make_parser(), None)
+    assert (cfg.lr, cfg.max_new_tokens, cfg.group_size) == (1e-5, [9], [4])
+    assert cfg.adv_std == ("none" if name == "dr-grpo" else "group")
+    assert cfg.loss_norm == {"paper": "sequence", "dr-grpo": "constant"}.get(name, "token")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -447,7 +422,7 @@ def test_bad_run_directories(begun, refused):
 def test_what_a_run_directory_is_never_used_for(begun, refused):
     """Another run does not write to it, and a resumed run has the flags that it began with."""
     refused("--out run: exists already", BASE.split())
-    for words in ("--lr 0.1", "--out other", "--explain", "--reward-timeout 9"):
+    for words in ("--lr 0.1", "--out other", "--reward-timeout 9"):
         message = f"the flags of run, and {words.split()[0]} is not one that may differ"
         refused(message, ["--resume", "run", *words.split()])
 

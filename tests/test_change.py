@@ -26,7 +26,7 @@ CHANGES = {
 FOLDERS = ["answers", "experiments", "infra", "parts", "tests", "tools"]
 FLAGS = """--model toy --data p.jsonl --reward r.py:even_start --quality 1 --group-size 4
 --buffer-groups 2 --prompts 4 --max-new-tokens 8 --length-weight 0.3 --updates 6 --lr 1e-2
---warmup 0 --device cpu --save-every 1 --keep-checkpoints 99 --keep-completions 0"""
+--warmup 0 --device cpu --save-every 1 --keep-checkpoints 99"""
 REWARD = """
 def even_start(problem, response):
     return float(ord(response[:1] or "1") % 2 == 0)

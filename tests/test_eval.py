@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import edit, files, fit, lines, read, table, write_lines
-from launch import at, die, said, start, wait
+from launch import ROOT, at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -26,7 +27,6 @@ from eval import make_row, result_of
 from infra import directory
 from infra.directory import lock
 from infra.flags import Config, make_parser
-from parts import papers
 from parts import policy as policies
 from parts.files import Stop
 from parts.policy import TINY, Attempt, Policy, Sampling, attempt, evaluation_requests
@@ -56,12 +56,9 @@ def test_intervals():
 
 
 def test_an_interval_knows_of_what_it_did_not_see():
-    """One half among zeros tells less than zeros alone, and five means of zeros are not certain. A
-    bare bootstrap says so of both."""
+    """One half among zeros tells less than zeros alone. A bare bootstrap says the opposite."""
     assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
     assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
-    assert papers.mean_of([interval([0] * 30)] * 5)[2] > 0.11 / math.sqrt(5)
-    assert papers.mean_of([(0.5, 0.3, 0.6)] * 4) == approx((0.5, 0.4, 0.55))
 
 
 def test_samples_of_one_problem_are_one_cluster():
@@ -557,7 +554,7 @@ def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, cap
     assert "--reward returned, for problem 'p-1', inf" in capsys.readouterr().err
 
 
-def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
+def test_a_recipe_reaches_prompts_and_sampler(monkeypatch, run):
     """Flags that are parsed and printed, and change nothing, would make a benchmark that nobody can
     compare. A flag that is given wins."""
     seen, original = {}, policies.sample
@@ -567,38 +564,22 @@ def test_a_protocol_reaches_prompts_and_sampler(monkeypatch, run):
         return original(model, prompts, keys, **settings)
 
     monkeypatch.setattr(policies, "sample", sample)
-    summary = json.loads(run(f"{SHORT} --protocol deepscaler --top-k 9 --out o")[-1])
+    summary = json.loads(run(f"@{RECIPES}/eval-deepscaler.args {SHORT} --top-k 9 --out o")[-1])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.6, 0.95, 9)
     assert (summary["samples"], summary["max_new_tokens"]) == (2, 4)
     tokenizer = load(summary["model"]).tokenizer
     # A blank, where training has a new line.
     assert "0+1 Let's think step by step and output" in tokenizer.decode(seen["prompts"][0])
-    assert parsed("--protocol fastcurl").top_p == parsed().temperature == 1.0
-
-
-def test_benchmarks_end_in_the_papers_table(run, printed, monkeypatch):
-    for name in papers.FIVE:
-        write_problems(f"{name}.jsonl", 3)
-    names = " ".join(f"{name}.jsonl" for name in papers.FIVE)
-    header, ours, *published, _ = run(f"{SHORT} --data {names}")[-10:]
-    assert " ".join(header.split()) == "aime24 math500 amc22_23 minerva olympiadbench mean"
-    assert ours.startswith("toy0 (own settings)")
-    changed = run(f"{SHORT} --protocol deepscaler --data {names}")[-9]
-    assert changed.startswith("toy0 (own settings)")  # two samples are not the protocol's
-    summary = json.loads(run(f"{SHORT} --protocol deepscaler --data {names}")[-1])
-    monkeypatch.setitem(papers.PROTOCOLS["deepscaler"], "samples", 2)
-    for change, title in ({}, "deepscaler"), ({"system": "Be brief."}, "own settings"):
-        papers.print_table(summary | papers.PROTOCOLS["deepscaler"] | change)
-        assert f"toy0 ({title})" in printed()
-    assert ours.count("0.0 % [0.0, ") == 6  # five benchmarks and their mean
-    assert "0.0]" not in ours  # no interval is empty
-    assert " ".join(published[2].split()).endswith("43.1 87.8 73.6 30.2 50.0 57.0")
+    assert parsed(f"@{RECIPES}/eval-fastcurl.args").top_p == parsed().temperature == 1.0
 
 
 def test_published_means_are_those_of_their_rows():
     """A digit that was copied wrongly shows."""
-    for _, *values in papers.ROWS:
-        *five, mean = map(float, values)
+    page = (RECIPES.parent / "docs/evaluation.md").read_text()
+    rows = re.findall(r"^\|[^|]*\|[^|]*\|((?: \d\d\.\d \|){6})$", page, re.M)
+    assert len(rows) == 7
+    for row in rows:
+        *five, mean = map(float, row.replace("|", "").split())
         assert np.mean(five) == approx(mean, abs=0.1)
 
 
@@ -620,9 +601,7 @@ BAD = """
 --add-pass-rate p.jsonl | p.jsonl: needs
 --out taken | --out taken: exists already, and is no evaluation to go on with
 --out run | --out run: exists already, and is no evaluation to go on with
---like none | --like none: it is not the folder of a training run (FileNotFound
---like taken | --like taken: it is not the folder of a training run (FileNotFound
---like a | --like a: it is not the folder of a training run (
+--model begun | --model begun: not a training run with a whole checkpoint (FileNotFound
 --compare a q | no problem in common
 --compare a none | cannot be read
 --compare a taken | cannot be read
@@ -644,6 +623,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, ref
     for name in ("run", "a"):
         write_lines(f"{name}/config.json", [{"levels": []}])
     Path("taken").mkdir()
+    Path("begun/checkpoints").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     refused(message, f"--data p.jsonl --max-new-tokens 4 {flags}")
     assert sorted(tmp_path.rglob("*")) == before
@@ -759,6 +739,7 @@ def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
     assert contents(folder) == contents(whole)
 
 
+RECIPES = ROOT / "recipes"
 SHORT = "--data p.jsonl --samples 2 --max-new-tokens 4"
 
 
@@ -795,12 +776,12 @@ def test_it_goes_on_with_the_same_settings_alone(own_folder, tmp_path, run, refu
 def test_no_setting_is_forgotten():
     """A new flag that changes completions must be one of those with which an evaluation goes on,
     and one that changes prompts must be taken from a training run."""
-    changes_nothing = "like compare out add_pass_rate merge slots device reward_workers"
+    changes_nothing = "compare out add_pass_rate slots device reward_workers"
     changes_nothing += " reward_retry reward_tries"
     flags = vars(parsed()).keys() - set(changes_nothing.split())
     assert flags == set(evaluation.SETTINGS.split())
     prompting = {field.name for field in fields(data.Prompting)}
-    assert prompting < set(evaluation.LIKE.split()) < vars(parsed()).keys()
+    assert prompting < set(evaluation.OF_RUN.split()) < vars(parsed()).keys()
 
 
 def test_two_processes_do_not_write_to_one_evaluation(run, refused):
@@ -836,64 +817,34 @@ def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(run, monkeyp
 
 
 TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
-"data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
-"difficulty": "pass_rate", "eval_quality": null, "eval_data": null, "reward": ["math"],
-"system": null, "suffix": "", "template": null, "template_kwargs": "{}", "stop": [], "columns": [],
-"reward_timeout": 60.0, "reward_workers": 16, "reward_retry": false, "reward_tries": 1,
-"reward_held_out": null,
-"levels": [{"max_new_tokens": 300, "quality": 0.5}, {"max_new_tokens": 200, "quality": 1}]}"""
+"eval_max_new_tokens": null, "slots": 3, "reward": ["a.py:f", "a.py:f"], "system": null,
+"suffix": "", "template": null, "template_kwargs": "{}", "stop": [],
+"levels": [{"max_new_tokens": 300}, {"max_new_tokens": 200}]}"""
 
 
-def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, capsys):
+def test_a_run_is_evaluated_as_it_samples_by_its_newest_checkpoint(tmp_path):
     """Another temperature, length or dtype than in training measures another policy. A flag that
-    is given wins, then the protocol."""
+    is given wins."""
     run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
     folder.mkdir(parents=True)
     (run / "config.json").write_text(TRAINED)
-    with raises(SystemExit):
-        evaluation.main(["--like", str(run), "--examples", "", "--data", *parsed().data])
-    said = capsys.readouterr()
-    assert "run: it has no whole checkpoint" in said.out
-    assert "run/checkpoints: no config.json, so this is not a" in said.err
+    with raises(ValueError, match="not a training run with a whole checkpoint"):
+        parsed(f"--model {run}")
     for name in ("000099", "000100", "000101", "000102", "000200.damaged"):
         write_checkpoint(folder / name)
     (folder / "000102/checksums.json").unlink()
     (folder / "000101/state.json").write_text("torn")
-    args = parsed(f"--like {run} --data d.jsonl")
-    said = capsys.readouterr().out
-    assert "000102: skipped, it is damaged (FileNotFound" in said
-    assert "000101: skipped, it is damaged (state.json is not what was written)" in said
+    args = parsed(f"--model {run}")
     assert len(list(folder.iterdir())) == 5  # the run may be at work
     assert args.model == str(folder / "000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
-    assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
-    assert (args.seed, args.slots, args.data) == (0, None, ["d.jsonl"])
-    assert args.quality == [0.5, 1]  # or its level 1 would be another than the run's
-    given = "--data d.jsonl --temperature 0.9 --model m --protocol deepscaler --dtype float32"
-    args = parsed(f"{given} --like {run}")
-    assert (args.temperature, args.model, args.dtype) == (0.9, "m", "float32")
-    assert (args.max_new_tokens, args.top_p) == (32768, 0.95)
-    edit(run / "config.json", {"eval_max_new_tokens": 50, "eval_data": ["f.jsonl", "g.jsonl"]})
-    edit(run / "config.json", {"eval_quality": [0.3, 0.6]})
-    assert parsed(f"--like {run}").quality == [0.3, 0.6]
-    assert parsed(f"--like {run}").max_new_tokens == 50
-    assert parsed(f"--like {run}").data == ["f.jsonl", "g.jsonl"]
-    edit(run / "config.json", {"difficulty": "level"})
-    assert parsed(f"--like {run}").quality == []  # not the pass rates that a file may have too
-
-
-@mark.parametrize("flag", ["data", "reward"])
-def test_like_a_run_that_has_none_or_several_asks_for_one(flag, tmp_path):
-    """It evaluated one's own model on our sums, or graded one's own R_l by the verifier."""
-    config = json.loads(TRAINED) | {"eval_data": ["f.jsonl"]}
-    config |= {"data": {"eval_data": []}, "reward": {"reward": ["a.py:f", "b.py:g"]}}[flag]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    write_checkpoint(tmp_path / "checkpoints/000100")
-    with raises(ValueError, match=f"the run does not say which --{flag}, so give it"):
-        parsed(f"--like {tmp_path}")
-    args = parsed(f"--like {tmp_path} --{flag} math")
-    assert getattr(args, flag) in ("math", ["math"])
-    assert parsed(f"--like {tmp_path} --merge m").merge  # which needs neither
+    assert (args.examples, args.suffix, args.reward) == ("e.jsonl", "", "a.py:f")
+    assert (args.seed, args.slots) == (0, None)
+    args = parsed(f"--model {run} --temperature 0.9 --dtype float32")
+    assert (args.temperature, args.dtype, args.model) == (0.9, "float32", str(folder / "000100"))
+    edit(run / "config.json", {"eval_max_new_tokens": 50, "reward": ["a.py:f", "math"]})
+    args = parsed(f"--model {run}")
+    assert (args.max_new_tokens, args.reward) == (50, "math")
 
 
 def test_a_level_of_a_run_is_called_as_in_the_run():
@@ -910,7 +861,7 @@ def test_a_level_of_a_run_is_called_as_in_the_run():
 def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch, refused):
     """A date of a data set ended the evaluation after all sampling, and again when repeated."""
     some = [Problem("p1", "1+1", "2", other={"when": date(2026, 1, 1)})]
-    monkeypatch.setattr(data, "read_problems", lambda *_: some)
+    monkeypatch.setattr(data, "read_problems", lambda *_, **__: some)
     words = "p.jsonl, 'p1': --add-pass-rate cannot write it as JSON (TypeError"
     refused(words, f"{SHORT} --data p.jsonl --add-pass-rate {tmp_path / 'g.jsonl'}")
 
@@ -969,9 +920,9 @@ def test_compare_says_which_settings_differ(run):
     """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better
     model."""
     write_result("a", [[1, 0]], temperature=1.0, k=2)
-    write_result("b", [[1, 1]], temperature=0.6, k=2, protocol="deepscaler")
+    write_result("b", [[1, 1]], temperature=0.6, k=2, top_p=0.95)
     said = [line for line in run("--compare a b") if "differs" in line]
-    assert said == ["protocol differs: A None, B 'deepscaler'", "temperature differs: A 1.0, B 0.6"]
+    assert said == ["temperature differs: A 1.0, B 0.6", "top_p differs: A None, B 0.95"]
 
 
 def test_compare_says_that_problems_were_changed(run):

@@ -13,10 +13,10 @@ parts parts.files parts.kernels
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
 parts.sources data rewards
-parts.statistics parts.lora parts.optimizer parts.papers parts.policy parts.inputs
+parts.statistics parts.lora parts.optimizer parts.policy parts.inputs
 infra.ranks infra.directory infra.fit infra.tracker infra.flags infra.update infra.run
 infra.setup infra.command
-tools tools.overlap tools.verdict tools.report tools.compare
+tools tools.overlap tools.report tools.compare
 train eval
 """
 FLOORS = ORDER.split()

@@ -1,4 +1,4 @@
-"""The page of a run: what it judges, what it holds, and that no completion can break it."""
+"""The page of a run: what it holds, and that no completion can break it."""
 
 import itertools
 import json
@@ -8,28 +8,22 @@ import subprocess
 from types import SimpleNamespace
 
 import torch
-from conftest import column, lines, table, write_lines
+from conftest import column, lines, write_lines
 from matplotlib.figure import Figure
 from pytest import mark, raises, skip
 from test_train import group
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eprli import Buffer, group_advantage
 from infra.update import Update
-from parts.policy import Policy
 from rewards import Score
 from rollout import Completion
 from tools import report
-from tools.verdict import forgotten, moved, rose, starved, verdict
 
 TEMPLATE = (report.Path(report.__file__).parent / "report.html").read_text()
 HOSTILE = (
     "</script><script>document.title = 'broken'</script><!--<script> & \u2028 \u202e ${1} "
     "<img src=x onerror=\"document.title = 'broken'\"> CONTENT 'x' \"y\" \\u003c \U0001f600"
 )
-
-
-# ----------------------------------------------------------------------------------- the verdict
 
 
 def metrics(n=12, **columns):
@@ -59,97 +53,7 @@ def evaluated(*shares, level=1, **labels):
     return rows
 
 
-def test_weights_move_only_where_a_gradient_is():
-    """A skipped update has null, and one whose advantages are all 0 has a norm of 0."""
-    assert moved(metrics(4, grad_norm=[0.5, None, 0.0, 0.1])) == (
-        "yes",
-        "2 of 4 updates changed the policy",
-    )
-    assert moved(metrics(2, grad_norm=[None, 0.0]))[0] == "no"
-
-
-RISES = """
-0.3 0.41 | yes
-0.3 0.2 0.41 | yes
-0.3 0.39 | not beyond its interval
-0.3 0.21 | not beyond its interval
-0.3 0.19 | no, it fell
-0.3 | not known
-"""
-
-
-@mark.parametrize("shares, answer", table(RISES))
-def test_accuracy_rises_if_it_leaves_its_interval(shares, answer):
-    """From the first to the last, whatever is between. Chance may explain a small rise."""
-    assert rose(evaluated(*map(float, shares.split())))[0] == answer
-
-
-def test_the_reason_of_a_rise_gives_both_intervals():
-    words = "from 30.0% [25.0%, 35.0%] after 0 updates to 60.0% [55.0%, 65.0%] after 10 updates"
-    assert rose(evaluated(0.3, 0.6))[1] == words
-
-
-def test_what_is_forgotten_was_better_in_between():
-    """Compared with the first evaluation alone, 30 to 30 % by way of 60 would look like nothing."""
-    assert forgotten(evaluated(0.3, 0.6, 0.3))[0] == "yes"
-    assert forgotten(evaluated(0.3, 0.6, 0.52))[0] == "no"
-    assert "best 60.0%" in forgotten(evaluated(0.3, 0.6, 0.3))[1]
-    assert forgotten(evaluated(0.3))[0] == "not known"
-
-
-# Of the second update: groups kept, broken, late. Of both: all right, all wrong.
-STARVED = """
-8 0 0 0 6 | no
-0 0 0 0 6 | yes, it is too hard
-0 0 0 6 1 | yes, it is too easy
-0 0 0 1 1 | yes, too few groups are drawn
-0 8 0 0 6 | no
-0 8 8 1 1 | yes, most rewards came too late
-"""
-
-
-@mark.parametrize("counts, answer", table(STARVED))
-def test_a_level_is_starved_if_its_buffer_was_not_filled(counts, answer):
-    """Not if most are wrong and it was filled, nor if an update was given up because of a bad
-    number; but if all rewards were late."""
-    kept, broken, late, right, wrong = map(int, counts.split())
-    flat = {"groups_all_right": right, "groups_all_wrong": wrong, "reward_timeouts": [0, late]}
-    found = starved(metrics(2, groups_kept=[8, kept], groups_broken=[0, broken], **flat))
-    reason = "0 of 2 updates were skipped"
-    if answer != "no":
-        reason = f"1 of 2 updates were skipped: of their 8 groups {right} were all right, {wrong} "
-        reason += "all wrong"
-    assert found == (answer, reason)
-
-
-def test_the_reason_of_a_skipped_update_is_its_own():
-    """A hundred filled updates with wrong groups among them hid that the skipped one was too
-    easy."""
-    rows = metrics(101, groups_kept=[8] * 100 + [0], groups_all_right=[0] * 100 + [8])
-    for row in rows[:100]:
-        row["groups_all_wrong"] = 3
-    assert starved(rows)[0] == "yes, it is too easy"
-
-
-def test_every_level_is_judged_by_its_own_rows():
-    """Levels that take turns, an evaluation of problems of unknown difficulty, and none at all."""
-    rows = metrics(4, level=[1, 2, 1, 2], grad_norm=[0.5, None, 0.5, None])
-    found = verdict(rows, evaluated(0.3, 0.6, level=None))
-    answers = [answer[:2] for answer in found["Did the weights move?"]]
-    assert answers == [("level 1", "yes"), ("level 2", "no")]
-    assert found["Did held-out accuracy rise?"][0][:2] == ("all problems", "yes")
-    assert verdict(rows, [])["Was a level forgotten?"] == []
-    both = evaluated(0.3, 0.6, file="f") + evaluated(0.6, 0.3, file="g", level=None)
-    found = [answer[:2] for answer in verdict(rows, both)["Did held-out accuracy rise?"]]
-    assert found == [("f, level 1", "yes"), ("g, all problems", "no, it fell")]
-
-
 # -------------------------------------------------------------------------------- what is written
-
-
-class Pieces:
-    def pieces(self, completion):
-        return [f"<{token}>" for token in completion.tokens]
 
 
 LEVEL_STATE = SimpleNamespace(
@@ -176,57 +80,23 @@ def drawn(*outcomes):
     return update
 
 
-@mark.parametrize(
-    "keep, expected",
-    [(0, [2, 0, 1, 3]), (9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])],
-)
-def test_whole_groups_are_written_and_one_shows_its_tokens(keep, expected):
-    """The page needs the tokens of a group that teaches: a bound that took the first ones alone
-    would lose it."""
+@mark.parametrize("keep, expected", [(9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])])
+def test_whole_groups_are_written_first_one_that_teaches(keep, expected, monkeypatch):
+    """A bound that took the first ones alone would lose it."""
+    monkeypatch.setattr("infra.update.KEEP", keep)
     update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
-    cfg = SimpleNamespace(keep_completions=keep, adv_std="group")
-    rows = update.rows_to_write(cfg, Pieces())
+    rows = update.rows_to_write()
     assert column(rows, "group") == [number for number in expected for _ in range(3)]
     assert column(rows, "sample") == [0, 1, 2] * len(expected)
     assert column(rows[:3], "problem_id") == ["p2"] * 3
-    assert ["pieces" in row for row in rows] == [True] * 3 + [False] * (len(rows) - 3)
-    assert rows[1]["pieces"] == ["<1>", "<2>"]
-    assert json.dumps(rows[1]["logprobs"]) == "[0.0, -0.123]"
     expected = group_advantage(torch.tensor([0, 1, 0.5]).double()).tolist()
     assert column(rows[:3], "advantage") == expected
     assert len(update.rows) == 12  # the statistics are of all
 
 
-def test_where_no_group_teaches_the_first_shows_its_tokens():
-    cfg = SimpleNamespace(keep_completions=1, adv_std="group")
-    assert column(drawn([0, 0], [1, 1]).rows_to_write(cfg, Pieces()), "group") == [0, 0]
-    assert drawn().rows_to_write(cfg, Pieces()) == []
-
-
-def test_pieces_of_tokens_spell_the_text(tokenizer):
-    """The stop token too: its log-prob has a place."""
-    tokens = tokenizer("1+1=2<|end|>")["input_ids"]
-    pieces = Policy.pieces(SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(tokens=tokens))
-    assert len(pieces) == len(tokens) and "".join(pieces) == "1+1=2<|end|>"
-
-
-def test_pieces_keep_blanks_and_whole_characters():
-    """Decoded alone, tokens of a Llama lose their blanks, and the bytes of a character are none."""
-    words = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581sum": 1, "s": 2}, "s"))
-    words.decoder = decoders.Metaspace()
-    bytewise = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
-    letters = Tokenizer(models.BPE(bytewise, []))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters.decoder = decoders.ByteLevel()
-    for tokenizer, tokens, expected in (
-        (words, [0, 1, 2, 0], ["the", " sum", "s", " the"]),
-        (letters, letters.encode("a\u2264b").ids, ["a", "", "", "\u2264", "b"]),
-        (letters, letters.encode("\u2264").ids[:2], ["", "\N{REPLACEMENT CHARACTER}"]),
-        # Bytes that never become a character: they are shown in time, not at the end
-        (letters, letters.encode("\u2264").ids[:1] * 9, [*7 * [""], 8 * "\ufffd", "\ufffd"]),
-    ):
-        holder = SimpleNamespace(tokenizer=tokenizer)
-        assert Policy.pieces(holder, SimpleNamespace(tokens=tokens)) == expected
+def test_where_no_group_teaches_the_first_is_written_first():
+    assert column(drawn([0, 0], [1, 1]).rows_to_write(), "group") == [0, 0, 1, 1]
+    assert drawn().rows_to_write() == []
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -241,9 +111,7 @@ ROW = """{"level": 1, "problem_id": "p", "verdict": "right", "outcome": 1.0, "le
 "tokens": 2, "stopped": true, "advantage": null}"""
 
 
-def make_run(
-    folder, num_updates, group_size=2, text="1+1=2", num_groups=4, pieces=("1", "="), problem=None
-):
+def make_run(folder, num_updates, group_size=2, text="1+1=2", num_groups=4, problem=None):
     """A run directory, with a hand-made log."""
     here = json.dumps(str(report.Path.cwd()))[1:-1]
     write_lines(
@@ -257,8 +125,6 @@ def make_run(
     for update, number, sample in itertools.product(*counts):
         row = json.loads(ROW) | {"update": update, "group": number, "sample": sample, "text": text}
         row |= dict.fromkeys(("problem", "answer"), problem or text)
-        if number == 0:
-            row |= {"pieces": list(pieces), "logprobs": [-0.123] * len(pieces)}
         rows.append(row)
     write_lines(folder / "completions.jsonl", rows)
     return folder
@@ -282,7 +148,7 @@ def test_the_template_is_small_and_loads_nothing():
 def test_the_page_of_200_updates_is_at_most_5_megabytes(tmp_path):
     """Without a bound, the page of these long completions would have 40 MB. It has whole groups of
     the whole run."""
-    folder = make_run(tmp_path / "run", 200, 16, "x" * 3_100, 3, ["word "] * 620, "y" * 300)
+    folder = make_run(tmp_path / "run", 200, 16, "x" * 3_100, 3, "y" * 300)
     page = report.write_page([folder])
     assert page.stat().st_size <= 5_000_000
     rows = content(page.read_text())["rows"]
@@ -291,8 +157,6 @@ def test_the_page_of_200_updates_is_at_most_5_megabytes(tmp_path):
     assert {1, 200} <= updates and len(updates) == report.TIMES
     head, left_out, tail = rows[-1]["text"]
     assert (len(head), left_out, len(tail)) == (1500, 100, 1500)
-    head, left_out, tail = rows[0]["pieces"]
-    assert (len(head), left_out, len(tail)) == (300, 20, 300)
 
 
 def test_completions_of_nothing_but_escapes_are_bounded_too(tmp_path):
@@ -312,12 +176,11 @@ def test_nothing_is_cut_without_a_count(length):
 
 
 def test_no_completion_ends_the_script(tmp_path):
-    page = report.write_page([make_run(tmp_path / "run", 2, text=HOSTILE, pieces=[HOSTILE])])
+    page = report.write_page([make_run(tmp_path / "run", 2, text=HOSTILE)])
     page = page.read_text()
     assert page.lower().count("<script") == TEMPLATE.count("<script") == page.count("</script")
-    token_row, _, row, *_ = content(page)["rows"]
+    row = content(page)["rows"][0]
     assert row["text"][0] + row["text"][2] == HOSTILE
-    assert token_row["pieces"][0] + token_row["pieces"][2] == [HOSTILE]
     assert page.isascii()
 
 
@@ -326,12 +189,8 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     (tmp_path / "Übung").mkdir()
     monkeypatch.chdir(tmp_path / "Übung")
     folder = make_run(tmp_path / "run", 2)
-    (config,) = lines(folder / "config.json")
-    config["objective"] = f"  --reward {report.Path.cwd()}/r.py:f [given]"
-    write_lines(folder / "config.json", [config])
     page = report.write_page([folder]).read_text()
     config = content(page)["config"]
-    assert config["objective"] == "  --reward r.py:f [given]"
     assert (config["model"], config["levels"][0]["reward"]) == ("assets/tiny", "r.py:f")
     assert config["eval_data"] == "f.jsonl, g.jsonl"
     assert "bung" not in page
@@ -345,7 +204,7 @@ def test_the_page_loses_no_text(tmp_path, monkeypatch):
         text = f"1//2, 1{here}/2"
         page = report.write_page([make_run(tmp_path / f"run{len(str(here))}", 2, text=text)])
         found = content(page.read_text())
-        assert all(row["text"][0] == text for row in found["rows"][2:4])
+        assert all(row["text"][0] == text for row in found["rows"][:4])
         assert found["config"]["system"] == text
 
 
@@ -380,14 +239,6 @@ def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, printed):
     (folder / "eval.jsonl").write_text("{oops\n")
     with raises(ValueError, match="eval.jsonl: cannot be read"):
         report.draw([folder])
-
-
-def test_the_group_that_shows_its_tokens_is_on_the_page_whatever_its_number(tmp_path):
-    rows = [{"update": 1, "group": group} for group in range(6)]
-    rows[4] |= {"text": "12", "pieces": ["1", "2"]}
-    write_lines(tmp_path / "c.jsonl", rows)
-    found = report.read_completions(tmp_path / "c.jsonl", 1)
-    assert column(found, "group") == [0, 1, 2, 4]
 
 
 def test_other_held_out_problems_of_one_name_are_not_drawn_together(tmp_path, printed):
@@ -456,7 +307,7 @@ def test_a_browser_draws_the_page(tmp_path, text):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         skip("no chromium here")
-    first = make_run(tmp_path / "run", 6, text=text, pieces=[text])
+    first = make_run(tmp_path / "run", 6, text=text)
     rows = lines(first / "eval.jsonl")
     rows[0]["means"] = {"part_a": [1, 1, 1]}  # which a later row lacks, if all its rewards are late
     write_lines(first / "eval.jsonl", rows)
@@ -466,7 +317,7 @@ def test_a_browser_draws_the_page(tmp_path, text):
     dom = re.sub(r"<script.*?</script>", "", dom, flags=re.S)
     assert "<title>run: training report</title>" in dom and "<img" not in dom
     assert dom.count("<figure>") == 13 and dom.count('role="img"') == 13
-    assert dom.count("<details") == 1 + 6 * 3  # the objective; three groups of each update
+    assert dom.count("<details") == 6 * 3  # three groups of each update
     for name, before in (("f, level 1", "30.0 [25.0, 35.0]"), ("g, level 1", "10.0 [5.0, 15.0]")):
         assert f'<th scope="row">{name}</th><td>300</td><td>{before}</td>' in dom
         assert dom.count(f"held out, {name}<output>") == 1

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from data import name_level
 from parts.files import explained
-from tools.verdict import verdict
 
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\
@@ -38,9 +37,9 @@ largest gap of learner from sampler   | nats, log scale         | logprob_gap_ma
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
 # The page shows groups of so many updates, spread over the run, and at most so many bytes of them.
-# What is longer than LONGEST (characters, tokens) loses its middle.
+# What is longer than LONGEST (characters) loses its middle.
 TIMES, GROUPS_PER_TIME, MOST_BYTES = 13, 3, 4_200_000
-LONGEST = {"problem": 2000, "answer": 400, "text": 3000, "pieces": 600, "logprobs": 600}
+LONGEST = {"problem": 2000, "answer": 400, "text": 3000}
 STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -192,11 +191,10 @@ def draw(folders):
 def write_page(folders):
     """Write these run directories as report.html of the first; returns its path."""
     folder, runs = Path(folders[0]), read_runs(folders)
-    _, metrics, evaluations = runs[0]
+    _, metrics, _ = runs[0]
     # A page that is published need not tell whose folder it was.
     here = f"{Path.cwd()}/"
     config = json.loads((folder / "config.json").read_text())
-    config["objective"] = config.get("objective", "").replace(f" {here}", " ")
     for name in ("model", "data", "eval_data", "examples", "template", "out"):
         paths = config.get(name) or []
         paths = [paths] if isinstance(paths, str) else paths  # --eval-data takes several
@@ -211,7 +209,6 @@ def write_page(folders):
         "config": config,
         "runs": runs,
         "panels": "\n".join(panels),
-        "verdict": verdict(metrics, evaluations),
         "rows": read_completions(folder / "completions.jsonl", len(metrics)),
     }
     page = Path(__file__).with_suffix(".html").read_text()
@@ -229,8 +226,7 @@ def read_completions(path, updates):
     """Rows of completions.jsonl from the first update to the last."""
     times, rows = np.linspace(1, updates, TIMES).round(), []
     for row in read_log(path):
-        first = row["group"] < GROUPS_PER_TIME or "pieces" in row
-        if first and row["update"] in times:
+        if row["group"] < GROUPS_PER_TIME and row["update"] in times:
             rows.append(shorten(row))
     while len(encode(rows)) > MOST_BYTES:
         times = times[::2] if len(times) > 1 else []
@@ -239,12 +235,10 @@ def read_completions(path, updates):
 
 
 def shorten(row):
-    """Its long values as (beginning, number of items left out, end); pieces stand for the text."""
-    if "pieces" in row:
-        del row["text"]
+    """Its long values as (beginning, number of characters left out, end)."""
     for name in LONGEST.keys() & row.keys():
         value, half = row[name], LONGEST[name] // 2
-        if not isinstance(value, (str, list)):  # a gold answer of one's own kind
+        if not isinstance(value, str):  # a gold answer of one's own kind
             value = json.dumps(value)
         left_out = max(0, len(value) - 2 * half)
         row[name] = value[:half], left_out, value[half + left_out :]
