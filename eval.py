@@ -57,7 +57,7 @@ from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 # checkpoint.
 LIKE = (
     "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
-    "columns reward_timeout reward_workers reward_retry reward_tries reward_held_out"
+    "columns reward_timeout reward_workers reward_held_out"
 )
 
 
@@ -95,7 +95,7 @@ class Flags(Machine):
 
 SECTIONS = Flags, Scoring, data.Prompting
 RULES = (
-    ("samples slots reward_workers reward_tries", lambda v: v >= 1, "at least 1"),
+    ("samples slots reward_workers", lambda v: v >= 1, "at least 1"),
     ("reward_timeout", lambda v: 0 < v < math.inf, "above 0"),
     ("k max_new_tokens temperature top_k seed", lambda v: 0 <= v < math.inf, "at least 0"),
     ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),

@@ -324,7 +324,6 @@ def identity(name):
 
 
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
-PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
 
 
 def start_loop(_):
@@ -342,12 +341,11 @@ class Calls:
     `clock` is a loop without any code of users: nothing that they hold up or catch stops it. A call
     that is over its time is left behind, since no thread can be ended from outside.
 
-    workers, seconds, retry, tries  see the flags --reward-...
+    workers, seconds  see the flags --reward-...
     """
 
-    def __init__(self, workers, seconds, retry, tries):
+    def __init__(self, workers, seconds):
         self.free, self.seconds = asyncio.Semaphore(workers), seconds
-        self.retry, self.tries = retry, tries
         self.begun = []  # futures that `submit` has returned since the last `drop`
         self.left = []  # (problem id, future) of calls that were left behind
 
@@ -367,26 +365,22 @@ class Calls:
         return self.begun[-1]
 
     async def call(self, reward, problem_id, arguments):
-        for number in range(self.tries):
-            async with self.free:
-                begin, future = time.monotonic(), Future()
-                cancel = self.start(reward, arguments, future)
-                try:
-                    await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
-                finally:  # its time is over, or `drop`
-                    cancel()
-            if not future.done():
-                self.left.append((problem_id, future))
-                return OVER
-            value, error, end = future.result()
-            if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
-                return OVER
-            if not error:
-                return value
-            if number + 1 == self.tries or not is_named(error, self.retry):
-                break
-            await asyncio.sleep(PAUSE * 2**number)
-        raise failure(reward, problem_id, error) from error
+        async with self.free:
+            begin, future = time.monotonic(), Future()
+            cancel = self.start(reward, arguments, future)
+            try:
+                await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
+            finally:  # its time is over, or `drop`
+                cancel()
+        if not future.done():
+            self.left.append((problem_id, future))
+            return OVER
+        value, error, end = future.result()
+        if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
+            return OVER
+        if error:
+            raise failure(reward, problem_id, error) from error
+        return value
 
     def start(self, reward, arguments, future):
         """Begin a call: the future gets (value, error, time of its end).  -> what cancels it"""
@@ -412,14 +406,6 @@ class Calls:
         """No further call is begun, and coroutines are cancelled."""
         while self.begun:
             self.begun.pop().cancel()
-
-
-def is_named(error, names):
-    """Whether --reward-retry names the error: its class, one above it, or its HTTP status."""
-    known = {kind.__name__ for kind in type(error).__mro__}
-    for holder in (error, getattr(error, "response", None)):
-        known |= {str(getattr(holder, name, "")) for name in ("code", "status", "status_code")}
-    return not known.isdisjoint(names)
 
 
 def failure(reward, problem_id, error):
@@ -455,9 +441,7 @@ class Scorer:
 
     def __init__(self, flags):
         self.grader = Grader(allow_last_number=flags.allow_last_number)
-        self.calls = Calls(
-            flags.reward_workers, flags.reward_timeout, flags.reward_retry, flags.reward_tries
-        )
+        self.calls = Calls(flags.reward_workers, flags.reward_timeout)
 
     def begin(self, reward, problem, responses, verifier_too=False):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]

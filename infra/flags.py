@@ -231,14 +231,6 @@ class Scoring:
         "by several threads (one that is over its time still goes on beside the next) [ours]",
         16,
     )
-    reward_retry: list[str] = flag(
-        "errors of your own --reward that are tried again, by their class or HTTP status: "
-        "ConnectionError 429; any other ends the run [ours]",
-        [],
-    )
-    reward_tries: int = flag(
-        "of such a call, with pauses of 1, 2, 4, ... seconds between them [ours]", 5
-    )
     reward_held_out: Literal["math"] | None = flag(
         "the verifier beside your own --reward on held-out problems [ours]"
     )
@@ -304,7 +296,7 @@ SECTIONS = *RESULT_SECTIONS, Prompting, Memory, Files  # as --help shows them
 # With --resume. No result depends on them, but for --updates, which extends the last level.
 MAY_CHANGE = (
     "device slots micro_batch_tokens recompute fsdp offload save_every keep_checkpoints "
-    "keep_completions tracker updates reward_workers reward_retry reward_tries"
+    "keep_completions tracker updates reward_workers"
 )
 RULES = (
     (
@@ -320,8 +312,7 @@ RULES = (
     ),
     (
         "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers "
-        "reward_tries",
+        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers",
         lambda v: v >= 1,
         "at least 1",
     ),

@@ -814,7 +814,6 @@ def test_no_setting_is_forgotten():
     """A new flag that changes completions must be one of those with which an evaluation goes on,
     and one that changes prompts must be taken from a training run."""
     changes_nothing = "like compare out add_pass_rate merge slots device reward_workers"
-    changes_nothing += " reward_retry reward_tries"
     flags = vars(parsed()).keys() - set(changes_nothing.split())
     assert flags == set(evaluation.SETTINGS.split())
     prompting = {field.name for field in fields(data.Prompting)}
@@ -857,8 +856,7 @@ TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "s
 "data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
 "difficulty": "pass_rate", "eval_quality": null, "eval_data": null, "reward": ["math"],
 "system": null, "suffix": "", "template": null, "template_kwargs": "{}", "stop": [], "columns": [],
-"reward_timeout": 60.0, "reward_workers": 16, "reward_retry": false, "reward_tries": 1,
-"reward_held_out": null,
+"reward_timeout": 60.0, "reward_workers": 16, "reward_held_out": null,
 "levels": [{"max_new_tokens": 300, "quality": 0.5}, {"max_new_tokens": 200, "quality": 1}]}"""
 
 

@@ -625,55 +625,6 @@ def test_calls_that_hang_end_the_run(monkeypatch):
     assert scores(Reward("f", lambda *_: 1), "a", using) == [1]
 
 
-class Overloaded(Exception):
-    def __init__(self, status=None):
-        self.status_code = status
-
-
-RETRIED = """
-Overloaded | None | 3
-Exception  | None | 3
-429        | 429  | 3
-429        | 500  | 1
-KeyError   | 429  | 1
-"""
-
-
-@mark.parametrize("name, status, calls", table(RETRIED))
-def test_an_error_that_is_named_is_tried_again(monkeypatch, name, status, calls):
-    """A judge that is busy for a second must not end a run of days. Any other error still does."""
-    monkeypatch.setattr(rewards, "PAUSE", 0.01)
-    tried, status = [], None if status == "None" else int(status)
-
-    def reward(problem, response):
-        tried.append(time.monotonic())
-        if len(tried) < 3:
-            raise Overloaded(status)
-        return 1
-
-    using = scorer(reward_retry=[name])
-    if calls == "3":
-        assert scores(Reward("f", reward), "a", using) == [1]
-        assert tried[2] - tried[1] > tried[1] - tried[0] > 0.01  # growing pauses
-    else:
-        with raises(Stop, match="Overloaded"):
-            scores(Reward("f", reward), "a", using)
-    assert len(tried) == int(calls)
-
-
-def test_a_call_is_tried_so_many_times_and_no_more(monkeypatch):
-    monkeypatch.setattr(rewards, "PAUSE", 0.001)
-    tried = []
-
-    def reward(problem, response):
-        tried.append(1)
-        raise Overloaded
-
-    with raises(Stop, match="problem 'p7': Overloaded"):
-        scores(Reward("f", reward), "a", scorer(reward_retry=["Overloaded"], reward_tries=4))
-    assert len(tried) == 4
-
-
 def test_numbers_may_come_as_an_array():
     """An array that was compared with a word ended the run, and nothing was saved."""
     array = Reward("f", lambda problems, responses: np.array([1.0, 0.5]), lists=True)
