@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -326,31 +326,37 @@ def identity(name):
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
 
 
-def start_loop(_):
-    """An event loop in a thread of its own, for as long as the process lives."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop
-
-
 class Calls:
     """Calls of users' functions: at most `workers` at once, each with a clock of its own. A plain
     function that is over its time goes on, beside those `workers`.
 
-    A plain function runs in a thread, a coroutine on `tasks`, a loop that all of them share.
-    `clock` is a loop without any code of users: nothing that they hold up or catch stops it. A call
-    that is over its time is left behind, since no thread can be ended from outside.
+    A plain function runs in a thread, a coroutine on `loop`, which all of them share. Beside each
+    a thread of `pool` waits. It runs no code of users: nothing that they hold up or catch stops the
+    clock. A call that is over its time is left behind, since no thread can be ended from outside.
 
     workers, seconds  see the flags --reward-...
     """
 
     def __init__(self, workers, seconds):
-        self.free, self.seconds = asyncio.Semaphore(workers), seconds
-        self.begun = []  # futures that `submit` has returned since the last `drop`
+        self.workers, self.seconds = workers, seconds
         self.left = []  # (problem id, future) of calls that were left behind
+        self.open()
 
-    clock = functools.cached_property(start_loop)
-    tasks = functools.cached_property(start_loop)
+    def open(self):
+        self.pool, self.dropped = ThreadPoolExecutor(self.workers), Future()
+
+    def drop(self):
+        """No further call is begun, and coroutines are cancelled."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.dropped.set_result(None)
+        self.open()
+
+    @functools.cached_property
+    def loop(self):
+        """In a thread of its own, for as long as the process lives."""
+        loop = asyncio.new_event_loop()
+        Thread(target=loop.run_forever, daemon=True).start()
+        return loop
 
     def submit(self, reward, problem_id, *arguments):
         """-> a future of what the call returns, or of OVER. It raises Stop for what it raises."""
@@ -360,52 +366,37 @@ class Calls:
                 f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
                 f"the last of problem {hanging[-1]!r}: let your function end by itself"
             )
-        call = self.call(reward, problem_id, arguments)
-        self.begun.append(asyncio.run_coroutine_threadsafe(call, self.clock))
-        return self.begun[-1]
+        loop = self.loop if reward.awaited else None
+        return self.pool.submit(self.call, loop, self.dropped, reward, problem_id, arguments)
 
-    async def call(self, reward, problem_id, arguments):
-        async with self.free:
-            begin, future = time.monotonic(), Future()
-            cancel = self.start(reward, arguments, future)
-            try:
-                await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
-            finally:  # its time is over, or `drop`
-                cancel()
-        if not future.done():
+    def call(self, loop, dropped, reward, problem_id, arguments):
+        begin, future = time.monotonic(), Future()
+        work = run(reward, arguments, future)
+        if loop:
+            task = asyncio.run_coroutine_threadsafe(work, loop)
+        else:  # nothing in it waits, so it needs no loop; the thread keeps no process from its end
+            Thread(target=next, args=(work.__await__(), None), daemon=True).start()
+        wait([future, dropped], self.seconds, FIRST_COMPLETED)
+        if loop:
+            task.cancel()
+        # What holds Python's lock holds up this thread too, and may be done.
+        if not future.done() or time.monotonic() - begin > self.seconds:
             self.left.append((problem_id, future))
             return OVER
-        value, error, end = future.result()
-        if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
-            return OVER
-        if error:
+        if error := future.exception():
             raise failure(reward, problem_id, error) from error
-        return value
+        return future.result()
 
-    def start(self, reward, arguments, future):
-        """Begin a call: the future gets (value, error, time of its end).  -> what cancels it"""
 
-        async def run():
-            value = error = None
-            future.set_running_or_notify_cancel()  # a task that never began does not hang
-            try:
-                value = reward.function(*arguments)
-                value = await value if reward.awaited else value
-                value = list(value) if reward.lists else value  # an iterator works in here, too
-            except BaseException as caught:
-                error = caught
-            future.set_result((value, error, time.monotonic()))
-
-        if reward.awaited:
-            return asyncio.run_coroutine_threadsafe(run(), self.tasks).cancel
-        # Nothing in it waits, so it needs no loop. The thread keeps no process from its end.
-        Thread(target=next, args=(run().__await__(), None), daemon=True).start()
-        return lambda: None
-
-    def drop(self):
-        """No further call is begun, and coroutines are cancelled."""
-        while self.begun:
-            self.begun.pop().cancel()
+async def run(reward, arguments, future):
+    """A call: the future gets what it returns, or raises what it raises."""
+    future.set_running_or_notify_cancel()  # a task that never began does not hang
+    try:
+        value = reward.function(*arguments)
+        value = await value if reward.awaited else value
+        future.set_result(list(value) if reward.lists else value)  # an iterator works in here, too
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def failure(reward, problem_id, error):
