@@ -1,15 +1,11 @@
 """R_l: the verifier, or a function of the user's.
 
-    python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and
-                                       print disagreements
-
 A policy under reinforcement learning attacks its reward, so its text is hostile. The verifier
 parses it in worker processes that die when they exceed a clock or a memory limit, and are replaced.
 The kernel enforces both limits. A signal handler, as in math-verify's own timeout, would not
 interrupt one long operation. What protects a run from a user's own R_l stands at `Calls`.
 """
 
-import argparse
 import asyncio
 import contextlib
 import copy
@@ -17,7 +13,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -34,7 +29,7 @@ from threading import Thread
 
 import answers
 from answers import extract_answer
-from parts.files import Stop, explained, read_records, sha256
+from parts.files import Stop, explained, sha256
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -487,52 +482,5 @@ def own_scores(reward, problem, extracted, returned):
     return scores
 
 
-# ----------------------------------------------------------------------------------- command line
-
-
-CASE = '{"gold": text, "prediction": text, "equivalent": bool, "kind": "answer" | "response"}'
-
-
-def parse_case(record, _):
-    match record:
-        case {"gold": str(), "prediction": str()}:
-            kind, label = record.get("kind", "response"), record.get("equivalent", True)
-            if kind in ("answer", "response") and isinstance(label, bool):
-                return record
-    raise ValueError(f"not a case; expected {CASE}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Grade a file of cases.")
-    parser.add_argument("cases", help=f"JSONL of {CASE}; the last two may be left out")
-    try:
-        cases = read_records(parser.parse_args().cases, parse_case)
-    except ValueError as error:
-        parser.error(str(error))
-    grader, start = Grader(), time.perf_counter()
-    pairs = []
-    for case in cases:
-        answer = case["prediction"].strip() or None
-        if case.get("kind") != "answer":
-            answer = grader.extract(case["prediction"])
-        pairs.append((case["gold"], answer))
-    result = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
-    for case, verdict in zip(cases, grader.compare(pairs)):
-        right = verdict == RIGHT
-        if case.get("equivalent", right) != right:
-            result["false_right" if right else "false_wrong"] += 1
-            print(
-                f"{verdict}, labelled {case['equivalent']}: gold {case['gold'][:200]!r}, "
-                f"prediction {case['prediction'][:200]!r}"
-            )
-        elif "equivalent" in case:
-            result["agree"] += 1
-    result |= {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR]}
-    print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 3)}))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        serve(Connection(int(sys.argv[2])), float(sys.argv[3]))
-    else:
-        main()
+if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
+    serve(Connection(int(sys.argv[2])), float(sys.argv[3]))

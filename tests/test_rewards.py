@@ -1,4 +1,4 @@
-"""Extraction, the workers against hangs and deaths, a user's reward, the command line."""
+"""Extraction, the workers against hangs and deaths, a user's reward."""
 
 import asyncio
 import contextlib
@@ -174,14 +174,34 @@ rewards.serve(rewards.Connection(int(sys.argv[1])), 60)
     grader.close()
 
 
-def test_fuzz():
-    """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
-    bench = Path(__file__).parents[1] / "bench/grader.py"
-    command = [sys.executable, str(bench), "--fuzz", "1000", "--seed", "1"]
-    # A process of its own: it measures the memory of its children.
+def bench(*arguments):
+    """bench/grader.py in a process of its own: it measures the memory of its children."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench/grader.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CASES = r"""
+{"gold": "1/2", "prediction": "0.5", "equivalent": true, "kind": "answer"}
+{"gold": "1/2", "prediction": "so \\boxed{0.5}", "equivalent": true}
+{"gold": "1/2", "prediction": "so 0.5", "equivalent": true}
+{"gold": "3", "prediction": "3", "equivalent": false, "kind": "answer"}
+"""
+
+
+def test_cases_are_compared_with_their_labels(tmp_path):
+    """The third has no box: a false wrong. The last is mislabelled."""
+    (tmp_path / "cases.jsonl").write_text(CASES.lstrip())
+    result = bench(str(tmp_path / "cases.jsonl"))
+    assert result.pop("seconds") > 0
+    counts = {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1}
+    assert result == {**counts, "timeouts": 0, "errors": 0}
+
+
+def test_fuzz():
+    """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
+    result = bench("--fuzz", "1000", "--seed", "1")
     assert result["verdicts"][RIGHT] > 70 and result["verdicts"][WRONG] > 300
     assert result["largest_worker_mib"] < 1000
 
@@ -684,25 +704,6 @@ def test_what_is_dropped_is_not_called():
     free.set()
     time.sleep(0.2)
     assert called == ["a"]
-
-
-CASES = r"""
-{"gold": "1/2", "prediction": "0.5", "equivalent": true, "kind": "answer"}
-{"gold": "1/2", "prediction": "so \\boxed{0.5}", "equivalent": true}
-{"gold": "1/2", "prediction": "so 0.5", "equivalent": true}
-{"gold": "3", "prediction": "3", "equivalent": false, "kind": "answer"}
-"""
-
-
-def test_command_line(tmp_path, capsys, monkeypatch):
-    """The third has no box: a false wrong. The last is mislabelled."""
-    (tmp_path / "cases.jsonl").write_text(CASES.lstrip())
-    monkeypatch.setattr("sys.argv", ["rewards.py", str(tmp_path / "cases.jsonl")])
-    rewards.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result.pop("seconds") > 0
-    counts = {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1}
-    assert result == {**counts, "timeouts": 0, "errors": 0}
 
 
 def test_a_coroutine_that_is_late_is_cancelled():
