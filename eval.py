@@ -56,7 +56,7 @@ from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 # What --like takes of a training run, beside its lengths, levels, R_l, held-out data and newest
 # checkpoint.
 LIKE = (
-    "temperature examples system suffix template template_kwargs stop allow_last_number dtype "
+    "temperature examples system suffix template template_kwargs stop dtype "
     "columns reward_timeout reward_workers reward_held_out"
 )
 

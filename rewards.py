@@ -153,18 +153,14 @@ class Worker:
 class Grader:
     """grade(pairs of gold answer and response) -> verdicts. Counts them by kind in `counts`."""
 
-    def __init__(self, workers=2, seconds=CASE_SECONDS, allow_last_number=False):
-        self.seconds, self.allow_last_number = seconds, allow_last_number
-        self.counts = Counter()
+    def __init__(self, workers=2, seconds=CASE_SECONDS):
+        self.seconds, self.counts = seconds, Counter()
         self.known = {}  # (gold, answer) -> verdict
         self.idle = deque([None] * workers)  # None stands for one that is not started yet
 
     def grade(self, pairs):
         """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...]"""
-        return self.compare([(gold, self.extract(text)) for gold, text in pairs])
-
-    def extract(self, text):
-        return extract_answer(text, self.allow_last_number)
+        return self.compare([(gold, extract_answer(text)) for gold, text in pairs])
 
     def compare(self, cases):
         """[(gold, answer or None), ...] -> verdicts, in order. Equal cases are decided once."""
@@ -411,7 +407,7 @@ class Score:
 
     outcome  R_l: 1 and above is right; nan if it came too late
     verdict  of the verifier, or by another R_l: right, wrong or late
-    answer   what stands in its box (--allow-last-number: or its last number), or None
+    answer   what stands in its box, or None
     values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
              "math", 1 if the verifier beside it says right; "late", 1 if R_l came too late
     """
@@ -426,7 +422,7 @@ class Scorer:
     """R_l of completions, group by group. A user's function runs while others are still sampled."""
 
     def __init__(self, flags):
-        self.grader = Grader(allow_last_number=flags.allow_last_number)
+        self.grader = Grader()
         self.calls = Calls(flags.reward_workers, flags.reward_timeout)
 
     def begin(self, reward, problem, responses, verifier_too=False):
@@ -434,7 +430,7 @@ class Scorer:
 
         verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
         """
-        extracted = [self.grader.extract(text) for text in responses]
+        extracted = [extract_answer(text) for text in responses]
         cases = [(problem.gold, answer) for answer in extracted]
         if not reward.function:
             return lambda: [

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parts.files import read_records  # noqa: E402  (after the path)
+from answers import extract_answer  # noqa: E402  (after the path)
+from parts.files import read_records  # noqa: E402
 from rewards import ERROR, RIGHT, TIMEOUT, Grader  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ cases
@@ -39,7 +40,7 @@ def agreement(path):
     for case in cases:
         answer = case["prediction"].strip() or None
         if case.get("kind") != "answer":
-            answer = grader.extract(case["prediction"])
+            answer = extract_answer(case["prediction"])
         pairs.append((case["gold"], answer))
     result = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
     for case, verdict in zip(cases, grader.compare(pairs)):

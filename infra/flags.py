@@ -234,7 +234,6 @@ class Scoring:
     reward_held_out: Literal["math"] | None = flag(
         "the verifier beside your own --reward on held-out problems [ours]"
     )
-    allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
 
 
 @dataclass(frozen=True)

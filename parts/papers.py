@@ -59,7 +59,7 @@ FASTCURL = {
 PROTOCOLS = {"deepscaler": FASTCURL | {"top_p": 0.95}, "fastcurl": FASTCURL}
 # Both need these too, which a training run (--like) may have set otherwise.
 PLAIN = {"top_k": 0, "system": None, "examples": None, "template": None, "template_kwargs": "{}"}
-PLAIN |= {"stop": [], "allow_last_number": False, "reward": "math"}
+PLAIN |= {"stop": [], "reward": "math"}
 
 # Model (protocol): per cent right as published, and the published mean.
 PUBLISHED = """

@@ -853,7 +853,7 @@ def test_evaluations_and_runs_of_the_same_second_have_a_folder_each(run, monkeyp
 
 
 TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
-"data": "d", "allow_last_number": true, "eval_max_new_tokens": null, "slots": 3,
+"data": "d", "eval_max_new_tokens": null, "slots": 3,
 "difficulty": "pass_rate", "eval_quality": null, "eval_data": null, "reward": ["math"],
 "system": null, "suffix": "", "template": null, "template_kwargs": "{}", "stop": [], "columns": [],
 "reward_timeout": 60.0, "reward_workers": 16, "reward_held_out": null,
@@ -882,7 +882,7 @@ def test_like_a_run_takes_how_it_samples_and_its_newest_checkpoint(tmp_path, cap
     assert len(list(folder.iterdir())) == 5  # the run may be at work
     assert args.model == str(folder / "000100")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
-    assert (args.examples, args.allow_last_number) == ("e.jsonl", True)
+    assert args.examples == "e.jsonl"
     assert (args.seed, args.slots, args.data) == (0, None, ["d.jsonl"])
     assert args.quality == [0.5, 1]  # or its level 1 would be another than the run's
     given = "--data d.jsonl --temperature 0.9 --model m --protocol deepscaler --dtype float32"

@@ -91,30 +91,6 @@ def test_the_answer_is_the_last_balanced_box(text, answer):
     assert str(extract_answer(text)) == answer
 
 
-LAST_NUMBERS = r"""
-3 apples, so 1,234.5. | 1,234.5
-\boxed{x} 5 | x
-\boxed{x 5 | None
-<think> 5 | None
-so 10-5 | 5
-it is -5 | -5
-x=-5 | -5
-(2)-7 | 7
-is −5 | -5
-about .5 | .5
-it is...42 | 42
-near 1e-5 | 1e-5
-1.5e3 m | 1.5e3
-no number | None
-"""
-
-
-@mark.parametrize("text, answer", table(LAST_NUMBERS))
-def test_last_number_only_where_allowed_and_without_a_box(text, answer):
-    """A subtraction's sign is not the number's. Where it is not allowed: see EXTRACTED."""
-    assert str(extract_answer(text, allow_last_number=True)) == answer
-
-
 MONSTERS = [
     "9^{9^{9^{9}}}",
     "(10^{10})!",
