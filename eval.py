@@ -57,7 +57,7 @@ from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
 # checkpoint.
 LIKE = (
     "temperature examples system suffix template template_kwargs stop dtype "
-    "columns reward_timeout reward_workers reward_held_out"
+    "columns reward_timeout reward_workers"
 )
 
 
@@ -184,7 +184,7 @@ def make_row(path, problem_id, level, sample, attempt):
 def read_data(args):
     """-> {file: problems}.  Raises ValueError"""
     check(args)
-    files, graded = {}, MATH in (args.reward, args.reward_held_out)
+    files, graded = {}, args.reward == MATH
     for path in args.data:
         # With --like they are the columns of the training problems, and it evaluates others.
         files[path] = data.read_problems(path, args.columns, not args.like, graded)
@@ -277,14 +277,7 @@ def sample_rest(args, policy, files, log, ranks):
 
     def sample_share(share):
         asked = [request for _, request in share]
-        done = attempt(
-            policy,
-            scorer,
-            asked,
-            sampling,
-            verifier_too=bool(args.reward_held_out),
-            show_progress=ranks.first,
-        )
+        done = attempt(policy, scorer, asked, sampling, show_progress=ranks.first)
         rows = []
         for (labels, _), attempts in zip(share, done):
             must_be_finite(labels[1], attempts)

@@ -409,7 +409,7 @@ class Score:
     verdict  of the verifier, or by another R_l: right, wrong or late
     answer   what stands in its box, or None
     values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
-             "math", 1 if the verifier beside it says right; "late", 1 if R_l came too late
+             "late", 1 if R_l came too late
     """
 
     outcome: float
@@ -425,14 +425,11 @@ class Scorer:
         self.grader = Grader()
         self.calls = Calls(flags.reward_workers, flags.reward_timeout)
 
-    def begin(self, reward, problem, responses, verifier_too=False):
-        """Begin to score the completions of a problem.  -> finish() -> [Score, ...]
-
-        verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
-        """
+    def begin(self, reward, problem, responses):
+        """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""
         extracted = [extract_answer(text) for text in responses]
-        cases = [(problem.gold, answer) for answer in extracted]
         if not reward.function:
+            cases = [(problem.gold, answer) for answer in extracted]
             return lambda: [
                 Score(float(verdict == RIGHT), verdict, answer)
                 for verdict, answer in zip(self.grader.compare(cases), extracted)
@@ -441,15 +438,7 @@ class Scorer:
         records, calls = [copy.deepcopy(problem.record()) for _ in responses], []
         for arguments in [(records, responses)] if reward.lists else zip(records, responses):
             calls.append(self.calls.submit(reward, problem.id, *arguments))
-
-        def finish():
-            scores = own_scores(reward, problem, extracted, [call.result() for call in calls])
-            if verifier_too:
-                for score, verdict in zip(scores, self.grader.compare(cases)):
-                    score.values[MATH] = float(verdict == RIGHT)
-            return scores
-
-        return finish
+        return lambda: own_scores(reward, problem, extracted, [call.result() for call in calls])
 
     def close(self):
         self.grader.close()

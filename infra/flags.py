@@ -231,9 +231,6 @@ class Scoring:
         "by several threads (one that is over its time still goes on beside the next) [ours]",
         16,
     )
-    reward_held_out: Literal["math"] | None = flag(
-        "the verifier beside your own --reward on held-out problems [ours]"
-    )
 
 
 @dataclass(frozen=True)

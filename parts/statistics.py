@@ -14,7 +14,7 @@ from answers import canonical
 SETTINGS = (
     "model data columns purpose protocol samples k temperature top_k top_p max_new_tokens examples "
     "system suffix template template_kwargs stop dtype seed quality reward "
-    "reward_timeout reward_held_out"
+    "reward_timeout"
 )
 
 

@@ -856,7 +856,7 @@ TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "s
 "data": "d", "eval_max_new_tokens": null, "slots": 3,
 "difficulty": "pass_rate", "eval_quality": null, "eval_data": null, "reward": ["math"],
 "system": null, "suffix": "", "template": null, "template_kwargs": "{}", "stop": [], "columns": [],
-"reward_timeout": 60.0, "reward_workers": 16, "reward_held_out": null,
+"reward_timeout": 60.0, "reward_workers": 16,
 "levels": [{"max_new_tokens": 300, "quality": 0.5}, {"max_new_tokens": 200, "quality": 1}]}"""
 
 

@@ -502,17 +502,6 @@ def test_a_reward_gets_the_record_of_the_file_and_its_answer_as_it_is():
     assert calls == [[record]]
 
 
-def test_the_verifier_may_stand_beside_it():
-    """It gives a hacked reward away: R_l says right, and the box is wrong."""
-    using, problem = scorer(), Problem("p", "1", "4")
-    reward = Reward("f", lambda problem, response: 1)
-    done = using.begin(reward, problem, [r"\\boxed{4}", r"\\boxed{5}"], verifier_too=True)
-    good, bad = done()
-    assert good.values == {"R_l": 1.0, "late": 0.0, "math": 1.0} and bad.values["math"] == 0.0
-    assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
-    using.close()
-
-
 class Watched:
     """Sleeps, and knows how many calls slept at the same time."""
 

@@ -881,13 +881,6 @@ def test_ones_own_reward_is_the_same_on_held_out_problems(workshop, printed):
     assert "all problems, part_even" in printed()
 
 
-def test_the_grader_judges_held_out_problems_beside_ones_own_reward(workshop):
-    """Where the two part, the reward is being hacked."""
-    flags = "--eval-data p.jsonl --reward toy_reward.py:always --reward-held-out math --filter all"
-    row = lines(workshop(flags) / "eval.jsonl")[0]
-    assert row["accuracy"] == row["means"]["R_l"][0] == 1 and row["means"]["math"][0] < 0.5
-
-
 def test_a_held_out_bin_has_the_reward_of_its_level(workshop):
     """That of level 1 for easy problems, of level 2 for hard ones, however they are cut."""
     flags = "--eval-data p.jsonl --reward toy_reward.py:never toy_reward.py:always --filter all"
