@@ -88,7 +88,7 @@ class Flags(Machine):
 
 SECTIONS = Flags, Scoring, data.Prompting
 RULES = (
-    ("samples slots reward_workers reward_tries", lambda v: v >= 1, "at least 1"),
+    ("samples slots reward_workers", lambda v: v >= 1, "at least 1"),
     ("reward_timeout", lambda v: 0 < v < math.inf, "above 0"),
     ("k max_new_tokens temperature top_k seed", lambda v: 0 <= v < math.inf, "at least 0"),
     ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
@@ -159,7 +159,7 @@ def make_row(path, problem_id, level, sample, attempt):
 def read_data(args):
     """-> {file: problems}.  Raises ValueError"""
     check(args)
-    files, graded = {}, MATH in (args.reward, args.reward_held_out)
+    files, graded = {}, args.reward == MATH
     for path in args.data:
         files[path] = data.read_problems(path, args.columns, must_fit=True, graded=graded)
         if graded:
@@ -231,15 +231,7 @@ def sample_rest(args, policy, files, log, ranks):
 
     def sample_share(share):
         asked = [request for _, request in share]
-        done = attempt(
-            policy,
-            scorer,
-            asked,
-            sampling,
-            fit,
-            verifier_too=bool(args.reward_held_out),
-            show_progress=ranks.first,
-        )
+        done = attempt(policy, scorer, asked, sampling, fit, show_progress=ranks.first)
         rows = []
         for (labels, _), attempts in zip(share, done):
             must_be_finite(labels[1], attempts)

@@ -1,15 +1,11 @@
 """R_l: the verifier, or a function of the user's.
 
-    python rewards.py CASES.jsonl      grade {"gold", "prediction"[, "equivalent", "kind"]} and
-                                       print disagreements
-
 A policy under reinforcement learning attacks its reward, so its text is hostile. The verifier
 parses it in worker processes that die when they exceed a clock or a memory limit, and are replaced.
 The kernel enforces both limits. A signal handler, as in math-verify's own timeout, would not
 interrupt one long operation. What protects a run from a user's own R_l stands at `Calls`.
 """
 
-import argparse
 import asyncio
 import contextlib
 import copy
@@ -17,7 +13,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -26,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -34,7 +29,7 @@ from threading import Thread
 
 import answers
 from answers import extract_answer
-from parts.files import Stop, explained, read_records, sha256
+from parts.files import Stop, explained, sha256
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -158,18 +153,14 @@ class Worker:
 class Grader:
     """grade(pairs of gold answer and response) -> verdicts. Counts them by kind in `counts`."""
 
-    def __init__(self, workers=2, seconds=CASE_SECONDS, allow_last_number=False):
-        self.seconds, self.allow_last_number = seconds, allow_last_number
-        self.counts = Counter()
+    def __init__(self, workers=2, seconds=CASE_SECONDS):
+        self.seconds, self.counts = seconds, Counter()
         self.known = {}  # (gold, answer) -> verdict
         self.idle = deque([None] * workers)  # None stands for one that is not started yet
 
     def grade(self, pairs):
         """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...]"""
-        return self.compare([(gold, self.extract(text)) for gold, text in pairs])
-
-    def extract(self, text):
-        return extract_answer(text, self.allow_last_number)
+        return self.compare([(gold, extract_answer(text)) for gold, text in pairs])
 
     def compare(self, cases):
         """[(gold, answer or None), ...] -> verdicts, in order. Equal cases are decided once."""
@@ -324,35 +315,39 @@ def identity(name):
 
 
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
-PAUSE = 1.0  # seconds before a call is tried again; each further one is twice as long
-
-
-def start_loop(_):
-    """An event loop in a thread of its own, for as long as the process lives."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop
 
 
 class Calls:
     """Calls of users' functions: at most `workers` at once, each with a clock of its own. A plain
     function that is over its time goes on, beside those `workers`.
 
-    A plain function runs in a thread, a coroutine on `tasks`, a loop that all of them share.
-    `clock` is a loop without any code of users: nothing that they hold up or catch stops it. A call
-    that is over its time is left behind, since no thread can be ended from outside.
+    A plain function runs in a thread, a coroutine on `loop`, which all of them share. Beside each
+    a thread of `pool` waits. It runs no code of users: nothing that they hold up or catch stops the
+    clock. A call that is over its time is left behind, since no thread can be ended from outside.
 
-    workers, seconds, retry, tries  see the flags --reward-...
+    workers, seconds  see the flags --reward-...
     """
 
-    def __init__(self, workers, seconds, retry, tries):
-        self.free, self.seconds = asyncio.Semaphore(workers), seconds
-        self.retry, self.tries = retry, tries
-        self.begun = []  # futures that `submit` has returned since the last `drop`
+    def __init__(self, workers, seconds):
+        self.workers, self.seconds = workers, seconds
         self.left = []  # (problem id, future) of calls that were left behind
+        self.open()
 
-    clock = functools.cached_property(start_loop)
-    tasks = functools.cached_property(start_loop)
+    def open(self):
+        self.pool, self.dropped = ThreadPoolExecutor(self.workers), Future()
+
+    def drop(self):
+        """No further call is begun, and coroutines are cancelled."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.dropped.set_result(None)
+        self.open()
+
+    @functools.cached_property
+    def loop(self):
+        """In a thread of its own, for as long as the process lives."""
+        loop = asyncio.new_event_loop()
+        Thread(target=loop.run_forever, daemon=True).start()
+        return loop
 
     def submit(self, reward, problem_id, *arguments):
         """-> a future of what the call returns, or of OVER. It raises Stop for what it raises."""
@@ -362,64 +357,37 @@ class Calls:
                 f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
                 f"the last of problem {hanging[-1]!r}: let your function end by itself"
             )
-        call = self.call(reward, problem_id, arguments)
-        self.begun.append(asyncio.run_coroutine_threadsafe(call, self.clock))
-        return self.begun[-1]
+        loop = self.loop if reward.awaited else None
+        return self.pool.submit(self.call, loop, self.dropped, reward, problem_id, arguments)
 
-    async def call(self, reward, problem_id, arguments):
-        for number in range(self.tries):
-            async with self.free:
-                begin, future = time.monotonic(), Future()
-                cancel = self.start(reward, arguments, future)
-                try:
-                    await asyncio.wait([asyncio.wrap_future(future)], timeout=self.seconds)
-                finally:  # its time is over, or `drop`
-                    cancel()
-            if not future.done():
-                self.left.append((problem_id, future))
-                return OVER
-            value, error, end = future.result()
-            if end - begin > self.seconds:  # what holds Python's lock holds up the clock too
-                return OVER
-            if not error:
-                return value
-            if number + 1 == self.tries or not is_named(error, self.retry):
-                break
-            await asyncio.sleep(PAUSE * 2**number)
-        raise failure(reward, problem_id, error) from error
-
-    def start(self, reward, arguments, future):
-        """Begin a call: the future gets (value, error, time of its end).  -> what cancels it"""
-
-        async def run():
-            value = error = None
-            future.set_running_or_notify_cancel()  # a task that never began does not hang
-            try:
-                value = reward.function(*arguments)
-                value = await value if reward.awaited else value
-                value = list(value) if reward.lists else value  # an iterator works in here, too
-            except BaseException as caught:
-                error = caught
-            future.set_result((value, error, time.monotonic()))
-
-        if reward.awaited:
-            return asyncio.run_coroutine_threadsafe(run(), self.tasks).cancel
-        # Nothing in it waits, so it needs no loop. The thread keeps no process from its end.
-        Thread(target=next, args=(run().__await__(), None), daemon=True).start()
-        return lambda: None
-
-    def drop(self):
-        """No further call is begun, and coroutines are cancelled."""
-        while self.begun:
-            self.begun.pop().cancel()
+    def call(self, loop, dropped, reward, problem_id, arguments):
+        begin, future = time.monotonic(), Future()
+        work = run(reward, arguments, future)
+        if loop:
+            task = asyncio.run_coroutine_threadsafe(work, loop)
+        else:  # nothing in it waits, so it needs no loop; the thread keeps no process from its end
+            Thread(target=next, args=(work.__await__(), None), daemon=True).start()
+        wait([future, dropped], self.seconds, FIRST_COMPLETED)
+        if loop:
+            task.cancel()
+        # What holds Python's lock holds up this thread too, and may be done.
+        if not future.done() or time.monotonic() - begin > self.seconds:
+            self.left.append((problem_id, future))
+            return OVER
+        if error := future.exception():
+            raise failure(reward, problem_id, error) from error
+        return future.result()
 
 
-def is_named(error, names):
-    """Whether --reward-retry names the error: its class, one above it, or its HTTP status."""
-    known = {kind.__name__ for kind in type(error).__mro__}
-    for holder in (error, getattr(error, "response", None)):
-        known |= {str(getattr(holder, name, "")) for name in ("code", "status", "status_code")}
-    return not known.isdisjoint(names)
+async def run(reward, arguments, future):
+    """A call: the future gets what it returns, or raises what it raises."""
+    future.set_running_or_notify_cancel()  # a task that never began does not hang
+    try:
+        value = reward.function(*arguments)
+        value = await value if reward.awaited else value
+        future.set_result(list(value) if reward.lists else value)  # an iterator works in here, too
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def failure(reward, problem_id, error):
@@ -439,9 +407,9 @@ class Score:
 
     outcome  R_l: 1 and above is right; nan if it came too late
     verdict  of the verifier, or by another R_l: right, wrong or late
-    answer   what stands in its box (--allow-last-number: or its last number), or None
+    answer   what stands in its box, or None
     values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
-             "math", 1 if the verifier beside it says right; "late", 1 if R_l came too late
+             "late", 1 if R_l came too late
     """
 
     outcome: float
@@ -454,19 +422,14 @@ class Scorer:
     """R_l of completions, group by group. A user's function runs while others are still sampled."""
 
     def __init__(self, flags):
-        self.grader = Grader(allow_last_number=flags.allow_last_number)
-        self.calls = Calls(
-            flags.reward_workers, flags.reward_timeout, flags.reward_retry, flags.reward_tries
-        )
+        self.grader = Grader()
+        self.calls = Calls(flags.reward_workers, flags.reward_timeout)
 
-    def begin(self, reward, problem, responses, verifier_too=False):
-        """Begin to score the completions of a problem.  -> finish() -> [Score, ...]
-
-        verifier_too  whether the scores of a user's R_l hold the verifier's verdict as well
-        """
-        extracted = [self.grader.extract(text) for text in responses]
-        cases = [(problem.gold, answer) for answer in extracted]
+    def begin(self, reward, problem, responses):
+        """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""
+        extracted = [extract_answer(text) for text in responses]
         if not reward.function:
+            cases = [(problem.gold, answer) for answer in extracted]
             return lambda: [
                 Score(float(verdict == RIGHT), verdict, answer)
                 for verdict, answer in zip(self.grader.compare(cases), extracted)
@@ -475,15 +438,7 @@ class Scorer:
         records, calls = [copy.deepcopy(problem.record()) for _ in responses], []
         for arguments in [(records, responses)] if reward.lists else zip(records, responses):
             calls.append(self.calls.submit(reward, problem.id, *arguments))
-
-        def finish():
-            scores = own_scores(reward, problem, extracted, [call.result() for call in calls])
-            if verifier_too:
-                for score, verdict in zip(scores, self.grader.compare(cases)):
-                    score.values[MATH] = float(verdict == RIGHT)
-            return scores
-
-        return finish
+        return lambda: own_scores(reward, problem, extracted, [call.result() for call in calls])
 
     def close(self):
         self.grader.close()
@@ -512,52 +467,5 @@ def own_scores(reward, problem, extracted, returned):
     return scores
 
 
-# ----------------------------------------------------------------------------------- command line
-
-
-CASE = '{"gold": text, "prediction": text, "equivalent": bool, "kind": "answer" | "response"}'
-
-
-def parse_case(record, _):
-    match record:
-        case {"gold": str(), "prediction": str()}:
-            kind, label = record.get("kind", "response"), record.get("equivalent", True)
-            if kind in ("answer", "response") and isinstance(label, bool):
-                return record
-    raise ValueError(f"not a case; expected {CASE}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Grade a file of cases.")
-    parser.add_argument("cases", help=f"JSONL of {CASE}; the last two may be left out")
-    try:
-        cases = read_records(parser.parse_args().cases, parse_case)
-    except ValueError as error:
-        parser.error(str(error))
-    grader, start = Grader(), time.perf_counter()
-    pairs = []
-    for case in cases:
-        answer = case["prediction"].strip() or None
-        if case.get("kind") != "answer":
-            answer = grader.extract(case["prediction"])
-        pairs.append((case["gold"], answer))
-    result = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
-    for case, verdict in zip(cases, grader.compare(pairs)):
-        right = verdict == RIGHT
-        if case.get("equivalent", right) != right:
-            result["false_right" if right else "false_wrong"] += 1
-            print(
-                f"{verdict}, labelled {case['equivalent']}: gold {case['gold'][:200]!r}, "
-                f"prediction {case['prediction'][:200]!r}"
-            )
-        elif "equivalent" in case:
-            result["agree"] += 1
-    result |= {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR]}
-    print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 3)}))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        serve(Connection(int(sys.argv[2])), float(sys.argv[3]))
-    else:
-        main()
+if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
+    serve(Connection(int(sys.argv[2])), float(sys.argv[3]))

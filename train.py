@@ -290,15 +290,7 @@ def evaluate(run):
     sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature)
 
     def sample_and_score(share):
-        done = attempt(
-            run.policy,
-            run.scorer,
-            share,
-            sampling,
-            run.fit,
-            verifier_too=bool(cfg.reward_held_out),
-            show_progress=ranks.first,
-        )
+        done = attempt(run.policy, run.scorer, share, sampling, run.fit, show_progress=ranks.first)
         return [means_of_problem(p.problem.id, some) for (p, *_), some in zip(share, done)]
 
     work, rows = [], []

@@ -524,23 +524,18 @@ def spell(shape):
 # ------------------------------------------------------------------------------------------- boxes
 
 
-def extract_answer(text, allow_last_number=False):
+def extract_answer(text):
     r"""The content of the last \boxed{...}, or None.
 
     Only what follows the last </think> counts; a <think> that never closes means no answer. If the
     last box is unclosed or blank there is no answer, whatever stood in earlier ones.
-    allow_last_number: without any box, the last number.
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
     *before, last = re.split(r"\\boxed\s*\{", text)
     if not before:
-        numbers = re.findall(
-            r"(?:(?<![\w)\].])-)?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d+)?",
-            text.replace("\N{MINUS SIGN}", "-"),
-        )
-        return numbers[-1] if numbers and allow_last_number else None
+        return None
     if len(before) > 1 and re.match(r"[^{}\n]*\}%[ \t]*$", before[-1]):
         return None  # the last box is a comment to LaTeX: neither this one nor the one before pays
     depth = 1

@@ -1,5 +1,6 @@
-"""Measure the grader: how fast it is on ordinary completions, and what hostile ones do to it.
+"""Measure the grader: how often it is right, how fast, and what hostile completions do to it.
 
+python bench/grader.py CASES.jsonl        prints the cases whose label it disagrees with
 python bench/grader.py                    4,096 completions of about 500 tokens, two workers
 python bench/grader.py --fuzz 100000      mutated completions; exits with 1 if a promise is broken
 """
@@ -15,7 +16,46 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rewards import Grader  # noqa: E402  (after the path)
+from answers import extract_answer  # noqa: E402  (after the path)
+from parts.files import read_records  # noqa: E402
+from rewards import ERROR, RIGHT, TIMEOUT, Grader  # noqa: E402
+
+# ------------------------------------------------------------------------------------------ cases
+
+CASE = '{"gold": text, "prediction": text, "equivalent": bool, "kind": "answer" | "response"}'
+
+
+def parse_case(record, _):
+    match record:
+        case {"gold": str(), "prediction": str()}:
+            kind, label = record.get("kind", "response"), record.get("equivalent", True)
+            if kind in ("answer", "response") and isinstance(label, bool):
+                return record
+    raise ValueError(f"not a case; expected {CASE}")
+
+
+def agreement(path):
+    """Print the cases of a file that are graded otherwise than labelled.  -> how many are not"""
+    cases, grader, pairs = read_records(path, parse_case), Grader(), []
+    for case in cases:
+        answer = case["prediction"].strip() or None
+        if case.get("kind") != "answer":
+            answer = extract_answer(case["prediction"])
+        pairs.append((case["gold"], answer))
+    result = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
+    for case, verdict in zip(cases, grader.compare(pairs)):
+        right = verdict == RIGHT
+        if case.get("equivalent", right) != right:
+            result["false_right" if right else "false_wrong"] += 1
+            print(
+                f"{verdict}, labelled {case['equivalent']}: gold {case['gold'][:200]!r}, "
+                f"prediction {case['prediction'][:200]!r}"
+            )
+        elif "equivalent" in case:
+            result["agree"] += 1
+    grader.close()
+    return result | {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR]}
+
 
 # ------------------------------------------------------------------------------------- throughput
 
@@ -138,12 +178,16 @@ def fuzz(count, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="?", help=f"JSONL of {CASE}; the last two may be left out")
     parser.add_argument("--fuzz", type=int, metavar="N", help="grade N mutated completions")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.perf_counter()
-    result = fuzz(args.fuzz, args.seed) if args.fuzz else throughput()
-    print(json.dumps({**result, "seconds": round(time.perf_counter() - start, 1)}))
+    if args.cases:
+        result = agreement(args.cases)
+    else:
+        result = fuzz(args.fuzz, args.seed) if args.fuzz else throughput()
+    print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 3)}))
 
 
 if __name__ == "__main__":

@@ -213,18 +213,6 @@ class Scoring:
         "by several threads (one that is over its time still goes on beside the next) [ours]",
         16,
     )
-    reward_retry: list[str] = flag(
-        "errors of your own --reward that are tried again, by their class or HTTP status: "
-        "ConnectionError 429; any other ends the run [ours]",
-        [],
-    )
-    reward_tries: int = flag(
-        "of such a call, with pauses of 1, 2, 4, ... seconds between them [ours]", 5
-    )
-    reward_held_out: Literal["math"] | None = flag(
-        "the verifier beside your own --reward on held-out problems [ours]"
-    )
-    allow_last_number: bool = flag("without a box, grade the last number [ours]", False)
 
 
 @dataclass(frozen=True)
@@ -281,7 +269,7 @@ SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags, Prompting, Memo
 # With --resume. No result depends on them.
 MAY_CHANGE = (
     "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints tracker "
-    "reward_workers reward_retry reward_tries"
+    "reward_workers"
 )
 RULES = (
     (
@@ -297,8 +285,7 @@ RULES = (
     ),
     (
         "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers "
-        "reward_tries",
+        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers",
         lambda v: v >= 1,
         "at least 1",
     ),

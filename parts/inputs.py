@@ -61,7 +61,6 @@ def read_data(cfg):
     problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)
     train_set = data.only_gradable(cfg.data, different) if graded else different
-    graded |= bool(cfg.reward_held_out)
     held_out, read = {}, {"--data": digest(problems)}
     for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
         some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)

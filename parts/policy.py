@@ -270,19 +270,16 @@ class Attempt:
         return len(self.completion.tokens)
 
 
-def attempt(
-    policy, scorer, work, sampling, fit, *, verifier_too=False, show_progress=False, seconds=None
-):
+def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds=None):
     """Complete every prompt once per key, and score: one list of Attempt per prompt.
 
     A completion ends where the context ends; a prompt that fills the context gets empty ones. The
     completions of a prompt are scored together: a user's R_l begins as soon as the last of them is
     there, the verifier compares after all sampling.
 
-    work          triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
-    fit           an infra.fit.Fit: how many are decoded at once
-    verifier_too  see Scorer.begin
-    seconds       a Counter: `sample`, and `score` after the last sample, are added
+    work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
+    fit      an infra.fit.Fit: how many are decoded at once
+    seconds  a Counter: `sample`, and `score` after the last sample, are added
     """
     start = time.perf_counter()
     prompts, keys, rewards = zip(*work) if work else ((), (), ())
@@ -294,8 +291,7 @@ def attempt(
         prompt = prompts[number]
         texts = [prompt.opening + policy.text(c) for c in completions]
         groups[number] = completions, texts
-        asked = rewards[number], prompt.problem, texts, verifier_too
-        finish[number] = scorer.begin(*asked)
+        finish[number] = scorer.begin(rewards[number], prompt.problem, texts)
 
     def sample_all(slots):
         return sample(

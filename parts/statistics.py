@@ -13,8 +13,7 @@ from answers import canonical
 # All that a result depends on, beside the bytes of files. The purpose is that of random streams.
 SETTINGS = (
     "model data columns purpose samples k temperature top_k top_p max_new_tokens examples "
-    "system suffix template template_kwargs stop allow_last_number dtype seed quality reward "
-    "reward_timeout reward_held_out"
+    "system suffix template template_kwargs stop dtype seed quality reward reward_timeout"
 )
 
 

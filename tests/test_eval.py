@@ -776,7 +776,6 @@ def test_no_setting_is_forgotten():
     """A new flag that changes completions must be one of those with which an evaluation goes on,
     and one that changes prompts must be taken from a training run."""
     changes_nothing = "compare out add_pass_rate slots device reward_workers"
-    changes_nothing += " reward_retry reward_tries"
     flags = vars(parsed()).keys() - set(changes_nothing.split())
     assert flags == set(evaluation.SETTINGS.split())
     prompting = {field.name for field in fields(data.Prompting)}

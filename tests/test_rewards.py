@@ -1,4 +1,4 @@
-"""Extraction, the workers against hangs and deaths, a user's reward, the command line."""
+"""Extraction, the workers against hangs and deaths, a user's reward."""
 
 import asyncio
 import contextlib
@@ -91,30 +91,6 @@ def test_the_answer_is_the_last_balanced_box(text, answer):
     assert str(extract_answer(text)) == answer
 
 
-LAST_NUMBERS = r"""
-3 apples, so 1,234.5. | 1,234.5
-\boxed{x} 5 | x
-\boxed{x 5 | None
-<think> 5 | None
-so 10-5 | 5
-it is -5 | -5
-x=-5 | -5
-(2)-7 | 7
-is −5 | -5
-about .5 | .5
-it is...42 | 42
-near 1e-5 | 1e-5
-1.5e3 m | 1.5e3
-no number | None
-"""
-
-
-@mark.parametrize("text, answer", table(LAST_NUMBERS))
-def test_last_number_only_where_allowed_and_without_a_box(text, answer):
-    """A subtraction's sign is not the number's. Where it is not allowed: see EXTRACTED."""
-    assert str(extract_answer(text, allow_last_number=True)) == answer
-
-
 MONSTERS = [
     "9^{9^{9^{9}}}",
     "(10^{10})!",
@@ -174,14 +150,34 @@ rewards.serve(rewards.Connection(int(sys.argv[1])), 60)
     grader.close()
 
 
-def test_fuzz():
-    """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
-    bench = Path(__file__).parents[1] / "bench/grader.py"
-    command = [sys.executable, str(bench), "--fuzz", "1000", "--seed", "1"]
-    # A process of its own: it measures the memory of its children.
+def bench(*arguments):
+    """bench/grader.py in a process of its own: it measures the memory of its children."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench/grader.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CASES = r"""
+{"gold": "1/2", "prediction": "0.5", "equivalent": true, "kind": "answer"}
+{"gold": "1/2", "prediction": "so \\boxed{0.5}", "equivalent": true}
+{"gold": "1/2", "prediction": "so 0.5", "equivalent": true}
+{"gold": "3", "prediction": "3", "equivalent": false, "kind": "answer"}
+"""
+
+
+def test_cases_are_compared_with_their_labels(tmp_path):
+    """The third has no box: a false wrong. The last is mislabelled."""
+    (tmp_path / "cases.jsonl").write_text(CASES.lstrip())
+    result = bench(str(tmp_path / "cases.jsonl"))
+    assert result.pop("seconds") > 0
+    counts = {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1}
+    assert result == {**counts, "timeouts": 0, "errors": 0}
+
+
+def test_fuzz():
+    """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
+    result = bench("--fuzz", "1000", "--seed", "1")
     assert result["verdicts"][RIGHT] > 70 and result["verdicts"][WRONG] > 300
     assert result["largest_worker_mib"] < 1000
 
@@ -506,17 +502,6 @@ def test_a_reward_gets_the_record_of_the_file_and_its_answer_as_it_is():
     assert calls == [[record]]
 
 
-def test_the_verifier_may_stand_beside_it():
-    """It gives a hacked reward away: R_l says right, and the box is wrong."""
-    using, problem = scorer(), Problem("p", "1", "4")
-    reward = Reward("f", lambda problem, response: 1)
-    done = using.begin(reward, problem, [r"\\boxed{4}", r"\\boxed{5}"], verifier_too=True)
-    good, bad = done()
-    assert good.values == {"R_l": 1.0, "late": 0.0, "math": 1.0} and bad.values["math"] == 0.0
-    assert (bad.outcome, bad.verdict, bad.answer) == (1.0, RIGHT, "5")
-    using.close()
-
-
 class Watched:
     """Sleeps, and knows how many calls slept at the same time."""
 
@@ -625,55 +610,6 @@ def test_calls_that_hang_end_the_run(monkeypatch):
     assert scores(Reward("f", lambda *_: 1), "a", using) == [1]
 
 
-class Overloaded(Exception):
-    def __init__(self, status=None):
-        self.status_code = status
-
-
-RETRIED = """
-Overloaded | None | 3
-Exception  | None | 3
-429        | 429  | 3
-429        | 500  | 1
-KeyError   | 429  | 1
-"""
-
-
-@mark.parametrize("name, status, calls", table(RETRIED))
-def test_an_error_that_is_named_is_tried_again(monkeypatch, name, status, calls):
-    """A judge that is busy for a second must not end a run of days. Any other error still does."""
-    monkeypatch.setattr(rewards, "PAUSE", 0.01)
-    tried, status = [], None if status == "None" else int(status)
-
-    def reward(problem, response):
-        tried.append(time.monotonic())
-        if len(tried) < 3:
-            raise Overloaded(status)
-        return 1
-
-    using = scorer(reward_retry=[name])
-    if calls == "3":
-        assert scores(Reward("f", reward), "a", using) == [1]
-        assert tried[2] - tried[1] > tried[1] - tried[0] > 0.01  # growing pauses
-    else:
-        with raises(Stop, match="Overloaded"):
-            scores(Reward("f", reward), "a", using)
-    assert len(tried) == int(calls)
-
-
-def test_a_call_is_tried_so_many_times_and_no_more(monkeypatch):
-    monkeypatch.setattr(rewards, "PAUSE", 0.001)
-    tried = []
-
-    def reward(problem, response):
-        tried.append(1)
-        raise Overloaded
-
-    with raises(Stop, match="problem 'p7': Overloaded"):
-        scores(Reward("f", reward), "a", scorer(reward_retry=["Overloaded"], reward_tries=4))
-    assert len(tried) == 4
-
-
 def test_numbers_may_come_as_an_array():
     """An array that was compared with a word ended the run, and nothing was saved."""
     array = Reward("f", lambda problems, responses: np.array([1.0, 0.5]), lists=True)
@@ -733,25 +669,6 @@ def test_what_is_dropped_is_not_called():
     free.set()
     time.sleep(0.2)
     assert called == ["a"]
-
-
-CASES = r"""
-{"gold": "1/2", "prediction": "0.5", "equivalent": true, "kind": "answer"}
-{"gold": "1/2", "prediction": "so \\boxed{0.5}", "equivalent": true}
-{"gold": "1/2", "prediction": "so 0.5", "equivalent": true}
-{"gold": "3", "prediction": "3", "equivalent": false, "kind": "answer"}
-"""
-
-
-def test_command_line(tmp_path, capsys, monkeypatch):
-    """The third has no box: a false wrong. The last is mislabelled."""
-    (tmp_path / "cases.jsonl").write_text(CASES.lstrip())
-    monkeypatch.setattr("sys.argv", ["rewards.py", str(tmp_path / "cases.jsonl")])
-    rewards.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result.pop("seconds") > 0
-    counts = {"cases": 4, "agree": 2, "false_right": 1, "false_wrong": 1}
-    assert result == {**counts, "timeouts": 0, "errors": 0}
 
 
 def test_a_coroutine_that_is_late_is_cancelled():

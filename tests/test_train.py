@@ -38,7 +38,7 @@ from model import pad
 from parts.inputs import check_measured
 from parts.optimizer import Learner
 from parts.policy import TRAINING, Attempt, Sampling, attempt, evaluation_requests
-from rewards import MATH, Score, Scorer
+from rewards import MATH, Score, Scorer, load_reward
 from rollout import Completion, sample, stream_key
 from train import Sample, accumulate_gradient, learn
 
@@ -713,12 +713,11 @@ def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monke
     seen, interval = [], train.interval
     monkeypatch.setattr(train, "interval", lambda values: seen.append(values) or interval(values))
     flags = "--eval-data p.jsonl --eval-samples 48 --eval-quality 1.0 --updates 1"
-    out = workshop(f"--allow-last-number --reward math --filter all {flags}")
+    out = workshop(f"--filter all {flags}")
     first = lines(out / "eval.jsonl")[0]
     policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
-    work = evaluation_requests(0, policy.render(problems), 48)
-    scorer = Scorer(Config(allow_last_number=True))
-    done = attempt(policy, scorer, work, Sampling(6, 1.0), fit(policy.model))
+    work = evaluation_requests(0, policy.render(problems), 48, load_reward("toy_reward.py:even"))
+    done = attempt(policy, Scorer(Config()), work, Sampling(6, 1.0), fit(policy.model))
     assert seen[0] == list(sum(a.right for a in some) / 48 for some in done)
     assert first["n"] == len(seen[0]) == 20 and 0 < first["accuracy"] == np.mean(seen[0])
     assert (first["low"], first["high"]) == tuple(interval(seen[0])[1:])
@@ -869,13 +868,6 @@ def test_ones_own_reward_is_the_same_on_held_out_problems(workshop, printed):
     assert means["R_l"] == approx(0.5 * (means["part_even"] + means["part_long"]))
     assert 0 < held_out["accuracy"] < means["R_l"]
     assert "all problems, part_even" in printed()
-
-
-def test_the_grader_judges_held_out_problems_beside_ones_own_reward(workshop):
-    """Where the two part, the reward is being hacked."""
-    flags = "--eval-data p.jsonl --reward toy_reward.py:always --reward-held-out math --filter all"
-    row = lines(workshop(flags) / "eval.jsonl")[0]
-    assert row["accuracy"] == row["means"]["R_l"][0] == 1 and row["means"]["math"][0] < 0.5
 
 
 def test_a_held_out_bin_has_the_reward_of_its_level(workshop):
