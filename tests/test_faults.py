@@ -313,7 +313,7 @@ def idle_run(tmp_path):
     """A run of which only the logs are used."""
     (tmp_path / "config.json").write_text("{}")
     ranks = Ranks()
-    nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "scorer"))
+    nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "fit", "scorer"))
     return Run(
         directory=RunDirectory(tmp_path, ranks), ranks=ranks, levels=[], held_out=[], **nothing
     )
