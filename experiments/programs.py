@@ -1,4 +1,4 @@
-"""Problems that a Python function solves, for assets/run_tests.py: one to four steps, in order.
+"""Problems that a Python function solves, for examples/run_tests.py: one to four steps, in order.
 
     python -m experiments.programs > assets/programs.jsonl
 
@@ -11,7 +11,7 @@ import json
 import random
 from collections import Counter
 
-from assets.run_tests import reward
+from examples.run_tests import reward
 
 COUNTS = 45, 95, 90, 70  # problems of one step, of two, ...
 GIVEN = {"numbers": "a list of integers", "words": "a list of words", "text": "a string"}

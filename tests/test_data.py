@@ -561,7 +561,7 @@ SHARES = r"""
 @mark.parametrize("response, right", table(SHARES))
 def test_the_process_reward_counts_the_steps_before_the_first_mistake(response, right):
     """Of two steps and the answer. Units are no step."""
-    reward = load_reward(str(SHIPPED / "process.py:right_steps"))
+    reward = load_reward(str(SHIPPED.parent / "examples/process.py:right_steps"))
     steps, answer = solve("52+38-14")
     found = reward.function({"steps": steps, "answer": answer}, response)
     assert found == approx(int(right) / 3)

@@ -24,7 +24,7 @@ ROOMS = ("answers", "infra", "parts", "tools")
 
 
 def modules():
-    """{name: path} of all modules outside tests, bench, experiments and assets."""
+    """{name: path} of all modules outside tests, bench, experiments and examples."""
     found = {path.stem: path for path in ROOT.glob("*.py")}
     for room in ROOMS:
         for path in (ROOT / room).glob("*.py"):

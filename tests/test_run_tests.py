@@ -1,4 +1,4 @@
-"""assets/run_tests.py: what programs return, and what they try."""
+"""examples/run_tests.py: what programs return, and what they try."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from rewards import import_file
 from tools.overlap import overlap
 
 ASSETS = Path(__file__).parents[1] / "assets"
-FILE = ASSETS / "run_tests.py"
+FILE = ASSETS.parent / "examples/run_tests.py"
 runner, _ = import_file(FILE)
 PROBLEM = {"function": "f", "tests": [[[1], 2], [[5], 6]]}
 GOOD = "def f(n):\n    return n + 1\n"

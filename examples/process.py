@@ -1,6 +1,6 @@
 """A process reward for the shipped problems, beside the outcome that is the default:
 
-python train.py --reward assets/process.py:right_steps
+python train.py --reward examples/process.py:right_steps
 """
 
 import re

@@ -1,6 +1,6 @@
 """Tests of a program, safe from its mistakes and its tricks, not from an attacker (gVisor is).
 
-    python train.py --data "assets/programs.jsonl[:200]" --reward assets/run_tests.py:reward ...
+    python train.py --data "assets/programs.jsonl[:200]" --reward examples/run_tests.py:reward ...
 
 A program runs in a process of its own. Before its first line that process gives up all system calls
 but CALLS (by seccomp): it can compute, take memory, write to the two files that it has, and end. It
