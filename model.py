@@ -206,14 +206,14 @@ class Linear(nn.Linear):
 
     def product(self, x):
         if self.packed is None:
-            return kernels.linear(x, self.weight, self.bias)
-        return kernels.onednn_linear(x, *self.packed)
+            return F.linear(x, self.weight, self.bias)
+        return kernels.packed_linear(x, *self.packed)
 
     def add_factors(self, x, out):
         """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
         if self.scale is None:
             return out
-        low_rank = kernels.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        low_rank = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
         factor = self.lora_B.to(x.dtype).t()
         return torch.addmm(out.flatten(0, -2), low_rank, factor, alpha=self.scale).view(out.shape)
 
@@ -616,9 +616,9 @@ class ChosenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens from hidden states and the head, chunk by chunk.
 
     hidden (N, C), weight (V, C), targets (N,) -> logprob, entropy (N,) nats; the entropy has no
-    gradient. The logits of all tokens never exist: those of a chunk are made in one buffer (only
-    oneDNN makes its own), and their gradient is written over them. A second buffer takes the
-    gradient of the head, unless it is frozen.
+    gradient. The logits of all tokens never exist: those of a chunk are made in one buffer, and
+    their gradient is written over them. A second buffer takes the gradient of the head, unless it
+    is frozen.
     """
 
     @staticmethod
@@ -651,7 +651,7 @@ class ChosenLogprobs(torch.autograd.Function):
                 # (1[v = chosen] - p_v) g
                 logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g)
                 part.copy_(logits_grad.scatter_add_(-1, ids, g))
-            hidden_grad[at] = kernels.linear(logits, weight.t())
+            hidden_grad[at] = logits @ weight
             if learned:
                 partial_sum.addmm_(logits.t(), hidden[at])
             if narrow and i % 8 == 7:
@@ -681,7 +681,8 @@ def chunks_of_logits(hidden, weight, targets):
     buffer = hidden.new_empty(size, len(weight))
     for start in range(0, len(hidden), size):
         at = slice(start, min(start + size, len(hidden)))
-        yield at, kernels.linear(hidden[at], weight, out=buffer[: at.stop - start]), targets[at]
+        logits = torch.mm(hidden[at], weight.t(), out=buffer[: at.stop - start])
+        yield at, logits, targets[at]
 
 
 # --------------------------------------------------------------------------------- micro-batches

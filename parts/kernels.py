@@ -1,16 +1,14 @@
-"""Kernels: what a GPU may use, and which matrix products of a CPU are faster on this machine.
+"""Kernels: what a GPU may use, and packed weights for sampling on a CPU.
 
-torch multiplies with the BLAS that it was built with. On some CPUs oneDNN is faster. For few rows
-it is faster still with packed weights: copied once into the order in which the kernel reads them.
-Some CPUs and builds of torch lack these kernels, or have them in float32 only. The name of a vendor
-does not tell, so `probe` tries them. Everything works without them.
+For few rows a product by oneDNN is faster with packed weights: copied once into the order in which
+the kernel reads them. Some CPUs and builds of torch lack these kernels, or have them in float32
+only. The name of a vendor does not tell, so `probe` tries them. Everything works without them.
 """
 
 import ctypes
 import os
 import timeit
 from contextlib import suppress
-from itertools import starmap
 from pathlib import Path
 
 # What glibc's malloc does with memory that torch has freed on a CPU, see mallopt(3): up to 2 GB
@@ -69,27 +67,22 @@ def beyond_malloc():
     return resident - numbers[4] - numbers[7]
 
 
-def onednn_linear(x, weight, bias=None):
-    """x (..., I), weight (O, I) as it is or packed, bias (O,) -> (..., O), without a gradient."""
+def packed_linear(x, weight, bias=None):
+    """x (..., I), packed weight (O, I), bias (O,) -> (..., O), without a gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def pack(weight, rows):
-    """A copy of the weight (O, I) for `onednn_linear` with about `rows` rows."""
+    """A copy of the weight (O, I) for `packed_linear` with about `rows` rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-# ------------------------------------------------------------------------------------ the choice
-
-
 def probe():
-    """Try the kernels of oneDNN and time them against torch's; takes some 50 ms.
+    """Try the kernels and time them against torch's; takes some 50 ms.
 
-    Returns what JSON can hold: {"linear": "torch" or "onednn", the product of training in float32;
-    "packed": the dtypes in which sampling packs its weights}.
+    Returns what JSON can hold: {"packed": the dtypes in which sampling packs its weights}.
     """
-    packed = [name for name in ("float32", "bfloat16") if gain_in_decoding(name) > GAIN]
-    return {"linear": "onednn" if gain_in_training() > GAIN else "torch", "packed": packed}
+    return {"packed": [name for name in ("float32", "bfloat16") if gain(name) > GAIN]}
 
 
 def use(choice):
@@ -98,8 +91,7 @@ def use(choice):
     What this machine cannot run is left to torch's kernel.
     """
     global _in_use
-    linear = choice["linear"] if gain_in_training() else "torch"
-    _in_use = {"linear": linear, "packed": list(filter(gain_in_decoding, choice["packed"]))}
+    _in_use = {"packed": list(filter(gain, choice["packed"]))}
     return _in_use
 
 
@@ -108,63 +100,19 @@ def chosen():
     return _in_use or use(probe())
 
 
-def gain_in_training():
-    """How many times as fast as torch's kernel oneDNN's is; 0 where this machine has none."""
-    x, weight = torch.ones(512, 256, device="cpu"), torch.ones(256, 256, device="cpu")
-    # The output, and the gradients of input and weight.
-    products = (x, weight), (x, weight.t()), (x.t(), x.t())
-    with suppress(*MISSING):
-        return seconds(F.linear, products) / seconds(onednn_linear, products)
-    return 0
-
-
-def gain_in_decoding(name):
-    """As above, of packed weights in a layer of a real model.  name  of a dtype"""
+def gain(name):
+    """How many times as fast as torch's product that with packed weights is, in a layer of a real
+    model; 0 where this machine has none.  name  of a dtype"""
     x, weight = (torch.ones(n, 576, dtype=getattr(torch, name), device="cpu") for n in (32, 1536))
     with suppress(*MISSING):
         packed = pack(weight, len(x))
-        return seconds(F.linear, [(x, weight)]) / seconds(onednn_linear, [(x, packed)])
+        return seconds(F.linear, x, weight) / seconds(packed_linear, x, packed)
     return 0
 
 
-def seconds(linear, products):
-    """The fastest of a few times that all products take."""
-    return min(timeit.repeat(lambda: list(starmap(linear, products)), number=1, repeat=5))
-
-
-# --------------------------------------------------------------------------------------- its use
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """A linear layer and its gradient by oneDNN, in float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        _, learned, has_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        x_grad = onednn_linear(grad, weight.t())
-        weight_grad = onednn_linear(rows.t(), x.flatten(0, -2).t()) if learned else None
-        bias_grad = rows.sum(0) if has_bias else None
-        return x_grad, weight_grad, bias_grad
-
-
-def linear(x, weight, bias=None, out=None):
-    """x (..., I), weight (O, I), bias (O,) -> (..., O), with a gradient, by the chosen kernel.
-
-    out  (N, O)  where the result may be written, if there is neither gradient nor bias
-    """
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()
-    if on_cpu and chosen()["linear"] == "onednn":
-        return OneDNNLinear.apply(x, weight, bias)
-    if out is not None:
-        return torch.mm(x, weight.t(), out=out)
-    return F.linear(x, weight, bias)
+def seconds(linear, x, weight):
+    """The fastest of a few times that the product takes."""
+    return min(timeit.repeat(lambda: linear(x, weight), number=1, repeat=5))
 
 
 def packs(device, dtype):

@@ -147,7 +147,7 @@ def test_factors_are_one_result_too(workshop, setting):
 
 @mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
-    """Kernels of oneDNN save weights that FSDP frees and gathers again; bfloat16 has float32
+    """FSDP frees weights and gathers them again; bfloat16 has float32
     masters, and gives its rounded copies to checkpoint and sampler."""
     flags = f"--dtype {dtype} --updates 1"
     one, two = (run(workshop, f"{n} {flags}", by_onednn) for n in ("1", "2 --fsdp"))
@@ -164,7 +164,7 @@ def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
 
 
 def by_onednn():
-    kernels.probe = partial(dict, linear="onednn", packed=["float32"])
+    kernels.probe = partial(dict, packed=["float32"])
 
 
 @mark.parametrize(

@@ -657,7 +657,7 @@ def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, kl_coef, da
 def test_the_choice_of_kernels_is_kept(workshop):
     """A clock decided it once; a second decision might be another, and change bits."""
     config = read(workshop / "whole/config.json")
-    assert config["kernels"].keys() == {"linear", "packed"}
+    assert config["kernels"].keys() == {"packed"}
     copied(workshop, "whole", "kernels")
     again = at("parts.kernels.probe", 1, partial(fail, Stop("")))
     goes_on(workshop, "kernels", sabotage=again)
