@@ -4,7 +4,6 @@ What ends a run             the update at work          what is saved then    ex
 the end of the last level   -                           the state             0
 SIGINT, SIGTERM, SIGHUP     is finished if it learns,   the state             128 + signal
                             else taken back
-another, a second later     is lost                     nothing               128 + signal
 SIGKILL, a crash            is lost                     nothing               -
 Stop                        is taken back               the state before it   1
 Stop after a step (a)       is lost                     nothing               1

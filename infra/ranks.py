@@ -6,13 +6,11 @@ message that never comes. A process may raise on its own only inside `on_all`, w
 all.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -29,7 +27,6 @@ PATIENCE = timedelta(days=1)
 # vain: NCCL then says for what, and ends the process.
 HANG = timedelta(minutes=30)
 MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
-SECOND_SIGNAL = 1.0  # seconds: torchrun passes one Ctrl-C on to its processes twice
 
 
 def is_first():
@@ -86,7 +83,7 @@ class Ranks:
     signal      number of the SIGINT, SIGTERM or SIGHUP that came, or None. It takes effect at once
                 inside `on_all`, elsewhere at the next call of it, so that no update is left half
                 done.
-                A second signal, a second later, leaves at once without saving.
+                Further signals change nothing.
     """
 
     def __init__(self, device="cpu", sharded=False):
@@ -94,7 +91,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.first = is_first()
         self.device, self.sharded = torch.device(device), sharded
-        self.signal, self.signal_time, self.interruptible = None, 0.0, False
+        self.signal, self.interruptible, self.process = None, False, os.getpid()
         if sharded and "RANK" not in os.environ:
             raise ValueError(
                 "--fsdp needs the processes that torchrun starts: "
@@ -189,7 +186,6 @@ class Ranks:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
-        forked_processes_end_on_sigterm()
         with ExitStack() as stack:
             for number in numbers:
                 before = signal.signal(number, self.receive)
@@ -197,13 +193,9 @@ class Ranks:
             yield
 
     def receive(self, number, _):
-        if self.signal and time.monotonic() - self.signal_time > SECOND_SIGNAL:
-            os.write(2, b"a second signal: left at once, the last checkpoint is what remains\n")
+        if os.getpid() != self.process:  # what a reward has forked has this handler too
             os._exit(128 + number)
-        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
-        if not self.signal:
-            self.signal, self.signal_time = number, time.monotonic()
+        self.signal = self.signal or number
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt
@@ -235,22 +227,3 @@ class Ranks:
                 child.kill()
         finally:
             os._exit(code)
-
-
-@functools.cache  # it lasts as long as this process
-def forked_processes_end_on_sigterm():
-    """`multiprocessing.Pool` ends its processes so, and waits. Those that a reward forks would have
-    our handler, and a signal that comes before they are ready would be lost."""
-
-    def mask(how):
-        signal.pthread_sigmask(how, [signal.SIGTERM])
-
-    def in_child():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        mask(signal.SIG_UNBLOCK)
-
-    os.register_at_fork(
-        before=lambda: mask(signal.SIG_BLOCK),
-        after_in_parent=lambda: mask(signal.SIG_UNBLOCK),
-        after_in_child=in_child,
-    )

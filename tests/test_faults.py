@@ -403,10 +403,9 @@ def test_a_forked_process_ends_on_sigterm():
     """multiprocessing.Pool waits for it. With the handler of the run it now and then hung."""
     with Ranks().signals():
         if not (child := os.fork()):
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-            os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or bool(blocked))
-        assert os.waitpid(child, 0)[1] == 0
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
 
 
 def test_processes_of_a_reward_end_with_the_run(monkeypatch):

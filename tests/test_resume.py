@@ -357,22 +357,6 @@ def tell_twice():
     at_call("infra.run.Run.write", 2, partial(tell, SIGTERM))
 
 
-def insist(original):
-    """Two signals while an update learns, far enough apart not to be one; then it goes on."""
-    for _ in range(2):
-        tell(SIGINT)
-        time.sleep(1.5)
-    return original()
-
-
-def test_a_second_signal_leaves_at_once(workshop):
-    """While an update learns for minutes, the one before it is what remains."""
-    sabotage = at("train.accumulate_gradient", 6, insist)
-    assert began(workshop, "impatient", sabotage) == 128 + SIGINT
-    assert "left at once" in said(workshop)
-    ends_the_same(workshop, "impatient")
-
-
 @mark.parametrize("world, number", [(1, SIGTERM), (2, SIGINT)])
 def test_a_signal_ends_a_long_rollout_within_seconds(workshop, world, number):
     """Completions of 100 tokens that take a second each: to wait for one would take minutes."""
