@@ -196,6 +196,8 @@ class Ranks:
         if os.getpid() != self.process:  # what a reward has forked has this handler too
             os._exit(128 + number)
         self.signal = self.signal or number
+        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt
