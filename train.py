@@ -31,7 +31,7 @@ from eprli import (
 from infra.command import run_command
 from infra.update import NotFinite
 from model import pad
-from parts.files import Stop
+from parts.files import Stop, squash
 from parts.policy import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
 from parts.statistics import by_name, interval
 from rewards import LATE
@@ -321,7 +321,7 @@ def write_report(out):
         if left_out := sum(row["completions_left_out"] for row in metrics):
             print(f"{left_out:,} completions were not written down")
     except Exception as error:  # of a library, a disk: the run itself went well
-        print(f"no picture or page of {out} ({type(error).__name__}: {error})")
+        print(f"no picture or page of {out} ({type(error).__name__}: {squash(str(error))})")
 
 
 def main(arguments=None):

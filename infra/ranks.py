@@ -48,7 +48,7 @@ class Output:
 
     def write(self, text):
         try:
-            self.stream.write(text)
+            return self.stream.write(text)
         except OSError:
             with open(os.devnull, "w") as nowhere:
                 for descriptor in (1, 2):
