@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import answers
-from parts import sources
-from parts.files import explained, force_to_disk, is_text, read_records, squash, stem, write_records
+import sources
+from files import explained, force_to_disk, is_text, read_records, squash, stem, write_records
 
 # Of DeepScaleR and FastCuRL. Their evaluations put a blank before it (recipes/eval-*.args).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -76,7 +76,7 @@ def is_number(value):
 
 
 def read_problems(name, columns=(), must_fit=False, graded=True):
-    """Problems of a file or data set (parts/sources.py) with columns of problem and answer and, if
+    """Problems of a file or data set (sources.py) with columns of problem and answer and, if
     known, id, pass_rate, level. A benchmark has a short name.
 
     columns   of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts

@@ -64,7 +64,7 @@ import torch
 QUALITY = [0.8, 1.0]
 # Defaults that differ by level, for the shipped model: [first, other]. `first` is for level 1 if
 # there are several levels, `other` for every other level, and for a single one. All other defaults
-# are in infra/flags.py.
+# are in run/flags.py.
 LEVEL_DEFAULTS = {
     "quality": QUALITY,
     "max_new_tokens": [96, 128],
@@ -400,7 +400,7 @@ PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
 def resolve_levels(cfg, measured):
     """The levels that the flags describe: [Level, ...]. Raises ValueError
 
-    cfg       the flags, see infra/flags.py. Each per-level flag has one value, or one per level.
+    cfg       the flags, see run/flags.py. Each per-level flag has one value, or one per level.
     measured  whether some training problem has a pass rate
     """
     values = level_values(cfg, measured)

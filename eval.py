@@ -26,28 +26,30 @@ from tqdm import tqdm
 import data
 from data import flag
 from eprli import QUALITY
-from infra.directory import checkpoints, create, lock
-from infra.fit import Fit
-from infra.flags import Machine, Scoring, check_ranges, make_parser
-from infra.ranks import Ranks, refuse, set_up_output
-from parts.files import Stop, explained, stems, write_records
-from parts.policy import (
+from files import Stop, explained, stems, write_records
+from policy.attempt import (
     DIFFICULTY,
     EVALUATION,
+    Sampling,
+    attempt,
+    evaluation_requests,
+    must_be_finite,
+)
+from policy.checkpoint import (
     MAX_NEW_TOKENS,
     SHIPPED,
     TINY,
     Policy,
-    Sampling,
-    attempt,
     default_dtype,
     digest,
-    evaluation_requests,
     is_shipped,
-    must_be_finite,
 )
-from parts.statistics import SETTINGS, by_name, interval, majority, measure, shown
 from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
+from run.directory import checkpoints, create, lock
+from run.fit import Fit
+from run.flags import Machine, Scoring, check_ranges, make_parser
+from run.processes import Ranks, refuse, set_up_output
+from run.statistics import SETTINGS, by_name, interval, majority, measure, shown
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -67,7 +69,7 @@ class Flags(Machine):
         str(TINY),
     )
     data: list[str] = flag(
-        "files of problems, data sets of the hub (parts/sources.py), or names of benchmarks; with "
+        "files of problems, data sets of the hub (sources.py), or names of benchmarks; with "
         "[:512] behind it, the first 512 rows",
         [str(SHIPPED / "heldout.jsonl")],
     )

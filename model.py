@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from parts import kernels
-from parts.files import explained
+from files import explained
+from policy import packed
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
@@ -199,7 +199,7 @@ class PromptCache:
 class Linear(nn.Linear):
     joined = ()  # further layers that read the same input: see `project`
     packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
-    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where parts/lora.py adds them
+    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where policy/lora.py adds them
 
     def forward(self, x):
         return self.add_factors(x, self.product(x))
@@ -207,7 +207,7 @@ class Linear(nn.Linear):
     def product(self, x):
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        return kernels.packed_linear(x, *self.packed)
+        return packed.packed_linear(x, *self.packed)
 
     def add_factors(self, x, out):
         """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
@@ -221,7 +221,7 @@ class Linear(nn.Linear):
         layers, bias = (self, *self.joined), None
         if self.bias is not None:
             bias = torch.cat([layer.bias for layer in layers])
-        self.packed = kernels.pack(torch.cat([layer.weight for layer in layers]), rows), bias
+        self.packed = packed.pack(torch.cat([layer.weight for layer in layers]), rows), bias
 
 
 def project(x, first, *joined):
@@ -252,7 +252,7 @@ class EmbeddedTokens(torch.autograd.Function):
         ids, weight = ctx.saved_tensors
         options = {"padding_idx": -1, "scale_grad_by_freq": False}
         dense = partial(torch.ops.aten.embedding_dense_backward, **options)
-        if not hasattr(weight, "master"):  # set by parts/optimizer.py, see gradient_to_add_to
+        if not hasattr(weight, "master"):  # set by policy/learner.py, see gradient_to_add_to
             return None, dense(grad, ids, len(weight))
         different, rows = ids.unique(return_inverse=True)
         rows_grad = dense(grad.float(), rows, len(different))
@@ -442,14 +442,14 @@ class Transformer(nn.Module):
     @contextmanager
     def laid_out(self, rows):
         """Within the block, inference uses the weights of this moment, packed for about `rows` rows
-        (see parts/kernels.py).
+        (see policy/packed.py).
 
         Packing costs as much as one decoding step, and the memory of the weights once more. Where
-        kernels.packs says no, the block changes nothing.
+        packed.packs says no, the block changes nothing.
         """
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         try:
-            if kernels.packs(self.device.type, self.lm_head.weight.dtype):
+            if packed.packs(self.device.type, self.lm_head.weight.dtype):
                 joined = {layer for first in linears for layer in first.joined}
                 for layer in set(linears) - joined:
                     layer.pack(rows)

@@ -4,8 +4,8 @@
     python train.py --model DIR_OR_HUB_NAME --data F.jsonl --eval-data G.jsonl
 
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
-the curriculum. How a run is counted, logged and saved is in infra/run.py, how it begins or is
-resumed in infra/setup.py, how it ends in infra/command.py.
+the curriculum. How a run is counted, logged and saved is in run/log.py, how it begins or is
+resumed in run/start.py, how it ends in run/command.py.
 """
 
 import itertools
@@ -28,14 +28,14 @@ from eprli import (
     loss_weight,
     next_level,
 )
-from infra.command import run_command
-from infra.update import NotFinite
+from files import Stop, squash
 from model import pad
-from parts.files import Stop, squash
-from parts.policy import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
-from parts.statistics import by_name, interval
+from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
 from rewards import LATE
 from rollout import Completion, stream_key
+from run.command import run_command
+from run.statistics import by_name, interval
+from run.update import NotFinite
 
 # Mean absolute difference of learner and sampler that is still rounding, nats a token. A Qwen2 of
 # 0.5 B was measured at 0.011 in bfloat16 (bench/RESULTS.md).
@@ -48,7 +48,7 @@ PEAKS = ("ratio_max", "gap_max")
 def train(run):
     """The loop of the paper. The comments quote the algorithm box of the README.
 
-    run is an infra.run.Run, state an eprli.LevelState, update an infra.update.Update.
+    run is an run.log.Run, state an eprli.LevelState, update an run.update.Update.
     """
     cfg, ranks = run.cfg, run.ranks
     while True:
@@ -85,7 +85,7 @@ def train(run):
             # the groups that it was training on; none if it was still drawing
             buffer.remove(fault.groups, "broken")
         # A signal, which takes effect while drawing alone, or a Stop passes through:
-        # infra/command.py takes the update back and saves, unless an optimizer step was made.
+        # run/command.py takes the update back and saves, unless an optimizer step was made.
         run.end_update(update)  # counted and logged
 
 
@@ -114,7 +114,7 @@ def draw(run, state, update):
     sampling = Sampling(level.max_new_tokens, cfg.temperature)
 
     def sample_and_score(share):
-        # -> a list of parts.policy.Attempt for each prompt; a group is scored once it is sampled
+        # -> a list of Attempt for each prompt; a group is scored once it is sampled
         done = attempt(
             run.policy,
             run.scorer,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from data import read_problems
-from parts.policy import SHIPPED
+from policy.checkpoint import SHIPPED
 from rollout import Slots, stream_key
 from train import MOST_GAP
 

@@ -16,14 +16,14 @@ import common
 import train
 from data import Order, Problem
 from eprli import Buffer, LevelState, resolve_levels
-from infra.fit import Fit
-from infra.flags import Config
-from infra.ranks import Ranks
-from infra.run import Run
-from infra.update import Update
-from parts.optimizer import Learner
-from parts.policy import Policy
+from policy.checkpoint import Policy
+from policy.learner import Learner
 from rewards import Reward, Scorer
+from run.fit import Fit
+from run.flags import Config
+from run.log import Run
+from run.processes import Ranks
+from run.update import Update
 
 
 def make_run(args, problems):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import data
 from experiments.problems import generate, terms
-from parts.policy import SHIPPED
+from policy.checkpoint import SHIPPED
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
 MEASURED = (  # by every arm, on the shipped held-out problems

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from experiments.warmstart import make_tokenizer
-from infra.fit import Fit
 from model import Transformer
-from parts import kernels
-from parts.policy import Policy
+from policy import packed
+from policy.checkpoint import Policy
+from run.fit import Fit
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -89,9 +89,9 @@ def one_thread():
 @fixture
 def use_kernels():
     """Whatever a test chooses holds for this test alone."""
-    before = kernels.chosen()
-    yield kernels.use
-    kernels.use(before)
+    before = packed.chosen()
+    yield packed.use
+    packed.use(before)
 
 
 @fixture

@@ -12,10 +12,11 @@ from data import cut_levels, read_problems, without_repeats
 from eprli import QUALITY
 from experiments import warmstart
 from experiments.problems import generate
-from infra.flags import Config
 from model import Transformer
-from parts.policy import SHIPPED, Policy, Sampling, attempt, evaluation_requests
+from policy.attempt import Sampling, attempt, evaluation_requests
+from policy.checkpoint import SHIPPED, Policy
 from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
+from run.flags import Config
 from tools.overlap import overlap
 
 TINY = SHIPPED / "tiny"

@@ -20,7 +20,7 @@ from pytest import fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import train
-from infra.flags import Config, make_parser, read_flags
+from run.flags import Config, make_parser, read_flags
 
 pytestmark = mark.faults
 

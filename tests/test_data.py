@@ -21,10 +21,10 @@ from data import Order, Problem, cut_levels, read_problems, render
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
-from parts.files import source_of, stem
-from parts.policy import SHIPPED, end_of_turn, stop_token
-from parts.sources import final_answer
+from files import source_of, stem
+from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
+from sources import final_answer
 from tools.overlap import main as find_overlap
 from tools.overlap import overlap
 

@@ -24,15 +24,17 @@ import data
 import eval as evaluation
 from data import Problem, level_names, read_problems
 from eval import make_row, result_of
-from infra import directory
-from infra.directory import lock
-from infra.flags import Config, make_parser
-from parts import policy as policies
-from parts.files import Stop
-from parts.policy import TINY, Attempt, Policy, Sampling, attempt, evaluation_requests
-from parts.statistics import interval, majority, measure, pass_at_k, wilson
+from files import Stop
+from policy import attempt as policies
+from policy import checkpoint
+from policy.attempt import Attempt, Sampling, attempt, evaluation_requests
+from policy.checkpoint import TINY, Policy
 from rewards import MATH, NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
 from rollout import Completion
+from run import directory
+from run.directory import lock
+from run.flags import Config, make_parser
+from run.statistics import interval, majority, measure, pass_at_k, wilson
 from tools.compare import difference
 
 
@@ -272,12 +274,12 @@ def test_the_end_of_an_assistants_turn_stops(toy_policy):
     """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
     they invent, and the box of its answer is graded."""
     tokenizer = toy_policy.tokenizer
-    assert policies.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert checkpoint.end_of_turn(tokenizer) == tokenizer.eos_token_id
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
-    assert tokenizer.decode(policies.end_of_turn(tokenizer)) == "<|im_end|>"
+    assert tokenizer.decode(checkpoint.end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
-    assert policies.end_of_turn(tokenizer) is None
+    assert checkpoint.end_of_turn(tokenizer) is None
 
 
 def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(own_folder, tmp_path):
@@ -649,7 +651,7 @@ def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
 @mark.parametrize(
     "where, said",
     [
-        ("parts.policy.sample", "out of memory; with --out o it goes on"),
+        ("policy.checkpoint.sample", "out of memory; with --out o it goes on"),
         ("eval.data.only_gradable", "2.00 GiB"),
     ],
 )

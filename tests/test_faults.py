@@ -14,12 +14,12 @@ from test_train import workshop  # noqa: F401  the fixture
 
 import train
 from experiments.warmstart import make_tokenizer
-from infra.directory import RunDirectory
-from infra.ranks import Ranks
-from infra.run import Run, pack, plain, unpack
 from model import Transformer
-from parts.optimizer import Learner
-from parts.statistics import interval
+from policy.learner import Learner
+from run.directory import RunDirectory
+from run.log import Run, pack, plain, unpack
+from run.processes import Ranks
+from run.statistics import interval
 
 pytestmark = mark.faults
 
@@ -366,12 +366,12 @@ def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
 
 
 FULL = """
-infra.setup.Learner | setting up |
+run.start.Learner | setting up |
 train.attempt | sampling | 000000
 train.draw | sampling | 000000
 train.objective | learning | 000000
 train.evaluation_requests | evaluating | 000000
-infra.run.Run.check_weights | saving |
+run.log.Run.check_weights | saving |
 """
 
 

@@ -6,9 +6,9 @@ from pytest import mark, raises
 from test_train import workshop  # noqa: F401 a fixture
 
 import train
-from infra import fit as fits
-from infra.flags import make_parser, read_flags
 from rollout import KVCache
+from run import fit as fits
+from run.flags import make_parser, read_flags
 
 
 def test_slots_are_the_rows_that_half_of_the_free_memory_holds(monkeypatch):

@@ -8,19 +8,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
-infra
-parts parts.files parts.kernels
+policy run
+files policy.packed
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
-parts.sources data rewards
-parts.statistics parts.lora parts.optimizer parts.policy parts.inputs
-infra.ranks infra.directory infra.fit infra.tracker infra.flags infra.update infra.run
-infra.setup infra.command
+sources data rewards
+run.statistics policy.lora policy.learner policy.checkpoint policy.attempt run.inputs
+run.processes run.directory run.fit run.tracker run.flags run.update run.log
+run.start run.command
 tools tools.overlap tools.report tools.compare
 train eval
 """
 FLOORS = ORDER.split()
-ROOMS = ("answers", "infra", "parts", "tools")
+ROOMS = ("answers", "policy", "run", "tools")
 
 
 def modules():
@@ -63,4 +63,4 @@ def test_what_keeps_a_run_safe_is_no_part_of_the_algorithm():
     """The equations, the model, the sampler and the rewards know nothing of runs."""
     for name in ("eprli", "model", "rollout", "data", "rewards", "answers.equality"):
         found = imported(modules()[name], set(FLOORS))
-        assert not [other for other in found if other.startswith(("infra", "tools"))], name
+        assert not [other for other in found if other.startswith(("run", "tools"))], name

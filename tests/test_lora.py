@@ -12,12 +12,12 @@ from test_rollout import gaps
 
 import eval as evaluation
 import train
-from infra import command
-from infra.ranks import Ranks
 from model import ChosenLogprobs, Transformer
-from parts import lora
-from parts.optimizer import Learner
-from parts.policy import TINY, Policy
+from policy import lora
+from policy.checkpoint import TINY, Policy
+from policy.learner import Learner
+from run import command
+from run.processes import Ranks
 
 FLAGS = """--model toy --data p.jsonl --reward r.py:even --group-size 4 --buffer-groups 2
 --max-new-tokens 6 --updates 2 --lr 1e-2 --device cpu --lora-rank 2 --out run"""

@@ -24,7 +24,7 @@ from model import (
     pad,
     rotary,
 )
-from parts import kernels
+from policy import packed
 
 YARN = """{"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": %s,
 "original_max_position_embeddings": 64}}"""
@@ -135,11 +135,11 @@ def no_kernel(*_):
 
 def test_without_kernels_of_onednn_everything_runs_by_torch(use_kernels, monkeypatch):
     """As on a CPU without AVX-512, in bfloat16, or on ARM: the probe says no, and no run dies."""
-    monkeypatch.setattr(kernels, "packed_linear", no_kernel)
-    monkeypatch.setattr(kernels, "pack", no_kernel)
+    monkeypatch.setattr(packed, "packed_linear", no_kernel)
+    monkeypatch.setattr(packed, "pack", no_kernel)
     torch_only = {"packed": []}
-    assert kernels.probe() == torch_only
-    assert use_kernels(ONEDNN) == torch_only == kernels.chosen()
+    assert packed.probe() == torch_only
+    assert use_kernels(ONEDNN) == torch_only == packed.chosen()
     ids, mask = pad([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]])
     for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
         model, exact = random_model(dtype=dtype), random_model(dtype=torch.float64)
@@ -154,8 +154,8 @@ def test_a_choice_is_json_and_repeats_its_bits(use_kernels):
     """It stands in config.json, so that a run that is resumed computes as before."""
     ids, results = torch.randint(0, 97, (8, 5)), []
     for _ in range(2):
-        used = use_kernels(json.loads(json.dumps(kernels.probe())))
-        assert use_kernels(used) == used == kernels.chosen()
+        used = use_kernels(json.loads(json.dumps(packed.probe())))
+        assert use_kernels(used) == used == packed.chosen()
         results.append(random_model()(ids))
     assert torch.equal(*results)
 
@@ -373,7 +373,7 @@ def test_memory_that_torch_frees_stays_with_the_process_or_nothing_is_changed(kn
         return known
 
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
-    importlib.reload(kernels)
+    importlib.reload(packed)
     assert calls == [(-3, 32 << 20), (-1, 2**31 - 1)][: 1 + known]
 
 
@@ -383,17 +383,17 @@ def test_free_memory_between_blocks_in_use_is_given_back(monkeypatch):
     blocks = [torch.ones(2_000_000) for _ in range(40)]  # 8 MB each
     del blocks[::2]
     before = resident_bytes()
-    kernels.give_back()
+    packed.give_back()
     assert resident_bytes() > before - 50e6  # a small model is left alone
     libc, trims = ctypes.CDLL(None), []
     spy = SimpleNamespace(mallinfo2=libc.mallinfo2)
     spy.malloc_trim = lambda pad: trims.append(libc.malloc_trim(pad))
-    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda _: spy)
-    monkeypatch.setattr(kernels, "_others", 0)
-    monkeypatch.setattr(kernels, "MOST_FREE", 100e6)
-    kernels.give_back()
+    monkeypatch.setattr(packed.ctypes, "CDLL", lambda _: spy)
+    monkeypatch.setattr(packed, "_others", 0)
+    monkeypatch.setattr(packed, "MOST_FREE", 100e6)
+    packed.give_back()
     assert resident_bytes() < before - 100e6
-    kernels.give_back()  # else its pages would be new in every micro-batch
+    packed.give_back()  # else its pages would be new in every micro-batch
     assert len(trims) == 1 and len(blocks) == 20
 
 

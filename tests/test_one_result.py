@@ -25,13 +25,13 @@ from test_resume import without_time
 from test_train import a_run, level, off_policy_samples
 
 import data
-from infra import ranks
-from infra.flags import Config
-from infra.ranks import Ranks
 from model import log_softmax
-from parts import kernels
-from parts.optimizer import Learner, cut_micro_batches
+from policy import packed
+from policy.learner import Learner, cut_micro_batches
 from rollout import sample, stream_key, uniforms
+from run import processes as ranks
+from run.flags import Config
+from run.processes import Ranks
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
 pytestmark = mark.faults
@@ -164,7 +164,7 @@ def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
 
 
 def by_onednn():
-    kernels.probe = partial(dict, packed=["float32"])
+    packed.probe = partial(dict, packed=["float32"])
 
 
 @mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
 
 ZERO = ZeroDivisionError("nobody expected this")
 # Before the shards of the optimizer are gathered, for which the other process waits.
-UNSAVED = at("infra.run.Run.write", 1, partial(fail, ZERO))
+UNSAVED = at("run.log.Run.write", 1, partial(fail, ZERO))
 
 
 @mark.parametrize(
@@ -252,7 +252,7 @@ def test_an_error_ends_all_processes_and_is_said(workshop, flags, sabotage, code
 
 
 @mark.parametrize(
-    "where, phase", [("train.make_group", "sampling"), ("infra.fit.Fit.learn", "learning")]
+    "where, phase", [("train.make_group", "sampling"), ("run.fit.Fit.learn", "learning")]
 )
 def test_a_gpu_without_memory_ends_all_processes(workshop, where, phase):
     """While one has left, others wait for its gradients; a common save would wait for ever."""
@@ -446,7 +446,7 @@ def test_a_process_without_samples_runs_the_shortest_one():
 def test_free_memory_is_given_back_before_each_micro_batch(monkeypatch):
     """Once per update would let the micro-batches of one update pile it up."""
     model, events = random_model(), []
-    monkeypatch.setattr(kernels, "give_back", lambda: events.append("give back"))
+    monkeypatch.setattr(packed, "give_back", lambda: events.append("give back"))
 
     def objective(_, micro):
         events.append(len(micro))

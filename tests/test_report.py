@@ -14,9 +14,9 @@ from pytest import mark, raises, skip
 from test_train import group
 
 from eprli import Buffer, group_advantage
-from infra.update import Update
 from rewards import Score
 from rollout import Completion
+from run.update import Update
 from tools import report
 
 TEMPLATE = (report.Path(report.__file__).parent / "report.html").read_text()
@@ -83,7 +83,7 @@ def drawn(*outcomes):
 @mark.parametrize("keep, expected", [(9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])])
 def test_whole_groups_are_written_first_one_that_teaches(keep, expected, monkeypatch):
     """A bound that took the first ones alone would lose it."""
-    monkeypatch.setattr("infra.update.KEEP", keep)
+    monkeypatch.setattr("run.update.KEEP", keep)
     update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
     rows = update.rows_to_write()
     assert column(rows, "group") == [number for number in expected for _ in range(3)]

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
-from infra import run
-from infra.directory import LOGS, RunDirectory, create
-from infra.ranks import Ranks
-from parts import policy as policies
-from parts.files import Stop
+from files import Stop
+from policy import checkpoint as policies
+from run import log as run
+from run.directory import LOGS, RunDirectory, create
+from run.processes import Ranks
 
 pytestmark = mark.faults
 
@@ -172,9 +172,9 @@ def test_a_kill_at_any_moment_changes_nothing(workshop, share):
 @mark.parametrize(
     "where, call",
     [
-        ("parts.policy.Policy.save", 2),  # within the second checkpoint
-        ("infra.directory.RunDirectory.delete_old", 3),  # after the rename
-        ("infra.run.Run.write", 4),  # the last checkpoint
+        ("policy.checkpoint.Policy.save", 2),  # within the second checkpoint
+        ("run.directory.RunDirectory.delete_old", 3),  # after the rename
+        ("run.log.Run.write", 4),  # the last checkpoint
     ],
 )
 def test_a_kill_around_a_checkpoint_changes_nothing(workshop, where, call):
@@ -210,7 +210,7 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     held-out files, factors that are drawn anew."""
     shutil.copy(workshop / "p.jsonl", workshop / "q.jsonl")
     assert began(workshop, "settled", flags=flags) == 0, said(workshop)
-    killed(workshop, "killed", "parts.optimizer.Learner.step", 22, flags)
+    killed(workshop, "killed", "policy.learner.Learner.step", 22, flags)
     ends_the_same(workshop, "killed", "settled")
 
 
@@ -253,12 +253,17 @@ def test_checkpoints_hold_no_pickle_and_only_the_newest_are_kept(workshop):
 @mark.parametrize(
     "where, call, error, message",
     [
-        ("infra.run.Run.write", 3, "whole/checkpoints/000008/model.safetensors", "int 000006"),
+        ("run.log.Run.write", 3, "whole/checkpoints/000008/model.safetensors", "int 000006"),
         ("train.learn", 5, "full/completions.jsonl", "completions.jsonl cannot be written"),
         # The disk was full for a line, and then had room for a checkpoint.
-        ("infra.directory.RunDirectory.append", 15, Stop("no room"), "no room"),
+        ("run.directory.RunDirectory.append", 15, Stop("no room"), "no room"),
         # tokenizers raises a bare Exception.
-        ("parts.policy.GenerationConfig", 3, Exception("No space left"), "written (No space left)"),
+        (
+            "policy.checkpoint.GenerationConfig",
+            3,
+            Exception("No space left"),
+            "written (No space left)",
+        ),
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
@@ -279,8 +284,8 @@ TOLD = """
 train.evaluate 1 0 SIGINT - dropped
 rollout.choose 66 5 SIGTERM - in a rollout: its update is dropped
 train.accumulate_gradient 6 2 SIGINT - while learning: it is finished
-parts.optimizer.Learner.step 12 3 SIGTERM - while learning
-infra.run.Run.write 2 4 SIGINT - in a checkpoint
+policy.learner.Learner.step 12 3 SIGTERM - while learning
+run.log.Run.write 2 4 SIGINT - in a checkpoint
 train.interval 22 6 SIGTERM - between the evaluations of two levels
 train.evaluate 6 8 SIGTERM - in the last one: the state is saved twice
 """
@@ -354,7 +359,7 @@ def test_a_terminal_that_has_gone_is_no_longer_written_to(workshop):
 
 def tell_twice():
     at_call("train.learn", 4, partial(tell, SIGINT))
-    at_call("infra.run.Run.write", 2, partial(tell, SIGTERM))
+    at_call("run.log.Run.write", 2, partial(tell, SIGTERM))
 
 
 @mark.parametrize("world, number", [(1, SIGTERM), (2, SIGINT)])
@@ -390,7 +395,7 @@ SMALL_PARTS = 4000  # bytes; the model has about 40,000
 def in_small_parts(number=None):
     """number  of the call of train.learn that kills the process"""
     model.PART_BYTES = run.PART_BYTES = SMALL_PARTS
-    for where in ("infra.run.save_file", "safetensors.torch.save_file"):
+    for where in ("run.log.save_file", "safetensors.torch.save_file"):
         owner, name = launch.find(where)
         setattr(owner, name, partial(save_no_more_at_once, getattr(owner, name)))
     if number:
@@ -439,7 +444,7 @@ def test_the_size_of_checkpoints_is_said_before_the_run_begins(workshop):
 def test_two_processes_cannot_write_to_one_run(workshop):
     """The second would cut the first's logs, or take a checkpoint that is being deleted."""
     command = f"{FLAGS} --save-every 1 --keep-checkpoints 1 --out busy"
-    (first,) = start(workshop, command, sabotage=partial(slow, "infra.run.Run.write", 0.9))
+    (first,) = start(workshop, command, sabotage=partial(slow, "run.log.Run.write", 0.9))
     while not (workshop / "busy/config.json").exists():
         time.sleep(0.05)
     (workshop / "elsewhere").mkdir()
@@ -550,7 +555,7 @@ def test_config_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     def force(*paths):
         forced.append(([path.name for path in paths], (out / "config.json").exists()))
 
-    monkeypatch.setattr("infra.directory.force_to_disk", force)
+    monkeypatch.setattr("run.directory.force_to_disk", force)
     create(out, {})
     (names, early), last = forced
     assert names[0] == "config.json" and not early and last == ([tmp_path.name], True)
@@ -643,7 +648,7 @@ def test_the_choice_of_kernels_is_kept(workshop):
     config = read(workshop / "whole/config.json")
     assert config["kernels"].keys() == {"packed"}
     copied(workshop, "whole", "kernels")
-    again = at("parts.kernels.probe", 1, partial(fail, Stop("")))
+    again = at("policy.packed.probe", 1, partial(fail, Stop("")))
     goes_on(workshop, "kernels", sabotage=again)
 
 

@@ -22,10 +22,8 @@ from pytest import fixture, mark, raises
 import rewards
 from answers.equality import extract_answer
 from data import Problem
-from infra.flags import Config
-from infra.ranks import Ranks
-from parts.files import Stop
-from parts.policy import Sampling, attempt
+from files import Stop
+from policy.attempt import Sampling, attempt
 from rewards import (
     CASE_SECONDS,
     ERROR,
@@ -41,6 +39,8 @@ from rewards import (
     writes_steps,
 )
 from rollout import sample, stream_key
+from run.flags import Config
+from run.processes import Ranks
 
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 

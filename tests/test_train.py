@@ -30,16 +30,16 @@ from eprli import (
     learning_rate,
     resolve_levels,
 )
-from infra.fit import Fit
-from infra.flags import Config, fill, make_parser, read_flags
-from infra.ranks import Ranks
-from infra.update import Update
 from model import pad
-from parts.inputs import check_measured
-from parts.optimizer import Learner
-from parts.policy import TRAINING, Attempt, Sampling, attempt, evaluation_requests
+from policy.attempt import TRAINING, Attempt, Sampling, attempt, evaluation_requests
+from policy.learner import Learner
 from rewards import MATH, Score, Scorer, load_reward
 from rollout import Completion, sample, stream_key
+from run.fit import Fit
+from run.flags import Config, fill, make_parser, read_flags
+from run.inputs import check_measured
+from run.processes import Ranks
+from run.update import Update
 from train import Sample, accumulate_gradient, learn
 
 METRICS = (
@@ -436,8 +436,8 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
 
 def test_a_tracker_that_is_missing_is_said_before_all_else(workshop, monkeypatch, capsys):
     """After a large model was loaded, though a millisecond tells."""
-    monkeypatch.setattr("infra.setup.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("infra.setup.load_inputs", None)
+    monkeypatch.setattr("run.start.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("run.start.load_inputs", None)
     with raises(SystemExit, match="2"):
         workshop("--tracker wandb")
     assert "--tracker wandb: first `pip install wandb`" in capsys.readouterr().err
@@ -491,7 +491,7 @@ def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, print
     all completions drawn."""
 
     def kept(groups):
-        monkeypatch.setattr("infra.update.KEEP", groups)
+        monkeypatch.setattr("run.update.KEEP", groups)
         return workshop(f"--out keep{groups} --reward toy_reward.py:sometimes")
 
     every, some = kept(1000), kept(1)
@@ -684,8 +684,8 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     write_lines(tmp_path / "plain.jsonl", rows)
     sent = []
     tracker = SimpleNamespace(send=lambda *values: sent.append(values), finish=str)
-    monkeypatch.setattr("infra.setup.Tracker", lambda *_: tracker)
-    monkeypatch.setattr("infra.setup.importlib.util.find_spec", str)
+    monkeypatch.setattr("run.start.Tracker", lambda *_: tracker)
+    monkeypatch.setattr("run.start.importlib.util.find_spec", str)
     out = workshop("--eval-data p.jsonl plain.jsonl --updates 1 --tracker wandb")
     found = [(row["file"], row["level"], row["n"]) for row in lines(out / "eval.jsonl")]
     assert found == 3 * [("p", 1, 10), ("p", 2, 10), ("plain", None, 3)]
@@ -884,7 +884,7 @@ def test_a_held_out_bin_has_the_reward_of_its_level(workshop):
 
 def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed, monkeypatch):
     """Not the update, as a nan does; its groups are counted, and no mean holds them."""
-    monkeypatch.setattr("infra.update.KEEP", 20)
+    monkeypatch.setattr("run.update.KEEP", 20)
     flags = "--reward-timeout 0.5 --quality 1 --prompts 20 --length-weight 0.5"
     (row, _) = metrics(f"{flags} --reward toy_reward.py:slow")
     assert (row["groups_drawn"], row["groups_broken"], row["reward_timeouts"]) == (20, 3, 3)
@@ -933,7 +933,7 @@ def test_a_picture_that_cannot_be_drawn_fails_no_run(workshop, printed, monkeypa
 
 def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     """After Ctrl-C coroutines would go on, and cost."""
-    monkeypatch.setattr("parts.policy.sample", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("policy.checkpoint.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
         attempt(toy_policy, using, [], Sampling(3, 1.0), fit(toy_policy.model))

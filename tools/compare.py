@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.files import explained, read_records, stem
-from parts.statistics import SETTINGS, bootstrap, by_name, measure
+from files import explained, read_records, stem
+from run.statistics import SETTINGS, bootstrap, by_name, measure
 
 LINE = (
     "  {:10}  A {A:.3f}  B {B:.3f}  difference {difference:.3f}  low {low:.3f}  high {high:.3f}  "

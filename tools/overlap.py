@@ -1,6 +1,6 @@
 """Which problems of TEST stand in TRAIN?
 
-    python -m tools.overlap TRAIN TEST      files or data sets, see parts/sources.py
+    python -m tools.overlap TRAIN TEST      files or data sets, see sources.py
 
 Prints a line for each, and last the counts as JSON. It finds copies with other figures, and no
 paraphrases.
@@ -14,7 +14,7 @@ from collections import defaultdict
 from tqdm import tqdm
 
 from data import read_problems
-from infra.ranks import set_up_output
+from run.processes import set_up_output
 
 WORDS, JACCARD, SHARE = 8, 0.7, 0.9
 # A run of words that more test problems hold is a phrase of their source. It finds no candidates.

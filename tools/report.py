@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data import name_level
-from parts.files import explained
+from files import explained
 
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\

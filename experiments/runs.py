@@ -1,7 +1,7 @@
 """Experiments on the shipped task: arms that differ in flags, paired by seed.
 
-    python experiments/run.py levels --seeds 10-19        runs what is missing, then the report
-    python experiments/run.py levels                      the report alone: tables (map: a picture)
+    python experiments/runs.py levels --seeds 10-19        runs what is missing, then the report
+    python experiments/runs.py levels                      the report alone: tables (map: a picture)
 
 Arms are in experiments/arms.py, those of older experiments with their results;
 experiments/PROTOCOL.md says what is measured, and was written before the seeds that are reported.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import arms  # noqa: E402
 from tables import RESULTS, commands, read_runs, report  # noqa: E402
 
-from parts.files import read_records, write_records  # noqa: E402
+from files import read_records, write_records  # noqa: E402
 
 RUNS = Path("runs/experiments")
 COLUMNS = (

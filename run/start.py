@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infra.directory import RunDirectory, checkpoints, create
-from infra.fit import Fit
-from infra.flags import LORA_RATE, LR, objective_line
-from infra.run import Run
-from infra.tracker import Tracker
+from files import sha256, source_of
 from model import Transformer
-from parts import kernels
-from parts.files import sha256, source_of
-from parts.inputs import load_inputs, read_data
-from parts.optimizer import Learner
-from parts.policy import Policy, find_folder, is_shipped, weights_digest
+from policy import packed
+from policy.checkpoint import Policy, find_folder, is_shipped, weights_digest
+from policy.learner import Learner
 from rewards import Scorer
+from run.directory import RunDirectory, checkpoints, create
+from run.fit import Fit
+from run.flags import LORA_RATE, LR, objective_line
+from run.inputs import load_inputs, read_data
+from run.log import Run
+from run.tracker import Tracker
 
 
 def start_run(cfg, ranks):
@@ -35,7 +35,7 @@ def start_run(cfg, ranks):
         )
     if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
         raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
-    here = computing(ranks.from_first(kernels.probe))
+    here = computing(ranks.from_first(packed.probe))
     levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
     read = facts.pop("read") | {"--model": start_digest(policy.folder)}
     tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -69,7 +69,7 @@ def start_run(cfg, ranks):
 def resume_run(cfg, config, ranks):
     """The run of a directory, from its newest checkpoint.
 
-     1. infra.flags.as_started has taken the flags from its config.json.
+     1. run.flags.as_started has taken the flags from its config.json.
      2. Lock the directory. Nothing in it has been read but config.json.
      3. Find the newest checkpoint.
      4. Choose the kernels that the run began with, and say what else differs on this machine.
@@ -137,11 +137,11 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
 
 
 def computing(choice):
-    """What decides the bits of a run, beside its flags and inputs.  choice  see parts/kernels.py"""
+    """What decides the bits of a run, beside its flags and inputs.  choice  see policy/packed.py"""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "kernels": kernels.use(choice),
+        "kernels": packed.use(choice),
     }
 
 

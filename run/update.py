@@ -9,8 +9,8 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from parts.statistics import by_name
 from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
+from run.statistics import by_name
 
 KEEP = 16  # groups of each update whose completions are written down
 SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first

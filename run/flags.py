@@ -20,8 +20,8 @@ from transformers import HfArgumentParser
 
 from data import Prompting, flag
 from eprli import LEVEL_DEFAULTS as DEFAULTS
-from parts.files import source_of
-from parts.policy import SHIPPED, TINY, default_dtype, is_shipped
+from files import source_of
+from policy.checkpoint import SHIPPED, TINY, default_dtype, is_shipped
 
 LR = 3e-4
 
@@ -36,7 +36,7 @@ class Files:
     data: str = flag(
         "training problems: a JSON-lines or parquet file, or a data set of the hub, "
         "OWNER/NAME[:CONFIGURATION]:SPLIT; [:512] behind it are its first 512 rows; layouts that "
-        "are known: parts/sources.py [ours]",
+        "are known: sources.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
     eval_data: list[str] = flag(

@@ -9,7 +9,7 @@ import json
 import re
 
 from answers import extract_answer
-from parts.files import explained, is_text, source_of
+from files import explained, is_text, source_of
 
 # name: data set on the hub, see above
 BENCHMARKS = {

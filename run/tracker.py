@@ -4,7 +4,7 @@ import importlib
 
 from tqdm import tqdm
 
-from parts.files import explained
+from files import explained
 
 SHOWN = ["problem_id", "sample", "verdict", "outcome", "length_reward", "text"]  # of a completion
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parts.files import Stop, squash
+from files import Stop, squash
 
 # In `gather`: a process whose completions are short waits for the others. If one dies, torchrun
 # ends all.

@@ -14,20 +14,20 @@ from tqdm import tqdm
 
 from data import name_level
 from eprli import MOST_SKIPS, Group
-from infra.directory import RunDirectory
-from infra.fit import Fit
-from infra.flags import Config
-from infra.ranks import Ranks
-from infra.tracker import Tracker
-from infra.update import Update
+from files import Stop
 from model import PART_BYTES, Transformer
-from parts import lora
-from parts.files import Stop
-from parts.optimizer import Learner
-from parts.policy import Policy
-from parts.statistics import shown
+from policy import lora
+from policy.checkpoint import Policy
+from policy.learner import Learner
 from rewards import Scorer
 from rollout import Completion
+from run.directory import RunDirectory
+from run.fit import Fit
+from run.flags import Config
+from run.processes import Ranks
+from run.statistics import shown
+from run.tracker import Tracker
+from run.update import Update
 
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update

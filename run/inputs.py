@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import data
 from eprli import Buffer, LevelState, resolve_levels
-from parts import lora
-from parts.files import explained, stem, stems
-from parts.policy import Policy, digest
+from files import explained, stem, stems
+from policy import lora
+from policy.checkpoint import Policy, digest
 from rewards import MATH, identity, load_reward
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from model import add_wider, at_least_float32, micro_batches
-from parts import kernels
+from policy import packed
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 
@@ -55,7 +55,7 @@ class Learner:
 
         samples    of the whole step: every process takes a share
         objective  (model, micro-batch) -> J, what is logged of it
-        fit        an infra.fit.Fit: the tokens of a micro-batch
+        fit        an run.fit.Fit: the tokens of a micro-batch
         -> [what is logged of a micro-batch, ...] of all processes, on each
 
         Gradients are summed in the order of shares, so that every run has the same bits.
@@ -68,7 +68,7 @@ class Learner:
             # FSDP averages gradients over the processes, and we need their sum.
             scale, logs = ranks.size if ranks.sharded else 1, []
             for micro in cut[ranks.rank]:
-                kernels.give_back()
+                packed.give_back()
                 J, logged = objective(self.model, micro)
                 (-scale * J).backward()
                 logs.append(logged)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 
-from infra.flags import make_parser, read_flags
-from infra.ranks import Ranks, is_first, refuse, set_up_output
-from infra.setup import resume_run, start_run
-from parts.files import Stop
+from files import Stop
+from run.flags import make_parser, read_flags
+from run.processes import Ranks, is_first, refuse, set_up_output
+from run.start import resume_run, start_run
 
 
 def run_command(train, report, arguments):

@@ -4,7 +4,7 @@
     metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
-        adapter_config.json, adapter_model.safetensors ...   PEFT's, see parts/lora.py
+        adapter_config.json, adapter_model.safetensors ...   PEFT's, see policy/lora.py
         optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
                                         what is large stands in several files, as the model's is
         state.json                      all other state, waiting groups, and the sizes of the logs
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from parts.files import Stop, force_to_disk, write_records
+from files import Stop, force_to_disk, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from files import explained
 from model import Linear, at_least_float32, check_tensors
-from parts.files import explained
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -4,8 +4,12 @@ import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform == "win32":  # which has no fcntl and no resource
+    sys.exit("EPRLI needs Linux or macOS; on Windows, run it in WSL")
 
 
 class Stop(Exception):

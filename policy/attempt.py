@@ -1,0 +1,134 @@
+"""Attempts of a policy at problems: sampled and scored.
+
+Training, evaluation and the measurement of difficulty share one template, one sampler, one grader.
+"""
+
+import math
+import time
+import zlib
+from dataclasses import dataclass
+from statistics import fmean
+
+from tqdm import tqdm
+
+from files import Stop
+from rewards import VERIFIER, Score, writes_steps
+from rollout import Completion, sample, stream_key
+from run.statistics import by_name
+
+TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled: the settings of rollout.sample by their names."""
+
+    max_new_tokens: int  # of each completion, the stop token included
+    temperature: float  # 0 is greedy
+    top_k: int = 0  # 0 is off, as in training
+    top_p: float = 1.0  # 1 is off, as in training
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One completion of a problem, scored."""
+
+    completion: Completion
+    text: str  # with what the prompt has begun of it, see data.Prompt
+    score: Score
+
+    @property
+    def right(self):
+        return self.score.outcome >= 1
+
+    @property
+    def length(self):
+        return len(self.completion.tokens)
+
+
+def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds=None):
+    """Complete every prompt once per key, and score: one list of Attempt per prompt.
+
+    A completion ends where the context ends; a prompt that fills the context gets empty ones. The
+    completions of a prompt are scored together: a user's R_l begins as soon as the last of them is
+    there, the verifier compares after all sampling.
+
+    work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
+    fit      an run.fit.Fit: how many are decoded at once
+    seconds  a Counter: `sample`, and `score` after the last sample, are added
+    """
+    start = time.perf_counter()
+    prompts, keys, rewards = zip(*work) if work else ((), (), ())
+    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
+    groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
+    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
+
+    def begin(number, completions):
+        prompt = prompts[number]
+        texts = [prompt.opening + policy.text(c) for c in completions]
+        groups[number] = completions, texts
+        finish[number] = scorer.begin(rewards[number], prompt.problem, texts)
+
+    def sample_all(slots):
+        return sample(
+            policy.model,
+            [p.tokens for p in prompts],
+            keys,
+            **vars(sampling) | {"max_new_tokens": limits},
+            slots=slots,
+            stop_ids=policy.stop_ids,
+            on_tokens=bar.update,
+            on_group=begin,
+        )
+
+    bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
+    try:
+        with bar:
+            done = fit.sample(longest, sample_all, undo=scorer.calls.drop)
+        for number in set(range(len(work))) - groups.keys():  # no room for a token
+            begin(number, done[number])
+        sampled = time.perf_counter()
+        scores = [finish[number]() for number in range(len(work))]
+    finally:
+        scorer.calls.drop()
+    if seconds is not None:
+        seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
+    return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
+
+
+def means_of_problem(name, attempts):
+    """{measure: its mean over the samples of a problem}: only problems are independent.
+
+    name  its id
+    """
+    must_be_finite(name, attempts)
+    rows = []
+    for a in attempts:
+        row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
+        rows.append(row | a.score.values)
+    return {name: fmean(values) for name, values in by_name(rows).items()}
+
+
+def must_be_finite(name, attempts):
+    """Raise Stop where no update can be given up for an R_l, or a logit, that is not finite."""
+    for a in attempts:
+        if not all(map(math.isfinite, a.completion.logprobs)):
+            raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
+        if not math.isfinite(a.score.values.get("R_l", 0.0)):
+            raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
+
+
+def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
+    """Every prompt with a key for each of its samples, a function of the problem's id, and its R_l:
+    work for `attempt`.
+
+    Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
+    the measurement of difficulty use others: problems that were called hard after unlucky samples
+    look easier with new samples, even without any training.
+    """
+    work = []
+    for prompt in prompts:
+        number = zlib.crc32(prompt.problem.id.encode())
+        keys = [stream_key(seed, purpose, number, k) for k in range(samples)]
+        work.append((prompt, keys, reward))
+    return work
