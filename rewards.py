@@ -423,7 +423,7 @@ class Scorer:
 
     def __init__(self, flags):
         self.grader = Grader()
-        self.calls = Calls(flags.reward_workers, flags.reward_timeout)
+        self.calls = Calls(64, flags.reward_timeout)
 
     def begin(self, reward, problem, responses):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""

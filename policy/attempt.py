@@ -3,18 +3,14 @@
 Training, evaluation and the measurement of difficulty share one template, one sampler, one grader.
 """
 
-import math
 import time
 import zlib
 from dataclasses import dataclass
-from statistics import fmean
 
 from tqdm import tqdm
 
-from files import Stop
-from rewards import VERIFIER, Score, writes_steps
+from rewards import VERIFIER, Score
 from rollout import Completion, sample, stream_key
-from run.statistics import by_name
 
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
@@ -94,28 +90,6 @@ def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds
     if seconds is not None:
         seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
     return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
-
-
-def means_of_problem(name, attempts):
-    """{measure: its mean over the samples of a problem}: only problems are independent.
-
-    name  its id
-    """
-    must_be_finite(name, attempts)
-    rows = []
-    for a in attempts:
-        row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
-        rows.append(row | a.score.values)
-    return {name: fmean(values) for name, values in by_name(rows).items()}
-
-
-def must_be_finite(name, attempts):
-    """Raise Stop where no update can be given up for an R_l, or a logit, that is not finite."""
-    for a in attempts:
-        if not all(map(math.isfinite, a.completion.logprobs)):
-            raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
-        if not math.isfinite(a.score.values.get("R_l", 0.0)):
-            raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
 
 
 def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):

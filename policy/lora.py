@@ -26,7 +26,7 @@ def layers(model):
     return [(name.rpartition(".")[2], m) for name, m in modules if isinstance(m, Linear)]
 
 
-def add(model, rank, alpha, targets=None, seed=0):
+def add(model, rank, alpha=32, targets=None, seed=0):
     """Freeze the model, and give it factors that change nothing yet: A random as in PEFT, B zero.
 
     targets  such as ["q_proj", "v_proj"]; None: all layers of the blocks
@@ -64,8 +64,8 @@ def save(model, folder, config):
         "base_model_name_or_path": config["model"],
         "revision": config["revision"],
         "r": config["lora_rank"],
-        "lora_alpha": config["lora_alpha"],
-        "target_modules": config["lora_targets"] or list(dict(layers(model))),
+        "lora_alpha": 32,
+        "target_modules": list(dict(layers(model))),
     }
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
     save_file(tensors(model), folder / WEIGHTS)

@@ -15,9 +15,11 @@ import torch
 from conftest import edit, files, fit, lines, read, table, write_lines
 from launch import ROOT, at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
+from run.statistics import interval, majority, measure, pass_at_k, wilson
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from tools.compare import difference
 from transformers import AutoTokenizer
 
 import data
@@ -34,8 +36,6 @@ from rollout import Completion
 from run import directory
 from run.directory import lock
 from run.flags import Config, make_parser
-from run.statistics import interval, majority, measure, pass_at_k, wilson
-from tools.compare import difference
 
 
 @mark.parametrize("n", range(1, 7))

@@ -9,6 +9,8 @@ import time
 import torch
 from conftest import column, dtypes, lines, random_model, table
 from pytest import fixture, mark
+from run.log import Run, pack, plain, unpack
+from run.statistics import interval
 from safetensors.torch import load_file
 from test_train import workshop  # noqa: F401  the fixture
 
@@ -17,9 +19,7 @@ from experiments.warmstart import make_tokenizer
 from model import Transformer
 from policy.learner import Learner
 from run.directory import RunDirectory
-from run.log import Run, pack, plain, unpack
 from run.processes import Ranks
-from run.statistics import interval
 
 pytestmark = mark.faults
 

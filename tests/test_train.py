@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from conftest import column, fit, lines, norms, random_model, read, write_lines
 from pytest import approx, fixture, importorskip, mark, raises
+from run.inputs import check_measured
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -37,7 +38,6 @@ from rewards import MATH, Score, Scorer, load_reward
 from rollout import Completion, sample, stream_key
 from run.fit import Fit
 from run.flags import Config, fill, make_parser, read_flags
-from run.inputs import check_measured
 from run.processes import Ranks
 from run.update import Update
 from train import Sample, accumulate_gradient, learn
