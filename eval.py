@@ -12,7 +12,6 @@ evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its 
 scipy.stats takes a second to import. It is imported where it is used.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -45,7 +44,7 @@ from run.flags import (
     check_rules,
     make_parser,
 )
-from run.processes import Ranks, refuse, set_up_output
+from run.processes import Ranks, leave, refuse, set_up_output
 from run.state import shown
 
 MAX_NEW_TOKENS = DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
@@ -478,27 +477,24 @@ def write_results(args, files, out, settings):
 def main(arguments=None):
     set_up_output()
     parser = make_parser(SECTIONS)
-    with contextlib.ExitStack() as stack:
-        try:
-            args = parse_args(parser, arguments)
-            if args.compare:
-                return print(json.dumps(compare(*args.compare)))
-            ranks = stack.enter_context(Ranks(args.device))
-            policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
-            out = ranks.from_first(lambda: open_folder(args, policy, files))
-            locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            refuse(parser, error)
-        try:
-            sample_rest(args, policy, files, out / "completions.jsonl", ranks)
-            if ranks.first:
-                print(json.dumps(write_results(args, files, out, json.load(locked))))
-        except (Stop, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as stop:
-            code = 130 if isinstance(stop, KeyboardInterrupt) else 1
-            what = str(stop) or "interrupted"
-            words = f"{parser.prog}: {what}; the same flags with --out {out} go on\n"
-            parser.exit(code, words if ranks.first else None)
+    try:
+        args = parse_args(parser, arguments)
+        if args.compare:
+            return print(json.dumps(compare(*args.compare)))
+        ranks = Ranks(args.device)
+        policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
+        out = ranks.from_first(lambda: open_folder(args, policy, files))
+        locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        refuse(parser, error)
+    try:
+        sample_rest(args, policy, files, out / "completions.jsonl", ranks)
+        if ranks.first:
+            print(json.dumps(write_results(args, files, out, json.load(locked))))
+    except (Stop, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else 1
+        refuse(parser, f"{str(stop) or 'interrupted'}; the same flags with --out {out} go on", code)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

@@ -35,6 +35,7 @@ from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests
 from rewards import LATE
 from rollout import Completion, stream_key
 from run.command import run_command
+from run.processes import leave
 from run.update import NotFinite
 
 # Mean absolute difference of learner and sampler that is still rounding, nats a token. A Qwen2 of
@@ -329,4 +330,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

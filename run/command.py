@@ -21,13 +21,12 @@ import contextlib
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 import torch
 
 from files import Stop
 from run.flags import make_parser, read_flags
-from run.processes import Ranks, is_first, refuse, set_up_output
+from run.processes import Ranks, refuse, set_up_output
 from run.start import resume_run, start_run
 
 
@@ -36,30 +35,26 @@ def run_command(train, report, arguments):
     report(its folder) makes the pictures of a run that came to its end."""
     parser = make_parser()
     set_up_output()
-    with contextlib.ExitStack() as stack:
-        try:
-            cfg, config = read_flags(parser, arguments)
-            ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
-            with memory_explained():
-                run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
-        except Stop as stop:
-            parser.exit(1, f"{parser.prog}: {stop}\n")
-        except (ValueError, OSError) as error:
-            refuse(parser, error)
-        except KeyboardInterrupt:
-            words = f"{parser.prog}: interrupted before the run began\n"
-            parser.exit(128 + signal.SIGINT, words if is_first() else None)
-        code, ended = train_and_save(train, run)
-        if is_first():
-            if run.evaluations:
-                print(run.table())
-            print(f"model: {run.directory.last_good()}")
-            if ended:
-                print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)
-            elif run.num_updates:
-                report(run.directory.out)
-        if code:
-            sys.exit(code)
+    try:
+        cfg, config = read_flags(parser, arguments)
+        ranks = Ranks(cfg.device, cfg.sharded)
+        with memory_explained():
+            run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
+    except (ValueError, OSError) as error:
+        refuse(parser, error)
+    except Stop as stop:
+        refuse(parser, stop, 1)
+    except KeyboardInterrupt:
+        refuse(parser, "interrupted before the run began", 128 + signal.SIGINT)
+    code, ended = train_and_save(train, run)
+    if ranks.first:
+        if run.evaluations:
+            print(run.table())
+        print(f"model: {run.directory.last_good()}")
+        if not ended and run.num_updates:
+            report(run.directory.out)
+    if ended:
+        refuse(parser, ended, code)
 
 
 def train_and_save(train, run):

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -64,10 +63,34 @@ def set_up_output():
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr or sys.stdout)
 
 
-def refuse(parser, error):
-    """Bad input ends the program with one line of one process, and exit code 2."""
-    words = f"{parser.prog}: error: {squash(str(error))}\n"
-    parser.exit(2, words if is_first() else None)
+def refuse(parser, error, code=2):
+    """End the program with one line of one process; 2 is the exit code of bad input."""
+    words = f"{parser.prog}: {'error: ' * (code == 2)}{squash(str(error))}\n"
+    parser.exit(code, words if is_first() else None)
+
+
+def leave(main):
+    """Call main(), and end this process at once, with what the interpreter would have said.
+
+    Left to the interpreter, gloo's threads now and then wait for a process that has gone (torch
+    2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the process group.
+    And it would wait for the threads that a user's coroutine has started (asyncio.to_thread), which
+    may hang. Processes that a reward has started by multiprocessing end with it.
+    """
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for child in multiprocessing.active_children():  # last: a pool would start others
+            child.kill()
+        os._exit(code)
 
 
 # An error is raised on the other processes as the first of these kinds that it is.
@@ -93,10 +116,7 @@ class Ranks:
         self.device, self.sharded = torch.device(device), sharded
         self.signal, self.interruptible, self.process = None, False, os.getpid()
         if sharded and "RANK" not in os.environ:
-            raise ValueError(
-                "--fsdp needs the processes that torchrun starts: "
-                "torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)"
-            )
+            raise ValueError("--fsdp needs torchrun --nproc_per_node=N train.py --fsdp")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         if device == "cuda" and self.size > 1:
@@ -196,36 +216,6 @@ class Ranks:
         if os.getpid() != self.process:  # what a reward has forked has this handler too
             os._exit(128 + number)
         self.signal = self.signal or number
-        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt
-
-    # ------------------------------------------------------------------------------------- exit
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Where there are other processes, end this one at once, with what the interpreter would
-        have said. Left to the interpreter, gloo's threads now and then wait for a process that has
-        gone (torch 2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the
-        process group. And it would wait for the threads that a user's coroutine has started
-        (asyncio.to_thread), which may hang. Processes that a reward has started by
-        multiprocessing end with it."""
-        names = [thread.name for thread in threading.enumerate()]
-        if not (dist.is_initialized() or any(name.startswith("asyncio_") for name in names)):
-            return
-        code = 1
-        if kind in (None, SystemExit):
-            code = error.code or 0 if error else 0
-        else:
-            sys.excepthook(kind, error, trace)
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for child in multiprocessing.active_children():  # last: a pool would start others
-                child.kill()
-        finally:
-            os._exit(code)

@@ -254,7 +254,7 @@ def make_levels(cfg, levels, train_set, policy, rewards):
             if not prompts:
                 raise ValueError(
                     f"level {number} (Q = {level.quality:g}) has no problem: choose another "
-                    f"--quality ({cfg.data} left out: {left_out})"
+                    f"--quality, or look at what {cfg.data} left out: {left_out}"
                 )
         order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(keep_flat=cfg.filter == "all")
