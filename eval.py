@@ -30,7 +30,15 @@ from answers import canonical
 from data import flag
 from files import Stop, explained, read_records, stem, stems, write_records
 from policy.attempt import DIFFICULTY, EVALUATION, Sampling, attempt, evaluation_requests
-from policy.checkpoint import SHIPPED, TINY, Policy, default_dtype, digest, is_shipped
+from policy.checkpoint import (
+    SHIPPED,
+    TINY,
+    Policy,
+    default_dtype,
+    digest,
+    is_shipped,
+    weights_digest,
+)
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
 from run.directory import checkpoints, create, lock
 from run.fit import Fit
@@ -145,7 +153,7 @@ def result_of(rows):
         "verdicts": Counter(row["verdict"] for row in rows),
         "means": {name: np.mean(some) for name, some in values.items()},
     }
-    if any(answers):  # else none has a box: an R_l of one's own may not ask for it
+    if any(answers) or not values:  # an R_l of one's own may ask for no box
         result["majority"] = int(majority(answers, right))
     return result
 
@@ -256,10 +264,10 @@ def compare(*paths):
     paths  two --out folders.  Raises ValueError
     """
     pairs, (a, b) = defaultdict(list), map(read_results, paths)
-    for name in a[0].keys() | b[0].keys():
-        values = [settings.get(name) for settings, _ in (a, b)]
-        if values[0] != values[1]:
-            print(f"{name} differs: A {values[0]!r}, B {values[1]!r}")
+    for name in sorted((a[0].keys() | b[0].keys()) - {"out"}):
+        first, second = a[0].get(name), b[0].get(name)
+        if first != second:
+            print(f"{name} differs: A {first!r}, B {second!r}")
     for key, result in a[1].items():
         if key in b[1]:
             pairs[key[0]].append((result, b[1][key]))
@@ -273,7 +281,7 @@ def compare(*paths):
         report[name] = {"problems": len(some)}
         k = min(result["n"] for pair in some for result in pair)
         x, y = (by_name(alike(measure(result, k)) for result in side) for side in zip(*some))
-        for what in x.keys() & y.keys():
+        for what in filter(y.get, x):
             numbers = report[name][what] = difference(x[what], y[what])
             cells = "  ".join(f"{part} {number:.3f}" for part, number in numbers.items())
             print(f"  {what:10}  {cells}")
@@ -281,11 +289,15 @@ def compare(*paths):
 
 
 def read_results(path):
-    """-> settings of an --out folder, {(its file, problem id): result}.  Raises ValueError"""
-    path = Path(path) / "results.jsonl"
+    """An --out folder or its results.jsonl -> settings, {(its file, problem id): result}. Raises
+    ValueError"""
+    path = Path(path)
+    path = path / "results.jsonl" if path.is_dir() else path
     first, *rows = read_records(path)
     with explained(f"{path}: not what eval.py writes"):
-        return first["settings"], {(stem(r["file"]), r["problem_id"]): r for r in rows}
+        for row in rows:
+            measure(row, 1)
+        return dict(first["settings"]), {(stem(r["file"]), r["problem_id"]): r for r in rows}
 
 
 def alike(measures):
@@ -362,8 +374,8 @@ def open_folder(args, policy, files):
     }
     settings["purpose"] = purpose(args)
     settings["reward_identity"] = identity(args.reward)
+    settings["weights"] = weights_digest(policy.folder)
     settings["prompts"] = digest((list(files.values()), policy.stop_ids))
-    settings["measured"] = policy.measuring(args.temperature, args.max_new_tokens)
     out = args.out
     if not (out and out.exists()):
         return create(out, settings, "eval-")
@@ -464,10 +476,10 @@ def write_results(args, files, out, settings):
             print(f"levels by difficulty, up to --quality {' '.join(map(str, args.quality))}")
         summary["files"][path] = summarise(some, args.k)
         if args.add_pass_rate:
-            measured = settings["measured"] | {
+            names = ("weights", "temperature", "max_new_tokens", "samples")
+            measured = {name: settings[name] for name in names} | {
                 "model": Path(args.model).name,
                 "date": time.strftime("%Y-%m-%d"),
-                "samples": args.samples,
             }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -103,14 +103,6 @@ class Policy:
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
-    def measuring(self, temperature, max_new_tokens):
-        """What pass rates depend on, beside the problem, its prompt and R_l; JSON."""
-        return {
-            "weights": weights_digest(self.folder),
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-        }
-
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)

@@ -190,7 +190,8 @@ def load_inputs(cfg, model, ranks):
     longest = max(level.max_new_tokens for level in levels)
     if model == cfg.model and cfg.difficulty == "pass_rate":
         with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
-            check_measured(cfg.data, train_set, policy.measuring(cfg.temperature, longest))
+            now = {"temperature": cfg.temperature, "max_new_tokens": longest}
+            check_measured(cfg.data, train_set, {"weights": weights_digest(policy.folder), **now})
     states, left_out = make_levels(cfg, levels, train_set, policy, rewards)
     policy.show(cfg.data, sum((state.order.prompts for state in states), []), longest)
     facts = {
@@ -216,8 +217,7 @@ def load_policy(cfg, model, device):
 
 
 def check_measured(name, train_set, now):
-    """Print in what the measurement of the pass rates differs from this run.  now  see
-    Policy.measuring"""
+    """Print in what the measurement of the pass rates differs from this run.  now  its settings"""
     kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
     for measured in map(json.loads, sorted(kinds)):
         if not measured:

@@ -269,10 +269,7 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     flags = [f"--{name.replace('_', '-')}" for name in vars(Config())]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
-    assert (
-        " ".join(found)
-        == "options levels objective optimizer sampling prompts machine files"
-    )
+    assert " ".join(found) == "options levels objective optimizer sampling prompts machine files"
 
 
 def test_underscores_and_a_flag_that_stands_twice():
