@@ -208,7 +208,7 @@ def test_what_ends_one_process_ends_all_of_them(workshop, where, call, number):
         assert codes[0] and codes[1] == -SIGKILL
     else:
         assert codes[0] > 128 and codes[1] == 128 + SIGTERM
-        assert "the state is saved" in said(workshop)
+        assert "interrupted; --resume" in said(workshop)
     resume(workshop, out, 2)
     assert_equal(workshop / out, run(workshop, "1"))
 
@@ -230,8 +230,7 @@ def test_a_reward_that_is_late_is_late_on_all_processes(workshop):
 
 
 ZERO = ZeroDivisionError("nobody expected this")
-# Before the shards of the optimizer are gathered, for which the other process waits.
-UNSAVED = at("run.log.Run.write", 1, partial(fail, ZERO))
+UNSAVED = at("run.state.pack", 1, partial(fail, ZERO))
 
 
 @mark.parametrize(
