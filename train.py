@@ -56,7 +56,7 @@ def train(run):
         # due at the start, at the end of a level, and as --eval-every says; 0: never
         if run.evaluation_due and cfg.eval_every != 0:
             evaluate_held_out(run)
-        if run.due(cfg.save_every):
+        if run.save_due:
             run.save()
         ranks.raise_signals()  # one that came while learning takes effect here
         # for level l = 1 .. L: for update = 1 .. M_l:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -49,9 +49,6 @@ class Output:
         try:
             return self.stream.write(text)
         except OSError:
-            with open(os.devnull, "w") as nowhere:
-                for descriptor in (1, 2):
-                    os.dup2(nowhere.fileno(), descriptor)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
                 signal.raise_signal(signal.SIGHUP)
 
@@ -86,8 +83,9 @@ def leave(main):
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # their reader may have gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         for child in multiprocessing.active_children():  # last: a pool would start others
             child.kill()
         os._exit(code)
@@ -216,6 +214,8 @@ class Ranks:
         if os.getpid() != self.process:  # what a reward has forked has this handler too
             os._exit(128 + number)
         self.signal = self.signal or number
+        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt

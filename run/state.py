@@ -90,6 +90,10 @@ class Run:
         """Whether what happens every so many updates (0, None: never) is due now."""
         return bool(every and self.num_updates and self.num_updates % every == 0)
 
+    @property
+    def save_due(self):
+        return 0 < self.cfg.save_every <= self.num_updates - int(self.saved or 0)
+
     def start_update(self, state, lr):
         """-> the next Update, of this level"""
         self.update = Update(self.num_updates + 1, state, lr, self.cfg.max_draws)

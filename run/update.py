@@ -230,7 +230,7 @@ def unfilled(row, level):
     elif right > wrong:
         advice = "The level is too easy: raise --quality, or measure the pass rates anew"
     elif cut_off > 0.5:
-        advice = f"Completions do not come to an end: raise --max-new-tokens {level.max_new_tokens}"
+        advice = f"Completions do not end: raise --max-new-tokens (now {level.max_new_tokens})"
     else:
         advice = "The level is too hard: lower --quality, show --examples, or raise --group-size"
     return (
