@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from eprli import (
     Group,
@@ -30,7 +31,6 @@ from eprli import (
 )
 from eval import by_name, evaluate, interval, measure, result_of
 from files import Stop, squash
-from model import pad
 from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests
 from rewards import LATE
 from rollout import Completion, stream_key
@@ -198,7 +198,7 @@ def learn(run, state, groups, update):
             learner.drop_gradient()
             raise NotFinite(f"the loss of step {step_number} is {-sums['objective']}", groups)
         # the norm before the clip; there is no step if it is not finite
-        norm = learner.step(update.lr, 1.0)
+        norm = learner.step(update.lr)
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient's norm in step {step_number} is {norm}", groups)
         update.steps.append({"grad_norm": norm, **sums, **peaks})
@@ -240,12 +240,18 @@ def accumulate_gradient(run, level, minibatch):
     -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """
     counts = len(minibatch), sum(len(s.completion.tokens) for s in minibatch)
-
-    def objective_of(model, micro):
-        return objective(run, level, model, micro, counts)
-
-    # (-J).backward() for each micro-batch; -> what each logged, of all processes
-    logs = run.learner.add_gradients(minibatch, objective_of, run.fit)
+    try:
+        logs = []  # of this process
+        for micro, weight in run.learner.micro_batches(minibatch):
+            J, logged = objective(run, level, run.learner.model, micro, counts)
+            (-weight * J).backward()
+            if weight:  # else it was there for FSDP alone
+                logs.append(logged)
+    except torch.OutOfMemoryError:
+        run.learner.use_less_memory()
+        return accumulate_gradient(run, level, minibatch)
+    # Summed in the order of processes, so that every run has the same bits.
+    logs = sum(run.ranks.gather(logs), [])
     sums = {name: sum(logged[name] for logged in logs) for name in SUMS}
     peaks = {name: max(logged[name] for logged in logs) for name in PEAKS}
     return sums, peaks
@@ -255,24 +261,27 @@ def objective(run, level, model, micro, counts):
     """J_l of one micro-batch, and what is logged of it: diagnostics, `gap` between learner and
     sampler summed over `fresh` tokens.
 
+    micro   samples of one prompt
+
     counts  (completions, tokens) of the whole step, by which its sum is divided once
     """
     cfg = run.cfg
-    ids, mask = pad(
-        [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
-    )
-    # (B, T) as ids: of the token at its place, 0 outside the mask; the entropy has no gradient
-    logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature)
+    prompt = torch.tensor(micro[0].group.prompt, device=model.device)  # of all
+    rows = [torch.tensor(s.completion.tokens, device=model.device) for s in micro]
+    ids = pad_sequence(rows, batch_first=True)  # (B, T)
+    length = torch.tensor([len(row) for row in rows], device=model.device)
+    mask = torch.arange(ids.shape[1], device=model.device) < length[:, None]
+    # (B, T), 0 outside the mask; the entropy has no gradient
+    logprob, entropy = model.token_logprobs(prompt, ids, mask, cfg.temperature)
     sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
     advantage = logprob.new_tensor([s.advantage for s in micro])
-    length = mask.sum(1).to(logprob)
-    weight = loss_weight(cfg.loss_norm, length, *counts, level.max_new_tokens)
+    weight = loss_weight(cfg.loss_norm, length.to(logprob), *counts, level.max_new_tokens)
     bounds = level.eps_low, level.eps_high
     J = clipped_objective(logprob, logprob_old, advantage, weight, mask, *bounds)  # Eq. 1
     if run.reference is not None:
         with torch.no_grad():
-            logprob_ref, _ = run.reference.token_logprobs(ids, mask, cfg.temperature)
+            logprob_ref, _ = run.reference.token_logprobs(prompt, ids, mask, cfg.temperature)
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
     logged = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
     fresh = mask.new_tensor([[s.fresh] for s in micro])

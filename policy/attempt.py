@@ -7,8 +7,10 @@ import time
 import zlib
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
+from policy.packed import packed
 from rewards import VERIFIER, Score
 from rollout import Completion, sample, stream_key
 
@@ -50,46 +52,46 @@ def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds
     there, the verifier compares after all sampling.
 
     work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
-    fit      an run.fit.Fit: how many are decoded at once
+    fit      a run.fit.Fit: how many are decoded at once
     seconds  a Counter: `sample`, and `score` after the last sample, are added
     """
     start = time.perf_counter()
-    prompts, keys, rewards = zip(*work) if work else ((), (), ())
-    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
-    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
-
-    def begin(number, completions):
-        prompt = prompts[number]
-        texts = [prompt.opening + policy.text(c) for c in completions]
-        groups[number] = completions, texts
-        finish[number] = scorer.begin(rewards[number], prompt.problem, texts)
-
-    def sample_all(slots):
-        return sample(
-            policy.model,
-            [p.tokens for p in prompts],
-            keys,
-            **vars(sampling) | {"max_new_tokens": limits},
-            slots=slots,
-            stop_ids=policy.stop_ids,
-            on_tokens=bar.update,
-            on_group=begin,
-        )
-
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
     try:
         with bar:
-            done = fit.sample(longest, sample_all, undo=scorer.calls.drop)
-        for number in set(range(len(work))) - groups.keys():  # no room for a token
-            begin(number, done[number])
+            groups = sample_groups(policy, scorer, work, sampling, fit, bar)
         sampled = time.perf_counter()
-        scores = [finish[number]() for number in range(len(work))]
+        attempts = []
+        for number in range(len(work)):
+            completions, texts, finish = groups[number]
+            attempts.append(list(map(Attempt, completions, texts, finish())))
     finally:
         scorer.calls.drop()
     if seconds is not None:
         seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
-    return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
+    return attempts
+
+
+def sample_groups(policy, scorer, work, sampling, fit, bar):
+    """-> {number of the request: its completions, their texts, and what Scorer.begin returned}"""
+    prompts, keys, rewards = zip(*work) if work else ((), (), ())
+    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
+    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
+    options = vars(sampling) | {"max_new_tokens": limits, "stop_ids": policy.stop_ids}
+    slots, groups = fit.slots(longest), {}
+    try:
+        with packed(policy.model, min(slots, sum(map(len, keys)))):
+            tokens = [p.tokens for p in prompts]
+            for number, done in sample(policy.model, tokens, keys, slots=slots, **options):
+                texts = [prompts[number].opening + policy.text(c) for c in done]
+                finish = scorer.begin(rewards[number], prompts[number].problem, texts)
+                groups[number] = done, texts, finish
+                bar.update(sum(len(c.tokens) for c in done))
+        return groups
+    except torch.OutOfMemoryError:
+        fit.use_less_memory(slots)
+    scorer.calls.drop()
+    return sample_groups(policy, scorer, work, sampling, fit, bar)
 
 
 def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):

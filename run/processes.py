@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 
@@ -25,7 +24,6 @@ PATIENCE = timedelta(days=1)
 # Gradients and shards travel once all processes learn, or save. Who waits longer for them waits in
 # vain: NCCL then says for what, and ends the process.
 HANG = timedelta(minutes=30)
-MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
 
 
 def is_first():
@@ -176,24 +174,6 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.patient)
         return values
-
-    def sum_gradients(self, parameters):
-        """Every gradient becomes the sum over all processes (FSDP's backward pass has done it).
-
-        Small ones travel together: a message of its own takes longer than its bytes.
-        """
-        if self.size == 1 or self.sharded:
-            return
-        messages, before = defaultdict(list), 0
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            messages[before // MESSAGE].append(p)
-            before += p.numel()
-        for part in messages.values():
-            message = torch.cat([p.grad.flatten() for p in part]).to(self.device)
-            dist.all_reduce(message)
-            for p, total in zip(part, message.split([p.numel() for p in part])):
-                p.grad.copy_(total.view_as(p))
 
     # ---------------------------------------------------------------------------------- signals
 
