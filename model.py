@@ -19,6 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -451,6 +452,13 @@ def check_tensors(path, found, wanted):
 
 
 # ------------------------------------------------------------------------------------- log-probs
+
+
+def pad(rows, device="cpu"):
+    """Token lists -> ids (B, T), padded on the right with 0; mask (B, T), False on padding."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
 
 
 def log_softmax(logits, temperature):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from eprli import (
     Group,
@@ -31,6 +30,7 @@ from eprli import (
 )
 from eval import by_name, evaluate, interval, measure, result_of
 from files import Stop, squash
+from model import pad
 from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests
 from rewards import LATE
 from rollout import Completion, stream_key
@@ -267,16 +267,14 @@ def objective(run, level, model, micro, counts):
     """
     cfg = run.cfg
     prompt = torch.tensor(micro[0].group.prompt, device=model.device)  # of all
-    rows = [torch.tensor(s.completion.tokens, device=model.device) for s in micro]
-    ids = pad_sequence(rows, batch_first=True)  # (B, T)
-    length = torch.tensor([len(row) for row in rows], device=model.device)
-    mask = torch.arange(ids.shape[1], device=model.device) < length[:, None]
+    ids, mask = pad([s.completion.tokens for s in micro], model.device)
     # (B, T), 0 outside the mask; the entropy has no gradient
     logprob, entropy = model.token_logprobs(prompt, ids, mask, cfg.temperature)
     sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
     advantage = logprob.new_tensor([s.advantage for s in micro])
-    weight = loss_weight(cfg.loss_norm, length.to(logprob), *counts, level.max_new_tokens)
+    length = mask.sum(1).to(logprob)
+    weight = loss_weight(cfg.loss_norm, length, *counts, level.max_new_tokens)
     bounds = level.eps_low, level.eps_high
     J = clipped_objective(logprob, logprob_old, advantage, weight, mask, *bounds)  # Eq. 1
     if run.reference is not None:
