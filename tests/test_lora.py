@@ -29,7 +29,7 @@ def adapted(family="llama", dtype=torch.float32, **changes):
     model = random_model(family, dtype, **changes)
     lora.add(model, 3)
     for i, p in enumerate(lora.tensors(model).values()):
-        p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        p.copy_(0.13 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return model
 
 
