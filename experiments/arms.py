@@ -14,8 +14,7 @@ from policy.checkpoint import SHIPPED
 
 VARIANTS = Path("runs/experiments/data")  # all paths are seen from the root of the project
 MEASURED = (  # by every arm, on the shipped held-out problems
-    "--max-new-tokens 128 --eval-max-new-tokens 128 --eval-quality 0.8 1.0 --save-every 0 "
-    "--eval-data assets/heldout.jsonl"
+    "--max-new-tokens 128 --eval-quality 0.8 1.0 --save-every 0 --eval-data assets/heldout.jsonl"
 )
 # Of the policy that a run ends with, as flags of eval.py
 GREEDY = "--data assets/heldout.jsonl --samples 1 --temperature 0 --max-new-tokens 128"

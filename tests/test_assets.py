@@ -9,14 +9,13 @@ from conftest import fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import cut_levels, read_problems, without_repeats
-from eprli import QUALITY
 from experiments import warmstart
 from experiments.problems import generate
 from model import Transformer
 from policy.attempt import Sampling, attempt, evaluation_requests
 from policy.checkpoint import SHIPPED, Policy
 from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
-from run.flags import Config
+from run.flags import DEFAULTS, Config
 from tools.overlap import overlap
 
 TINY = SHIPPED / "tiny"
@@ -42,7 +41,10 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
         assert [(p.id, p.problem) for p in generated] == [(p.id, p.problem) for p in problems]
         assert all(p.pass_rate is not None for p in problems)
         assert all(p.other["measured"]["samples"] >= 16 for p in problems)
-        assert all(len(level) >= least for level in cut_levels(problems, QUALITY, "pass_rate")[0])
+        assert all(
+            len(level) >= least
+            for level in cut_levels(problems, DEFAULTS["quality"], "pass_rate")[0]
+        )
     assert len(without_repeats(TRAINING)) == len(TRAINING) >= 2000
     assert overlap(TRAINING, HELD_OUT) == ([], [])
 
@@ -52,7 +54,7 @@ def test_fresh_samples_confirm_the_levels():
     neither is hopeless or done. Greedy decoding does not solve level 2: its mistakes are no noise.
     All completions write steps: that is not what is learned."""
     policy, scorer, found = Policy.load(str(TINY)), Scorer(Config()), []
-    for level in cut_levels(HELD_OUT, QUALITY, "pass_rate")[0]:
+    for level in cut_levels(HELD_OUT, DEFAULTS["quality"], "pass_rate")[0]:
         prompts = policy.render(level[:200])
         for temperature in (1.0, 0.0):
             sampling = Sampling(128, temperature)

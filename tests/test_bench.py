@@ -25,9 +25,12 @@ import runs as runner  # noqa: E402
 import tables  # noqa: E402
 
 from data import Problem, read_problems  # noqa: E402
-from eprli import resolve_levels  # noqa: E402
 from files import write_records  # noqa: E402
-from run.flags import Config, make_parser  # noqa: E402
+from run.flags import (  # noqa: E402
+    Config,
+    make_parser,
+    resolve_levels,  # noqa: E402
+)
 
 
 def test_only_a_peer_may_fail_in_a_comparison(capsys):

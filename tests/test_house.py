@@ -9,11 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
 policy run
-files policy.packed
+files
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
 sources data rewards
-policy.lora policy.learner policy.checkpoint policy.attempt
+policy.lora policy.packed policy.learner policy.checkpoint policy.attempt
 run.processes run.directory run.fit run.flags run.update run.state run.start run.command
 tools tools.overlap tools.report
 eval train

@@ -75,28 +75,19 @@ def drawn(*outcomes):
         prompts.append(SimpleNamespace(problem=problem))
         facts = {"score": Score(1.0, "right", "2"), "length": 2, "text": "x"}
         attempts.append([SimpleNamespace(completion=c, **facts) for c in done])
-    update.number = 2  # prints nothing
     update.add_draw(prompts, attempts, groups)
     return update
 
 
-@mark.parametrize("keep, expected", [(9, [2, 0, 1, 3]), (2, [2, 0]), (1, [2])])
-def test_whole_groups_are_written_first_one_that_teaches(keep, expected, monkeypatch):
-    """A bound that took the first ones alone would lose it."""
-    monkeypatch.setattr("run.update.KEEP", keep)
-    update = drawn([0, 0, 0], [1, 1, 1], [0, 1, 0.5], [1, 0, 0])
+def test_whole_groups_are_written_with_their_advantages(monkeypatch):
+    monkeypatch.setattr("run.update.KEEP", 2)
+    update = drawn([0, 1, 0.5], [1, 1, 1], [0, 0, 0])
     rows = update.rows_to_write()
-    assert column(rows, "group") == [number for number in expected for _ in range(3)]
-    assert column(rows, "sample") == [0, 1, 2] * len(expected)
-    assert column(rows[:3], "problem_id") == ["p2"] * 3
+    assert column(rows, "group") == [0, 0, 0, 1, 1, 1]
+    assert column(rows, "sample") == [0, 1, 2] * 2
     expected = group_advantage(torch.tensor([0, 1, 0.5]).double()).tolist()
     assert column(rows[:3], "advantage") == expected
-    assert len(update.rows) == 12  # the statistics are of all
-
-
-def test_where_no_group_teaches_the_first_is_written_first():
-    assert column(drawn([0, 0], [1, 1]).rows_to_write(), "group") == [0, 0, 1, 1]
-    assert drawn().rows_to_write() == []
+    assert len(update.rows) == 9  # the statistics are of all
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -287,18 +278,6 @@ def test_a_name_has_one_color_in_all_runs(tmp_path):
         legend = [text.get_text() for text in ax.get_legend().get_texts()]
         assert legend.count(name) == 1
     assert report.draw([first, second]).exists()
-
-
-def test_completions_do_not_command_the_terminal(printed):
-    problem = SimpleNamespace(id="p", problem="1\x1b[2J", answer="2\r")
-    done = SimpleNamespace(stopped=True)
-    facts = {"score": Score(0.0, "wrong", "2"), "length": 1, "text": "3\x1b[31m\u202e"}
-    attempt = SimpleNamespace(completion=done, **facts)
-    Update(1, LEVEL_STATE, 0.1, 1).add_draw(
-        [SimpleNamespace(problem=problem)], [[attempt]], [group([1], [done], [0])]
-    )
-    said = printed()
-    assert said.strip().isprintable() and "3\\x1b[31m\\u202e" in said
 
 
 @mark.parametrize("text", ["1+1=2", HOSTILE])

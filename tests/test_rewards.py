@@ -40,7 +40,7 @@ from rewards import (
 )
 from rollout import sample, stream_key
 from run.flags import Config
-from run.processes import Ranks
+from run.processes import leave
 
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 
@@ -408,8 +408,10 @@ def own(tmp_path):
     return lambda name: load_reward(f"{tmp_path / 'own.py'}:{name}")
 
 
-def scorer(**flags):
-    return Scorer(Config(**flags))
+def scorer(workers=64, **flags):
+    using = Scorer(Config(**flags))
+    using.calls = rewards.Calls(workers, using.calls.seconds)
+    return using
 
 
 def scores(reward, responses="a", using=None, problem=Problem("p7", "1", "1")):  # noqa: B008
@@ -523,7 +525,7 @@ def test_so_many_calls_wait_together_and_no_more(workers):
     """256 calls of 40 ms take 10 s one after the other. Their order is that of the completions,
     whichever comes first."""
     watched, responses = Watched(), list(map(str, range(256 if workers > 1 else 8)))
-    start, using = time.monotonic(), scorer(reward_workers=workers)
+    start, using = time.monotonic(), scorer(workers=workers)
     assert scores(Reward("f", watched), responses, using) == list(map(float, responses))
     assert watched.most == workers
     assert time.monotonic() - start < 5
@@ -534,13 +536,11 @@ def test_a_group_is_scored_while_others_are_sampled():
     model, begun, sampled = random_model(), [], []
     keys, limits = [[stream_key(i, k) for k in range(2)] for i in range(3)], [3, 40, [4, 60]]
 
-    def on_group(number, completions):
+    settings = dict(slots=8, stop_ids=(), temperature=1.0)
+    for number, done in sample(model, [[5, 6]] * 3 + [[]], [*keys, []], [*limits, 0], **settings):
         begun.append(number)
-        sampled.append([len(c.tokens) for c in completions])
-
-    settings = dict(slots=8, stop_ids=(), temperature=1.0, on_group=on_group)
-    sample(model, [[5, 6]] * 3 + [[]], [*keys, []], [*limits, 0], **settings)
-    assert begun == [0, 1, 2] and sampled == [[3, 3], [40, 40], [4, 60]]
+        sampled.append([len(c.tokens) for c in done])
+    assert begun == [3, 0, 1, 2] and sampled == [[], [3, 3], [40, 40], [4, 60]]
 
 
 def stubborn(problem, response):
@@ -587,7 +587,7 @@ def test_a_call_over_its_time_breaks_its_group_alone(function):
     """Whatever it catches. The group behind it is scored in time: a place that a late call kept
     for ever would be missing."""
     awaited = asyncio.iscoroutinefunction(function)
-    using = scorer(reward_timeout=0.2, reward_workers=1)
+    using = scorer(reward_timeout=0.2, workers=1)
     slow = using.begin(Reward("f", function, awaited=awaited), Problem("p", "1", "1"), "a")
     good = using.begin(Reward("g", lambda *_: 2), Problem("q", "1", "1"), ["b"])
     start = time.monotonic()
@@ -631,7 +631,7 @@ async def standing(problem, response):
 def test_a_task_that_never_began_does_not_hang(monkeypatch):
     """One that holds up the loop keeps the others from their beginning: they are late, but no call
     goes on for ever."""
-    using = scorer(reward_timeout=0.15, reward_workers=8)
+    using = scorer(reward_timeout=0.15, workers=8)
     assert math.isnan(scores(Reward("f", standing, awaited=True), "a" * 24, using)[0])
     end = time.monotonic() + 5
     while any(future.running() for _, future in using.calls.left):
@@ -643,24 +643,16 @@ def test_a_task_that_never_began_does_not_hang(monkeypatch):
 
 def test_a_thread_of_a_coroutine_does_not_keep_the_process(monkeypatch):
     """asyncio.to_thread in a reward: the interpreter waits for such threads, which may hang."""
-    left, end = [], threading.Event()
+    left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    loop = asyncio.new_event_loop()
-    loop.run_in_executor(None, end.wait, 20)
-    with Ranks():
-        pass
-    assert left == [0]
-    end.set()
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
-    with Ranks():
-        pass
-    assert left == [0]
+    leave(lambda: None)
+    leave(lambda: sys.exit(3))
+    assert left == [0, 3]
 
 
 def test_what_is_dropped_is_not_called():
     """After Ctrl-C a judge that costs money must not go on with the rest of the draw."""
-    called, using, free = [], scorer(reward_workers=1), threading.Event()
+    called, using, free = [], scorer(workers=1), threading.Event()
     reward = Reward("f", lambda problem, response: called.append(response) or free.wait(5))
     using.begin(reward, Problem("p", "1", "1"), list("abc"))
     while not called:
