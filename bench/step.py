@@ -31,7 +31,6 @@ def make_run(args, problems):
     cfg = Config(
         dtype=args.dtype,
         minibatches=1,
-        micro_batch_tokens=args.micro_batch_tokens,
         slots=args.slots,
         group_size=[args.group],
         buffer_groups=[args.prompts],
@@ -44,7 +43,9 @@ def make_run(args, problems):
     reward = Reward("common.py:reward", common.reward)
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
-    learner, fit = Learner(policy.model, ranks, args.recompute), Fit(cfg, policy.model)
+    learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
+    learner.model.model.recompute = args.recompute
+    learner.most_tokens = args.micro_batch_tokens
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
