@@ -651,7 +651,7 @@ def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
 @mark.parametrize(
     "where, said",
     [
-        ("policy.checkpoint.sample", "out of memory; with --out o it goes on"),
+        ("policy.attempt.sample", "out of memory; with --out o it goes on"),
         ("eval.data.only_gradable", "2.00 GiB"),
     ],
 )

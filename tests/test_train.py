@@ -933,7 +933,7 @@ def test_a_picture_that_cannot_be_drawn_fails_no_run(workshop, printed, monkeypa
 
 def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     """After Ctrl-C coroutines would go on, and cost."""
-    monkeypatch.setattr("policy.checkpoint.sample", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("policy.attempt.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
         attempt(toy_policy, using, [], Sampling(3, 1.0), fit(toy_policy.model))
