@@ -165,13 +165,24 @@ def without_repeats(problems):
 # ---------------------------------------------------------------------------------------- prompts
 
 
+class Help(str):
+    """What --help says of a flag. argparse takes no more of a flag, so the rest stands here too."""
+
+    rule = None  # (test of a value, its words), see run/flags.py
+    may_change = False  # whether a run that is resumed, or an evaluation, may have another value
+
+
 def flag(help, default=None, **more):
-    """help  what it is, its unit, and in brackets where the default comes from
-    more  for argparse
+    """A field of a dataclass of flags.
+
+    help  what it is, its unit, and in brackets where the default comes from
+    more  see Help
     """
+    metadata = {"help": Help(help)}
+    vars(metadata["help"]).update(more)
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help, **more})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -297,6 +308,18 @@ def cut_levels(problems, qualities, kind):
         "too hard": len(bins[math.inf]),
     }
     return [bins[q] for q in qualities], left_out
+
+
+def cut_by_difficulty(name, problems, qualities, kind):
+    """-> {number of a level from 1: problems}, counts of those that belong to none
+
+    name  of their file. Where nothing is known of their difficulty: {None: all problems}
+    """
+    if all(difficulty(p, kind) is None for p in problems):
+        tqdm.write(f"{name}: no problem has a {kind}, so they are one set")
+        return {None: problems}, {}
+    parts, left_out = cut_levels(problems, qualities, kind)
+    return dict(enumerate(parts, 1)), left_out
 
 
 def name_level(row):

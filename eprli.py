@@ -7,7 +7,6 @@
     fill a buffer with N_l groups whose R_l differ (DAPO)          Buffer
     for level l = 1 .. L: for update = 1 .. M_l                    LevelState, next_level
     the learning rate over a level                                 learning_rate
-    the levels that the flags describe, with defaults              resolve_levels, Level
 
 In one sentence: DAPO's loop in which the hyper-parameters are indexed by a level of difficulty, run
 level after level on one shared policy. Where the paper's description is silent or contradicts
@@ -47,8 +46,8 @@ itself, this is how we read it. Every departure from the text is in this list:
 15. Difficulty is 1 - pass rate of the starting policy, measured once with k samples (eval.py
     --add-pass-rate) that serve neither training nor evaluation. It is not measured anew while the
     policy learns. What is always solved belongs to no level.
-16. "Every hyper-parameter" of a level is every field of Level but overlong_cache. One value serves
-    all levels for everything else, such as learning rate, temperature and kind of length reward.
+16. "Every hyper-parameter" of a level is every field of Level. One value serves all levels for
+    everything else, such as learning rate, temperature and kind of length reward.
 17. K_l = 0 is an ablation of the paper. Its own K_l has no number.
 
 Shapes: P groups, G completions per group, B completions, T tokens.
@@ -56,21 +55,10 @@ Shapes: P groups, G completions per group, B completions, T tokens.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-# Q_l by default, for the shipped problems. Level 1: solved in 20 % of the attempts or more.
-QUALITY = [0.8, 1.0]
-# Defaults that differ by level, for the shipped model: [first, other]. `first` is for level 1 if
-# there are several levels, `other` for every other level, and for a single one. All other defaults
-# are in run/flags.py.
-LEVEL_DEFAULTS = {
-    "quality": QUALITY,
-    "max_new_tokens": [96, 128],
-    "length_weight": [0.0, 0.3],
-    "updates": [20, 40],
-}
 # Updates in a row that may fail to fill a buffer, before the level ends: see 7 above
 MOST_SKIPS = 3
 
@@ -81,10 +69,10 @@ class Level:
 
     Len_l limits a completion (or what is left of the context does, if that is less). It is used
     - by the sampler, and by the length rewards `overlong` and `cosine`;
-    - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --model RUN,
-      unless --eval-max-new-tokens is given. Pass rates should be measured with it too;
+    - in evaluation: the largest Len_l limits held-out completions, here and in eval.py --model RUN.
+      Pass rates should be measured with it too;
     - by the default --slots;
-    - as the divisor of the loss norm `constant`; Len_l / 5 is the default of overlong_cache.
+    - as the divisor of the loss norm `constant`.
     """
 
     quality: float  # Q_l    upper bound of difficulty
@@ -93,7 +81,6 @@ class Level:
     max_new_tokens: int  # Len_l  longest completion, tokens
     reward: str  # R_l    its name, "math" or "path.py:function"; loaded: LevelState.reward
     length_weight: float  # K_l    0 switches the length reward off
-    overlong_cache: int  # last tokens, over which the overlong penalty falls to -1
     eps_low: float  # clip bounds, asymmetric: rho in [1 - eps_low, 1 + eps_high]
     eps_high: float
     inner_epochs: int  # mu_l   passes over an update's groups
@@ -110,12 +97,13 @@ class Level:
 # ---------------------------------------------------------------------------------------- rewards
 
 
-def overlong_penalty(length, max_new_tokens, cache):
-    """DAPO's soft overlong punishment: 0 up to max - cache, then linearly down to -1 at max.
+def overlong_penalty(length, max_new_tokens):
+    """DAPO's soft overlong punishment: 0 at first, over the last fifth linearly down to -1 (its
+    numbers: 4,096 of 20,480 tokens).
 
-    length  any shape, tokens with the stop token; max_new_tokens and cache (> 0) in tokens
-    -> the shape of length, in [-1, 0]
+    length  any shape, tokens with the stop token -> its shape, in [-1, 0]
     """
+    cache = max(1, max_new_tokens // 5)
     return -((length - (max_new_tokens - cache)) / cache).clamp(0, 1)
 
 
@@ -143,10 +131,10 @@ def cosine_length_term(length, correct, stopped, max_new_tokens):
     return torch.where(stopped, torch.where(correct, shape, -shape), torch.full_like(shape, -0.5))
 
 
-def length_term(kind, length, correct, stopped, max_new_tokens, cache):
+def length_term(kind, length, correct, stopped, max_new_tokens):
     """The unweighted length term of one group or of many: (..., G) each -> (..., G) float."""
     if kind == "overlong":
-        return overlong_penalty(length, max_new_tokens, cache)
+        return overlong_penalty(length, max_new_tokens)
     if kind == "kimi":
         return kimi_length_term(length, correct)
     if kind == "cosine":
@@ -380,73 +368,17 @@ def next_level(states, schedule):
     return left[0] if left else None
 
 
-def learning_rate(cfg, num_trained, progress):
-    """--lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
+def learning_rate(lr, warmup, decay, num_trained, progress):
+    """lr, times a linear warm-up, times a decay from 1 at a level's start to 0 at its end.
 
+    warmup       updates
+    decay        none, linear or cosine
     num_trained  updates of the level that changed the policy so far
     progress     share of the level's budget that is used up, in [0, 1)
     """
-    rate = cfg.lr * min(1.0, (num_trained + 1) / max(cfg.warmup, 1))
-    if cfg.lr_decay == "none":
+    rate = lr * min(1.0, (num_trained + 1) / max(warmup, 1))
+    if decay == "none":
         return rate
-    if cfg.lr_decay == "linear":
+    if decay == "linear":
         return rate * (1 - progress)
     return rate * (1 + math.cos(math.pi * progress)) / 2
-
-
-PER_LEVEL = [f.name for f in fields(Level) if f.name != "overlong_cache"]
-
-
-def resolve_levels(cfg, measured):
-    """The levels that the flags describe: [Level, ...]. Raises ValueError
-
-    cfg       the flags, see run/flags.py. Each per-level flag has one value, or one per level.
-    measured  whether some training problem has a pass rate
-    """
-    values = level_values(cfg, measured)
-    # The longest of these lists is the number of levels; the other defaults fit any number.
-    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
-    num_levels = max(len(values[name]) for name in binding)
-    for name in binding:
-        if len(values[name]) not in (1, num_levels):
-            said = "" if getattr(cfg, name) else " as by default"
-            raise ValueError(
-                f"there are {num_levels} levels, and --{name.replace('_', '-')} needs 1 or "
-                f"{num_levels} values, not {len(values[name])}{said}"
-            )
-    levels = []
-    for i in range(num_levels):
-        settings = {}  # of this level
-        for name, by_level in values.items():
-            settings[name] = by_level[-1 if num_levels == 1 else min(i, len(by_level) - 1)]
-        cache = cfg.overlong_cache or max(1, settings["max_new_tokens"] // 5)
-        if cache > settings["max_new_tokens"]:
-            raise ValueError(
-                f"--overlong-cache {cache} exceeds --max-new-tokens: all would be punished"
-            )
-        levels.append(Level(**settings, overlong_cache=cache))
-    return levels
-
-
-def level_values(cfg, measured):
-    """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) or LEVEL_DEFAULTS.get(name) for name in PER_LEVEL}
-    values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["tokens"] = cfg.tokens or [None]
-    if cfg.tokens and not cfg.updates:
-        values["updates"] = [None]
-    if cfg.difficulty == "level":
-        if not cfg.quality:
-            raise ValueError(
-                "--difficulty level needs --quality: the highest declared number of each level, "
-                "e.g. --quality 1 2"
-            )
-    elif not measured:
-        values["quality"] = cfg.quality or [1.0]
-        if set(values["quality"]) != {1.0}:
-            raise ValueError(
-                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
-                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
-                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
-            )
-    return values

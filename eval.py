@@ -8,53 +8,54 @@
 
 `torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
 evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its state.
+
+scipy.stats takes a second to import. It is imported where it is used.
 """
 
-import contextlib
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
+from answers import canonical
 from data import flag
-from eprli import QUALITY
-from files import Stop, explained, stems, write_records
-from policy.attempt import (
-    DIFFICULTY,
-    EVALUATION,
-    Sampling,
-    attempt,
-    evaluation_requests,
-    must_be_finite,
-)
+from files import Stop, explained, read_records, stem, stems, write_records
+from policy.attempt import DIFFICULTY, EVALUATION, Sampling, attempt, evaluation_requests
 from policy.checkpoint import (
-    MAX_NEW_TOKENS,
     SHIPPED,
     TINY,
     Policy,
     default_dtype,
     digest,
     is_shipped,
+    weights_digest,
 )
-from rewards import LATE, MATH, RIGHT, Scorer, load_reward, writes_steps
+from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
 from run.directory import checkpoints, create, lock
 from run.fit import Fit
-from run.flags import Machine, Scoring, check_ranges, make_parser
-from run.processes import Ranks, refuse, set_up_output
-from run.statistics import SETTINGS, by_name, interval, majority, measure, shown
+from run.flags import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    DEFAULTS,
+    Machine,
+    about,
+    check_rules,
+    make_parser,
+)
+from run.processes import Ranks, leave, refuse, set_up_output
+from run.state import shown
 
-# ----------------------------------------------------------------------------------- command line
-
-# What a training run sets, beside its lengths and R_l
-OF_RUN = "temperature examples system suffix template template_kwargs stop dtype"
+MAX_NEW_TOKENS = DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
 
 
 @dataclass(frozen=True)
@@ -69,32 +70,243 @@ class Flags(Machine):
         str(TINY),
     )
     data: list[str] = flag(
-        "files of problems, data sets of the hub (sources.py), or names of benchmarks; with "
-        "[:512] behind it, the first 512 rows",
+        "files of problems, data sets of the hub, or names of benchmarks (data.py); with [:512] "
+        "behind it, the first 512 rows",
         [str(SHIPPED / "heldout.jsonl")],
     )
     columns: list[str] = flag("of --data: problem=NAME answer=NAME, and pass_rate, level or id", [])
-    samples: int = flag("completions per problem", 16)
-    k: int = flag("k of pass@k; 0: as many as --samples", 0)
-    max_new_tokens: int = flag(f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0)
-    temperature: float = flag("0 is greedy; 1 as in training", 1.0)
-    top_p: float = flag("nucleus, above 0; 1 is off, as in training", 1.0)
-    top_k: int = flag("likeliest tokens; 0 is off, as in training", 0)
-    seed: int = flag("of the random streams", 0)
-    quality: list[float] = flag("thresholds of levels", QUALITY)
+    samples: int = flag("completions per problem", 16, rule=AT_LEAST_1)
+    k: int = flag("k of pass@k; 0: as many as --samples", 0, rule=AT_LEAST_0)
+    max_new_tokens: int = flag(
+        f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0, rule=AT_LEAST_0
+    )
+    temperature: float = flag("0 is greedy; 1 as in training", 1.0, rule=AT_LEAST_0)
+    top_p: float = flag("nucleus; 1 is off, as in training", 1.0, rule=ABOVE_0)
+    top_k: int = flag("likeliest tokens; 0 is off, as in training", 0, rule=AT_LEAST_0)
+    seed: int = flag("of the random streams", 0, rule=AT_LEAST_0)
+    quality: list[float] = flag("thresholds of levels", DEFAULTS["quality"])
     reward: str = flag("R_l: math, or path.py:function; 1 and more is right", MATH)
-    out: Path | None = flag("new, or of a stopped evaluation; default runs/eval-<date-time>")
-    add_pass_rate: Path | None = flag("file to write: the problems with their pass rates")
-    compare: str | None = flag("test the difference of two results: A B", nargs=2)
+    out: Path | None = flag(
+        "new, or of a stopped evaluation; default runs/eval-<date-time>", may_change=True
+    )
+    add_pass_rate: Path | None = flag(
+        "file to write: the problems with their pass rates", may_change=True
+    )
+    compare: list[str] = flag("A B: test the difference of two results", [], may_change=True)
 
 
-SECTIONS = Flags, Scoring, data.Prompting
-RULES = (
-    ("samples slots reward_workers", lambda v: v >= 1, "at least 1"),
-    ("reward_timeout", lambda v: 0 < v < math.inf, "above 0"),
-    ("k max_new_tokens temperature top_k seed", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
-)
+SECTIONS = Flags, data.Prompting
+
+
+# --------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate(ranks, policy, scorer, fit, requests, sampling):
+    """Sample and score, spread over the processes.
+
+    requests  see policy.attempt.evaluation_requests
+    -> for each of them the rows of its samples: a line of completions.jsonl but for file and level
+    """
+
+    def work(share):
+        done = attempt(policy, scorer, share, sampling, fit, show_progress=ranks.first)
+        return [rows_of(prompt.problem.id, some) for (prompt, *_), some in zip(share, done)]
+
+    return ranks.share_out(requests, work)
+
+
+def rows_of(name, attempts):
+    """Raises Stop where no update can be given up for an R_l, or a logit, that is not finite.
+
+    name  the id of their problem
+    """
+    rows = []
+    for number, a in enumerate(attempts):
+        if not all(map(math.isfinite, a.completion.logprobs)):
+            raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
+        if not math.isfinite(a.score.values.get("R_l", 0.0)):
+            raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
+        row = {
+            "problem_id": name,
+            "sample": number,
+            "verdict": a.score.verdict,
+            "answer": a.score.answer,
+            "tokens": a.length,
+            "stopped": a.completion.stopped,
+            "text": a.text,
+        }
+        rows.append(row | ({"values": a.score.values} if a.score.values else {}))
+    return rows
+
+
+def result_of(rows):
+    """What became of one problem, from the rows of its samples: a line of results.jsonl."""
+    right = [row["verdict"] == RIGHT for row in rows]
+    values = by_name(row["values"] for row in rows if "values" in row)  # of one's own R_l
+    answers = [row["answer"] for row in rows]
+    result = {name: rows[0].get(name) for name in ("file", "problem_id", "level")} | {
+        "n": len(rows),
+        "right": sum(right),
+        "length": np.mean([row["tokens"] for row in rows]),
+        "cut_off": 1 - np.mean([row["stopped"] for row in rows]),
+        "writes_steps": np.mean([writes_steps(row["text"]) for row in rows]),
+        "verdicts": Counter(row["verdict"] for row in rows),
+        "means": {name: np.mean(some) for name, some in values.items()},
+    }
+    if any(answers) or not values:  # an R_l of one's own may ask for no box
+        result["majority"] = int(majority(answers, right))
+    return result
+
+
+def measure(result, k):
+    """{measure: value} of one problem, from its result"""
+    n, right = result["n"], result["right"]
+    values = {f"avg@{n}": right / n, f"pass@{k}": pass_at_k(n, right, k)}
+    if "majority" in result:
+        values[f"maj@{n}"] = result["majority"]
+    values |= result["means"]
+    return values | {name: result[name] for name in ("length", "cut_off", "writes_steps")}
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def by_name(rows):
+    """Dicts of numbers, one per problem or sample -> {name: its numbers}; 0 where missing."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, 0.0) for row in rows] for name in names}
+
+
+def pass_at_k(n, c, k):
+    """Unbiased P(at least one of k <= n is right) from c right of n samples (Chen et al. 2021)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(answers, right):
+    """Whether the most frequent answer is right.
+
+    Answers vote together if their canonical spelling is one. Ties go to the answer that was sampled
+    first. None, no answer, casts no vote; without any vote the majority is wrong.
+    """
+    spelled = [None if answer is None else canonical(answer) for answer in answers]
+    votes = [spelling for spelling in spelled if spelling is not None]
+    return bool(votes) and right[spelled.index(mode(votes))]  # the first of equals
+
+
+def wilson(successes, n):
+    """95 % interval of a proportion (Wilson 1927) -> low, high"""
+    from scipy.stats import binomtest
+
+    return binomtest(int(successes), n).proportion_ci(method="wilson")
+
+
+def bootstrap(values):
+    """95 % interval of the mean over resamples of the values, one per problem -> low, high"""
+    from scipy import stats
+
+    if len(values) == 1:
+        return values[0], values[0]
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, batch=100, method="percentile", random_state=0
+    )
+    return result.confidence_interval
+
+
+def interval(values):
+    """Mean of one value per problem, and its 95 % interval over problems -> mean, low, high
+
+    Samples of one problem are not independent, so they are averaged before. If all values are 0 or
+    1, the interval is Wilson's. Otherwise it is a bootstrap's. A bootstrap of few values is too
+    narrow, so an interval of shares (values in [0, 1]) is widened: its top is at least Wilson's top
+    for zeros alone, its bottom at most Wilson's bottom for ones alone.
+    """
+    values, n = np.asarray(values, float), len(values)
+    if np.isin(values, (0, 1)).all():
+        return values.mean(), *wilson(values.sum(), n)
+    low, high = bootstrap(values)
+    if values.min() >= 0 and values.max() <= 1:
+        low, high = min(low, wilson(n, n).low), max(high, wilson(0, n).high)
+    return values.mean(), low, high
+
+
+def difference(x, y):
+    """Values of A and B, one per problem -> both means, B - A with its 95 % interval, and p
+
+    p is that of a two-sided permutation test: if A and B were alike, the difference of any problem
+    could as well have the other sign. Where all values are 0 or 1, a bootstrap is too narrow: of
+    none that differs, it is certain. So one more difference of each sign is added (Bonett and
+    Price 2012).
+    """
+    from scipy.stats import permutation_test
+
+    x, y = np.array(x, float), np.array(y, float)
+    gain, p = y - x, 1.0
+    if len(gain) > 1:
+        rng = np.random.default_rng(0)
+        test = permutation_test(
+            (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
+        )
+        p = test.pvalue
+    unseen = [-1, 1] if np.isin([x, y], (0, 1)).all() else []
+    low, high = bootstrap([*gain, *unseen])
+    numbers = x.mean(), y.mean(), gain.mean(), low, high, p
+    return dict(zip(("A", "B", "difference", "low", "high", "p"), numbers))
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+
+def compare(*paths):
+    """Print and return how two evaluations of the same problems differ, problem by problem:
+    {file, or file and level: {measure: its difference}}.
+
+    paths  two --out folders.  Raises ValueError
+    """
+    pairs, (a, b) = defaultdict(list), map(read_results, paths)
+    for name in sorted((a[0].keys() | b[0].keys()) - {"out"}):
+        first, second = a[0].get(name), b[0].get(name)
+        if first != second:
+            print(f"{name} differs: A {first!r}, B {second!r}")
+    for key, result in a[1].items():
+        if key in b[1]:
+            pairs[key[0]].append((result, b[1][key]))
+            if result["level"]:
+                pairs[f"{key[0]}, {result['level']}"].append((result, b[1][key]))
+    if not pairs:
+        raise ValueError(f"{paths[0]} and {paths[1]} have no problem in common")
+    report = {}
+    for name, some in pairs.items():
+        print(f"\n{name}: {len(some)} problems in both, {len(a[1])} in A, {len(b[1])} in B")
+        report[name] = {"problems": len(some)}
+        k = min(result["n"] for pair in some for result in pair)
+        x, y = (by_name(alike(measure(result, k)) for result in side) for side in zip(*some))
+        for what in filter(y.get, x):
+            numbers = report[name][what] = difference(x[what], y[what])
+            cells = "  ".join(f"{part} {number:.3f}" for part, number in numbers.items())
+            print(f"  {what:10}  {cells}")
+    return report
+
+
+def read_results(path):
+    """An --out folder or its results.jsonl -> settings, {(its file, problem id): result}. Raises
+    ValueError"""
+    path = Path(path)
+    path = path / "results.jsonl" if path.is_dir() else path
+    first, *rows = read_records(path)
+    with explained(f"{path}: not what eval.py writes"):
+        for row in rows:
+            measure(row, 1)
+        return dict(first["settings"]), {(stem(r["file"]), r["problem_id"]): r for r in rows}
+
+
+def alike(measures):
+    """Measures under names that do not tell the number of samples, which may differ."""
+    names = {"avg": "accuracy", "maj": "majority"}
+    return {names.get(name.partition("@")[0], name): x for name, x in measures.items()}
+
+
+# ----------------------------------------------------------------------------------- command line
 
 
 def parse_args(parser, arguments):
@@ -109,8 +321,6 @@ def parse_args(parser, arguments):
     args.dtype = args.dtype or default_dtype(args.model, args.device)
     if is_shipped(args.model):
         args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
-    # What measures difficulty is sampled from other streams of random numbers.
-    args.purpose = DIFFICULTY if args.add_pass_rate else EVALUATION
     return args
 
 
@@ -119,18 +329,18 @@ def flags_of(run):
     Raises ValueError"""
     with explained(f"--model {run}: not a training run with a checkpoint"):
         config = json.loads((Path(run) / "config.json").read_text())
-        flags = {name: config[name] for name in OF_RUN.split()}
-        longest = max(level["max_new_tokens"] for level in config["levels"])
-        flags["max_new_tokens"] = config["eval_max_new_tokens"] or longest
+        flags = {name: config[name] for name in ("temperature", "dtype", *about(data.Prompting))}
+        flags["max_new_tokens"] = max(level["max_new_tokens"] for level in config["levels"])
         if len(set(config["reward"])) == 1:
             flags["reward"] = config["reward"][0]
-        flags["model"] = str(checkpoints(run)[0])
-        return flags
+        return flags | {"model": str(checkpoints(run)[0])}
 
 
-def check(args):
-    """Raise ValueError for flags that cannot be, or do not go together."""
-    check_ranges(args, [*RULES, ("k", lambda v: v <= args.samples, "at most --samples")])
+def load_inputs(args, device):
+    """-> Policy, {file: prompts}.  Raises ValueError or OSError"""
+    check_rules(args, *SECTIONS)
+    if args.k > args.samples or args.top_p > 1:
+        raise ValueError("--k must be at most --samples, and --top-p at most 1")
     if not args.max_new_tokens:
         raise ValueError(
             f"--max-new-tokens: our default fits the shipped model alone; for {args.model} give it"
@@ -139,46 +349,19 @@ def check(args):
     names, rates = stems("--data", args.data), args.add_pass_rate
     if rates and (len(names) > 1 or rates.exists() or not rates.parent.is_dir()):
         raise ValueError(f"--add-pass-rate {rates}: needs one file of --data and a new path")
-
-
-def make_row(path, problem_id, level, sample, attempt):
-    """A line of completions.jsonl"""
-    score = attempt.score
-    row = {
-        "file": path,
-        "problem_id": problem_id,
-        "level": level,
-        "sample": sample,
-        "verdict": score.verdict,
-        "answer": score.answer,
-        "tokens": attempt.length,
-        "stopped": attempt.completion.stopped,
-        "text": attempt.text,
-    }
-    return row | {"values": score.values} if score.values else row
-
-
-def read_data(args):
-    """-> {file: problems}.  Raises ValueError"""
-    check(args)
     files, graded = {}, args.reward == MATH
     for path in args.data:
         files[path] = data.read_problems(path, args.columns, must_fit=True, graded=graded)
         if graded:
             data.only_gradable(path, files[path])  # says which; they stay
-        for p in files[path] if args.add_pass_rate else ():
+        for p in files[path] if rates else ():
             with explained(f"{path}, {p.id!r}: --add-pass-rate cannot write it as JSON"):
                 json.dumps(p.record())
-    return files
-
-
-def load_inputs(args, device, files):
-    """files  see read_data;  -> Policy, {file: prompts}.  Raises ValueError or OSError"""
-    policy, prompts = Policy.load(args.model, args.dtype, device, args), {}
+    policy = Policy.load(args.model, args.dtype, device, args)
     for path, problems in files.items():
-        prompts[path] = policy.render(problems)
-        policy.show(path, prompts[path], args.max_new_tokens)
-    return policy, prompts
+        files[path] = policy.render(problems)
+        policy.show(path, files[path], args.max_new_tokens)
+    return policy, files
 
 
 def open_folder(args, policy, files):
@@ -186,15 +369,16 @@ def open_folder(args, policy, files):
 
     -> its path.  Raises ValueError
     """
-    out, settings = args.out, {name: getattr(args, name) for name in SETTINGS.split()}
-    measured = policy.measuring(
-        args.temperature, args.max_new_tokens, [args.reward], args.top_k, args.top_p
-    )
-    settings["weights"] = measured["weights"]
-    settings["reward_identity"] = measured["reward"]
+    settings = {
+        name: getattr(args, name) for name, help in about(*SECTIONS).items() if not help.may_change
+    }
+    settings["purpose"] = purpose(args)
+    settings["reward_identity"] = identity(args.reward)
+    settings["weights"] = weights_digest(policy.folder)
     settings["prompts"] = digest((list(files.values()), policy.stop_ids))
+    out = args.out
     if not (out and out.exists()):
-        return create(out, settings | {"measured": measured}, "eval-")
+        return create(out, settings, "eval-")
     with explained(f"--out {out}: exists already, and is no evaluation to go on with"):
         began_with = json.loads((out / "config.json").read_text())
         differ = [name for name in settings if began_with[name] != settings[name]]
@@ -204,6 +388,11 @@ def open_folder(args, policy, files):
             "name a new folder, or go on with the same ones"
         )
     return out
+
+
+def purpose(args):
+    """What measures difficulty is sampled from other streams of random numbers."""
+    return DIFFICULTY if args.add_pass_rate else EVALUATION
 
 
 def finished(log, samples):
@@ -222,47 +411,23 @@ def sample_rest(args, policy, files, log, ranks):
 
     Each process takes a share of a block; the first one writes, in the order of problems.
     """
-    scorer, reward = Scorer(args), load_reward(args.reward)
+    scorer, fit = Scorer(args), Fit(args, policy.model)
+    reward = load_reward(args.reward)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    fit, work = Fit(args, policy.model), []  # ((file, problem id, name of its level), request)
+    work, labels = [], []
     for path, prompts in files.items():
+        work += evaluation_requests(args.seed, prompts, args.samples, reward, purpose(args))
         levels = data.level_names([p.problem for p in prompts], args.quality)
-        for request in evaluation_requests(args.seed, prompts, args.samples, reward, args.purpose):
-            name = request[0].problem.id
-            work.append(((path, name, levels.get(name)), request))
-
-    def sample_share(share):
-        asked = [request for _, request in share]
-        done = attempt(policy, scorer, asked, sampling, fit, show_progress=ranks.first)
-        rows = []
-        for (labels, _), attempts in zip(share, done):
-            must_be_finite(labels[1], attempts)
-            rows += [make_row(*labels, *each) for each in enumerate(attempts)]
-        return rows
-
+        labels += [{"file": path, "level": levels.get(p.problem.id)} for p in prompts]
     done = ranks.from_first(lambda: finished(log, args.samples))
     print(f"{log}: {done} problems are done, {len(work) - done} are left")
     size = max(1, 2 * fit.most_slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
-        rows = ranks.share_out(work[start : start + size], sample_share)
+        block = slice(start, start + size)
+        scored = evaluate(ranks, policy, scorer, fit, work[block], sampling)
+        rows = [label | row for label, some in zip(labels[block], scored) for row in some]
         ranks.from_first(lambda rows=rows: write_records(log, rows, "a"))
     scorer.close()
-
-
-def result_of(rows):
-    """A line of results.jsonl: what became of one problem, from the rows of its samples."""
-    right = [row["verdict"] == RIGHT for row in rows]
-    values = by_name(row["values"] for row in rows if "values" in row)  # of one's own R_l
-    return {name: rows[0][name] for name in ("file", "problem_id", "level")} | {
-        "n": len(rows),
-        "right": sum(right),
-        "majority": int(majority([row["answer"] for row in rows], right)),
-        "length": np.mean([row["tokens"] for row in rows]),
-        "cut_off": 1 - np.mean([row["stopped"] for row in rows]),
-        "writes_steps": np.mean([writes_steps(row["text"]) for row in rows]),
-        "verdicts": Counter(row["verdict"] for row in rows),
-        "means": {name: np.mean(some) for name, some in values.items()},
-    }
 
 
 def summarise(results, k):
@@ -290,22 +455,17 @@ def add_pass_rates(path, prompts, results, measured):
     data.write_problems(path, problems)
 
 
-def write_results(args, files, out, locked):
+def write_results(args, files, out, settings):
     """Write results.jsonl and summary.json, print tables -> what summary.json holds
 
-    locked  config.json, an open file
+    settings  see open_folder
     """
-    summary = json.load(locked)
-    results, answered = [], False
     with open(out / "completions.jsonl", encoding="utf-8") as lines:
-        while rows := [json.loads(line) for line in islice(lines, args.samples)]:
-            results.append(result_of(rows))
-            answered |= any(row["answer"] for row in rows)
-    if not answered and args.reward != MATH:  # R_l that asks for no box
-        for result in results:
-            del result["majority"]
-    write_records(out / "results.jsonl", [{"settings": summary}, *results])
-    summary |= {"files": {}, "verdicts": sum((r["verdicts"] for r in results), Counter())}
+        rows = map(json.loads, lines)
+        results = [result_of(some) for some in iter(lambda: list(islice(rows, args.samples)), [])]
+    write_records(out / "results.jsonl", [{"settings": settings}, *results])
+    verdicts = sum((result["verdicts"] for result in results), Counter())
+    summary = settings | {"files": {}, "verdicts": verdicts}
     for path, prompts in files.items():
         some = [result for result in results if result["file"] == path]
         print(
@@ -316,10 +476,10 @@ def write_results(args, files, out, locked):
             print(f"levels by difficulty, up to --quality {' '.join(map(str, args.quality))}")
         summary["files"][path] = summarise(some, args.k)
         if args.add_pass_rate:
-            measured = summary["measured"] | {
+            names = ("weights", "temperature", "max_new_tokens", "samples")
+            measured = {name: settings[name] for name in names} | {
                 "model": Path(args.model).name,
                 "date": time.strftime("%Y-%m-%d"),
-                "samples": args.samples,
             }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -329,35 +489,24 @@ def write_results(args, files, out, locked):
 def main(arguments=None):
     set_up_output()
     parser = make_parser(SECTIONS)
-    with contextlib.ExitStack() as stack:
-        try:
-            args = parse_args(parser, arguments)
-            if args.compare:
-                from tools.compare import compare
-
-                return print(json.dumps(compare(*args.compare)))
-            ranks = stack.enter_context(Ranks(args.device))
-            files = ranks.from_first(lambda: read_data(args))
-            policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device, files))
-            out = ranks.from_first(lambda: open_folder(args, policy, files))
-            locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            refuse(parser, error)
-        try:
-            sample_rest(args, policy, files, out / "completions.jsonl", ranks)
-            if ranks.first:
-                print(json.dumps(write_results(args, files, out, locked)))
-        except OSError as error:
-            refuse(parser, error)
-        except Stop as stop:
-            words = f"{parser.prog}: {stop}; the same flags with --out {out} go on\n"
-            parser.exit(1, words if ranks.first else None)
-        except KeyboardInterrupt:
-            words = f"{parser.prog}: interrupted; the same flags with --out {out} go on\n"
-            parser.exit(130, words if ranks.first else None)
-        except torch.OutOfMemoryError:
-            refuse(parser, f"out of memory; with --out {out} it goes on")
+    try:
+        args = parse_args(parser, arguments)
+        if args.compare:
+            return print(json.dumps(compare(*args.compare)))
+        ranks = Ranks(args.device)
+        policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
+        out = ranks.from_first(lambda: open_folder(args, policy, files))
+        locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        refuse(parser, error)
+    try:
+        sample_rest(args, policy, files, out / "completions.jsonl", ranks)
+        if ranks.first:
+            print(json.dumps(write_results(args, files, out, json.load(locked))))
+    except (Stop, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else 1
+        refuse(parser, f"{str(stop) or 'interrupted'}; the same flags with --out {out} go on", code)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

@@ -10,7 +10,6 @@ S positions that attention sees.
 
 import json
 import math
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +25,20 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from files import explained
-from policy import packed
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time
 # Logits that the learner makes at once. Every chunk reads and writes the whole gradient of the
 # head, which takes as long as the products of 40 to 300 tokens. So it has at least 512 tokens.
-LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+# The gradient of the head is their sum in its own dtype: in bfloat16 a sum over a thousand chunks
+# would stop growing, and 37 (of 32,768 tokens, with a vocabulary of 152,000) lose little.
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAST_TOKENS = 512
+# Both act on a GPU alone. cuDNN's attention comes first on an H100 and makes a plan for every new
+# shape, which takes up to a second; an update has hundreds of shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
+# A product in bfloat16 adds up its parts in float32.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 # Numbers that a thread of a CPU works on at once: what it makes of them stays in its cache.
 NUMBERS_IN_CACHE = 1 << 19
 
@@ -134,130 +139,44 @@ def scaled_dot_product(q, k, v, mask=None):
     return out.transpose(1, 2).flatten(2)
 
 
-def gather_rows(x, rows):
-    """x[rows], where rows may repeat, with a gradient that is the same bits every time.
-
-    Indexing adds gradients up in the order of threads on a CPU; index_select does so on a GPU.
-    """
-    return x[rows] if x.is_cuda else x.index_select(0, rows)
-
-
 def causal_attention(layer, q, k, v):
     """Within each row. Padding on the right is never seen."""
     return scaled_dot_product(q, k, v)
 
 
 class PromptCache:
-    """The learner's cache: keys and values of prompts, with gradients, for all their completions.
+    """The learner's cache: keys and values of one prompt, with gradients, for all its completions.
 
-    The right-padded prompts go through the model first, by `attend_in_prompts`.
+    The prompt goes through the model first, with `attend_in_prompt`.
     """
 
     def __init__(self):
-        self.layers = {}  # layer -> k, v (prompts, K, P, D) of prompts padded to P tokens
+        self.layers = {}  # layer -> k, v (1, K, P, D)
 
-    def attend_in_prompts(self, layer, q, k, v):
+    def attend_in_prompt(self, layer, q, k, v):
         self.layers[layer] = k, v
         return scaled_dot_product(q, k, v)
 
-    def attention(self, rows, lengths, width):
-        """-> attend, for rows of `width` tokens: row b goes on from prompt rows[b], which has
-        lengths[b] tokens."""
-        mask = self.mask(lengths, width)
+    def attend_after_prompt(self, layer, q, k, v):
+        """Tokens attend to the prompt, and to those before them.
 
-        def attend(layer, q, k, v):
-            prompt_k, prompt_v = self.layers[layer]
-            k = torch.cat([gather_rows(prompt_k, rows), k], 2)
-            v = torch.cat([gather_rows(prompt_v, rows), v], 2)
-            if mask is not None:
-                return scaled_dot_product(q, k, v, mask)
-            padding = prompt_k.shape[2]
-            return scaled_dot_product(F.pad(q, (0, 0, padding, 0)), k, v)[:, padding:]
-
-        return attend
-
-    def mask(self, lengths, width):
-        """What `width` tokens see that follow prompts of these lengths; None: attention is causal.
-
-        Where all prompts have one length, padding the query at the front turns this into plain
-        causal attention, which needs no mask of B x T x (P + T) numbers: a completion of 24,576
-        tokens could not afford one.
+        Padding the query at the front makes this plain causal attention, which needs no mask of
+        T x (P + T) numbers: a completion of 24,576 tokens could not afford one. Where the prompt is
+        longer than the completions the padding would cost more than a mask.
         """
-        keys = self.layers[0][0]
-        padded = keys.shape[2]
-        if padded <= width and (lengths == padded).all():
-            return None
-        key = torch.arange(padded + width, device=lengths.device)
-        query = key[padded:, None]
-        in_prompt = key < lengths[:, None, None, None]
-        return additive_mask(in_prompt | ((key >= padded) & (key <= query)), keys.dtype)
+        rows, width = len(q), q.shape[2]
+        k, v = (
+            torch.cat([of_prompt.expand(rows, -1, -1, -1), new], 2)
+            for of_prompt, new in zip(self.layers[layer], (k, v))
+        )
+        padding = k.shape[2] - width
+        if padding <= width:
+            return scaled_dot_product(F.pad(q, (0, 0, padding, 0)), k, v)[:, padding:]
+        seen = torch.ones(width, k.shape[2], dtype=torch.bool, device=k.device).tril(padding)
+        return scaled_dot_product(q, k, v, additive_mask(seen[None, None], k.dtype))
 
 
 # ---------------------------------------------------------------------------------------- layers
-
-
-class Linear(nn.Linear):
-    joined = ()  # further layers that read the same input: see `project`
-    packed = None  # packed weight and bias of all these layers, within Transformer.laid_out
-    scale = None  # of the factors lora_A (r, I) and lora_B (O, r), where policy/lora.py adds them
-
-    def forward(self, x):
-        return self.add_factors(x, self.product(x))
-
-    def product(self, x):
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return packed.packed_linear(x, *self.packed)
-
-    def add_factors(self, x, out):
-        """out + scale B A x. Float32 factors are rounded to the dtype of x, as masters are."""
-        if self.scale is None:
-            return out
-        low_rank = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-        factor = self.lora_B.to(x.dtype).t()
-        return torch.addmm(out.flatten(0, -2), low_rank, factor, alpha=self.scale).view(out.shape)
-
-    def pack(self, rows):
-        layers, bias = (self, *self.joined), None
-        if self.bias is not None:
-            bias = torch.cat([layer.bias for layer in layers])
-        self.packed = packed.pack(torch.cat([layer.weight for layer in layers]), rows), bias
-
-
-def project(x, first, *joined):
-    """The outputs of layers that read the same input: one product while they are packed."""
-    layers = first, *joined
-    if first.packed is None:
-        return [layer(x) for layer in layers]
-    outputs = first.product(x).split([layer.out_features for layer in layers], -1)
-    return [layer.add_factors(x, out) for layer, out in zip(layers, outputs)]
-
-
-class Embedding(nn.Embedding):
-    def forward(self, ids):
-        return EmbeddedTokens.apply(ids, self.weight)
-
-
-class EmbeddedTokens(torch.autograd.Function):
-    """weight[ids]. A gradient that is added to a Learner's sum has a row for each different id,
-    where torch's has one for each token of the vocabulary."""
-
-    @staticmethod
-    def forward(ctx, ids, weight):
-        ctx.save_for_backward(ids, weight)
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ids, weight = ctx.saved_tensors
-        options = {"padding_idx": -1, "scale_grad_by_freq": False}
-        dense = partial(torch.ops.aten.embedding_dense_backward, **options)
-        if not hasattr(weight, "master"):  # set by policy/learner.py, see gradient_to_add_to
-            return None, dense(grad, ids, len(weight))
-        different, rows = ids.unique(return_inverse=True)
-        rows_grad = dense(grad.float(), rows, len(different))
-        gradient_to_add_to(weight).index_add_(0, different, rows_grad)
-        return None, None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -282,43 +201,22 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * head_dim
         key_size = config.num_key_value_heads * head_dim
         qkv_bias = bias or config.model_type == "qwen2"  # which has no switch for it
-        self.q_proj = Linear(hidden, query_size, qkv_bias)
-        self.k_proj = Linear(hidden, key_size, qkv_bias)
-        self.v_proj = Linear(hidden, key_size, qkv_bias)
-        self.o_proj = Linear(query_size, hidden, bias)
-        self.q_proj.joined = self.k_proj, self.v_proj
+        self.q_proj = nn.Linear(hidden, query_size, qkv_bias)
+        self.k_proj = nn.Linear(hidden, key_size, qkv_bias)
+        self.v_proj = nn.Linear(hidden, key_size, qkv_bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias)
         norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(head_dim, config.rms_norm_eps)
         self.k_norm = norm(head_dim, config.rms_norm_eps)
 
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x, cos, sin, attend):
-        projections = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
         return self.o_proj(attend(self.layer, q, k, v.transpose(1, 2)))
-
-
-class GatedUnit(torch.autograd.Function):
-    """silu(gate) * up. The backward pass computes silu(gate) again: of the tensors of a layer only
-    those of an MLP are wide, so each that is kept counts."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        for g, u, part in row_chunks(gate, up, out):
-            torch.mul(F.silu(g), u, out=part)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        for d, g, u, dg, du in row_chunks(grad, gate, up, gate_grad, up_grad):
-            torch.ops.aten.silu_backward(d * u, g, grad_input=dg)
-            torch.mul(d, F.silu(g), out=du)
-        return gate_grad, up_grad
 
 
 class MLP(nn.Module):
@@ -326,14 +224,16 @@ class MLP(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         bias = getattr(config, "mlp_bias", False)
-        self.gate_proj = Linear(hidden, inner, bias)
-        self.up_proj = Linear(hidden, inner, bias)
-        self.down_proj = Linear(inner, hidden, bias)
-        self.gate_proj.joined = (self.up_proj,)
+        self.gate_proj = nn.Linear(hidden, inner, bias)
+        self.up_proj = nn.Linear(hidden, inner, bias)
+        self.down_proj = nn.Linear(inner, hidden, bias)
+
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(GatedUnit.apply(gate, up))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -356,7 +256,7 @@ class Body(nn.Module):
         super().__init__()
         self.config, self.head_dim = config, head_dim
         self.rotary = {}  # device -> see `rotary`
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, head_dim, i) for i in range(config.num_hidden_layers)
         )
@@ -398,7 +298,7 @@ class Transformer(nn.Module):
         given = getattr(config, "head_dim", None)  # a config may lack it, or have None
         self.head_dim = given or config.hidden_size // config.num_attention_heads
         self.model = Body(config, self.head_dim)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):
@@ -409,54 +309,28 @@ class Transformer(nn.Module):
         """See Body.forward."""
         return self.lm_head(self.model(*inputs))
 
-    def token_logprobs(self, ids, mask, temperature):
-        """Log-prob of each completion token given those before it in its row, and its entropy.
+    def token_logprobs(self, prompt, completions, mask, temperature):
+        """Log-prob of each token of a prompt's completions given those before it, and its entropy.
 
-        ids   (B, T)  each row is a prompt, its completion, and any ids as padding
-        mask  (B, T)  bool, True on completions
-        -> logprob, entropy (B, T) nats, 0 outside the mask; no gradient through the entropy
+        prompt       (P,)
+        completions  (B, T), padded on the right
+        mask         (B, T)  bool, False on padding
+        -> logprob, entropy (B, T) nats, 0 on padding; no gradient through the entropy
 
-        A prompt that rows share, as those of a group do, goes through the model once. Logits are
-        made for completion tokens alone, chunk by chunk, and again in the backward pass:
-        (B, T, V) never exists.
+        The prompt goes through the model once for all rows. Logits are made chunk by chunk, and
+        again in the backward pass: (B, T, V) never exists.
         """
-        starts, lengths = mask.int().argmax(1), mask.sum(1)
-        in_prompt = torch.arange(starts.max(), device=ids.device) < starts[:, None]
-        # The length is compared too: token 0 may stand in a prompt.
-        keyed = torch.cat([starts[:, None], ids[:, : in_prompt.shape[1]] * in_prompt], 1)
-        keyed, rows = keyed.unique(dim=0, return_inverse=True)
-        prompts, cache = keyed[:, 1:], PromptCache()
-        prompt_hidden = self.model(prompts, attend=cache.attend_in_prompts).flatten(0, 1)
-        # The last token of a prompt predicts the first one of each of its completions.
-        last = gather_rows(prompt_hidden, rows * prompts.shape[1] + starts - 1)[:, None]
-        # At least 2, so that the model is called twice in every case: FSDP counts on it.
-        offset = torch.arange(max(2, lengths.max()), device=ids.device)
-        positions = starts[:, None] + offset[:-1]  # of all but the last token
-        tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
-        more = self.model(tokens, positions, cache.attention(rows, starts, len(offset) - 1))
-        hidden = torch.cat([last, more], 1)[offset < lengths[:, None]]  # in the order of ids[mask]
-        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, ids[mask], temperature)
-        empty = values[0].new_zeros(ids.shape)
+        cache, (rows, length) = PromptCache(), completions.shape
+        # The last token of the prompt predicts the first one of each completion.
+        last = self.model(prompt[None], attend=cache.attend_in_prompt)[:, -1:]
+        # At least 1, so that the model is called twice in every case: FSDP counts on it.
+        width = max(1, length - 1)  # of all but the last token
+        positions = torch.arange(len(prompt), len(prompt) + width, device=prompt.device)[None]
+        more = self.model(completions[:, :width], positions, cache.attend_after_prompt)
+        hidden = torch.cat([last.expand(rows, -1, -1), more], 1)[:, :length][mask]
+        values = ChosenLogprobs.apply(hidden, self.lm_head.weight, completions[mask], temperature)
+        empty = values[0].new_zeros(mask.shape)
         return tuple(empty.masked_scatter(mask, value) for value in values)
-
-    @contextmanager
-    def laid_out(self, rows):
-        """Within the block, inference uses the weights of this moment, packed for about `rows` rows
-        (see policy/packed.py).
-
-        Packing costs as much as one decoding step, and the memory of the weights once more. Where
-        packed.packs says no, the block changes nothing.
-        """
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        try:
-            if packed.packs(self.device.type, self.lm_head.weight.dtype):
-                joined = {layer for first in linears for layer in first.joined}
-                for layer in set(linears) - joined:
-                    layer.pack(rows)
-            yield
-        finally:
-            for layer in linears:
-                layer.packed = None
 
     @property
     def context(self):
@@ -580,6 +454,13 @@ def check_tensors(path, found, wanted):
 # ------------------------------------------------------------------------------------- log-probs
 
 
+def pad(rows, device="cpu"):
+    """Token lists -> ids (B, T), padded on the right with 0; mask (B, T), False on padding."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
+
+
 def log_softmax(logits, temperature):
     """The distribution over the next token that is sampled from and learned, log-probs in nats."""
     logits = at_least_float32(logits)
@@ -599,12 +480,6 @@ def row_chunks(x, *others):
     rows = x.view(-1, x.shape[-1])
     size = len(rows) if x.is_cuda else rows_per_chunk(x.shape[-1])
     return zip(*(y.view(len(rows), -1).split(size) for y in (rows, *others)))
-
-
-def add_wider(total, part):
-    """total += part, in the dtype of the total. torch would first copy all of the part to it."""
-    for sums, numbers in row_chunks(total, part):
-        sums += numbers
 
 
 def tokens_per_chunk(vocab_size, device):
@@ -639,37 +514,17 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
-        # In bfloat16 a sum over a thousand chunks would stop growing. Eight chunks lose nothing
-        # yet, so that only every eighth passes over the large sum in float32.
-        learned = ctx.needs_input_grad[1]
-        weight_grad = gradient_to_add_to(weight) if learned else None
-        narrow = learned and weight.dtype != weight_grad.dtype
-        partial_sum = torch.zeros_like(weight) if narrow else weight_grad
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad = grad / ctx.temperature
-        for i, (at, logits, target) in enumerate(chunks_of_logits(hidden, weight, targets)):
+        for at, logits, target in chunks_of_logits(hidden, weight, targets):
             for part, ids, g in row_chunks(logits, target, grad[at]):
                 # (1[v = chosen] - p_v) g
                 logits_grad = log_softmax(part, ctx.temperature).exp_().mul_(-g)
                 part.copy_(logits_grad.scatter_add_(-1, ids, g))
             hidden_grad[at] = logits @ weight
-            if learned:
-                partial_sum.addmm_(logits.t(), hidden[at])
-            if narrow and i % 8 == 7:
-                add_wider(weight_grad, partial_sum)
-                partial_sum.zero_()
-        if narrow:
-            add_wider(weight_grad, partial_sum)
-        return hidden_grad, None if hasattr(weight, "master") else weight_grad, None, None
-
-
-def gradient_to_add_to(weight):
-    """Zeros in float32 (or wider), or the sum that a Learner keeps: no copy of it is made, none is
-    rounded. weight.master is a Learner's float32 (or wider) copy of a narrow weight."""
-    if not hasattr(weight, "master"):
-        return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    if weight.master.grad is None:
-        weight.master.grad = torch.zeros_like(weight.master)
-    return weight.master.grad
+            if weight_grad is not None:
+                weight_grad.addmm_(logits.t(), hidden[at])
+        return hidden_grad, weight_grad, None, None
 
 
 def chunks_of_logits(hidden, weight, targets):
@@ -683,59 +538,3 @@ def chunks_of_logits(hidden, weight, targets):
         at = slice(start, min(start + size, len(hidden)))
         logits = torch.mm(hidden[at], weight.t(), out=buffer[: at.stop - start])
         yield at, logits, targets[at]
-
-
-# --------------------------------------------------------------------------------- micro-batches
-
-
-def micro_batches(prompts, completions, max_tokens, one_prompt=False):
-    """Indices of sequences (token lists, pairwise), cut so that the padded tokens of a batch stay
-    within max_tokens, or it is one sequence.
-
-    Padding counts for the completions of a batch, and for its different prompts, once each. Of two
-    orders the one with fewer batches is taken, or else with less padding: from the longest
-    completion to the shortest, or prompt by prompt, where no batch has two.  one_prompt: the second
-    one in any case
-    """
-    by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
-    by_prompt = sorted(by_length, key=lambda i: prompts[i])
-    ways = [cut_in_order(prompts, completions, by_prompt, max_tokens, most_prompts=1)]
-    if not one_prompt:
-        ways.append(cut_in_order(prompts, completions, by_length, max_tokens, len(prompts)))
-    _, batches = min(ways, key=lambda way: (len(way[1]), way[0]))
-    return batches
-
-
-def cut_in_order(prompts, completions, order, max_tokens, most_prompts):
-    """As above, in one order of the indices: the first of a batch must be its longest completion.
-
-    most_prompts  different ones in a batch  -> padded tokens of all batches, batches
-    """
-    batches, sizes, different = [], [], set()  # different: the prompts of the last batch
-    for i in order:
-        prompt = tuple(prompts[i])
-        if batches:
-            different.add(prompt)
-            longest = len(completions[batches[-1][0]])
-            size = (len(batches[-1]) + 1) * longest + len(different) * max(map(len, different))
-            if size <= max_tokens and len(different) <= most_prompts:
-                batches[-1].append(i)
-                sizes[-1] = size
-                continue
-        batches.append([i])
-        sizes.append(len(completions[i]) + len(prompt))
-        different = {prompt}
-    return sum(sizes), batches
-
-
-def pad(prompts, completions, device="cpu"):
-    """Token lists, pairwise -> ids (B, T), mask (B, T).
-
-    A row of ids is a prompt and its completion, right-padded with 0. The mask is True on the
-    completion.
-    """
-    ids, mask = [], []
-    for prompt, completion in zip(prompts, completions):
-        ids.append(torch.tensor(prompt + completion))
-        mask.append(torch.arange(len(ids[-1])) >= len(prompt))
-    return tuple(pad_sequence(rows, batch_first=True).to(device) for rows in (ids, mask))

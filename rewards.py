@@ -41,6 +41,7 @@ RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeou
 LATE = "late"  # R_l of your own took longer than --reward-timeout
 OVER = object()  # in place of what such a call would have returned
 MATH = "math"  # the name of the verifier
+WORKERS = 64  # calls of a user's function at the same time, on each process
 
 
 def writes_steps(text):
@@ -423,7 +424,7 @@ class Scorer:
 
     def __init__(self, flags):
         self.grader = Grader()
-        self.calls = Calls(flags.reward_workers, flags.reward_timeout)
+        self.calls = Calls(WORKERS, flags.reward_timeout)
 
     def begin(self, reward, problem, responses):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""

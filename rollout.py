@@ -392,10 +392,9 @@ def sample(
     temperature,
     top_k=0,
     top_p=1.0,
-    on_tokens=lambda num_tokens: None,
-    on_group=lambda number, completions: None,
 ):
-    """Complete every prompt; returns one list of Completion per prompt, in order.
+    """Complete every prompt; yields (number of a prompt, [Completion, ...]) once the last of its
+    completions is finished.
 
     prompts         token lists
     keys            for each prompt those of its completions, see `stream_key`
@@ -404,26 +403,19 @@ def sample(
     stop_ids        a completion ends with the first of these ids, which is kept
     temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
                     evaluation: the learner's softmax knows neither
-    on_tokens       called with the number of tokens of every finished completion
-    on_group        called with the number of a prompt and its completions, once the last of them is
-                    finished (never if none has room for a token)
     """
     work = Slots(model, prompts, keys, max_new_tokens, slots)
-    with model.laid_out(len(work.running)):
-        while work.waiting or work.live:
-            work.refill()
-            work.advance(temperature, top_k, top_p)
-            retired = list(work.retire(stop_ids))
-            for sequence in retired:
-                on_tokens(len(sequence.tokens))
-            for number in dict.fromkeys(sequence.prompt.number for sequence in retired):
-                if all(sequence.finished for sequence in work.groups[number]):
-                    on_group(number, completions(work.groups[number]))
-            work.compact()
-            if work.live:
-                work.decode()
-    return [completions(group) for group in work.groups]
-
-
-def completions(group):
-    return [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
+    complete = [n for n, group in enumerate(work.groups) if all(s.finished for s in group)]
+    while True:
+        for number in complete:
+            group = work.groups[number]
+            yield number, [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
+        if not (work.waiting or work.live):
+            return
+        work.refill()
+        work.advance(temperature, top_k, top_p)
+        retired = dict.fromkeys(sequence.prompt.number for sequence in work.retire(stop_ids))
+        complete = [n for n in retired if all(s.finished for s in work.groups[n])]
+        work.compact()
+        if work.live:
+            work.decode()

@@ -28,13 +28,14 @@ from eprli import (
     loss_weight,
     next_level,
 )
+from eval import by_name, evaluate, interval, measure, result_of
 from files import Stop, squash
 from model import pad
-from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests, means_of_problem
+from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests
 from rewards import LATE
 from rollout import Completion, stream_key
 from run.command import run_command
-from run.statistics import by_name, interval
+from run.processes import leave
 from run.update import NotFinite
 
 # Mean absolute difference of learner and sampler that is still rounding, nats a token. A Qwen2 of
@@ -54,8 +55,9 @@ def train(run):
     while True:
         # due at the start, at the end of a level, and as --eval-every says; 0: never
         if run.evaluation_due and cfg.eval_every != 0:
-            evaluate(run)
-        run.save_if_due()
+            evaluate_held_out(run)
+        if run.save_due:
+            run.save()
         ranks.raise_signals()  # one that came while learning takes effect here
         # for level l = 1 .. L: for update = 1 .. M_l:
         state = next_level(run.levels, cfg.schedule)
@@ -63,7 +65,10 @@ def train(run):
             return
         level, buffer = state.level, state.buffer
         # pi_old <- pi: completions keep the log-probs under which they are sampled
-        update = run.start_update(state, learning_rate(cfg, state.num_trained, state.progress))
+        schedule = cfg.lr, cfg.warmup, cfg.lr_decay
+        update = run.start_update(
+            state, learning_rate(*schedule, state.num_trained, state.progress)
+        )
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
@@ -146,7 +151,6 @@ def make_group(run, level, prompt, attempts):
         outcome >= 1,
         torch.tensor([a.completion.stopped for a in attempts]),
         limit,
-        min(level.overlong_cache, limit),
     )
     return Group(
         prompt=prompt.tokens,
@@ -194,7 +198,7 @@ def learn(run, state, groups, update):
             learner.drop_gradient()
             raise NotFinite(f"the loss of step {step_number} is {-sums['objective']}", groups)
         # the norm before the clip; there is no step if it is not finite
-        norm = learner.step(update.lr, cfg.max_grad_norm)
+        norm = learner.step(update.lr)
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient's norm in step {step_number} is {norm}", groups)
         update.steps.append({"grad_norm": norm, **sums, **peaks})
@@ -236,12 +240,18 @@ def accumulate_gradient(run, level, minibatch):
     -> {name: of SUMS, over the step}, {name: of PEAKS}; of all processes, on each
     """
     counts = len(minibatch), sum(len(s.completion.tokens) for s in minibatch)
-
-    def objective_of(model, micro):
-        return objective(run, level, model, micro, counts)
-
-    # (-J).backward() for each micro-batch; -> what each logged, of all processes
-    logs = run.learner.add_gradients(minibatch, objective_of, run.fit)
+    try:
+        logs = []  # of this process
+        for micro, weight in run.learner.micro_batches(minibatch):
+            J, logged = objective(run, level, run.learner.model, micro, counts)
+            (-weight * J).backward()
+            if weight:  # else it was there for FSDP alone
+                logs.append(logged)
+    except torch.OutOfMemoryError:
+        run.learner.use_less_memory()
+        return accumulate_gradient(run, level, minibatch)
+    # Summed in the order of processes, so that every run has the same bits.
+    logs = sum(run.ranks.gather(logs), [])
     sums = {name: sum(logged[name] for logged in logs) for name in SUMS}
     peaks = {name: max(logged[name] for logged in logs) for name in PEAKS}
     return sums, peaks
@@ -251,14 +261,15 @@ def objective(run, level, model, micro, counts):
     """J_l of one micro-batch, and what is logged of it: diagnostics, `gap` between learner and
     sampler summed over `fresh` tokens.
 
+    micro   samples of one prompt
+
     counts  (completions, tokens) of the whole step, by which its sum is divided once
     """
     cfg = run.cfg
-    ids, mask = pad(
-        [s.group.prompt for s in micro], [s.completion.tokens for s in micro], model.device
-    )
-    # (B, T) as ids: of the token at its place, 0 outside the mask; the entropy has no gradient
-    logprob, entropy = model.token_logprobs(ids, mask, cfg.temperature)
+    prompt = torch.tensor(micro[0].group.prompt, device=model.device)  # of all
+    ids, mask = pad([s.completion.tokens for s in micro], model.device)
+    # (B, T), 0 outside the mask; the entropy has no gradient
+    logprob, entropy = model.token_logprobs(prompt, ids, mask, cfg.temperature)
     sampled = logprob.new_tensor([x for s in micro for x in s.completion.logprobs])
     logprob_old = torch.zeros_like(logprob).masked_scatter(mask, sampled)
     advantage = logprob.new_tensor([s.advantage for s in micro])
@@ -268,7 +279,7 @@ def objective(run, level, model, micro, counts):
     J = clipped_objective(logprob, logprob_old, advantage, weight, mask, *bounds)  # Eq. 1
     if run.reference is not None:
         with torch.no_grad():
-            logprob_ref, _ = run.reference.token_logprobs(ids, mask, cfg.temperature)
+            logprob_ref, _ = run.reference.token_logprobs(prompt, ids, mask, cfg.temperature)
         J = J - cfg.kl_coef * kl_penalty(logprob, logprob_ref, weight, mask)
     logged = diagnostics(logprob, logprob_old, entropy, advantage, mask, *bounds)
     fresh = mask.new_tensor([[s.fresh] for s in micro])
@@ -281,31 +292,27 @@ def objective(run, level, model, micro, counts):
 # --------------------------------------------------------------------------------------- evaluate
 
 
-def evaluate(run):
+def evaluate_held_out(run):
     """Held-out accuracy of every file and bin of difficulty, by R_l: --eval-samples of a problem at
-    the training temperature, at most --eval-max-new-tokens, whatever level is being trained."""
-    cfg, ranks = run.cfg, run.ranks
-    run.doing = "evaluating"
+    the training temperature, at most the largest Len_l, whatever level is being trained."""
+    cfg, requests, rows = run.cfg, [], []
     longest = max(state.level.max_new_tokens for state in run.levels)
-    sampling = Sampling(cfg.eval_max_new_tokens or longest, cfg.temperature)
-
-    def sample_and_score(share):
-        done = attempt(run.policy, run.scorer, share, sampling, run.fit, show_progress=ranks.first)
-        return [means_of_problem(p.problem.id, some) for (p, *_), some in zip(share, done)]
-
-    work, rows = [], []
+    sampling = Sampling(longest, cfg.temperature)
     for _, prompts, reward in run.held_out:
-        work += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
-    done = iter(ranks.share_out(work, sample_and_score))
+        requests += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
+    scored = evaluate(run.ranks, run.policy, run.scorer, run.fit, requests, sampling)
+    results = map(result_of, scored)
     for labels, prompts, _ in run.held_out:
-        # {what: a mean for each problem}: right, length, writes_steps; of one's own R_l its parts
-        values = by_name(itertools.islice(done, len(prompts)))
-        accuracy, low, high = interval(values.pop("right"))
+        some = list(itertools.islice(results, len(prompts)))
+        values = by_name(measure(result, cfg.eval_samples) for result in some)
+        accuracy, low, high = interval(values[f"avg@{cfg.eval_samples}"])
         row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
-        row["length_mean"] = fmean(values.pop("length"))
-        row["writes_steps_share"] = fmean(values.pop("writes_steps"))
-        if values:  # of an R_l that is not the verifier's
-            row["means"] = {name: interval(numbers) for name, numbers in values.items()}
+        row["length_mean"] = fmean(values["length"])
+        row["writes_steps_share"] = fmean(values["writes_steps"])
+        if own := by_name(
+            result["means"] for result in some
+        ):  # of an R_l that is not the verifier's
+            row["means"] = {name: interval(numbers) for name, numbers in own.items()}
         rows.append(row)
     run.add_evaluation(rows)
 
@@ -330,4 +337,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

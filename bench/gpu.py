@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from data import read_problems
 from policy.checkpoint import SHIPPED
+from policy.packed import packed
 from rollout import Slots, stream_key
 from train import MOST_GAP
 
@@ -51,7 +52,7 @@ def decoding(args, made):
     model, rows = made().policy.model, args.slots
     # Every row has read 512 tokens.
     work = Slots(model, [[5] * 512], [[stream_key(0, i) for i in range(rows)]], [9], rows)
-    with model.laid_out(rows):
+    with packed(model, rows):
         work.refill()
         work.advance(1.0, 0, 1.0)
         work.decode()

@@ -8,13 +8,13 @@ Stop tokens are ignored: a completion has exactly the length that the workload n
 is JSON.
 """
 
-import functools
 import json
 
 import common
 import torch
 
 from model import Transformer
+from policy.packed import packed
 from rollout import sample, stream_key
 
 
@@ -23,7 +23,11 @@ def measure(args):
     prompts, lengths = zip(*common.read_workload(args.workload))
     keys = [[stream_key(0, i, k) for k in range(len(many))] for i, many in enumerate(lengths)]
     options = {"slots": args.slots, "stop_ids": (), "temperature": 1.0}
-    work = functools.partial(sample, model, prompts, keys, lengths, **options)
+
+    def work():
+        with packed(model, args.slots):
+            return sample(model, prompts, keys, lengths, **options)
+
     done = work()  # a warm-up
     tokens = sum(map(sum, lengths))
     assert tokens == sum(len(c.tokens) for group in done for c in group)

@@ -15,14 +15,14 @@ import common
 
 import train
 from data import Order, Problem
-from eprli import Buffer, LevelState, resolve_levels
+from eprli import Buffer, LevelState
 from policy.checkpoint import Policy
 from policy.learner import Learner
 from rewards import Reward, Scorer
 from run.fit import Fit
-from run.flags import Config
-from run.log import Run
+from run.flags import Config, resolve_levels
 from run.processes import Ranks
+from run.state import Run
 from run.update import Update
 
 

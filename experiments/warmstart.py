@@ -14,6 +14,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -26,10 +27,9 @@ from transformers import (
 
 from data import render
 from experiments.problems import generate, solve
-from model import Transformer, micro_batches, pad
+from model import Transformer, pad
 
 PEAK_LR = 3e-3  # of AdamW
-MICRO_BATCH_TOKENS = 2048  # padded; speed only
 TRAPS = "carry", "borrow", "sign"
 RARE = 0.2  # at first, slips are so many times as frequent
 
@@ -112,18 +112,17 @@ def learn(model, tokenizer, batches, steps):
     for batch in tqdm(batches, total=steps):
         prompts = [render(tokenizer, problem).tokens for problem, _ in batch]
         completions = [tokenizer(solution + "<|end|>")["input_ids"] for _, solution in batch]
-        num_tokens, loss = sum(map(len, completions)), 0.0
-        for rows in micro_batches(prompts, completions, MICRO_BATCH_TOKENS):
-            ids, mask = pad([prompts[i] for i in rows], [completions[i] for i in rows])
-            logprob, _ = model.token_logprobs(ids, mask, temperature=1.0)
-            part = -logprob.sum() / num_tokens
-            part.backward()
-            loss += part.item()
+        ids, learned = pad([p + c for p, c in zip(prompts, completions)])
+        for row, prompt in zip(learned, prompts):
+            row[: len(prompt)] = False
+        logits = model(ids[:, :-1])[learned[:, 1:]]
+        loss = F.cross_entropy(logits, ids[learned])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return loss
+    return loss.item()
 
 
 @dataclass

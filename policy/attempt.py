@@ -3,18 +3,16 @@
 Training, evaluation and the measurement of difficulty share one template, one sampler, one grader.
 """
 
-import math
 import time
 import zlib
 from dataclasses import dataclass
-from statistics import fmean
 
+import torch
 from tqdm import tqdm
 
-from files import Stop
-from rewards import VERIFIER, Score, writes_steps
+from policy.packed import packed
+from rewards import VERIFIER, Score
 from rollout import Completion, sample, stream_key
-from run.statistics import by_name
 
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
@@ -54,68 +52,46 @@ def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds
     there, the verifier compares after all sampling.
 
     work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
-    fit      an run.fit.Fit: how many are decoded at once
+    fit      a run.fit.Fit: how many are decoded at once
     seconds  a Counter: `sample`, and `score` after the last sample, are added
     """
     start = time.perf_counter()
-    prompts, keys, rewards = zip(*work) if work else ((), (), ())
-    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
-    groups, finish = {}, {}  # by the number of the prompt: (completions, texts), Scorer.begin's
-    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
-
-    def begin(number, completions):
-        prompt = prompts[number]
-        texts = [prompt.opening + policy.text(c) for c in completions]
-        groups[number] = completions, texts
-        finish[number] = scorer.begin(rewards[number], prompt.problem, texts)
-
-    def sample_all(slots):
-        return sample(
-            policy.model,
-            [p.tokens for p in prompts],
-            keys,
-            **vars(sampling) | {"max_new_tokens": limits},
-            slots=slots,
-            stop_ids=policy.stop_ids,
-            on_tokens=bar.update,
-            on_group=begin,
-        )
-
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)
     try:
         with bar:
-            done = fit.sample(longest, sample_all, undo=scorer.calls.drop)
-        for number in set(range(len(work))) - groups.keys():  # no room for a token
-            begin(number, done[number])
+            groups = sample_groups(policy, scorer, work, sampling, fit, bar)
         sampled = time.perf_counter()
-        scores = [finish[number]() for number in range(len(work))]
+        attempts = []
+        for number in range(len(work)):
+            completions, texts, finish = groups[number]
+            attempts.append(list(map(Attempt, completions, texts, finish())))
     finally:
         scorer.calls.drop()
     if seconds is not None:
         seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
-    return [list(map(Attempt, *groups[i], some)) for i, some in enumerate(scores)]
+    return attempts
 
 
-def means_of_problem(name, attempts):
-    """{measure: its mean over the samples of a problem}: only problems are independent.
-
-    name  its id
-    """
-    must_be_finite(name, attempts)
-    rows = []
-    for a in attempts:
-        row = {"right": a.right, "length": a.length, "writes_steps": writes_steps(a.text)}
-        rows.append(row | a.score.values)
-    return {name: fmean(values) for name, values in by_name(rows).items()}
-
-
-def must_be_finite(name, attempts):
-    """Raise Stop where no update can be given up for an R_l, or a logit, that is not finite."""
-    for a in attempts:
-        if not all(map(math.isfinite, a.completion.logprobs)):
-            raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
-        if not math.isfinite(a.score.values.get("R_l", 0.0)):
-            raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
+def sample_groups(policy, scorer, work, sampling, fit, bar):
+    """-> {number of the request: its completions, their texts, and what Scorer.begin returned}"""
+    prompts, keys, rewards = zip(*work) if work else ((), (), ())
+    limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
+    longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
+    options = vars(sampling) | {"max_new_tokens": limits, "stop_ids": policy.stop_ids}
+    slots, groups = fit.slots(longest), {}
+    try:
+        with packed(policy.model, min(slots, sum(map(len, keys)))):
+            tokens = [p.tokens for p in prompts]
+            for number, done in sample(policy.model, tokens, keys, slots=slots, **options):
+                texts = [prompts[number].opening + policy.text(c) for c in done]
+                finish = scorer.begin(rewards[number], prompts[number].problem, texts)
+                groups[number] = done, texts, finish
+                bar.update(sum(len(c.tokens) for c in done))
+        return groups
+    except torch.OutOfMemoryError:
+        fit.use_less_memory(slots)
+    scorer.calls.drop()
+    return sample_groups(policy, scorer, work, sampling, fit, bar)
 
 
 def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):

@@ -12,16 +12,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 import data
-from eprli import LEVEL_DEFAULTS
 from files import explained, sha256
 from model import Transformer, weight_files
 from policy import lora
-from rewards import identity
 
 # A tiny checkpoint, and its problems with pass rates
 SHIPPED = Path(__file__).parents[1] / "assets"
 TINY = SHIPPED / "tiny"
-MAX_NEW_TOKENS = LEVEL_DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,6 @@ class Policy:
     def room(self, prompt):
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
-
-    def measuring(self, temperature, max_new_tokens, rewards, top_k=0, top_p=1.0):
-        """What pass rates depend on, beside the problem; JSON."""
-        return {
-            "weights": weights_digest(self.folder),
-            "prompt": digest(self.prompting)[:12],
-            "examples": len(self.prompting["examples"]),
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "top_k": top_k,
-            "top_p": top_p,
-            "stop_ids": list(self.stop_ids),
-            "reward": ", ".join(dict.fromkeys(map(identity, rewards))),
-        }
 
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]

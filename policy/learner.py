@@ -5,11 +5,14 @@ import math
 from functools import partial
 
 import torch
-
-from model import add_wider, at_least_float32, micro_batches
-from policy import packed
+import torch.distributed as dist
+from tqdm import tqdm
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
+MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to this (DAPO)
+# Padded tokens of a micro-batch, by device; memory and speed only. One completion may be longer.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+LEAST_TOKENS = 256  # of a micro-batch that was halved
 
 
 class Learner:
@@ -29,67 +32,62 @@ class Learner:
     FSDP                a sharded copy   as given   the shards of the copy, float32 or wider
     """
 
-    def __init__(self, policy_model, ranks, recompute=False):
+    def __init__(self, policy_model, ranks):
         self.ranks = ranks
         named = policy_model.named_parameters()
         self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
         self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
-        self.model.model.recompute = recompute
-        # Whether a micro-batch has one prompt alone: its attention needs no mask, see
-        # model.PromptCache. Under a mask a GPU copies keys to every head, and skips nothing.
-        self.one_prompt = self.weights[0].device.type == "cuda"
+        device = self.weights[0].device.type
+        self.model.model.recompute = device == "cuda"  # memory and speed only
+        self.most_tokens = MICRO_BATCH_TOKENS[device]
         self.masters = [p for p in self.model.parameters() if p.requires_grad]
         narrow = self.weights[0].dtype.itemsize < 4
         if narrow and not ranks.sharded:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
-                weight.master = master  # see model.gradient_to_add_to
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
-    def add_gradients(self, samples, objective, fit):
-        """Add the gradient of -J over the samples of a step: a sum over its micro-batches, each by
-        its backward pass; over processes, in `step` (under FSDP in the backward pass).
+    def micro_batches(self, samples):
+        """This process's share of the samples of a step, each time samples of one prompt, and the
+        weight with which their loss counts.
 
-        samples    of the whole step: every process takes a share
-        objective  (model, micro-batch) -> J, what is logged of it
-        fit        an run.fit.Fit: the tokens of a micro-batch
-        -> [what is logged of a micro-batch, ...] of all processes, on each
-
-        Gradients are summed in the order of shares, so that every run has the same bits.
+        FSDP averages gradients over the processes, and we need their sum. It also gathers weights
+        from all of them: one that has fewer micro-batches gets others, of weight 0.
         """
-        ranks = self.ranks
-        shares = split(samples, ranks.size)
+        size, sharded = self.ranks.size, self.ranks.sharded
+        shares = [cut_micro_batches(s, self.most_tokens) for s in split(samples, size)]
+        own = shares[self.ranks.rank]
+        for micro in own:
+            yield micro, size if sharded else 1
+        for _ in range(max(map(len, shares)) - len(own) if sharded else 0):
+            yield [min(samples, key=sequence_length)], 0
 
-        def backward(max_tokens):
-            cut = [cut_micro_batches(share, max_tokens, self.one_prompt) for share in shares]
-            # FSDP averages gradients over the processes, and we need their sum.
-            scale, logs = ranks.size if ranks.sharded else 1, []
-            for micro in cut[ranks.rank]:
-                packed.give_back()
-                J, logged = objective(self.model, micro)
-                (-scale * J).backward()
-                logs.append(logged)
-            # FSDP gathers weights from all processes, so one without samples runs a dummy.
-            for _ in range(max(map(len, cut)) - len(logs) if ranks.sharded else 0):
-                J, _ = objective(self.model, [min(samples, key=sequence_length)])
-                (0 * J).backward()
-            return logs
+    def use_less_memory(self):
+        """A step did not fit: drop what it has of a gradient, and halve the micro-batches. Raises
+        OutOfMemoryError again if they are the smallest, and under FSDP, where all processes would
+        have to begin anew together."""
+        if self.ranks.sharded or self.most_tokens <= LEAST_TOKENS:
+            raise  # what is being handled
+        self.drop_gradient()
+        self.most_tokens //= 2
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory: micro-batches of {self.most_tokens} tokens from now on")
 
-        # Under FSDP all processes would have to begin anew together.
-        logs = backward(fit.tokens) if ranks.sharded else fit.learn(backward, self.drop_gradient)
-        return sum(ranks.gather(logs), [])
-
-    def step(self, lr, max_norm):
-        """One step at learning rate lr; returns the gradient's norm before it was clipped.
+    def step(self, lr):
+        """One step at learning rate lr, by the sum of the gradients of all processes; returns its
+        norm before it was clipped.
 
         A gradient that is not finite, or exactly 0 (flat groups alone), moves nothing: neither by
         Adam's momentum nor by weight decay.
         """
-        self.ranks.sum_gradients(self.masters)
-        norm = gather(torch.nn.utils.clip_grad_norm_(self.masters, max_norm)).item()
+        if self.ranks.size > 1 and not self.ranks.sharded:  # FSDP's backward pass has done it
+            for p in self.masters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+        norm = gather(torch.nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM)).item()
         if norm and math.isfinite(norm):
             self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
@@ -146,23 +144,27 @@ def sequence_length(sample):
     return len(sample.group.prompt) + len(sample.completion.tokens)
 
 
-def cut_micro_batches(samples, max_tokens, one_prompt):
-    """Samples -> micro-batches of at most max_tokens padded tokens (or of one sample); one_prompt:
-    each has samples of one prompt alone."""
-    prompts = [s.group.prompt for s in samples]
-    completions = [s.completion.tokens for s in samples]
-    batches = micro_batches(prompts, completions, max_tokens, one_prompt)
-    return [[samples[i] for i in rows] for rows in batches]
+def cut_micro_batches(samples, max_tokens):
+    """Samples -> micro-batches: of one prompt each, and of at most max_tokens padded tokens (or of
+    one sample)."""
+    batches = []
+    for s in sorted(samples, key=lambda s: (s.group.prompt, -len(s.completion.tokens))):
+        prompt = s.group.prompt
+        if batches and batches[-1][0].group.prompt == prompt:
+            longest = len(batches[-1][0].completion.tokens)
+            if len(prompt) + (len(batches[-1]) + 1) * longest <= max_tokens:
+                batches[-1].append(s)
+                continue
+        batches.append([s])
+    return batches
 
 
 def move_gradient(master, weight):
     """A hook of the backward pass: in float32, where the sum over micro-batches loses nothing."""
-    if weight.grad is None:  # the backward pass has added it, see model.gradient_to_add_to
-        return
     if master.grad is None:
-        master.grad = at_least_float32(weight.grad)
+        master.grad = weight.grad.float()
     else:
-        add_wider(master.grad, weight.grad)
+        master.grad += weight.grad
     weight.grad = None
 
 

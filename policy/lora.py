@@ -1,9 +1,11 @@
 """LoRA (arXiv 2106.09685): the weights stay as they are, and low-rank factors beside them learn.
 
-    W x + alpha / r B A x      W (O, I) frozen, A (r, I) and B (O, r) learned: model.Linear
+    W x + alpha / r B A x      W (O, I) frozen, A (r, I) and B (O, r) learned
 
-Sampler and learner both compute this sum. A merged copy of W would take its memory once more, and
-in bfloat16 it would lose small changes. An adapter's files are PEFT's.
+All linear layers of the decoder's blocks have factors, which does better than attention alone at
+equal numbers of parameters (Schulman et al. 2025, LoRA Without Regret). Sampler and learner both
+compute this sum. A merged copy of W would take its memory once more, and in bfloat16 it would lose
+small changes. An adapter's files are PEFT's.
 """
 
 import json
@@ -11,43 +13,65 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import explained
-from model import Linear, at_least_float32, check_tensors
+from model import at_least_float32, check_tensors
 
+ALPHA = 32  # with alpha / r as the scale the best --lr hardly depends on the rank (the same)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+class LoraLinear(nn.Linear):
+    """A layer with factors. It has the weight and the bias of the plain layer."""
+
+    def __init__(self, layer, A, B, scale):
+        has_bias = layer.bias is not None
+        super().__init__(layer.in_features, layer.out_features, has_bias, device="meta")
+        self.weight, self.bias, self.scale = layer.weight, layer.bias, scale
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def forward(self, x):
+        return add_factors(self, x, super().forward(x))
+
+
+def add_factors(layer, x, out):
+    """out + scale B A x; out alone, if the layer has no factors. Float32 factors are rounded to the
+    dtype of x, as masters are."""
+    if not isinstance(layer, LoraLinear):
+        return out
+    low_rank = F.linear(x, layer.lora_A.to(x.dtype)).flatten(0, -2)
+    factor = layer.lora_B.to(x.dtype).t()
+    return torch.addmm(out.flatten(0, -2), low_rank, factor, alpha=layer.scale).view(out.shape)
+
+
 def layers(model):
-    """[(last part of its name, linear layer), ...] of the decoder's blocks"""
+    """{name: linear layer} of the decoder's blocks"""
     modules = model.model.named_modules()
-    return [(name.rpartition(".")[2], m) for name, m in modules if isinstance(m, Linear)]
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
-def add(model, rank, alpha, targets=None, seed=0):
+def targets(model):
+    """What PEFT calls these layers: q_proj, and so on."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers(model)))
+
+
+def add(model, rank, alpha=ALPHA, seed=0):
     """Freeze the model, and give it factors that change nothing yet: A random as in PEFT, B zero.
 
-    targets  such as ["q_proj", "v_proj"]; None: all layers of the blocks
     Raises ValueError
     """
-    known = dict(layers(model))
-    targets = targets or known
-    if not known.keys() >= set(targets):
-        raise ValueError(f"--lora-targets must be among {' '.join(known)}, found {targets}")
     if rank > model.config.hidden_size:
         raise ValueError(f"--lora-rank {rank} is more than the hidden size of the model")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
-    for name, layer in layers(model):
-        if name in targets:
-            A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
-            nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
-            layer.lora_A, layer.lora_B = (
-                nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B)
-            )
-            layer.scale = alpha / rank
+    for name, layer in layers(model).items():
+        A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
+        nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
+        A, B = (at_least_float32(x.to(layer.weight)) for x in (A, B))
+        model.model.set_submodule(name, LoraLinear(layer, A, B, alpha / rank))
 
 
 def tensors(model):
@@ -64,8 +88,8 @@ def save(model, folder, config):
         "base_model_name_or_path": config["model"],
         "revision": config["revision"],
         "r": config["lora_rank"],
-        "lora_alpha": config["lora_alpha"],
-        "target_modules": config["lora_targets"] or list(dict(layers(model))),
+        "lora_alpha": ALPHA,
+        "target_modules": targets(model),
     }
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
     save_file(tensors(model), folder / WEIGHTS)
@@ -87,7 +111,9 @@ def load(model, config, folder):
     Raises ValueError
     """
     with explained(f"{folder}: not an adapter of its base that train.py wrote"):
-        add(model, config["r"], config["lora_alpha"], config["target_modules"])
+        if set(config["target_modules"]) != set(targets(model)):
+            raise ValueError(f"target_modules must be all of {' '.join(targets(model))}")
+        add(model, config["r"], config["lora_alpha"])
         factors = load_file(folder / WEIGHTS)
         check_tensors(folder, factors, tensors(model))
         for name, factor in tensors(model).items():

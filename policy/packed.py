@@ -1,4 +1,4 @@
-"""Kernels: what a GPU may use, and packed weights for sampling on a CPU.
+"""Packed weights, with which a CPU samples; and what malloc does with memory that torch frees.
 
 For few rows a product by oneDNN is faster with packed weights: copied once into the order in which
 the kernel reads them. Some CPUs and builds of torch lack these kernels, or have them in float32
@@ -8,14 +8,12 @@ only. The name of a vendor does not tell, so `probe` tries them. Everything work
 import ctypes
 import os
 import timeit
-from contextlib import suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 # What glibc's malloc does with memory that torch has freed on a CPU, see mallopt(3): up to 2 GB
 # stay with the process, but for blocks above 32 MB. By default so little stays that the pages of
 # nearly every tensor are new, which took a third of the time of learning.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST_FREE = 1 << 30  # bytes, see `give_back`
 
 # Read at torch's first tensor: large tensors of a CPU then lie in pages of 2 MB where Linux has
 # them. A new tensor of 256 MB takes 0.03 s to fill instead of 0.2 s.
@@ -26,45 +24,64 @@ with suppress(AttributeError, TypeError, OSError):  # other C libraries lack thi
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
+from model import MLP, Attention  # noqa: E402
+from policy.lora import add_factors  # noqa: E402
+
+JOINED = {Attention: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}
 # What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.
 MISSING = (RuntimeError, AttributeError)
 GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
 _in_use = None  # the choice in force, see `chosen`
-_others = 0  # bytes that `give_back` could not give, such as Python's
-
-# Both act on a GPU alone. cuDNN's attention comes first on an H100 and makes a plan for every new
-# shape, which takes up to a second; an update has hundreds of shapes.
-torch.backends.cuda.enable_cudnn_sdp(False)
-# A product in bfloat16 adds up its parts in float32.
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-class Malloc(ctypes.Structure):
-    """What mallinfo2(3) tells. In use are numbers 4, `hblkhd`, and 7, `uordblks`, in bytes."""
+@contextmanager
+def packed(model, rows):
+    """Within the block, inference uses the weights of this moment, packed for about `rows` rows.
 
-    _fields_ = [("numbers", ctypes.c_size_t * 10)]
+    Packing costs as much as one decoding step, and the memory of the weights once more. Where
+    `chosen` says no, the block changes nothing.
+    """
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    packs = model.device.type == "cpu" and dtype in chosen()["packed"]
+    replaced = methods(model) if packs else []
+    try:
+        for module, name, layers in replaced:
+            setattr(module, name, product(layers, rows))
+        yield
+    finally:
+        for module, name, _ in replaced:
+            vars(module).pop(name, None)
 
 
-def give_back():
-    """Give memory that is free to the system, also where it lies between blocks in use: batches of
-    ever new shapes leave more and more of it. At most MOST_FREE stays."""
-    global _others
-    with suppress(AttributeError, OSError):  # other systems lack these calls
-        if beyond_malloc() - _others > MOST_FREE:
-            ctypes.CDLL(None).malloc_trim(0)
-            _others = beyond_malloc()
+def methods(model):
+    """-> [(module, name of a method, the linear layers that it computes), ...]"""
+    found, joined = [], set()
+    for module in model.modules():  # from the outside to the inside
+        if names := JOINED.get(type(module)):
+            layers = [getattr(module, name) for name in names]
+            found.append((module, "project", layers))
+            joined.update(layers)
+        elif isinstance(module, nn.Linear) and module not in joined:
+            found.append((module, "forward", [module]))
+    return found
 
 
-def beyond_malloc():
-    """Bytes of this process that are not in use by malloc: free, or Python's. malloc cannot tell
-    which of its free pages the system has back already."""
-    statm = Path("/proc/self/statm").read_text().split()
-    resident = (int(statm[1]) - int(statm[2])) * os.sysconf("SC_PAGESIZE")
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = Malloc
-    numbers = mallinfo2().numbers
-    return resident - numbers[4] - numbers[7]
+@torch.no_grad()
+def product(layers, rows):
+    """-> a function of x, which these layers read: their outputs, by one product; of a single
+    layer its output alone"""
+    weight, bias = pack(torch.cat([layer.weight for layer in layers]), rows), None
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+
+    def outputs(x):
+        parts = packed_linear(x, weight, bias).split(sizes, -1)
+        return [add_factors(layer, x, out) for layer, out in zip(layers, parts)]
+
+    return outputs if len(layers) > 1 else lambda x: outputs(x)[0]
 
 
 def packed_linear(x, weight, bias=None):
@@ -113,8 +130,3 @@ def gain(name):
 def seconds(linear, x, weight):
     """The fastest of a few times that the product takes."""
     return min(timeit.repeat(lambda: linear(x, weight), number=1, repeat=5))
-
-
-def packs(device, dtype):
-    """Whether sampling packs its weights. device: "cpu" or "cuda"."""
-    return device == "cpu" and str(dtype).removeprefix("torch.") in chosen()["packed"]

@@ -21,13 +21,12 @@ import contextlib
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 import torch
 
 from files import Stop
 from run.flags import make_parser, read_flags
-from run.processes import Ranks, is_first, refuse, set_up_output
+from run.processes import Ranks, refuse, set_up_output
 from run.start import resume_run, start_run
 
 
@@ -36,26 +35,26 @@ def run_command(train, report, arguments):
     report(its folder) makes the pictures of a run that came to its end."""
     parser = make_parser()
     set_up_output()
-    with contextlib.ExitStack() as stack:
-        try:
-            cfg, config = read_flags(parser, arguments)
-            ranks = stack.enter_context(Ranks(cfg.device, cfg.sharded))
-            with memory_explained():
-                run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
-        except Stop as stop:
-            parser.exit(1, f"{parser.prog}: {stop}\n")
-        except (ValueError, OSError) as error:
-            refuse(parser, error)
-        except KeyboardInterrupt:
-            words = f"{parser.prog}: interrupted before the run began\n"
-            parser.exit(128 + signal.SIGINT, words if is_first() else None)
-        code, ended = train_and_save(train, run)
-        if is_first():
-            say_results(run, ended)
-            if not ended and run.num_updates:
-                report(run.directory.out)
-        if code:
-            sys.exit(code)
+    try:
+        cfg, config = read_flags(parser, arguments)
+        ranks = Ranks(cfg.device, cfg.sharded)
+        with memory_explained():
+            run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
+    except (ValueError, OSError) as error:
+        refuse(parser, error)
+    except Stop as stop:
+        refuse(parser, stop, 1)
+    except KeyboardInterrupt:
+        refuse(parser, "interrupted before the run began", 128 + signal.SIGINT)
+    code, ended = train_and_save(train, run)
+    if ranks.first:
+        if run.evaluations:
+            print(run.table())
+        print(f"model: {run.directory.last_good()}")
+        if not ended and run.num_updates:
+            report(run.directory.out)
+    if ended:
+        refuse(parser, ended, code)
 
 
 def train_and_save(train, run):
@@ -70,8 +69,7 @@ def train_and_save(train, run):
                 train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
-            state = run.directory.last_good() if run.num_broken else "the state is saved"
-            ended = f"interrupted: {state}, --resume {run.directory.out} goes on"
+            ended = f"interrupted; --resume {run.directory.out} goes on"
         except Stop as stop:
             code, ended = 1, str(stop)
             if stop.__cause__ and run.ranks.first:
@@ -83,38 +81,24 @@ def train_and_save(train, run):
         except Stop as stop:
             code, ended = 1, str(stop)
     if run.num_broken and not code:
-        code, ended = 1, "the run ended while its numbers were not finite"
+        code, ended = 1, "nothing is saved: the run ended while its numbers were not finite"
     run.scorer.close()
-    if run.tracker:
-        run.tracker.finish()
+    run.track(None)
     return code, ended
 
 
 @contextlib.contextmanager
 def memory_explained(run=None):
-    """Within the block, a GPU whose memory is full is a Stop: what the run did, and what helps."""
+    """Within the block, a GPU whose memory is full is a Stop that says what helps."""
     try:
         yield
     except torch.OutOfMemoryError:
         words = (
-            f"out of memory while {run.doing if run else 'setting up'}, and nothing can be done in "
-            "smaller parts: use --lora-rank, --recompute, --fsdp over several processes, or a "
-            "smaller --model or --max-new-tokens"
+            "out of memory, and nothing can be done in smaller parts: use --lora-rank, --fsdp over "
+            "several processes, or a smaller --model or --max-new-tokens"
         )
         if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
             run.half_done = True
             if not run.ranks.first:  # which says it at its end
                 print(words, file=sys.stderr)
         raise Stop(words) from None
-
-
-def say_results(run, ended):
-    out = run.directory.out
-    if run.evaluations:
-        print(run.table())
-    if run.num_broken:
-        print(f"not saved, its numbers were not finite; {run.directory.last_good()}")
-    elif run.saved:
-        print(f"model:   {out / 'checkpoints' / run.saved}")
-    if ended:
-        print(f"{Path(sys.argv[0]).name}: {ended}", file=sys.stderr)

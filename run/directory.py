@@ -82,37 +82,27 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------ checkpoints
 
-    def write_checkpoint(self, name, write_files):
-        """write_files(folder) fills a folder, which becomes checkpoints/NAME. Raises Stop."""
-        part = self.out / "checkpoint.part"
+    def write_checkpoint(self, name, write_files, keep):
+        """write_files(folder) fills a folder, which becomes checkpoints/NAME; the newest `keep`
+        stay. Raises Stop."""
+        part, final = self.out / "checkpoint.part", self.out / "checkpoints" / name
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
         try:
             part.mkdir()
             write_files(part)
             force_to_disk(*part.rglob("*"), part)
-            final = self.out / "checkpoints" / name
-            before = final.with_name(f"0{name}")  # a kill must leave one of the two
-            if final.exists():  # of the same update, before its evaluation
-                shutil.rmtree(before, ignore_errors=True)
-                final.rename(before)
             part.rename(final)
             force_to_disk(final.parent)
-            shutil.rmtree(before, ignore_errors=True)
         except Exception as error:  # OSError, SafetensorError, and the bare Exception of tokenizers
             shutil.rmtree(part, ignore_errors=True)  # frees what it took of a full disk
             if isinstance(error, (Stop, torch.OutOfMemoryError)):
                 raise
             raise Stop(f"checkpoint {name} cannot be written ({error}); {self.advice()}") from None
-
-    def delete_old(self, keep):
         for old in checkpoints(self.out)[keep:]:
             shutil.rmtree(old, ignore_errors=True)  # what is left of it is tried again next time
 
     def last_good(self):
-        last = checkpoints(self.out)[:1]
-        if not last:
-            return "no checkpoint was written before"
-        return f"the last good checkpoint is {last[0]}"
+        return f"the last good checkpoint is {next(iter(checkpoints(self.out)), None)}"
 
     def advice(self):
         return f"{self.last_good()}. Free space, then go on with --resume {self.out}"
@@ -125,27 +115,15 @@ def checkpoints(run):
 
 
 def create(out, config, kind=""):
-    """Make a folder with its config.json, both or neither -> its path
+    """Make a folder with its config.json -> its path
 
-    out  None: runs/<kind><date-time>, and if another process took that name, <...>-2, <...>-3
+    out  None: runs/<kind><date-time>-<process>, a name of its own
     """
-    stem = Path(out or f"runs/{kind}{datetime.now():%Y%m%d-%H%M%S}")
-    for number in itertools.count(1):
-        path = stem if number == 1 else Path(f"{stem}-{number}")
-        part = path.parent / f".{path.name}.{os.getpid()}"
-        try:
-            part.mkdir(parents=True)
-            (part / "config.json").write_text(json.dumps(config | {"out": str(path)}, indent=1))
-            force_to_disk(part / "config.json", part)
-            part.rename(path)
-        except OSError:
-            if out or not path.exists():
-                raise
-        else:
-            force_to_disk(path.parent)
-            return path
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    path = Path(out or f"runs/{kind}{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config | {"out": str(path)}, indent=1))
+    force_to_disk(path / "config.json", path, path.parent)
+    return path
 
 
 def lock(path):

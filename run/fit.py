@@ -1,4 +1,4 @@
-"""How much is done at once: slots, and tokens of a micro-batch. Memory and speed only, no result.
+"""How many completions are decoded at once. Memory and speed only, no result.
 
 A row of the KV cache is what a slot takes. So many slots are used as fit half of the free memory:
 the other half is for logits and what is computed on the way. Where a GPU is full all the same, the
@@ -16,8 +16,6 @@ from rollout import MIN_ROWS, ROOM, round_up
 
 MOST_SLOTS = 256  # by default
 UNKNOWN_SLOTS = 64  # where the system does not tell what is free (macOS)
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-LEAST_TOKENS = 256  # of a micro-batch that was halved; one completion may be longer
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
@@ -41,12 +39,11 @@ def row_bytes(model, length):
 
 
 class Fit:
-    """The sizes of one process."""
+    """The slots of one process: `most_slots` at most."""
 
     def __init__(self, flags, model):
-        """flags  with slots, device and, to learn, micro_batch_tokens"""
+        """flags  with slots"""
         self.model, self.given, self.most_slots = model, flags.slots, flags.slots or MOST_SLOTS
-        self.tokens = getattr(flags, "micro_batch_tokens", None) or MICRO_BATCH_TOKENS[flags.device]
 
     def slots(self, length):
         """For prompts and completions of `length` tokens together."""
@@ -59,32 +56,11 @@ class Fit:
             fitting = free // 2 // row_bytes(self.model, length)
         return max(MIN_ROWS, min(self.most_slots, fitting // MIN_ROWS * MIN_ROWS))
 
-    def sample(self, length, work, undo):
-        """work(slots), with fewer slots where memory is full."""
-        first = self.slots(length)
-        result, slots = halving("--slots", first, MIN_ROWS, work, undo)
-        if slots < first:
-            self.most_slots = slots
-        return result
-
-    def learn(self, work, undo):
-        """work(tokens of a micro-batch), with fewer where memory is full."""
-        result, self.tokens = halving("--micro-batch-tokens", self.tokens, LEAST_TOKENS, work, undo)
-        return result
-
-
-def halving(flag, size, least, work, undo):
-    """-> work(size), size. undo() follows a try that memory did not hold.
-
-    Raises OutOfMemoryError if the least size is too much.
-    """
-    while True:
-        try:
-            return work(size), size
-        except torch.OutOfMemoryError:
-            if size <= least:
-                raise
-        undo()
-        size = max(least, size // 2)
+    def use_less_memory(self, slots):
+        """So many did not fit: half of them from now on. Raises OutOfMemoryError again if they are
+        the fewest."""
+        if slots <= MIN_ROWS:
+            raise  # what is being handled
+        self.most_slots = max(MIN_ROWS, slots // 2)
         torch.cuda.empty_cache()
-        tqdm.write(f"out of memory: done again with {flag} {size}")
+        tqdm.write(f"out of memory: at most {self.most_slots} slots from now on")

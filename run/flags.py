@@ -1,17 +1,16 @@
-"""The flags of train.py: defaults, units, sources, checks.
+"""The flags of train.py: defaults, units, sources, ranges; and the levels that they describe.
 
 The way of a flag, such as --lr: its field below (Optimizer.lr) -> `read_flags`, where the command
 line, with the files of flags that it names (@recipes/dapo.args), and with --resume the run's
-config.json set it -> `fill`, if it has no value yet -> Config, which is run.cfg in train.py, where
-it is read (eprli.learning_rate(cfg, ...)). A flag with a value per level becomes a field of Level
-instead (eprli.resolve_levels).
+config.json set it -> `fill`, if it has no value yet -> Config, which is run.cfg in train.py. A flag
+with a value per level becomes a field of eprli.Level instead (`resolve_levels`).
 """
 
 import argparse
 import json
 import math
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +18,26 @@ import torch
 from transformers import HfArgumentParser
 
 from data import Prompting, flag
-from eprli import LEVEL_DEFAULTS as DEFAULTS
+from eprli import Level
 from files import source_of
 from policy.checkpoint import SHIPPED, TINY, default_dtype, is_shipped
 
+# Ours for the shipped model and problems, of 0.6 M parameters. Where there are two numbers, the
+# first is for level 1 if there are several levels, the second for every other level, and for a
+# single one. Level 1 is what is solved in 20 % of the attempts or more.
 LR = 3e-4
+DEFAULTS = {
+    "quality": [0.8, 1.0],
+    "max_new_tokens": [96, 128],
+    "length_weight": [0.0, 0.3],
+    "updates": [20, 40],
+}
+PER_LEVEL = [f.name for f in fields(Level)]
+
+# Rules of a flag's value, or of each of its values: a test, and its words
+ABOVE_0 = lambda v: 0 < v < math.inf, "above 0"
+AT_LEAST_0 = lambda v: 0 <= v < math.inf, "at least 0"
+AT_LEAST_1 = lambda v: v >= 1, "at least 1"
 
 
 @dataclass(frozen=True)
@@ -51,10 +65,20 @@ class Files:
     resume: str | None = flag(
         "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
     )
-    save_every: int = flag("updates between checkpoints; 0: only at the end [ours]", 10)
-    keep_checkpoints: int = flag("newest checkpoints to keep; older ones are deleted [ours]", 2)
+    save_every: int = flag(
+        "updates between checkpoints; 0: only at the end [ours]",
+        10,
+        rule=AT_LEAST_0,
+        may_change=True,
+    )
+    keep_checkpoints: int = flag(
+        "newest checkpoints to keep; older ones are deleted [ours]",
+        2,
+        rule=AT_LEAST_1,
+        may_change=True,
+    )
     tracker: Literal["wandb", "trackio"] | None = flag(
-        "send config, metrics and some completions to this tracker too [ours]"
+        "send config, metrics and some completions to this tracker too [ours]", may_change=True
     )
 
 
@@ -68,7 +92,8 @@ class Levels:
     quality: list[float] | None = flag(
         f"Q_l, upper bound of difficulty; default {DEFAULTS['quality']}, or one level of "
         "everything if no problem has a pass rate [paper: two levels; where: ours, for 0.6 M "
-        "parameters]"
+        "parameters]",
+        rule=(math.isfinite, "a finite number"),
     )
     difficulty: Literal["pass_rate", "level"] = flag(
         "what cuts the levels: 1 - pass rate, or the declared number [paper]", "pass_rate"
@@ -76,32 +101,44 @@ class Levels:
     schedule: Literal["sequential", "interleaved"] = flag(
         "levels one after the other, or taking turns [paper]", "sequential"
     )
-    group_size: list[int] = flag("G_l, completions per prompt [paper]", [16])
-    prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]")
+    group_size: list[int] = flag(
+        "G_l, completions per prompt [paper]", [16], rule=(lambda v: v >= 2, "at least 2")
+    )
+    prompts: list[int] | None = flag("P_l, prompts per draw; default N_l [ours]", rule=AT_LEAST_1)
     buffer_groups: list[int] = flag(
         "N_l, groups that an update trains on [ours, for 0.6 M parameters; FastCuRL 64-128]", [16]
     )
     max_new_tokens: list[int] | None = flag(
         f"Len_l, longest completion, tokens; default {DEFAULTS['max_new_tokens']} for the shipped "
-        "model; any other needs it given [ours; DeepScaleR 8192-24576]"
+        "model; any other needs it given [ours; DeepScaleR 8192-24576]",
+        rule=AT_LEAST_1,
     )
     reward: list[str] = flag("R_l: math, or path.py:function [paper: verifiable outcome]", ["math"])
     length_weight: list[float] | None = flag(
         f"K_l, weight of the length reward; default {DEFAULTS['length_weight']} for the shipped "
-        "model, 0 for any other [ours; paper: K_l > 0, without a number; DAPO: 0.5]"
+        "model, 0 for any other [ours; paper: K_l > 0, without a number; DAPO: 0.5]",
+        rule=AT_LEAST_0,
     )
-    eps_low: list[float] = flag("ratio's lower clip bound is 1 - eps_low [DAPO]", [0.2])
-    eps_high: list[float] = flag("ratio's upper clip bound is 1 + eps_high [DAPO]", [0.28])
+    eps_low: list[float] = flag(
+        "ratio's lower clip bound is 1 - eps_low [DAPO]",
+        [0.2],
+        rule=(lambda v: 0 <= v < 1, "in [0, 1)"),
+    )
+    eps_high: list[float] = flag(
+        "ratio's upper clip bound is 1 + eps_high [DAPO]", [0.28], rule=AT_LEAST_0
+    )
     inner_epochs: list[int] = flag(
-        "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1]
+        "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1], rule=AT_LEAST_1
     )
     updates: list[int] | None = flag(
         f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']}, or no "
-        "bound where --tokens is given [ours, for 0.6 M parameters]"
+        "bound where --tokens is given [ours, for 0.6 M parameters]",
+        rule=AT_LEAST_0,
     )
     tokens: list[int] | None = flag(
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
-        "with --updates, whichever is used up first ends the level [ours]"
+        "with --updates, whichever is used up first ends the level [ours]",
+        rule=AT_LEAST_0,
     )
 
 
@@ -121,13 +158,14 @@ class Objective:
     length_kind: Literal["overlong", "kimi", "cosine"] = flag(
         "length reward, used where K_l > 0 [Kimi k1.5; `overlong`: DAPO]", "kimi"
     )
-    overlong_cache: int | None = flag(
-        "last tokens, over which `overlong` falls to -1; default Len_l / 5 [DAPO: 4096 of 20480]"
-    )
     kl_coef: float = flag(
-        "weight of the k3 penalty towards the starting policy [paper: none; DeepScaleR 0.001]", 0.0
+        "weight of the k3 penalty towards the starting policy [paper: none; DeepScaleR 0.001]",
+        0.0,
+        rule=AT_LEAST_0,
     )
-    max_draws: int = flag("draws (of P_l prompts) per update before it is skipped [DAPO]", 10)
+    max_draws: int = flag(
+        "draws (of P_l prompts) per update before it is skipped [DAPO]", 10, rule=AT_LEAST_1
+    )
     surplus: Literal["keep", "drop", "missing"] = flag(
         "groups that an update drew beyond N_l: keep them for the next one; drop them; or draw, "
         "after the first time, only as many prompts as are missing (--max-draws x P_l in all), and "
@@ -145,34 +183,35 @@ class Optimizer:
         "the shipped model; any other needs it given. That, and what recipes/ state, is a rate of "
         "full training. With --lora-rank give ten times as much or more, as the best rates of the "
         "two differ (Schulman et al. 2025): 3e-3 for the shipped model; 2e-4 taught a Qwen2 of "
-        "0.5 B (docs/lora.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]"
+        "0.5 B (docs/scaling.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]",
+        rule=ABOVE_0,
     )
     warmup: int = flag(
-        "updates of linear warm-up, in each level [ours, for 0.6 M parameters; DAPO 10 steps]", 5
+        "updates of linear warm-up, in each level [ours, for 0.6 M parameters; DAPO 10 steps]",
+        5,
+        rule=AT_LEAST_0,
     )
     lr_decay: Literal["none", "linear", "cosine"] = flag(
         "from 1 at a level's start to 0 at its end [ours, for 0.6 M parameters; DeepScaleR none]",
         "linear",
     )
     minibatches: int = flag(
-        "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]", 2
+        "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]",
+        2,
+        rule=AT_LEAST_1,
     )
-    max_grad_norm: float = flag("gradient norm is clipped to this [DAPO]", 1.0)
     lora_rank: int = flag(
         "LoRA: freeze the weights and learn factors B A of this rank; 0: learn the weights. In RL "
         "small ranks, even 1, do as well as full training: an episode teaches few bits "
         "[arXiv 2106.09685; Schulman et al. 2025, LoRA Without Regret]",
         0,
+        rule=AT_LEAST_0,
     )
-    lora_alpha: float = flag(
-        "B A is scaled by alpha / rank, and the best --lr hardly depends on the rank; for rsLoRA "
-        "(arXiv 2312.03732) give its alpha times the root of the rank [Schulman et al. 2025]",
-        32.0,
-    )
-    lora_targets: list[str] | None = flag(
-        "linear layers with factors, such as q_proj v_proj; default all of the decoder's blocks, "
-        "which does better than attention alone at equal numbers of parameters "
-        "[Schulman et al. 2025]"
+    fsdp: bool = flag(
+        "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
+        "--lora-rank nothing is cut [ours]",
+        False,
+        may_change=True,
     )
 
 
@@ -181,37 +220,21 @@ class SamplingFlags:
     _argument_group_name = "sampling and evaluation"
 
     temperature: float = flag(
-        "of the softmax, in sampling and learning alike [DAPO; DeepScaleR 0.6]", 1.0
+        "of the softmax, in sampling and learning alike [DAPO; DeepScaleR 0.6]", 1.0, rule=ABOVE_0
     )
-    seed: int = flag("seed of everything random [ours]", 0)
+    seed: int = flag("seed of everything random [ours]", 0, rule=AT_LEAST_0)
     eval_every: int | None = flag(
-        "updates between evaluations; default: at ends of levels alone; 0: none at all [ours]"
+        "updates between evaluations; default: at ends of levels alone; 0: none at all [ours]",
+        rule=AT_LEAST_0,
     )
     eval_quality: list[float] | None = flag(
-        "thresholds that cut the held-out problems, reported apart; default Q_l [ours]"
+        "thresholds that cut the held-out problems, reported apart; default Q_l [ours]",
+        rule=(math.isfinite, "a finite number"),
     )
     eval_samples: int = flag(
-        "samples of each held-out problem; intervals are over problems [ours; DeepScaleR 16]", 1
-    )
-    eval_max_new_tokens: int | None = flag(
-        "longest completion of a held-out problem, tokens; default the largest Len_l [ours]"
-    )
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Flags of eval.py too."""
-
-    _argument_group_name = "rewards"
-
-    reward_timeout: float = flag(
-        "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
-        60.0,
-    )
-    reward_workers: int = flag(
-        "calls of your own --reward at the same time, on each process; 1 if it cannot be called "
-        "by several threads (one that is over its time still goes on beside the next) [ours]",
-        16,
+        "samples of each held-out problem; intervals are over problems [ours; DeepScaleR 16]",
+        1,
+        rule=AT_LEAST_1,
     )
 
 
@@ -219,8 +242,12 @@ class Scoring:
 class Machine:
     """Flags of eval.py too."""
 
+    _argument_group_name = "machine, and time of rewards"
+
     device: Literal["cpu", "cuda"] = flag(
-        "where the model lives [ours]", "cuda" if torch.cuda.is_available() else "cpu"
+        "where the model lives [ours]",
+        "cuda" if torch.cuda.is_available() else "cpu",
+        may_change=True,
     )
     dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
         "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
@@ -228,33 +255,19 @@ class Machine:
     )
     slots: int | None = flag(
         "completions decoded together, on each process; memory and speed only; default: what half "
-        "of the free memory holds, at most 256 [ours]"
+        "of the free memory holds, at most 256 [ours]",
+        rule=AT_LEAST_1,
+        may_change=True,
+    )
+    reward_timeout: float = flag(
+        "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
+        60.0,
+        rule=ABOVE_0,
     )
 
 
 @dataclass(frozen=True)
-class Memory(Machine):
-    _argument_group_name = "memory and speed"
-
-    micro_batch_tokens: int | None = flag(
-        "padded tokens per backward pass; memory only, never changes the result; default 2048, on "
-        "a GPU 32768, and less where its memory is full [ours]"
-    )
-    recompute: bool | None = flag(
-        "activation checkpointing: compute a layer again in the backward pass; memory only; on a "
-        "GPU the default, which --recompute False switches off [ours]",
-        nargs="?",
-        const=True,
-    )
-    fsdp: bool = flag(
-        "cut weights, gradients, optimizer over torchrun's processes (FSDP2); memory only; with "
-        "--lora-rank nothing is cut [ours]",
-        False,
-    )
-
-
-@dataclass(frozen=True)
-class Config(Files, Memory, Prompting, SamplingFlags, Scoring, Optimizer, Objective, Levels):
+class Config(Files, Machine, Prompting, SamplingFlags, Optimizer, Objective, Levels):
     """Every flag: default, unit, source. Those of type list take one value, or one per level."""
 
     @property
@@ -265,40 +278,10 @@ class Config(Files, Memory, Prompting, SamplingFlags, Scoring, Optimizer, Object
 
 
 # As --help shows them
-SECTIONS = Levels, Objective, Optimizer, Scoring, SamplingFlags, Prompting, Memory, Files
-# With --resume. No result depends on them.
-MAY_CHANGE = (
-    "device slots micro_batch_tokens recompute fsdp save_every keep_checkpoints tracker "
-    "reward_workers"
-)
-RULES = (
-    (
-        "lr temperature max_grad_norm lora_alpha reward_timeout",
-        lambda v: 0 < v < math.inf,
-        "above 0",
-    ),
-    (
-        "eps_low eps_high length_weight warmup kl_coef eval_every save_every seed updates tokens "
-        "lora_rank",
-        lambda v: 0 <= v < math.inf,
-        "at least 0",
-    ),
-    (
-        "prompts max_new_tokens inner_epochs minibatches micro_batch_tokens slots "
-        "overlong_cache max_draws keep_checkpoints eval_max_new_tokens eval_samples reward_workers",
-        lambda v: v >= 1,
-        "at least 1",
-    ),
-    ("group_size", lambda v: v >= 2, "at least 2"),  # a group of one has no advantage
-    ("eps_low", lambda v: v < 1, "below 1"),
-    ("lora_alpha", lambda v: v < 1e6, "below 1000000"),
-    ("quality eval_quality", math.isfinite, "a finite number"),
-)
+SECTIONS = Levels, Objective, Optimizer, SamplingFlags, Prompting, Machine, Files
 
 
-# What any model but the shipped one needs given.
-REQUIRED = "lr", "max_new_tokens"
-LORA_RATE = "give ten times a rate of full training or more: docs/lora.md"
+# --------------------------------------------------------------------------------------- reading
 
 
 def option(name):
@@ -322,26 +305,49 @@ def make_parser(sections=SECTIONS):
     return parser
 
 
+def given_flags(parser, arguments):
+    """{name: value} of the flags that stand on the command line."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(arguments))
+
+
+def about(*sections):
+    """{name of a flag: its data.Help}"""
+    return {f.name: f.metadata["help"] for section in sections for f in fields(section)}
+
+
+def check_rules(flags, *sections):
+    """Raise ValueError where a flag's value, or one of its values, breaks its rule."""
+    for name, help in about(*sections).items():
+        values = getattr(flags, name)
+        for value in values if isinstance(values, list) else [values]:
+            if help.rule and value is not None and not help.rule[0](value):
+                raise ValueError(f"{option(name)} must be {help.rule[1]}, found {value}")
+
+
 def read_flags(parser, arguments):
     """-> Config, config.json of the run to resume or None.  Raises ValueError"""
     parser.parse_args(arguments)  # --help ends here
     given, flags, config = given_flags(parser, arguments), {}, None
     if "resume" in given:
-        flags, config = as_started(given)
+        flags, config = as_started(given.pop("resume"), given)
     cfg = Config(**{**flags, **given})
     check(cfg)
     return fill(cfg), config
 
 
-def as_started(given):
-    """-> {name: value} of all flags of the run that is to be resumed, its config.json"""
-    run = given.pop("resume")
+def as_started(run, given):
+    """-> {name: value} of all flags of the run that is to be resumed, its config.json
+
+    given  what else stands on the command line
+    """
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text())
-        flags = {name: config[name] for name in vars(Config())}
+        flags = {name: config[name] for name in about(Config)}
         check(Config(**flags))
-        if not all(config[name] for name in ("read", "kernels", "threads", "torch")):
+        if not config["read"]:
             raise KeyError("read")
         flags["max_new_tokens"] = [level["max_new_tokens"] for level in config["levels"]]
         if config["revision"]:
@@ -351,70 +357,105 @@ def as_started(given):
             f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error}); one "
             "that another version of EPRLI began goes on with that version alone"
         ) from error
-    may_change = MAY_CHANGE.split()
-    for name in given:
-        if name not in may_change:
+    free = [option(name) for name, help in about(Config).items() if help.may_change]
+    for name in map(option, given):
+        if name not in free:
             raise ValueError(
-                f"--resume goes on with the flags of {run}, and {option(name)} is not one that may "
-                f"differ ({' '.join(map(option, may_change))}): leave it out, or start a new run "
-                f"from a checkpoint (--model {run}/checkpoints/...)"
+                f"--resume goes on with the flags of {run}, and {name} is not one that may differ "
+                f"({' '.join(free)}): leave it out, or start a new run from a checkpoint "
+                f"(--model {run}/checkpoints/...)"
             )
     return flags | {"out": run}, config
 
 
-def given_flags(parser, arguments):
-    """{name: value} of the flags that stand on the command line."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(arguments))
+def check(cfg):
+    """Raise ValueError for what no data can make right."""
+    check_rules(cfg, Config)
+    for quality in (cfg.quality or []) + (cfg.eval_quality or []):
+        if cfg.difficulty == "pass_rate" and not 0 < quality <= 1:
+            raise ValueError(
+                "--quality and --eval-quality must be in (0, 1]: a difficulty is 1 - pass rate, "
+                f"found {quality}"
+            )
+    if min(cfg.buffer_groups) < cfg.minibatches:
+        raise ValueError(
+            f"--buffer-groups must be at least --minibatches ({cfg.minibatches}), found "
+            f"{min(cfg.buffer_groups)}"
+        )
 
 
 def fill(cfg):
     """The Config with defaults that depend on the model or the data. Raises ValueError where there
     is none."""
-    missing = [name for name in REQUIRED if getattr(cfg, name) is None]
-    if missing and not is_shipped(cfg.model):
+    shipped = is_shipped(cfg.model)
+    missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
+    if missing and not shipped:
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args"
-            + (". With --lora-rank " + LORA_RATE if "lr" in missing else "")
+            f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args "
+            "(with --lora-rank give ten times a rate of full training or more: docs/scaling.md)"
         )
-    dtype, held_out = cfg.dtype or default_dtype(cfg.model, cfg.device), cfg.eval_data
-    source = Path(source_of(cfg.data)).resolve()
+    held_out, source = cfg.eval_data, Path(source_of(cfg.data)).resolve()
     if not held_out and source == (SHIPPED / "train.jsonl").resolve():
         held_out = [str(SHIPPED / "heldout.jsonl")]
-    recompute = cfg.device == "cuda" if cfg.recompute is None else cfg.recompute
-    cfg = replace(cfg, dtype=dtype, lr=cfg.lr or LR, eval_data=held_out, recompute=recompute)
-    if is_shipped(cfg.model) or cfg.length_weight:
-        return cfg
-    return replace(cfg, length_weight=[0.0])
+    return replace(
+        cfg,
+        dtype=cfg.dtype or default_dtype(cfg.model, cfg.device),
+        lr=cfg.lr or LR,
+        eval_data=held_out,
+        length_weight=cfg.length_weight or (None if shipped else [0.0]),
+    )
 
 
-def check(cfg):
-    """Raise ValueError for what no data can make right."""
-    enough = f"at least --minibatches ({cfg.minibatches})"
-    rules = [
-        *RULES,
-        ("buffer_groups", lambda v: v >= cfg.minibatches, enough),
-    ]
-    if cfg.difficulty == "pass_rate":
-        rate = "in (0, 1]: a difficulty is 1 - pass rate"
-        rules.insert(0, ("quality eval_quality", lambda v: 0 < v <= 1, rate))
-    check_ranges(cfg, rules)
-    if not cfg.lora_rank and (cfg.lora_targets or cfg.lora_alpha != Config.lora_alpha):
-        raise ValueError(
-            "--lora-targets and --lora-alpha need --lora-rank: without it all weights learn"
+# ---------------------------------------------------------------------------------------- levels
+
+
+def resolve_levels(cfg, measured):
+    """The levels that the flags describe: [Level, ...]. Raises ValueError
+
+    measured  whether some training problem has a pass rate
+    """
+    values = level_values(cfg, measured)
+    # The longest of these lists is the number of levels; the other defaults fit any number.
+    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
+    num_levels = max(len(values[name]) for name in binding)
+    for name in binding:
+        if len(values[name]) not in (1, num_levels):
+            said = "" if getattr(cfg, name) else " as by default"
+            raise ValueError(
+                f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
+                f"values, not {len(values[name])}{said}"
+            )
+    levels = []
+    for i in range(num_levels):
+        number = i if num_levels > 1 else -1
+        levels.append(
+            Level(**{name: some[min(number, len(some) - 1)] for name, some in values.items()})
         )
+    return levels
 
 
-def check_ranges(flags, rules):
-    """Raise ValueError where a flag breaks one of the rules (names, test of a value, words)."""
-    for names, good, words in rules:
-        for name in names.split():
-            values = getattr(flags, name)
-            for value in values if isinstance(values, list) else [values]:
-                if value is not None and not good(value):
-                    raise ValueError(f"{option(name)} must be {words}, found {value}")
+def level_values(cfg, measured):
+    """{name: its values} of the per-level flags, with all defaults."""
+    values = {name: getattr(cfg, name) or DEFAULTS.get(name) for name in PER_LEVEL}
+    values["prompts"] = cfg.prompts or cfg.buffer_groups
+    values["tokens"] = cfg.tokens or [None]
+    if cfg.tokens and not cfg.updates:
+        values["updates"] = [None]
+    if cfg.difficulty == "level" and not cfg.quality:
+        raise ValueError(
+            "--difficulty level needs --quality: the highest declared number of each level, "
+            "e.g. --quality 1 2"
+        )
+    if cfg.difficulty == "pass_rate" and not measured:
+        values["quality"] = cfg.quality or [1.0]
+        if set(values["quality"]) != {1.0}:
+            raise ValueError(
+                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
+                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
+                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
+            )
+    return values
 
 
 def objective_line(cfg, levels):

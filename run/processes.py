@@ -10,9 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -26,7 +24,6 @@ PATIENCE = timedelta(days=1)
 # Gradients and shards travel once all processes learn, or save. Who waits longer for them waits in
 # vain: NCCL then says for what, and ends the process.
 HANG = timedelta(minutes=30)
-MESSAGE = 1 << 24  # numbers, about, of gradients that travel to other processes together
 
 
 def is_first():
@@ -50,9 +47,6 @@ class Output:
         try:
             return self.stream.write(text)
         except OSError:
-            with open(os.devnull, "w") as nowhere:
-                for descriptor in (1, 2):
-                    os.dup2(nowhere.fileno(), descriptor)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
                 signal.raise_signal(signal.SIGHUP)
 
@@ -64,10 +58,35 @@ def set_up_output():
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr or sys.stdout)
 
 
-def refuse(parser, error):
-    """Bad input ends the program with one line of one process, and exit code 2."""
-    words = f"{parser.prog}: error: {squash(str(error))}\n"
-    parser.exit(2, words if is_first() else None)
+def refuse(parser, error, code=2):
+    """End the program with one line of one process; 2 is the exit code of bad input."""
+    words = f"{parser.prog}: {'error: ' * (code == 2)}{squash(str(error))}\n"
+    parser.exit(code, words if is_first() else None)
+
+
+def leave(main):
+    """Call main(), and end this process at once, with what the interpreter would have said.
+
+    Left to the interpreter, gloo's threads now and then wait for a process that has gone (torch
+    2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the process group.
+    And it would wait for the threads that a user's coroutine has started (asyncio.to_thread), which
+    may hang. Processes that a reward has started by multiprocessing end with it.
+    """
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with suppress(OSError):  # their reader may have gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for child in multiprocessing.active_children():  # last: a pool would start others
+            child.kill()
+        os._exit(code)
 
 
 # An error is raised on the other processes as the first of these kinds that it is.
@@ -93,10 +112,7 @@ class Ranks:
         self.device, self.sharded = torch.device(device), sharded
         self.signal, self.interruptible, self.process = None, False, os.getpid()
         if sharded and "RANK" not in os.environ:
-            raise ValueError(
-                "--fsdp needs the processes that torchrun starts: "
-                "torchrun --nproc_per_node=N train.py --fsdp (or --fsdp False)"
-            )
+            raise ValueError("--fsdp needs torchrun --nproc_per_node=N train.py --fsdp")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
         if device == "cuda" and self.size > 1:
@@ -159,24 +175,6 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.patient)
         return values
 
-    def sum_gradients(self, parameters):
-        """Every gradient becomes the sum over all processes (FSDP's backward pass has done it).
-
-        Small ones travel together: a message of its own takes longer than its bytes.
-        """
-        if self.size == 1 or self.sharded:
-            return
-        messages, before = defaultdict(list), 0
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            messages[before // MESSAGE].append(p)
-            before += p.numel()
-        for part in messages.values():
-            message = torch.cat([p.grad.flatten() for p in part]).to(self.device)
-            dist.all_reduce(message)
-            for p, total in zip(part, message.split([p.numel() for p in part])):
-                p.grad.copy_(total.view_as(p))
-
     # ---------------------------------------------------------------------------------- signals
 
     @contextmanager
@@ -201,31 +199,3 @@ class Ranks:
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt
-
-    # ------------------------------------------------------------------------------------- exit
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Where there are other processes, end this one at once, with what the interpreter would
-        have said. Left to the interpreter, gloo's threads now and then wait for a process that has
-        gone (torch 2.6), or abort a process whose run has gone well, since FSDP2 keeps hold of the
-        process group. And it would wait for the threads that a user's coroutine has started
-        (asyncio.to_thread), which may hang. Processes that a reward has started by
-        multiprocessing end with it."""
-        names = [thread.name for thread in threading.enumerate()]
-        if not (dist.is_initialized() or any(name.startswith("asyncio_") for name in names)):
-            return
-        code = 1
-        if kind in (None, SystemExit):
-            code = error.code or 0 if error else 0
-        else:
-            sys.excepthook(kind, error, trace)
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for child in multiprocessing.active_children():  # last: a pool would start others
-                child.kill()
-        finally:
-            os._exit(code)

@@ -1,6 +1,22 @@
-"""A run as it begins: a new one, or one that is resumed from its directory."""
+"""A run as it begins: a new one, or one that is resumed from its directory.
 
-import importlib.util
+The way of a line of --data, and what is left out on it:
+
+    data.read_problems      it becomes a Problem
+    data.without_repeats    left out: a problem that stands further up, but for blanks
+    data.only_gradable      left out: an answer that the grader cannot compare with others
+    data.cut_by_difficulty  it comes to a level (or to several with one Q_l); left out: what is
+                            always solved, unmeasured, or harder than all Q_l
+    Policy.render           it becomes a Prompt: tokens
+    make_levels             left out: a prompt that leaves no room for a completion
+    data.Order              train.draw takes its level's prompts in a random order
+
+From there on train.py shows the way. The prompt is completed and scored (policy.attempt). It
+becomes a Group with its advantages (train.make_group), which waits in its level's Buffer, and is
+cut into Samples (train.learn), minibatches, and micro-batches, whose objective is train.objective.
+"""
+
+import json
 import os
 import shutil
 from dataclasses import asdict
@@ -10,18 +26,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files import sha256, source_of
-from model import Transformer
-from policy import packed
-from policy.checkpoint import Policy, find_folder, is_shipped, weights_digest
+import data
+from eprli import Buffer, LevelState
+from files import explained, sha256, source_of, stem, stems
+from policy import lora, packed
+from policy.checkpoint import Policy, digest, find_folder, weights_digest
 from policy.learner import Learner
-from rewards import Scorer
+from rewards import MATH, Scorer, identity, load_reward
 from run.directory import RunDirectory, checkpoints, create
 from run.fit import Fit
-from run.flags import LORA_RATE, LR, objective_line
-from run.inputs import load_inputs, read_data
-from run.log import Run
-from run.tracker import Tracker
+from run.flags import objective_line, resolve_levels
+from run.state import Run
 
 
 def start_run(cfg, ranks):
@@ -33,33 +48,28 @@ def start_run(cfg, ranks):
         raise ValueError(
             f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
         )
-    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
-        raise ValueError(f"--tracker {cfg.tracker}: first `pip install {cfg.tracker}`")
     here = computing(ranks.from_first(packed.probe))
-    levels, held_out, policy, facts = read_inputs(cfg, cfg.model, ranks)
-    read = facts.pop("read") | {"--model": start_digest(policy.folder)}
-    tqdm.write("; ".join(f"{name} {value}" for name, value in facts.items()))
+    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, cfg.model, ranks))
+    facts["read"]["--model"] = start_digest(policy.folder)
     objective = objective_line(cfg, [state.level for state in levels])
     tqdm.write(objective)
-    if cfg.lora_rank and is_shipped(cfg.model) and cfg.lr == LR:
-        tqdm.write(f"--lr {cfg.lr:g} is a rate of full training. With --lora-rank {LORA_RATE}")
     config = {
         **with_full_paths(cfg),
         **facts,
         **here,
-        # tools/report.html shows these four.
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(state.order.prompts) for state in levels],
         "objective": objective,
         "levels": [asdict(state.level) for state in levels],
-        "read": read,
         "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
     directory = ranks.on_all(lambda: RunDirectory(out, ranks))
     try:
-        return make_run(cfg, directory, ranks, levels, held_out, policy)
+        run = make_run(cfg, directory, ranks, levels, held_out, policy)
+        ranks.on_all(run.start_tracker)
+        return run
     except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
         if ranks.first:
             shutil.rmtree(out, ignore_errors=True)
@@ -89,48 +99,31 @@ def resume_run(cfg, config, ranks):
         if now != config[name]:
             tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
-    levels, held_out, policy, facts = read_inputs(cfg, model, ranks)
-    read = config["read"] | facts["read"]
+    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks))
     if cfg.kl_coef or cfg.lora_rank or not checkpoint:
-        read["--model"] = ranks.from_first(lambda: start_digest(find_folder(cfg.model)))
-    must_be_unchanged(cfg.out, config["read"], read)
+        facts["read"]["--model"] = start_digest(find_folder(cfg.model))
+    for name, before in config["read"].items():
+        if facts["read"].get(name, before) != before:
+            raise ValueError(
+                f"--resume {cfg.out}: {name} is not what it was when the run began: put it back, "
+                f"or start a new run from a checkpoint (--model {cfg.out}/checkpoints/...)"
+            )
     run = make_run(cfg, directory, ranks, levels, held_out, policy)
-    sizes = run.resume(checkpoint)
+    sizes = run.resume(checkpoint) if checkpoint else None
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
+    ranks.on_all(run.start_tracker)
     tqdm.write(f"{cfg.out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
 
-def read_inputs(cfg, model, ranks):
-    """`load_inputs`. The first process reads the problems and sends them to the others: each would
-    parse a million rows on its own."""
-    read = ranks.from_first(lambda: read_data(cfg))
-    return ranks.on_all(lambda: load_inputs(cfg, model, ranks.device, read))
-
-
 def make_run(cfg, directory, ranks, levels, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
-    if cfg.kl_coef and cfg.lora_rank:  # it has the same frozen weights
-        with torch.device("meta"):
-            reference = Transformer(policy.model.config)
-        reference.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
-        reference.tie()
-    elif cfg.kl_coef:
+    if cfg.kl_coef:
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device, cfg).model
-    learner, fit = Learner(policy.model, ranks, cfg.recompute), Fit(cfg, policy.model)
-    scorer = Scorer(cfg)
-    size = 0  # GB
-    for weight, master in zip(learner.weights, learner.masters):  # and its two moments
-        size += (weight.nbytes + master.nbytes * (2 + (weight.dtype != master.dtype))) / 1e9
-    tqdm.write(
-        f"a checkpoint of model and optimizer, every --save-every {cfg.save_every} updates, takes "
-        f"{size:.3f} GB; --keep-checkpoints and one that is being written, "
-        f"{(cfg.keep_checkpoints + 1) * size:.3f} GB"
+    learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
+    return Run(
+        cfg, directory, ranks, policy, reference, learner, fit, Scorer(cfg), levels, held_out
     )
-    run = Run(cfg, directory, ranks, policy, reference, learner, fit, scorer, levels, held_out)
-    if cfg.tracker:
-        run.tracker = ranks.on_all(lambda: ranks.first and Tracker(cfg, directory.out))
-    return run
 
 
 # -------------------------------------------------------------------------------------- config.json
@@ -148,11 +141,9 @@ def computing(choice):
 def with_full_paths(cfg):
     """The flags, with paths that mean the same from any folder."""
     flags = asdict(cfg)
-    if Path(cfg.model).exists():
-        flags["model"] = str(Path(cfg.model).resolve())
-    for name in ("data", "examples", "template"):
+    for name in ("model", "data", "examples", "template"):
         flags[name] = full_path(flags[name])
-    flags["eval_data"] = [full_path(path) for path in cfg.eval_data]
+    flags["eval_data"] = list(map(full_path, cfg.eval_data))
     flags["reward"] = [str(Path(r).resolve()) if ":" in r else r for r in cfg.reward]
     return flags
 
@@ -171,11 +162,137 @@ def start_digest(folder):
     return weights_digest(folder) + sha256(folder / "config.json")[:12]
 
 
-def must_be_unchanged(run, before, now):
-    """before, now  {name: digest}.  Raises ValueError"""
-    for name in before:
-        if now.get(name) != before[name]:
-            raise ValueError(
-                f"--resume {run}: {name} is gone, or is not what it was when the run began: put it "
-                f"back, or start a new run from a checkpoint (--model {run}/checkpoints/...)"
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def load_inputs(cfg, model, ranks):
+    """What a run trains on, and what it is evaluated on.
+
+    model  cfg.model, or the checkpoint that a resumed run goes on from
+    -> [LevelState, ...], held-out prompts (see cut_held_out), Policy,
+       {fact: what config.json says of the data; "read": digests of what must stay as it is}
+    """
+    rewards = {name: load_reward(name) for name in cfg.reward}  # what is wrong with it comes first
+    graded = MATH in cfg.reward
+    problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
+    different = data.without_repeats(problems)
+    train_set = data.only_gradable(cfg.data, different) if graded else different
+    held_out, read = {}, {"--data": digest(problems)}
+    for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
+        some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
+        if graded:
+            data.only_gradable(path, some)  # says which; in evaluation they stay
+        read[f"--eval-data {name}"] = digest(some)
+    read["--reward"] = list(map(identity, cfg.reward))
+    read["--examples or --template"] = digest(data.read_prompting(cfg))
+    levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
+    policy = load_policy(cfg, model, ranks.device)
+    longest = max(level.max_new_tokens for level in levels)
+    if model == cfg.model and cfg.difficulty == "pass_rate":
+        with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
+            now = {"temperature": cfg.temperature, "max_new_tokens": longest}
+            check_measured(cfg.data, train_set, {"weights": weights_digest(policy.folder), **now})
+    states, left_out = make_levels(cfg, levels, train_set, policy, rewards)
+    policy.show(cfg.data, sum((state.order.prompts for state in states), []), longest)
+    facts = {
+        "repeats_removed": len(problems) - len(different),
+        "ungradable_left_out": len(different) - len(train_set),
+        "left_out": left_out,
+        "read": read,
+    }
+    return states, cut_held_out(cfg, states, held_out, policy, longest), policy, facts
+
+
+def load_policy(cfg, model, device):
+    """The policy of a checkpoint of this run, or the one that the run starts from (cfg.model)."""
+    policy = Policy.load(str(model), cfg.dtype, device, cfg)
+    if model == cfg.model and lora.read_config(policy.folder):
+        raise ValueError(
+            f"--model {model} is an adapter: merge it into its base with PEFT first "
+            "(docs/scaling.md)"
+        )
+    if model == cfg.model and cfg.lora_rank:
+        lora.add(policy.model, cfg.lora_rank, seed=cfg.seed)
+    return policy
+
+
+def check_measured(name, train_set, now):
+    """Print in what the measurement of the pass rates differs from this run.  now  its settings"""
+    kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
+    for measured in map(json.loads, sorted(kinds)):
+        if not measured:
+            tqdm.write(f"{name}: nothing says what measured the pass rates")
+            continue
+        other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
+        if other or measured.get("samples", 0) < 16:
+            tqdm.write(
+                f"{name}: pass rates measured with {measured.get('model')}, "
+                f"{measured.get('samples')} samples a problem (fewer than 16 tell little)"
+                f"{'; otherwise: ' * bool(other)}{'; '.join(other)}"
             )
+
+
+def make_levels(cfg, levels, train_set, policy, rewards):
+    """Cut the levels and render everything before minutes are spent.
+
+    -> [LevelState, ...], {why: number of problems that belong to no level}
+    """
+    qualities = [level.quality for level in levels]
+    parts, left_out = data.cut_by_difficulty(cfg.data, train_set, qualities, cfg.difficulty)
+    if None in parts and cfg.difficulty == "level":
+        raise ValueError(
+            f"--difficulty level: no problem of {cfg.data} has a level that is a number: name its "
+            "column (--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
+        )
+    states, left_out["prompt too long"] = [], 0
+    for number, level in enumerate(levels, 1):
+        problems = parts.get(None) or parts[number]  # None: one set for every level
+        prompts = []
+        if level.trains:
+            prompts = [prompt for prompt in policy.render(problems) if policy.room(prompt)]
+            left_out["prompt too long"] += len(problems) - len(prompts)
+            if not prompts:
+                raise ValueError(
+                    f"level {number} (Q = {level.quality:g}) has no problem: choose another "
+                    f"--quality, or look at what {cfg.data} left out: {left_out}"
+                )
+        order = data.Order(prompts, f"{cfg.seed}/{number}")
+        buffer = Buffer(keep_flat=cfg.filter == "all")
+        states.append(LevelState(number, level, order, rewards[level.reward], buffer))
+        tqdm.write(
+            f"level {number}: difficulty up to {level.quality:g}, {len(problems)} problems"
+            f"{'' if level.trains else ', not trained'}"
+        )
+    tqdm.write(f"{cfg.data} left out: {left_out}")
+    return states, left_out
+
+
+def cut_held_out(cfg, states, held_out, policy, longest):
+    """Cut every held-out file into bins of difficulty, by default as the levels are cut.
+
+    A bin has the R_l of the level with its threshold, else of the last level.
+    -> [({what names the bin in eval.jsonl: ...}, its prompts, its R_l), ...]
+    """
+    qualities = cfg.eval_quality or [state.level.quality for state in states]
+    rewards = {state.level.quality: state.reward for state in reversed(states)}
+    bins = []
+    for path, problems in held_out.items():
+        file = {"file": stem(path)} if len(held_out) > 1 else {}
+        parts, left_out = data.cut_by_difficulty(path, problems, qualities, cfg.difficulty)
+        if cfg.eval_quality and None in parts:
+            raise ValueError(f"--eval-quality: no problem of {path} has a {cfg.difficulty}")
+        seen, shown = [], []
+        for number, some in parts.items():
+            if some and some not in seen:  # levels may share their problems
+                seen.append(some)
+                labels, prompts = file | {"level": number}, policy.render(some)
+                quality = None if number is None else qualities[number - 1]
+                bins.append((labels, prompts, rewards.get(quality, states[-1].reward)))
+                shown += prompts
+                tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
+        if not shown:
+            raise ValueError(
+                f"{path}: no problem falls into any level ({left_out}); see --eval-quality"
+            )
+        policy.show(path, shown, longest)
+    return bins

@@ -9,14 +9,12 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from rewards import ERROR, RIGHT, TIMEOUT, writes_steps
-from run.statistics import by_name
+from eprli import MOST_SKIPS
+from rewards import ERROR, LATE, RIGHT, TIMEOUT, writes_steps
 
 KEEP = 16  # groups of each update whose completions are written down
-SHOW_EVERY = 25  # updates between two looks at full completions: eyes find reward hacking first
-MOST_FAILURES = 0.05  # share of completions; more grader failures than that are said
-# Of groups, see Buffer. `kept` groups were trained on; those that wait are not counted yet.
-FATES = ("drawn", "kept", "all_right", "all_wrong", "broken", "stale")
+# Of groups, see eprli.Buffer. Those that wait have none yet.
+FATES = ("kept", "all_right", "all_wrong", "broken", "stale")
 PHASES = ("sample", "score", "learn")
 
 
@@ -34,9 +32,9 @@ class NotFinite(Exception):
 class Update:
     """What happens in one update of a level.
 
-    rows    one per completion drawn
     groups  all that were drawn
-    steps  one per optimizer step: what train.accumulate_gradient says, and the gradient's norm
+    rows    of completions.jsonl, one for each of their completions
+    steps   one for each optimizer step: what train.add_gradient says, and the gradient's norm
     """
 
     def __init__(self, number, state, lr, max_draws):
@@ -44,31 +42,20 @@ class Update:
         self.prompts_left = max_draws * state.level.prompts  # that may still be drawn
         self.num_carried = 0  # groups trained on that an older policy sampled
         self.before = state.order.drawn, list(state.buffer.groups), Counter(state.buffer.counts)
-        self.rows = []
-        self.scored = []  # those of groups whose R_l came in time
-        self.num_late = 0  # the other groups
-        self.groups = []
-        self.steps = []
+        self.groups, self.rows, self.steps = [], [], []
         self.seconds = Counter()
         self.fault = None  # the NotFinite that ended it
         self.start = time.perf_counter()
 
     def add_draw(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
-        if not self.groups and self.number % SHOW_EVERY == 1:
-            for prompt, (a, *_) in list(zip(prompts, attempts))[:2]:
-                tqdm.write(
-                    f"  {prompt.problem.problem!r}  ->  {a.text!r}  "
-                    f"({a.score.verdict}; answer {prompt.problem.answer!r})"
-                )
-        self.groups += groups
         for prompt, some, group in zip(prompts, attempts, groups):
-            self.num_late += group.late
-            scored = zip(some, group.outcome.tolist(), group.length_reward.tolist())
-            for i, (a, outcome, length_reward) in enumerate(scored):
+            numbers = [x.tolist() for x in (group.outcome, group.length_reward, group.advantage)]
+            for i, (a, outcome, length_reward, advantage) in enumerate(zip(some, *numbers)):
                 row = {
                     "update": self.number,
                     "level": self.state.number,
+                    "group": len(self.groups),
                     "problem_id": prompt.problem.id,
                     "problem": prompt.problem.problem,
                     "answer": prompt.problem.answer,
@@ -76,15 +63,33 @@ class Update:
                     "verdict": a.score.verdict,
                     "outcome": outcome,
                     "length_reward": length_reward,
+                    "advantage": advantage,
                     "tokens": a.length,
                     "stopped": a.completion.stopped,
                     "text": a.text,
                 }
-                if a.score.values:
-                    row["values"] = a.score.values
-                self.rows.append(row)
-                if not group.late:
-                    self.scored.append(row)
+                self.rows.append(row | ({"values": a.score.values} if a.score.values else {}))
+            self.groups.append(group)
+
+    def raise_if_not_finite(self):
+        """Raise NotFinite if a group was drawn that holds a number that is not finite."""
+        for number, group in enumerate(self.groups):
+            if not (group.finite or group.late):
+                name = next(row["problem_id"] for row in self.rows if row["group"] == number)
+                raise NotFinite(
+                    f"problem {name!r}: its rewards {group.reward.tolist()} by "
+                    f"--reward {self.state.level.reward}, or log-probs sampled from the policy, "
+                    "are not finite"
+                )
+
+    def rows_to_write(self):
+        """Rows of completions.jsonl: of the first KEEP groups drawn, all of a group."""
+        return [row for row in self.rows if row["group"] < KEEP]
+
+    @property
+    def num_late(self):
+        """Groups whose R_l came too late."""
+        return sum(group.late for group in self.groups)
 
     @property
     def changed_policy(self):
@@ -95,30 +100,6 @@ class Update:
         """Order and buffer as they were before the update."""
         state = self.state
         state.order.drawn, state.buffer.groups, state.buffer.counts = self.before
-
-    def rows_to_write(self):
-        """Rows of completions.jsonl: of the first KEEP groups drawn, all of a group. The first of
-        them is the first drawn whose outcomes differ, if there is one."""
-        teaching = [i for i, group in enumerate(self.groups) if group.mixed]
-        order = dict.fromkeys([*teaching[:1], *range(len(self.groups))])
-        rows = []
-        for i in list(order)[:KEEP]:
-            advantages = self.groups[i].advantage.tolist()
-            for row, advantage in zip(self.rows[i * len(advantages) :], advantages):
-                rows.append(row | {"group": i, "advantage": advantage})
-        return rows
-
-    def raise_if_not_finite(self):
-        """Raise NotFinite if a group was drawn that holds a number that is not finite."""
-        for row in self.scored:
-            reward = row["outcome"] + row["length_reward"]
-            if not math.isfinite(reward):
-                raise NotFinite(
-                    f"--reward {self.state.level.reward} returned, "
-                    f"for problem {row['problem_id']!r}, {reward}"
-                )
-        if self.count("broken") > self.num_late:
-            raise NotFinite("log-probs sampled from the policy are not finite")
 
     def count(self, fate):
         """How many groups had this fate in this update."""
@@ -134,12 +115,13 @@ class Update:
 
     def row(self):
         """Its line of metrics.jsonl. A value that does not exist is nan."""
-        rows, scored, steps = self.rows, self.scored, self.steps
+        rows, steps = self.rows, self.steps
         seconds = time.perf_counter() - self.start
-        gap = Counter(*steps[:1])  # later the learner is not the sampler any more
-        tokens = [row["tokens"] for row in rows]
-        verdicts = Counter(row["verdict"] for row in rows)
+        scored = [row for row in rows if row["verdict"] != LATE]
         rewards = [group.reward for group in self.groups if not group.late]
+        gap = Counter(*steps[:1])  # later the learner is not the sampler any more
+        verdicts = Counter(row["verdict"] for row in rows)
+        tokens = sum(row["tokens"] for row in rows)
         row = {
             "update": self.number,
             "level": self.state.number,
@@ -149,12 +131,13 @@ class Update:
             "reward_variance_between": variance([r.mean().item() for r in rewards]),
             "outcome_mean": mean_of("outcome", scored),
             "length_reward_mean": mean_of("length_reward", scored),
-            "length_mean": mean(tokens),
+            "length_mean": mean_of("tokens", rows),
             "truncated_share": mean([not row["stopped"] for row in rows]),
             "writes_steps_share": mean([writes_steps(row["text"]) for row in rows]),
             "grader_timeouts": verdicts[TIMEOUT],
             "grader_errors": verdicts[ERROR],
             "reward_timeouts": self.num_late,
+            "groups_drawn": self.count("drawn"),
             "groups_pending": self.state.buffer.pending,
             "carried_share": ratio(self.num_carried, self.count("kept")),
             "objective": mean_of("objective", steps),
@@ -167,28 +150,24 @@ class Update:
             "logprob_gap_max": gap["gap_max"] if gap["fresh"] else math.nan,
             "grad_norm": mean_of("grad_norm", steps),
             "lr": self.lr,
-            "tokens_sampled": sum(tokens),
+            "tokens_sampled": tokens,
             "tokens_trained": int(self.total("tokens")),
-            "tokens_per_second": sum(tokens) / seconds,
+            "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
-        values = by_name(r.get("values", {}) for r in scored)
-        row |= {f"{k}_mean": mean(v) for k, v in values.items() if k.startswith("part_")}
+        for part in scored[0].get("values", {}) if scored else ():
+            if part.startswith("part_"):
+                row[f"{part}_mean"] = mean([r["values"][part] for r in scored])
         row |= {f"groups_{fate}": self.count(fate) for fate in FATES}
-        row |= {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
-        return row
+        return row | {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
 
-    def tell(self, row, folder):
+    def tell(self, row):
         """Print its line, and what a person should hear of.  row: see `row`"""
         where = f"level {self.state.number} ({self.state.progress:.0%}) update {self.number}"
         tqdm.write(f"{where} | {LINE.format(**row).replace('nan%', '-').replace('nan', '-')}")
-        failures = row["grader_timeouts"] + row["grader_errors"]
-        if failures > MOST_FAILURES * len(self.rows):
-            tqdm.write(
-                f"  the grader gave up on {failures} of {len(self.rows)} completions, which count "
-                f'as wrong: look for the verdicts "{TIMEOUT}" and "{ERROR}" in '
-                f"{folder / 'completions.jsonl'}"
-            )
+        failures = {name: row[f"{name}s"] for name in ("grader_timeout", "grader_error")}
+        if any(failures.values()):
+            tqdm.write(f"  counted as wrong: {failures}; see their verdicts in completions.jsonl")
         if self.num_late:
             tqdm.write(
                 f"  {self.num_late} groups broken: --reward took longer than --reward-timeout"
@@ -199,6 +178,8 @@ class Update:
             tqdm.write(f"  update {self.number} changed nothing: all its groups are flat")
         elif not self.steps:
             tqdm.write(f"  update {self.number} skipped: {unfilled(row, self.state.level)}")
+        if self.state.skips == MOST_SKIPS:
+            tqdm.write(f"  level {self.state.number} ends early after {MOST_SKIPS} skipped updates")
 
 
 LINE = (
@@ -242,17 +223,17 @@ def unfilled(row, level):
     """What was seen in draws that did not fill the buffer, and what to change."""
     drawn, right, wrong = row["groups_drawn"], row["groups_all_right"], row["groups_all_wrong"]
     cut_off = row["truncated_share"]
-    seen = (
-        f"{drawn} groups did not fill the buffer of {level.buffer_groups}: {right} were all right "
-        f"and {wrong} all wrong; {cut_off:.0%} of the completions were cut off. "
-    )
     if row["reward_timeouts"] > drawn / 2:
-        return seen + "Most rewards came too late: raise --reward-timeout"
-    if right + wrong < drawn / 2:
-        return seen + "Most groups would serve: raise --max-draws or --prompts"
-    if right > wrong:
-        return seen + "The level is too easy: raise --quality, or measure the pass rates anew"
-    if cut_off > 0.5:
-        end = f"raise --max-new-tokens (now {level.max_new_tokens}), if the context leaves more"
-        return seen + f"Completions do not come to an end: {end}"
-    return seen + "The level is too hard: lower --quality, show --examples, or raise --group-size"
+        advice = "Most rewards came too late: raise --reward-timeout"
+    elif right + wrong < drawn / 2:
+        advice = "Most groups would serve: raise --max-draws or --prompts"
+    elif right > wrong:
+        advice = "The level is too easy: raise --quality, or measure the pass rates anew"
+    elif cut_off > 0.5:
+        advice = f"Completions do not end: raise --max-new-tokens (now {level.max_new_tokens})"
+    else:
+        advice = "The level is too hard: lower --quality, show --examples, or raise --group-size"
+    return (
+        f"{drawn} groups did not fill the buffer of {level.buffer_groups}: {right} were all right "
+        f"and {wrong} all wrong; {cut_off:.0%} of the completions were cut off. {advice}"
+    )

@@ -21,9 +21,9 @@ sys.path += [str(BENCH), str(EXPERIMENTS)]
 import arms  # noqa: E402  these are no packages
 import compare  # noqa: E402
 import gpu  # noqa: E402
+import runs as runner  # noqa: E402
 import tables  # noqa: E402
 
-import runs as runner  # noqa: E402
 from data import Problem, read_problems  # noqa: E402
 from eprli import resolve_levels  # noqa: E402
 from files import write_records  # noqa: E402

@@ -146,7 +146,7 @@ LENGTH_REWARDS = """
 # tokens  right  stopped   overlong    kimi   cosine
     10      1       1         0       0.5     0.4267767   # (1 + cos(pi / 4)) / 4
     20      0       1         0       0      -0.25        # never rewarded for being short
-    35      1       0        -0.5    -0.125  -0.5
+    35      1       0        -0.375  -0.125  -0.5
     40      0       1        -1      -0.25    0
     50      1       1        -1      -0.5     0           # a cosine would turn back beyond Len
 
@@ -159,10 +159,10 @@ LENGTH_REWARDS = """
 
 
 def test_length_rewards_by_hand():
-    """Len = 40, cache = 10. Two groups at once: kimi's extremes are those of a group."""
+    """Len = 40, its last fifth is 8. Two groups at once: kimi's extremes are those of a group."""
     length, right, stopped, *expected = table(LENGTH_REWARDS).T.reshape(6, 2, 5)
     for kind, values in zip(("overlong", "kimi", "cosine"), expected):
-        found = length_term(kind, length, right.bool(), stopped.bool(), 40, 10)
+        found = length_term(kind, length, right.bool(), stopped.bool(), 40)
         assert torch.allclose(found, values, atol=1e-6), kind
 
 

@@ -1,14 +1,19 @@
 """Slots and micro-batches follow the free memory, and where it is full the work is done again."""
 
+from types import SimpleNamespace
+
 import torch
 from conftest import fit, lines, random_model
 from pytest import mark, raises
 from test_train import workshop  # noqa: F401 a fixture
 
 import train
+from policy import attempt as attempts
+from policy import learner
+from policy.learner import Learner
 from rollout import KVCache
 from run import fit as fits
-from run.flags import make_parser, read_flags
+from run.fit import Fit
 
 
 def test_slots_are_the_rows_that_half_of_the_free_memory_holds(monkeypatch):
@@ -39,15 +44,14 @@ def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
 def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, monkeypatch, printed):  # noqa: F811
     """With fewer slots, and smaller micro-batches. No result changes; a gradient that was half
     made, or a reward that was begun, does not count twice."""
-    flags = "--slots 32 --dtype float64 --quality 1 --updates 3 --micro-batch-tokens 4096"
+    flags = "--slots 32 --dtype float64 --quality 1 --updates 3"
     expected = lines(workshop(f"{flags} --out whole") / "metrics.jsonl")
-    sample, objective = train.attempt.__globals__["sample"], train.objective
+    sample, objective = attempts.sample, train.objective
 
-    def small_sample(*rest, slots, on_group, **more):
-        done = sample(*rest, slots=slots, on_group=on_group, **more)
+    def small_sample(*rest, slots, **more):
+        yield from sample(*rest, slots=slots, **more)
         if slots > 8:
             raise torch.OutOfMemoryError
-        return done
 
     def small_objective(run, level, model, micro, counts):
         if len(micro) > 1:
@@ -56,37 +60,25 @@ def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, mo
             raise torch.OutOfMemoryError
         return objective(run, level, model, micro, counts)
 
-    monkeypatch.setitem(train.attempt.__globals__, "sample", small_sample)
+    monkeypatch.setattr(attempts, "sample", small_sample)
     monkeypatch.setattr(train, "objective", small_objective)
-    monkeypatch.setattr(fits, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(learner, "LEAST_TOKENS", 1)
     found = lines(workshop(f"{flags} --out small") / "metrics.jsonl")
     for one, other in zip(expected, found, strict=True):
         for name in ("reward_mean", "tokens_sampled", "tokens_trained", "groups_kept"):
             assert one[name] == other[name]
         assert abs(one["grad_norm"] - other["grad_norm"]) < 1e-9 * one["grad_norm"]
     said = printed()
-    assert "done again with --slots 16" in said and "done again with --slots 8" in said
-    assert "done again with --micro-batch-tokens" in said
+    assert "at most 16 slots from now on" in said and "at most 8 slots from now on" in said
+    assert "micro-batches of 1024 tokens from now on" in said
 
 
-def test_the_smallest_size_is_the_end():
-    def full(size):
-        raise torch.OutOfMemoryError
-
+@mark.parametrize("smallest", [Fit.use_less_memory, Learner.use_less_memory])
+def test_the_smallest_size_is_the_end(smallest):
+    one = SimpleNamespace(most_tokens=1, ranks=SimpleNamespace(sharded=False))
+    arguments = [8] if smallest is Fit.use_less_memory else []
     with raises(torch.OutOfMemoryError):
-        fits.halving("--slots", 8, 8, full, undo=None)
-
-
-@mark.parametrize(
-    "words, expected",
-    [
-        ("--device cuda", True),
-        ("--device cuda --recompute False", False),
-        ("--device cpu", False),
-        ("--device cpu --recompute", True),
-    ],
-)
-def test_a_gpu_computes_layers_again_unless_told_otherwise(words, expected):
-    """A plan for a GPU is made where there is none: the flag decides, not this machine."""
-    cfg, _ = read_flags(make_parser(), words.split())
-    assert cfg.recompute is expected
+        try:
+            raise torch.OutOfMemoryError
+        except torch.OutOfMemoryError:
+            smallest(one, *arguments)

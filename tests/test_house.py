@@ -13,11 +13,10 @@ files policy.packed
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
 sources data rewards
-run.statistics policy.lora policy.learner policy.checkpoint policy.attempt run.inputs
-run.processes run.directory run.fit run.tracker run.flags run.update run.log
-run.start run.command
-tools tools.overlap tools.report tools.compare
-train eval
+policy.lora policy.learner policy.checkpoint policy.attempt
+run.processes run.directory run.fit run.flags run.update run.state run.start run.command
+tools tools.overlap tools.report
+eval train
 """
 FLOORS = ORDER.split()
 ROOMS = ("answers", "policy", "run", "tools")

@@ -1,10 +1,7 @@
 """The decoder against transformers, its kernels, and chunked log-probs against dense ones."""
 
-import ctypes
 import importlib
 import json
-import resource
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -16,11 +13,9 @@ from transformers import AutoModelForCausalLM
 import model as model_module
 from model import (
     ChosenLogprobs,
-    GatedUnit,
     Transformer,
     additive_mask,
     log_softmax,
-    micro_batches,
     pad,
     rotary,
 )
@@ -140,13 +135,13 @@ def test_without_kernels_of_onednn_everything_runs_by_torch(use_kernels, monkeyp
     torch_only = {"packed": []}
     assert packed.probe() == torch_only
     assert use_kernels(ONEDNN) == torch_only == packed.chosen()
-    ids, mask = pad([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]])
+    prompt, (ids, mask) = torch.tensor([1, 2, 3]), pad([[4, 5], [6, 7, 8]])
     for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
         model, exact = random_model(dtype=dtype), random_model(dtype=torch.float64)
-        with torch.inference_mode(), model.laid_out(8):
+        with torch.inference_mode(), packed.packed(model, 8):
             error = model(ids) - exact(ids)
         assert error.abs().max() < close * exact(ids).abs().max()
-        model.token_logprobs(ids, mask, 1.0)[0].sum().backward()
+        model.token_logprobs(prompt, ids, mask, 1.0)[0].sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -168,13 +163,13 @@ def test_weights_are_packed_as_they_are_and_anew_for_every_rollout(dtype, use_ke
     model = random_model(dtype=dtype, attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 97, (8, 5))
     with torch.no_grad():
-        with raises(KeyboardInterrupt), model.laid_out(8):
-            assert model.lm_head.packed is not None
+        with raises(KeyboardInterrupt), packed.packed(model, 8):
+            assert "forward" in vars(model.lm_head)
             raise KeyboardInterrupt  # must not leave the packed weights behind
         for p in model.parameters():
             p.mul_(1.1)
         expected = model(ids)
-        with model.laid_out(8):
+        with packed.packed(model, 8):
             error = model(ids) - expected
     close = 1e-5 if dtype == torch.float32 else 0.05
     assert error.abs().max() < close * expected.abs().max()
@@ -183,42 +178,41 @@ def test_weights_are_packed_as_they_are_and_anew_for_every_rollout(dtype, use_ke
 # ------------------------------------------------------------------------------------- log-probs
 
 
-def dense(model, ids, mask, temperature):
-    logprobs = (model(ids)[:, :-1].double() / temperature).log_softmax(-1)
-    chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+def dense(model, prompt, ids, mask, temperature):
+    rows = torch.cat([prompt.expand(len(ids), -1), ids], 1)
+    logprobs = (model(rows)[:, len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
+    chosen = logprobs.gather(-1, ids[..., None])[..., 0]
     entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
-    zero = torch.zeros(len(ids), 1, dtype=torch.double)
-    return torch.cat([zero, chosen], 1) * mask, torch.cat([zero, entropy], 1) * mask
+    return chosen * mask, entropy * mask
 
 
-# Prompts, completions: shared prompts, one that is another's beginning, one that differs by a token
-# 0 as in padding; prompts of one length, so attention without a mask; prompts that are longer than
-# the completions.
+# 0 as in padding; completions of one token; prompts that are longer than the completions, and so
+# attention with a mask, and shorter ones.
 SEQUENCES = """
-[[1, 2, 3], [4], [1, 2, 3], [1, 2], [1, 2, 0], [4]] | [[7, 8], [9, 6, 1, 2], [3], [5, 6], [7], [0]]
-[[1, 2, 3], [4, 5, 0], [1, 2, 3]] | [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]]
-[[1, 2, 3, 4], [1, 2, 3, 4]] | [[7, 8], [9, 10, 11]]
+[1, 2, 0] | [[7, 8], [9, 6, 1, 2], [3], [0]]
+[1, 2, 3] | [[7, 8, 9, 10, 11], [9, 10], [13, 14, 15, 16]]
+[1, 2, 3, 4] | [[7, 8], [9, 10, 11]]
+[4] | [[0], [7]]
 """
 
 
-@mark.parametrize("prompts, completions", table(SEQUENCES))
+@mark.parametrize("prompt, completions", table(SEQUENCES))
 @mark.parametrize("temperature", [1.0, 0.6])
 @mark.parametrize("chunk, rows", [(1, 1), (3, 2), (10**9, 4)])
 def test_chunked_log_probs_equal_dense_ones(
-    prompts, completions, temperature, chunk, rows, monkeypatch
+    prompt, completions, temperature, chunk, rows, monkeypatch
 ):
     """Values and gradients: a chunk that is lost or read after the next one lies in its buffer, a
-    temperature that is forgotten, a token that sees another's prompt, its padding or what comes
-    after it fails."""
+    temperature that is forgotten, a token that sees padding or what comes after it fails."""
     monkeypatch.setattr("model.tokens_per_chunk", lambda *_: chunk)
     monkeypatch.setattr("model.rows_per_chunk", lambda width: rows)
     model = random_model(dtype=torch.float64)
-    ids, mask = pad(json.loads(prompts), json.loads(completions))
+    prompt, (ids, mask) = torch.tensor(json.loads(prompt)), pad(json.loads(completions))
     weight = torch.randn(*ids.shape, dtype=torch.double)
     results = []
     for function in (
-        lambda: model.token_logprobs(ids, mask, temperature),
-        lambda: dense(model, ids, mask, temperature),
+        lambda: model.token_logprobs(prompt, ids, mask, temperature),
+        lambda: dense(model, prompt, ids, mask, temperature),
     ):
         model.zero_grad()
         logprob, entropy = function()
@@ -228,19 +222,8 @@ def test_chunked_log_probs_equal_dense_ones(
     assert all((v[~mask] == 0).all() for v in results[0][:2])
 
 
-def test_the_gated_unit_has_the_gradient_of_its_formula(monkeypatch):
-    """Models that are compared with each other share it, so a wrong gradient would agree."""
-    monkeypatch.setattr("model.rows_per_chunk", lambda width: 2)  # several parts
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    gate, up = inputs
-    assert torch.equal(GatedUnit.apply(gate, up), torch.nn.functional.silu(gate) * up)
-    assert torch.autograd.gradcheck(GatedUnit.apply, (gate, up))
-
-
 def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks(monkeypatch):
-    """A sum in bfloat16 stands still once an addend is below 1/512 of it: 512 chunks would lose
-    half of the gradient."""
+    """A sum in bfloat16 stands still once an addend is below 1/512 of it. There are few chunks."""
     torch.manual_seed(0)
     hidden, weight = (
         torch.rand(2048, 8).bfloat16(),
@@ -248,7 +231,7 @@ def test_the_gradient_of_the_head_in_bfloat16_does_not_depend_on_chunks(monkeypa
     )
     targets = torch.zeros(2048, dtype=torch.long)
     grads = []
-    for size in (2, 2048):
+    for size in (64, 2048):
         monkeypatch.setattr("model.tokens_per_chunk", lambda *_, size=size: size)
         ChosenLogprobs.apply(hidden, weight, targets, 1.0)[0].sum().backward()
         grads.append(weight.grad.float())
@@ -262,11 +245,11 @@ def test_the_gradient_is_the_same_bits_whatever_threads_do():
     repeated, nor resumed exactly."""
     torch.set_num_threads(2)
     model = random_model(hidden_size=960, intermediate_size=32, num_hidden_layers=1)
-    ids, mask = pad([[5, 6, 7] * 20] * 40, [[1 + i % 7] * 3 for i in range(40)])
+    prompt, (ids, mask) = torch.tensor([5, 6, 7] * 20), pad([[1 + i % 7] * 3 for i in range(40)])
 
     def gradient():
         model.zero_grad()
-        model.token_logprobs(ids, mask, 1.0)[0].sum().backward()
+        model.token_logprobs(prompt, ids, mask, 1.0)[0].sum().backward()
         return [p.grad.clone() for p in model.parameters()]
 
     first = gradient()
@@ -274,14 +257,14 @@ def test_the_gradient_is_the_same_bits_whatever_threads_do():
         assert all(torch.equal(a, b) for a, b in zip(first, gradient()))
 
 
-@mark.parametrize("prompts", [[[5, 6, 7]] * 2, [[5, 6, 7], [5, 6]]])
-def test_keys_copied_to_every_head_are_those_of_its_group(prompts, monkeypatch):
+@mark.parametrize("length", [3, 6])
+def test_keys_copied_to_every_head_are_those_of_its_group(length, monkeypatch):
     """What a GPU takes where there is a mask: heads that meet the keys of another group."""
     model, results = random_model("qwen3", torch.float64), []
-    ids, mask = pad(prompts, [[1, 2, 3, 4], [4, 3, 2]])
+    prompt, (ids, mask) = torch.arange(5, 5 + length), pad([[1, 2, 3, 4], [4, 3, 2]])
     for copied in (lambda *_, **__: False, lambda *_, **__: True):
         monkeypatch.setattr(model_module, "keys_for_every_head", copied)
-        logprob = model.token_logprobs(ids, mask, 1.0)[0]
+        logprob = model.token_logprobs(prompt, ids, mask, 1.0)[0]
         grads = torch.autograd.grad(logprob.sum(), list(model.parameters()))
         results.append([logprob, *grads])
     assert all(torch.allclose(*pair, atol=1e-10) for pair in zip(*results))
@@ -294,10 +277,9 @@ def test_memory_of_log_probs_stays_far_below_the_logits():
     sizes = dict(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096)
     model = Transformer(small_config(**sizes, **heads, tie_word_embeddings=True))
-    ids = torch.randint(0, 49152, (1, 4096))
+    ids, prompt = torch.randint(0, 49152, (1, 4095)), torch.tensor([1])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[:, 0] = False
-    _, most, _ = peak(lambda: model.token_logprobs(ids, mask, 1.0)[0].sum().backward())
+    _, most, _ = peak(lambda: model.token_logprobs(prompt, ids, mask, 1.0)[0].sum().backward())
     assert 1e6 < most < 0.25 * 4096 * 49152 * 4
 
 
@@ -312,30 +294,6 @@ def test_kernels_of_a_gpu_that_are_left_out():
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
-def test_micro_batches_cover_everything_within_the_budget():
-    """Padding counts, and so does every different prompt of a batch, once."""
-    prompts = [[1] * 20, [2] * 10, [1] * 20, [2] * 10, [2] * 10, [1] * 20, [1] * 20]
-    completions = [[0] * n for n in (5, 90, 7, 33, 33, 1, 64)]
-    batches = micro_batches(prompts, completions, 100)
-    assert [[len(completions[i]) for i in b] for b in batches] == [[64], [7, 5, 1], [90], [33, 33]]
-    for b in batches:
-        used = {tuple(prompts[i]) for i in b}
-        cost = len(b) * max(len(completions[i]) for i in b) + len(used) * max(map(len, used))
-        assert cost <= 100 or len(b) == 1
-
-
-def test_micro_batches_are_few_and_pad_little():
-    """Prompts may be long, as with worked examples: cut by length, each batch would have them all
-    again. If they are short, completions of one length belong together. Where all prompts differ,
-    one by one would pad nothing, and take a batch for each."""
-    long, short = [[1] * 12, [2] * 12] * 4, [[1], [2]] * 4
-    alike, mixed = [[0] * 9] * 8, [[0] * n for n in (9, 9, 9, 9, 1, 1, 1, 1)]
-    assert micro_batches(long, alike, 60) == [[0, 2, 4, 6], [1, 3, 5, 7]]  # 96 tokens, not 120
-    assert micro_batches(short, mixed, 42) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # 44, not 74
-    assert micro_batches(short, mixed, 42, one_prompt=True) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert micro_batches([[i] for i in range(8)], mixed, 100) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-
-
 def test_weights_are_aligned_wherever_the_file_puts_them(tmp_path):
     """Products of unaligned weights round differently: a resumed run would not be the same bits."""
     random_model().save_pretrained(tmp_path)
@@ -344,23 +302,6 @@ def test_weights_are_aligned_wherever_the_file_puts_them(tmp_path):
         save_file(load_file(path), path, metadata={"format": "pt", "x": "x" * 8 * length})
         weights = Transformer.from_pretrained(tmp_path).parameters()
         assert {p.data_ptr() % 64 for p in weights} == {0}
-
-
-def test_the_gradient_of_the_embedding_is_added_to_its_master_in_float32():
-    """A token that occurs 1,000 times: in bfloat16 its sum would stand still at 256. Without a
-    master it is torch's gradient."""
-    embedding = model_module.Embedding(50, 3)
-    ids = torch.tensor([7] * 1000 + [9, 0]).view(2, -1)
-    embedding(ids).sum().backward()
-    expected = torch.zeros(50, 3)
-    expected[[7, 9, 0]] = torch.tensor([[1000.0], [1.0], [1.0]])
-    assert torch.equal(embedding.weight.grad, expected)
-    embedding = model_module.Embedding(50, 3).bfloat16()
-    embedding.weight.master = torch.zeros(50, 3)
-    for times in (1, 2):
-        embedding(ids).sum().backward()
-        assert torch.equal(embedding.weight.master.grad, times * expected)
-    assert embedding.weight.grad is None
 
 
 @mark.parametrize("known", [1, 0])
@@ -375,39 +316,6 @@ def test_memory_that_torch_frees_stays_with_the_process_or_nothing_is_changed(kn
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     importlib.reload(packed)
     assert calls == [(-3, 32 << 20), (-1, 2**31 - 1)][: 1 + known]
-
-
-@mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="another C library")
-def test_free_memory_between_blocks_in_use_is_given_back(monkeypatch):
-    """malloc gives back by itself only what lies behind the last block in use."""
-    blocks = [torch.ones(2_000_000) for _ in range(40)]  # 8 MB each
-    del blocks[::2]
-    before = resident_bytes()
-    packed.give_back()
-    assert resident_bytes() > before - 50e6  # a small model is left alone
-    libc, trims = ctypes.CDLL(None), []
-    spy = SimpleNamespace(mallinfo2=libc.mallinfo2)
-    spy.malloc_trim = lambda pad: trims.append(libc.malloc_trim(pad))
-    monkeypatch.setattr(packed.ctypes, "CDLL", lambda _: spy)
-    monkeypatch.setattr(packed, "_others", 0)
-    monkeypatch.setattr(packed, "MOST_FREE", 100e6)
-    packed.give_back()
-    assert resident_bytes() < before - 100e6
-    packed.give_back()  # else its pages would be new in every micro-batch
-    assert len(trims) == 1 and len(blocks) == 20
-
-
-def resident_bytes():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def test_a_sum_of_two_dtypes_is_exact_in_every_row(monkeypatch):
-    """A part that is left out; a sum in bfloat16, which has no 1 + 2^-9."""
-    monkeypatch.setattr("model.rows_per_chunk", lambda width: 3)
-    total, part = torch.ones(8, 2), torch.full((8, 2), 2**-9).bfloat16()
-    model_module.add_wider(total, part)
-    assert (total == 1 + 2**-9).all()
 
 
 def test_positions_are_exact_in_bfloat16():

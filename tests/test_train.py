@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from conftest import column, fit, lines, norms, random_model, read, write_lines
 from pytest import approx, fixture, importorskip, mark, raises
+from test_rollout import sampled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eval as evaluation
 import train
 from data import Order, Problem, Prompt, read_problems
 from eprli import (
@@ -28,17 +30,16 @@ from eprli import (
     group_advantage,
     kl_penalty,
     learning_rate,
-    resolve_levels,
 )
 from model import pad
 from policy.attempt import TRAINING, Attempt, Sampling, attempt, evaluation_requests
 from policy.learner import Learner
-from rewards import MATH, Score, Scorer, load_reward
-from rollout import Completion, sample, stream_key
+from rewards import Score, Scorer, load_reward
+from rollout import Completion, stream_key
 from run.fit import Fit
-from run.flags import Config, fill, make_parser, read_flags
-from run.inputs import check_measured
+from run.flags import Config, fill, make_parser, read_flags, resolve_levels
 from run.processes import Ranks
+from run.start import check_measured
 from run.update import Update
 from train import Sample, accumulate_gradient, learn
 
@@ -59,7 +60,7 @@ def config(flags):
 
 
 def level(**changes):
-    flags = "--quality 1 --prompts 2 --group-size 4 --max-new-tokens 30 --overlong-cache 6"
+    flags = "--quality 1 --prompts 2 --group-size 4 --max-new-tokens 30"
     flags += " --length-weight 0 --buffer-groups 2 --updates 1 --inner-epochs 1"
     (own,) = resolve_levels(config(flags), measured=True)
     return replace(own, **changes)
@@ -86,7 +87,7 @@ def off_policy_samples(model, n=7):
     prompts = [[5] * (1 + 3 * i) for i in range(n)]
     limits = [3 + 4 * i for i in range(n)]
     keys = [[stream_key(i)] for i in range(n)]
-    done = sample(model, prompts, keys, limits, slots=8, stop_ids=set(), temperature=0.8)
+    done = sampled(model, prompts, keys, limits, slots=8, stop_ids=set(), temperature=0.8)
     rng = torch.Generator().manual_seed(0)
     samples = []
     for prompt, (c,), A in zip(prompts, done, torch.linspace(-1.5, 1.5, n).tolist()):
@@ -99,7 +100,7 @@ def off_policy_samples(model, n=7):
 
 def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
-    cfg = fill(config(f"--temperature 0.8 --micro-batch-tokens 4096 {flags}"))
+    cfg = fill(config(f"--temperature 0.8 {flags}"))
     return SimpleNamespace(
         cfg=cfg,
         learner=learner,
@@ -114,9 +115,11 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def gradient(model, samples, flags, reference=None):
+def gradient(model, samples, flags, reference=None, most_tokens=4096):
     model.zero_grad()
-    accumulate_gradient(a_run(model, flags, reference), level(), samples)
+    run = a_run(model, flags, reference)
+    run.learner.most_tokens = most_tokens
+    accumulate_gradient(run, level(), samples)
     return gradients(model)
 
 
@@ -132,11 +135,11 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_padding(work, norm):
     """A mean of micro-batch means, or a denominator counted per micro-batch, makes the gradient a
     function of memory."""
     model, reference, samples = work
-    flags = f"--loss-norm {norm} --kl-coef 0.1 --micro-batch-tokens"
-    one = gradient(model, samples, f"{flags} 1000000", reference)
+    flags = f"--loss-norm {norm} --kl-coef 0.1"
+    one = gradient(model, samples, flags, reference)
     assert one.abs().max() > 1e-3
     for tokens, order in ((1, samples), (40, samples[::-1]), (100, samples[3:] + samples[:3])):
-        other = gradient(model, order, f"{flags} {tokens}", reference)
+        other = gradient(model, order, flags, reference, tokens)
         assert (one - other).abs().max() < 1e-12
 
 
@@ -156,10 +159,13 @@ def test_the_kl_term_is_subtracted(work):
     both policies at the temperature of sampling."""
     model, reference, samples = work
     run = a_run(model, "--kl-coef 0.1", reference)
-    still = [replace(s, advantage=0.0) for s in samples]
+    still = [replace(s, advantage=0.0) for s in samples[3:4] * 2]
     J, _ = train.objective(run, level(), model, still, (len(still), 99))
-    ids, mask = pad([s.group.prompt for s in still], [s.completion.tokens for s in still])
-    own, start = (m.token_logprobs(ids, mask, 0.8)[0].detach() for m in (model, reference))
+    prompt, (ids, mask) = (
+        torch.tensor(still[0].group.prompt),
+        pad([s.completion.tokens for s in still]),
+    )
+    own, start = (m.token_logprobs(prompt, ids, mask, 0.8)[0].detach() for m in (model, reference))
     expected = -0.1 * kl_penalty(own, start, 1 / (len(still) * mask.sum(1)), mask)
     assert J.item() == approx(expected.item()) and J < -1e-3
 
@@ -173,7 +179,7 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
     model.zero_grad()
     seen = []
 
-    def look(lr, max_norm):  # takes no step
+    def look(lr):  # takes no step
         seen.append(gradients(model))
         model.zero_grad()
         return 0.0
@@ -192,17 +198,18 @@ def test_number_of_minibatches_does_not_rescale_the_gradient(work, norm):
 # ---------------------------------------------------------------------------------------- optimizer
 
 
-def test_masters_keep_what_bfloat16_would_lose():
+def test_masters_keep_what_bfloat16_would_lose(monkeypatch):
     """lr 1e-4 on bfloat16 weights rounds to nothing; on float32 masters 20 such steps add up."""
     model = random_model(dtype=torch.bfloat16)
     learner = Learner(model, Ranks())
     weight = model.lm_head.weight
     before = weight.detach().clone()
     learner.adamw.param_groups[0]["weight_decay"] = 0.0
+    monkeypatch.setattr("policy.learner.MAX_GRAD_NORM", 1e9)
     for _ in range(20):
         weight.float().sum().backward()
         assert weight.grad is None  # its master has it
-        norm = learner.step(1e-4, 1e9)
+        norm = learner.step(1e-4)
     assert norm == approx(math.sqrt(before.numel()), rel=1e-3)
     (master,) = [m for w, m in zip(learner.weights, learner.masters) if w is weight]
     assert torch.allclose(master, before.float() - 20e-4, atol=1e-5)
@@ -219,9 +226,9 @@ def test_the_heads_gradient_is_added_to_its_masters(tied):
         learner = Learner(model, Ranks())
         for seed in (0, 1):
             torch.manual_seed(seed)
-            ids = torch.randint(3, 90, (2, 9))
-            mask = torch.ones(2, 9, dtype=bool).index_fill(1, torch.arange(3), False)
-            model.token_logprobs(ids, mask, 1.0)[0].sum().backward()
+            prompt, ids = torch.randint(3, 90, (3,)), torch.randint(3, 90, (2, 6))
+            mask = torch.ones(2, 6, dtype=bool)
+            model.token_logprobs(prompt, ids, mask, 1.0)[0].sum().backward()
         head = [w is model.lm_head.weight for w in learner.weights].index(True)
         assert dtype == torch.float32 or learner.weights[head].grad is None
         grads.append(learner.masters[head].grad)
@@ -229,13 +236,12 @@ def test_the_heads_gradient_is_added_to_its_masters(tied):
 
 
 def test_learning_rate_is_warm_up_times_decay():
-    def rates(n, flags):
-        cfg = config(f"--lr 1 {flags}")
-        return [learning_rate(cfg, done, done / n) for done in range(n)]
+    def rates(n, warmup, decay):
+        return [learning_rate(1.0, warmup, decay, done, done / n) for done in range(n)]
 
-    assert rates(4, "--warmup 2 --lr-decay linear") == approx([0.5, 0.75, 0.5, 0.25])
-    assert rates(3, "--warmup 0 --lr-decay none") == [1.0, 1.0, 1.0]
-    cosine = rates(8, "--warmup 0 --lr-decay cosine")
+    assert rates(4, 2, "linear") == approx([0.5, 0.75, 0.5, 0.25])
+    assert rates(3, 0, "none") == [1.0, 1.0, 1.0]
+    cosine = rates(8, 0, "cosine")
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[4] == approx(0.5) and cosine[-1] > 0
 
@@ -258,10 +264,10 @@ def test_a_step_without_signal_moves_nothing():
     model = random_model()
     learner = Learner(model, Ranks())
     model(torch.tensor([[1, 2]])).sum().backward()
-    learner.step(0.1, 1.0)
+    learner.step(0.1)
     before = [p.detach().clone() for p in model.parameters()]
     (model(torch.tensor([[1, 2]])).sum() * 0).backward()
-    assert learner.step(0.1, 1.0) == 0
+    assert learner.step(0.1) == 0
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 
@@ -318,24 +324,22 @@ def metrics(workshop):
     return lambda flags: lines(workshop(flags) / "metrics.jsonl")
 
 
-def test_pass_rates_of_other_models_and_settings_are_said(toy_policy, printed):
+def test_pass_rates_of_other_models_and_settings_are_said(printed):
     """The shipped problems have the rates of the shipped model, and cut wrong levels for any other.
     With what measured them nothing is said."""
-    own = toy_policy.measuring(1.0, 8, [MATH]) | {"model": "m", "samples": 64}
+    now = {"weights": "w", "temperature": 1.0, "max_new_tokens": 8}
+    own = now | {"model": "m", "samples": 64}
     cases = {
         "": own,
         "weights x, now": own | {"weights": "x"},
         "temperature 0.6, now 1.0": own | {"temperature": 0.6},
         "max_new_tokens 9, now 8": own | {"max_new_tokens": 9},
-        "top_k 1, now 0": own | {"top_k": 1},
-        "stop_ids [7], now": own | {"stop_ids": [7]},
-        "4 samples a problem: fewer than 16": own | {"samples": 4},
+        "4 samples a problem (fewer than 16": own | {"samples": 4},
         "nothing says what measured": None,
     }
-    levels = [level(max_new_tokens=n) for n in (4, 8, 6)]
     for words, measured in cases.items():
         problems = [Problem("i", "1", "1", 0.5, other={"measured": measured})]
-        check_measured(Config(), levels, problems, toy_policy)
+        check_measured("p.jsonl", problems, now)
         said = printed()
         assert words in said and bool(words) == bool(said)
 
@@ -399,11 +403,10 @@ def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed)
     sent = [row for row in rows if "reward_mean" in row]
     for row, logged in zip(sent, lines(out / "metrics.jsonl"), strict=True):
         assert row["reward_mean"] == approx(logged["reward_mean"])
-        assert row["completions"]["_type"] == "trackio.table"
     assert sum("held out, level 1" in row for row in rows) == 3
     monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
     workshop("--tracker trackio --out second")
-    assert "--tracker: update 4 is not sent (ZeroDivisionError" in printed()
+    assert "--tracker: ZeroDivisionError" in printed()
 
 
 BROKEN_TRACKER = """
@@ -411,7 +414,6 @@ def init(**_):
     1 / {works}
 def log(*_, **__):
     pass
-Table = dict
 def finish():
     raise OSError("no network")
 """
@@ -426,21 +428,12 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if works:
         workshop("--tracker wandb")
-        assert "--tracker: cannot finish (OSError: no network)" in capsys.readouterr().out
+        assert "--tracker: OSError: no network" in capsys.readouterr().out
     else:
         with raises(SystemExit, match="2"):
             workshop("--tracker wandb")
         assert "--tracker wandb: cannot begin" in capsys.readouterr().err
     assert (tmp_path / "run").exists() == works
-
-
-def test_a_tracker_that_is_missing_is_said_before_all_else(workshop, monkeypatch, capsys):
-    """After a large model was loaded, though a millisecond tells."""
-    monkeypatch.setattr("run.start.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("run.start.load_inputs", None)
-    with raises(SystemExit, match="2"):
-        workshop("--tracker wandb")
-    assert "--tracker wandb: first `pip install wandb`" in capsys.readouterr().err
 
 
 def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed):
@@ -502,8 +495,6 @@ def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, print
         assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
         for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
             assert row[name] == whole[name]
-    left_out = sum(column(rows, "completions_left_out"))
-    assert f"{left_out} completions were not written down" in printed()
 
 
 def test_the_seed_decides(workshop):
@@ -518,11 +509,10 @@ def test_any_number_of_levels(metrics, quality, limits):
     assert all(row["length_mean"] <= 2 + row["level"] for row in rows)  # each level's own cap
 
 
-def test_decreasing_quality_trains_the_harder_bin_first_and_warns(workshop, printed):
+def test_decreasing_quality_trains_the_harder_bin_first(workshop):
     out = workshop("--quality 1.0 0.5 --updates 1")
     first = {c["problem_id"] for c in lines(out / "completions.jsonl") if c["update"] == 1}
     assert first <= {f"p{i}" for i in range(1, 20, 2)}  # pass rate 0.1
-    assert "Q1 < Q2" in printed()
 
 
 def test_interleaved_levels_take_turns(metrics):
@@ -585,19 +575,18 @@ def test_the_math_reward_is_the_graders_outcome(workshop):
     assert all(c["outcome"] == (c["verdict"] == "right") for c in rows)
 
 
-@mark.parametrize("one_in, said", [(10, True), (40, False)])
-def test_failures_of_the_grader_are_counted_and_said(metrics, monkeypatch, printed, one_in, said):
+def test_failures_of_the_grader_are_counted_and_said(metrics, monkeypatch, printed):
     """A reward that silently turns into zeros looks like a policy that does not learn."""
 
     number = itertools.count()
 
     def compare(self, cases):
-        return ["wrong" if next(number) % one_in else "timeout" for _ in cases]
+        return ["wrong" if next(number) % 10 else "timeout" for _ in cases]
 
     monkeypatch.setattr("rewards.Grader.compare", compare)
     row = metrics("--reward math --quality 1 --updates 1 --buffer-groups 10 --filter all")[0]
-    assert row["grader_timeouts"] == 40 // one_in and row["grader_errors"] == row["accuracy"] == 0
-    assert ("the grader gave up on 4 of 40" in printed()) == said
+    assert row["grader_timeouts"] == 4 and row["grader_errors"] == row["accuracy"] == 0
+    assert "counted as wrong: {'grader_timeout': 4" in printed()
 
 
 def test_surplus_that_is_dropped_is_never_trained_on(metrics):
@@ -669,13 +658,12 @@ def test_levels_may_share_their_problems(workshop):
 
 def test_held_out_problems_are_cut_alike_for_every_arm(workshop):
     """One level and two levels are compared on the same bins, the same problems and samples."""
-    flags = "--eval-quality 0.5 1.0 --eval-max-new-tokens 9 --max-new-tokens 5 --updates 1"
+    flags = "--eval-quality 0.5 1.0 --updates 1"
     one, two = (
         lines(workshop(f"--eval-data p.jsonl {flags} {more}") / "eval.jsonl")[:2]
         for more in ("--quality 1 --out one", "--quality 0.5 1 --out two")
     )
     assert one == two and column(one, "level") == [1, 2]
-    assert one[0]["length_mean"] > 5  # not Len_l
 
 
 def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch):
@@ -683,14 +671,11 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     rows = [{"id": f"p{i}", "problem": c, "answer": "1"} for i, c in enumerate("xy0")]
     write_lines(tmp_path / "plain.jsonl", rows)
     sent = []
-    tracker = SimpleNamespace(send=lambda *values: sent.append(values), finish=str)
-    monkeypatch.setattr("run.start.Tracker", lambda *_: tracker)
-    monkeypatch.setattr("run.start.importlib.util.find_spec", str)
-    out = workshop("--eval-data p.jsonl plain.jsonl --updates 1 --tracker wandb")
+    monkeypatch.setattr("run.state.Run.track", lambda self, values: sent.append(values))
+    out = workshop("--eval-data p.jsonl plain.jsonl --updates 1")
     found = [(row["file"], row["level"], row["n"]) for row in lines(out / "eval.jsonl")]
     assert found == 3 * [("p", 1, 10), ("p", 2, 10), ("plain", None, 3)]
     config = read(out / "config.json")
-    assert {"eval_left_out, p", "eval_left_out, plain"} < set(config)
     assert list(config["read"])[:3] == ["--data", "--eval-data p", "--eval-data plain"]
     assert config["eval_data"] == [str(tmp_path / name) for name in ("p.jsonl", "plain.jsonl")]
     words = printed()
@@ -699,7 +684,7 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     names = ["p, level 1", "p, level 2", "plain, all problems"]
     table = [line for line in table[1:7] if "R_l" not in line]
     assert [line[:21].strip() for line in table] == names
-    assert list(sent[0][1]) == [f"held out, {name}" for name in names]
+    assert list(sent[0]) == [f"held out, {name}" for name in names]
     assert len({len(line) for line in table}) == 1
     one = workshop("--eval-data plain.jsonl --updates 1 --out one")
     alone = lines(one / "eval.jsonl")
@@ -726,16 +711,16 @@ def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monke
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
     """And are sampled as in training."""
-    seen, attempt = [], train.attempt
+    seen, attempt = [], evaluation.attempt
 
     def watch(policy, grader, work, sampling, *rest, **settings):
         seen.append((sampling.max_new_tokens, sampling.temperature))
         return attempt(policy, grader, work, sampling, *rest, **settings)
 
-    monkeypatch.setattr(train, "attempt", watch)
+    monkeypatch.setattr(evaluation, "attempt", watch)
     flags = "--max-new-tokens 3 9 5 --updates 1 --temperature 0.7 --quality 1"
     workshop(f"--eval-data p.jsonl {flags}")
-    assert list(dict.fromkeys(seen)) == [(9, 0.7), (3, 0.7), (5, 0.7)]
+    assert set(seen) == {(9, 0.7)}
 
 
 LONG = [{"problem": c * n, "answer": "1", "pass_rate": 0.5} for c in "ab" for n in (1, 300)]
@@ -754,11 +739,11 @@ def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed):
     said = printed()
     assert said.count(words) == 1
     assert "leave less" not in said
-    more = "--max-new-tokens 127 --eval-max-new-tokens 126 --out more --eval-every 0 --max-draws 1"
+    more = "--max-new-tokens 127 --out more --eval-every 0 --max-draws 1"
     workshop(f"--eval-data long.jsonl --updates 1 --eval-quality 1 {more}")
     said = printed()
     assert "p.jsonl: 20 of 20 prompts leave less than the 127 tokens" in said
-    assert "long.jsonl: 2 of 4 prompts leave less than the 126 tokens" in said
+    assert "long.jsonl: 2 of 4 prompts leave less than the 127 tokens" in said
 
 
 @mark.parametrize(
@@ -784,7 +769,8 @@ def test_data_without_pass_rates_is_one_level_and_says_so(metrics, printed):
     write_lines("plain.jsonl", [{"problem": c, "answer": 1} for c in "abcdeea"])
     assert column(metrics("--data plain.jsonl --updates 1"), "level") == [1]
     text = printed()
-    assert "plain.jsonl: no problem has a pass_rate" in text and "repeats_removed 2" in text
+    assert "plain.jsonl: no problem has a pass_rate" in text
+    assert read("run/config.json")["repeats_removed"] == 2
 
 
 def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, printed):
@@ -800,7 +786,7 @@ def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, printed
 def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, printed):
     write_lines("long.jsonl", LONG)
     out = workshop("--data long.jsonl --quality 1 --updates 1")
-    assert "prompts_too_long 2" in printed()
+    assert "'prompt too long': 2" in printed()
     assert set(column(lines(out / "completions.jsonl"), "problem_id")) == {"long-1", "long-3"}
 
 
@@ -817,7 +803,7 @@ def test_a_run_says_and_saves_its_objective(workshop, printed):
     "kind, lengths, expected",
     [
         ("cosine", (5, 5), (0.25, -0.25)),
-        ("overlong", (5, 5), (-0.5, -0.5)),
+        ("overlong", (5, 9), (0, -0.5)),
         ("kimi", (5, 10), (0.5, -0.5)),
     ],
 )
@@ -828,7 +814,7 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
     not the grader, says which of two completions is right: one of 0.5 is not."""
     cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
     run = SimpleNamespace(cfg=cfg, policy=policy, policy_version=0)
-    own = level(max_new_tokens=40, length_weight=1.0, overlong_cache=40)
+    own = level(max_new_tokens=40, length_weight=1.0)
     attempts = []
     for outcome, verdict, n in zip((1.0, 0.5), ("right", "wrong"), lengths):
         completion = Completion([7] * n, [-1.0] * n, True)
@@ -933,7 +919,7 @@ def test_a_picture_that_cannot_be_drawn_fails_no_run(workshop, printed, monkeypa
 
 def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     """After Ctrl-C coroutines would go on, and cost."""
-    monkeypatch.setattr("policy.checkpoint.sample", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("policy.attempt.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
         attempt(toy_policy, using, [], Sampling(3, 1.0), fit(toy_policy.model))

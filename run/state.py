@@ -1,8 +1,9 @@
-"""A run at work: where it stands, what is due, and what it writes down.
+"""The state of a run, and its one writer: counters, logs, checkpoints.
 
-train.py decides what happens; a Run counts it, logs it, saves it, and takes up a saved state.
+train.py decides what happens. A Run counts it, writes it down, saves it, takes up a saved state.
 """
 
+import importlib
 import json
 import math
 from collections import Counter, defaultdict
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import name_level
-from eprli import MOST_SKIPS, Group
-from files import Stop
-from model import PART_BYTES, Transformer
+from eprli import Group
+from files import Stop, explained
+from model import Transformer
 from policy import lora
 from policy.checkpoint import Policy
 from policy.learner import Learner
@@ -25,8 +26,6 @@ from run.directory import RunDirectory
 from run.fit import Fit
 from run.flags import Config
 from run.processes import Ranks
-from run.statistics import shown
-from run.tracker import Tracker
 from run.update import Update
 
 MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, before the run ends
@@ -54,15 +53,13 @@ class Run:
     num_updates: int = 0  # so far, skipped ones included
     num_broken: int = 0  # updates that met a number that is not finite, since one trained
     evaluation_due: bool = True
-    save_due: bool = False
     saved: str | None = None  # name of the newest checkpoint
     update: Update | None = None  # at work
     half_done: bool = False  # weights or logs hold what the counters do not yet: no saving now
-    doing: str = "setting up"  # what it does, where memory may run out
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
-    tracker: Tracker | None = None  # of the first process, with --tracker
     bar: tqdm | None = None
+    tracker: object = None  # the library, on the first process, with --tracker
 
     @property
     def policy_version(self):
@@ -93,13 +90,12 @@ class Run:
         """Whether what happens every so many updates (0, None: never) is due now."""
         return bool(every and self.num_updates and self.num_updates % every == 0)
 
-    def save_if_due(self):
-        if self.save_due:
-            self.save()
+    @property
+    def save_due(self):
+        return 0 < self.cfg.save_every <= self.num_updates - int(self.saved or 0)
 
     def start_update(self, state, lr):
         """-> the next Update, of this level"""
-        self.doing = "sampling"
         self.update = Update(self.num_updates + 1, state, lr, self.cfg.max_draws)
         return self.update
 
@@ -120,7 +116,6 @@ class Run:
         elif update.steps:
             self.num_broken = 0
         self.evaluation_due = state.over or self.due(self.cfg.eval_every)
-        self.save_due |= self.due(self.cfg.save_every)
         self.log(update)
         self.half_done = False
         if self.bar:
@@ -136,18 +131,14 @@ class Run:
 
     def log(self, update):
         """Write one update down, and tell of it."""
-        state = update.state
         row, written = update.row(), update.rows_to_write()
         row["completions_left_out"] = len(update.rows) - len(written)
         self.directory.append("completions.jsonl", written)
         self.directory.append("metrics.jsonl", [row])
-        if self.tracker:
-            self.tracker.send(update.number, row, update.rows)
-        update.tell(row, self.directory.out)
-        if state.skips == MOST_SKIPS:
-            tqdm.write(f"  level {state.number} ends early after {MOST_SKIPS} skipped updates")
+        self.track(row)
+        update.tell(row)
         entropy = row["entropy"]
-        if not math.isfinite(entropy):
+        if math.isnan(entropy):
             return
         self.first_entropy = self.first_entropy or entropy
         if entropy < ENTROPY_COLLAPSE * self.first_entropy:
@@ -160,34 +151,16 @@ class Run:
     def add_evaluation(self, rows):
         """Write down and print the held-out accuracy of every bin."""
         self.evaluation_due = False
-        rows = [
-            {"update": self.num_updates, "tokens_sampled": self.tokens_sampled, **row}
-            for row in rows
-        ]
+        now = {"update": self.num_updates, "tokens_sampled": self.tokens_sampled}
+        rows = [now | row for row in rows]
         self.half_done = True
         self.directory.append("eval.jsonl", rows)
-        if self.tracker:
-            held_out = {f"held out, {name_level(r)}": r["accuracy"] for r in rows}
-            self.tracker.send(self.num_updates, held_out)
+        self.track({f"held out, {name_level(row)}": row["accuracy"] for row in rows})
         self.half_done = False
-        self.saved = None  # a checkpoint of this update, if there is one, lacks these rows
         self.evaluations += rows
         for row in rows:
-            name = name_level(row)
-            text = (
-                "  held out, {}: {accuracy:.1%} [{low:.1%}, {high:.1%}] of {n} right after "
-                "{update} updates"
-            )
-            means = [f"; {name} {shown(name, values)}" for name, values in means_of(row)]
-            tqdm.write(text.format(name, **row) + "".join(means))
-            earlier = [e for e in self.evaluations if name_level(e) == name]
-            best = max(earlier, key=lambda e: e["accuracy"])
-            if row["high"] < best["low"]:
-                tqdm.write(
-                    f"  {name} is being forgotten: it was at {best['accuracy']:.1%} "
-                    f"after {best['update']} updates, and the intervals do not meet; give the "
-                    "level that is trained a smaller budget, or take turns (--schedule interleaved)"
-                )
+            text = "; ".join(f"{name} {value}" for name, value in results_of(row).items())
+            tqdm.write(f"  held out, {text} of {row['n']} right after {self.num_updates} updates")
 
     def table(self):
         """Held-out accuracy of every bin (rows) before and after every level (columns)."""
@@ -198,18 +171,37 @@ class Run:
             for state in self.levels:
                 if state.last_update:
                     columns[f"after level {state.number}"] = state.last_update
-        rows = defaultdict(dict)  # name of a bin -> {update: cell}
+        rows = defaultdict(dict)  # name of a result -> {update: its text}
         for row in self.evaluations:
-            cell = "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)
-            rows[name_level(row)][row["update"]] = cell
-            for name, values in means_of(row):
-                rows[f"{name_level(row)}, {name}"][row["update"]] = shown(name, values)
+            for name, value in results_of(row).items():
+                rows[name][row["update"]] = value
         width = max(map(len, ["held-out accuracy", *rows])) + 2
         lines = ["held-out accuracy".ljust(width) + "".join(f"{name:^24}" for name in columns)]
         for name, cells in rows.items():
             row = "".join(f"{cells.get(end, '-'):^24}" for end in columns.values())
             lines.append(name.ljust(width) + row)
         return "\n".join(lines)
+
+    def start_tracker(self):
+        """Raises ValueError"""
+        name = self.cfg.tracker
+        if name and self.ranks.first:
+            with explained(f"--tracker {name}: cannot begin; is `pip install {name}` done?"):
+                self.tracker = importlib.import_module(name)
+                run = self.directory.out.name
+                self.tracker.init(project="eprli", name=run, config=vars(self.cfg), resume="allow")
+
+    def track(self, values):
+        """None: the run is over. What goes wrong at the tracker is said, and does not end a run."""
+        if not self.tracker:
+            return
+        try:
+            if values is None:
+                return self.tracker.finish()
+            values = {name: value for name, value in values.items() if value == value}  # no nan
+            self.tracker.log(values, step=self.num_updates)
+        except Exception as error:  # of all kinds, from libraries and networks
+            tqdm.write(f"--tracker: {type(error).__name__}: {error}")
 
     # ------------------------------------------------------------------------------ checkpoints
 
@@ -219,72 +211,61 @@ class Run:
         name = f"{self.num_updates:06d}"
         if name == self.saved or self.half_done or self.num_broken:
             return
-        self.doing = "saving"
-        parts = in_parts(self.learner.tensors())
+        optimizer = {}  # whole, on the first process: shards are gathered from all
+        for key, tensor in self.learner.tensors():
+            if self.ranks.first:
+                optimizer[key] = tensor.cpu()
+
+        def write(folder):
+            for key, tensor in (*self.policy.model.named_parameters(), *optimizer.items()):
+                if not tensor.isfinite().all():
+                    raise Stop(
+                        f"the weights are no longer finite ({key}), so they are not saved; "
+                        f"{self.directory.last_good()}"
+                    )
+            save_file(optimizer, folder / "optimizer.safetensors")
+            if self.cfg.lora_rank:
+                lora.save(self.policy.model, folder, self.directory.config)
+            else:
+                self.policy.model.save_pretrained(folder)
+            self.policy.save(folder)
+            state = pack(self) | {"sizes": self.directory.log_sizes()}
+            (folder / "state.json").write_text(json.dumps(state, default=plain))
 
         def work():
-            try:
-                if self.ranks.first:
-                    self.directory.write_checkpoint(name, lambda f: self.write(f, parts))
-                    self.directory.delete_old(self.cfg.keep_checkpoints)
-            finally:  # shards are gathered by all, whatever goes wrong on the first
-                for _ in parts:
-                    pass
+            self.directory.write_checkpoint(name, write, self.cfg.keep_checkpoints)
 
-        self.ranks.on_all(work, interruptible=False)
-        self.saved, self.save_due = name, False
-
-    def check_weights(self, tensors):
-        for name, tensor in tensors:
-            if not tensor.isfinite().all():
-                raise Stop(
-                    f"the weights are no longer finite ({name}), so they are not saved; "
-                    f"{self.directory.last_good()}"
-                )
-
-    def write(self, folder, optimizer_parts):
-        """The files of a checkpoint."""
-        self.check_weights(self.policy.model.named_parameters())
-        for number, tensors in enumerate(optimizer_parts):
-            self.check_weights(tensors.items())
-            save_file(tensors, folder / f"optimizer{number or ''}.safetensors")
-        if self.cfg.lora_rank:
-            lora.save(self.policy.model, folder, self.directory.config)
-        else:
-            self.policy.model.save_pretrained(folder)
-        self.policy.save(folder)
-        state = pack(self) | {"sizes": self.directory.log_sizes()}
-        (folder / "state.json").write_text(json.dumps(state, default=plain))
+        self.ranks.from_first(work, interruptible=False)
+        self.saved = name
 
     def resume(self, checkpoint):
-        """Take up the state of a checkpoint (None: the beginning). -> {log: bytes it had then}, or
-        None"""
-        if not checkpoint:
-            return None
+        """Take up the state of a checkpoint. -> {log: bytes it had then}"""
         state = json.loads((checkpoint / "state.json").read_text())
         unpack(self, state)
-        for path in sorted(checkpoint.glob("optimizer*.safetensors")):  # one order on all nodes
-            self.learner.load(load_file(path))
+        self.learner.load(load_file(checkpoint / "optimizer.safetensors"))
         self.saved = checkpoint.name
         return state["sizes"]
 
 
-def means_of(row):
-    """(name, (mean, low, high)) of R_l, its parts, and `late` if any was; of a row of eval.jsonl"""
-    means = row.get("means", {}).items()
-    return [(name, values) for name, values in means if name != "late" or values[0]]
+def results_of(row):
+    """{what: its mean and interval as text} of a row of eval.jsonl: accuracy; of an R_l of one's
+    own R_l, its parts, and `late` if any was."""
+    bin_name = name_level(row)
+    results = {bin_name: "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)}
+    for name, values in row.get("means", {}).items():
+        if name != "late" or values[0]:
+            results[f"{bin_name}, {name}"] = shown(name, values)
+    return results
 
 
-def in_parts(tensors):
-    """(name, tensor) pairs -> dicts of about PART_BYTES on the CPU: few are held at a time."""
-    part, size = {}, 0
-    for name, tensor in tensors:  # shards are gathered here, from all processes
-        part[name] = tensor.cpu()
-        size += tensor.nbytes
-        if size >= PART_BYTES:
-            yield part
-            part, size = {}, 0
-    yield part
+def shown(name, measure):
+    """A measure (mean, low, high) as text: `length` in tokens, R_l and its parts as they are, all
+    others in per cent."""
+    if name.startswith(("R_l", "part_")):
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*measure)
+    scale, unit = (1, "") if name == "length" else (100, " %")
+    mean, low, high = (scale * value for value in measure)
+    return f"{mean:.1f}{unit} [{low:.1f}, {high:.1f}]"
 
 
 def pack(run):
