@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and what it goes on from after any end.
 
     config.json                         every flag, resolved; it comes into being with the directory
-    metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/run-directory.md has the keys
+    metrics.jsonl, eval.jsonl, completions.jsonl     appended to; docs/scaling.md has the keys
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
         adapter_config.json, adapter_model.safetensors ...   PEFT's, see policy/lora.py

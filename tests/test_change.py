@@ -17,7 +17,7 @@ from conftest import lines, write_lines
 from launch import ROOT, said, start, wait
 from test_resume import assert_the_same, checkpoints
 
-MOST_LINES, MOST_FILES = 15, 2  # of a change
+MOST_LINES, MOST_FILES = 15, 4  # of a change, its tests aside
 SECTION = re.compile(r"^## (.+?)$(.*?)^```diff\n(.*?)^```$", re.M | re.S)
 CHANGES = {
     title: (text, diff)
@@ -40,7 +40,8 @@ def workshop(tmp_path_factory, toy_folder):
     shutil.copytree(toy_folder, folder / "toy")
     rows = []
     for i, c in enumerate("0123456789"):
-        rows.append({"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": i * 7 % 5 / 5})
+        row = {"id": f"p{i}", "problem": c, "answer": "1", "pass_rate": i * 7 % 5 / 5}
+        rows.append(row | {"solution": f"{c} + 1 - {c} = 1"})
     write_lines(folder / "p.jsonl", rows)
     (folder / "r.py").write_text(REWARD)
     copy = folder / "project"  # without what no test here needs
@@ -151,12 +152,23 @@ def shorter_than_the_right_ones(folder, run, _):
             assert row["length_reward"] == pytest.approx(expected)
 
 
+def first_words_shown(folder, run, said):
+    problems = {row["id"]: row for row in lines(folder / "p.jsonl")}
+    for first, *_ in groups(folder / run):
+        problem = problems[first["problem_id"]]
+        hint = " " + problem["solution"][: len("0 + 1")] if first["level"] == 1 else ""
+        assert first["problem"] == problem["problem"] + hint
+    assert said.count(" + 1<") == 2  # in the prompts of level 1 that are shown, not held out
+    goes_on(folder, run)
+
+
 CHECKS = {
     "RLOO's advantage": (leave_one_out, "--adv-std rloo"),
     "GSPO's ratio": (one_ratio, ""),
     "Your own order of problems": (hardest_first, ""),
     "Your own end of a level": (no_longer_rises, "--updates 60"),
     "Your own length reward": (shorter_than_the_right_ones, "--length-kind efficiency"),
+    "A hint from the worked solution": (first_words_shown, "--hint 0.5 0 --eval-data p.jsonl"),
 }
 
 
@@ -173,8 +185,9 @@ def diff(workshop, title):
 def test_a_worked_change_applies_and_acts(workshop, tmp_path, title, diff):
     """A page of diffs that nobody applies is wrong after the next refactoring; state that a change
     adds and no checkpoint holds."""
-    assert len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- ))", diff, re.M)) <= MOST_LINES
-    assert len(re.findall(r"^\+\+\+ ", diff, re.M)) <= MOST_FILES
+    files = [part for part in diff.split("--- a/")[1:] if not part.startswith("tests/")]
+    assert len(re.findall(r"^(?:\+(?!\+\+ )|-)", "".join(files), re.M)) <= MOST_LINES
+    assert len(files) <= MOST_FILES
     check, flags = CHECKS[title]
     did(workshop, f'{FLAGS} {flags} --out "{title}"')
     check(workshop, title, said(workshop))
