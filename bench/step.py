@@ -31,7 +31,6 @@ def make_run(args, problems):
     cfg = Config(
         dtype=args.dtype,
         minibatches=1,
-        micro_batch_tokens=args.micro_batch_tokens,
         slots=args.slots,
         group_size=[args.group],
         buffer_groups=[args.prompts],
@@ -44,7 +43,7 @@ def make_run(args, problems):
     reward = Reward("common.py:reward", common.reward)
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
-    learner, fit = Learner(policy.model, ranks, args.recompute), Fit(cfg, policy.model)
+    learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
@@ -60,14 +59,7 @@ def one_update(run):
 
 
 def main():
-    args = common.parse(
-        __doc__,
-        **common.MODEL,
-        **common.UPDATE,
-        micro_batch_tokens=2048,
-        slots=64,
-        recompute=False,
-    )
+    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, slots=64)
     run = make_run(args, [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
     one_update(run)  # a warm-up
     updates, times = zip(*(one_update(run) for _ in range(args.steps)))
