@@ -248,7 +248,9 @@ def accumulate_gradient(run, level, minibatch):
             if weight:  # else it was there for FSDP alone
                 logs.append(logged)
     except torch.OutOfMemoryError:
+        J = logs = None
         run.learner.use_less_memory()
+    if logs is None:  # out here all that the step held is free
         return accumulate_gradient(run, level, minibatch)
     # Summed in the order of processes, so that every run has the same bits.
     logs = sum(run.ranks.gather(logs), [])

@@ -128,8 +128,6 @@ def main():
         group=8,
         new_tokens=1024,
         slots=64,
-        micro_batch_tokens=32768,
-        recompute=True,
     )
     problems = read_problems(SHIPPED / "train.jsonl")[: args.prompts]
     made = functools.cache(lambda: step.make_run(args, problems))

@@ -44,8 +44,6 @@ def make_run(args, problems):
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
-    learner.model.model.recompute = args.recompute
-    learner.most_tokens = args.micro_batch_tokens
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
@@ -61,14 +59,7 @@ def one_update(run):
 
 
 def main():
-    args = common.parse(
-        __doc__,
-        **common.MODEL,
-        **common.UPDATE,
-        micro_batch_tokens=2048,
-        slots=64,
-        recompute=False,
-    )
+    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, slots=64)
     run = make_run(args, [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
     one_update(run)  # a warm-up
     updates, times = zip(*(one_update(run) for _ in range(args.steps)))

@@ -37,25 +37,24 @@ class Learner:
         named = policy_model.named_parameters()
         self.names, self.weights = zip(*[(n, p) for n, p in named if p.requires_grad])
         self.model = shard(policy_model, ranks) if ranks.sharded else policy_model
-        device = self.weights[0].device.type
-        self.model.model.recompute = device == "cuda"  # memory and speed only
-        self.most_tokens = MICRO_BATCH_TOKENS[device]
         self.masters = [p for p in self.model.parameters() if p.requires_grad]
-        narrow = self.weights[0].dtype.itemsize < 4
-        if narrow and not ranks.sharded:
+        if self.weights[0].itemsize < 4 and not ranks.sharded:
             self.masters = [weight.detach().float() for weight in self.weights]
             for weight, master in zip(self.weights, self.masters):
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
+        device = self.weights[0].device.type
+        self.model.model.recompute = device == "cuda"  # memory and speed only
+        self.most_tokens = MICRO_BATCH_TOKENS[device]
         self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
     def micro_batches(self, samples):
-        """This process's share of the samples of a step, each time samples of one prompt, and the
-        weight with which their loss counts.
+        """Yields this process's share of the samples of a step, samples of one prompt at a time,
+        and the weight with which their loss counts.
 
-        FSDP averages gradients over the processes, and we need their sum. It also gathers weights
-        from all of them: one that has fewer micro-batches gets others, of weight 0.
+        FSDP averages gradients over the processes, and we need their sum. It gathers weights from
+        all of them, so one that has fewer micro-batches gets others, of weight 0.
         """
         size, sharded = self.ranks.size, self.ranks.sharded
         shares = [cut_micro_batches(s, self.most_tokens) for s in split(samples, size)]
@@ -63,17 +62,18 @@ class Learner:
         for micro in own:
             yield micro, size if sharded else 1
         for _ in range(max(map(len, shares)) - len(own) if sharded else 0):
-            yield [min(samples, key=sequence_length)], 0
+            yield [min(samples, key=completion_length)], 0
 
     def use_less_memory(self):
-        """A step did not fit: drop what it has of a gradient, and halve the micro-batches. Raises
-        OutOfMemoryError again if they are the smallest, and under FSDP, where all processes would
-        have to begin anew together."""
+        """A GPU is full: drop what a step has of its gradient, and halve the micro-batches.
+
+        Raises the OutOfMemoryError again if they are the smallest, and under FSDP, where all
+        processes would have to begin anew together.
+        """
         if self.ranks.sharded or self.most_tokens <= LEAST_TOKENS:
             raise  # what is being handled
         self.drop_gradient()
         self.most_tokens //= 2
-        torch.cuda.empty_cache()
         tqdm.write(f"out of memory: micro-batches of {self.most_tokens} tokens from now on")
 
     def step(self, lr):
@@ -129,30 +129,29 @@ class Learner:
                 self.adamw.state[master][kind] = value
 
 
+def completion_length(sample):
+    return len(sample.completion.tokens)
+
+
 def split(samples, num_parts):
     """Contiguous parts of about equal numbers of tokens, so that most groups stay together."""
     parts, before = [[] for _ in range(num_parts)], 0
-    num_tokens = sum(len(s.completion.tokens) for s in samples)
+    num_tokens = sum(map(completion_length, samples))
     for s in samples:
         parts[before * num_parts // num_tokens].append(s)
-        before += len(s.completion.tokens)
+        before += completion_length(s)
     return parts
-
-
-def sequence_length(sample):
-    """Tokens of prompt and completion."""
-    return len(sample.group.prompt) + len(sample.completion.tokens)
 
 
 def cut_micro_batches(samples, max_tokens):
     """Samples -> micro-batches: of one prompt each, and of at most max_tokens padded tokens (or of
     one sample)."""
     batches = []
-    for s in sorted(samples, key=lambda s: (s.group.prompt, -len(s.completion.tokens))):
-        prompt = s.group.prompt
-        if batches and batches[-1][0].group.prompt == prompt:
-            longest = len(batches[-1][0].completion.tokens)
-            if len(prompt) + (len(batches[-1]) + 1) * longest <= max_tokens:
+    for s in sorted(samples, key=lambda s: (s.group.prompt, -completion_length(s))):
+        longest = batches and batches[-1][0]
+        if longest and longest.group.prompt == s.group.prompt:
+            padded = (len(batches[-1]) + 1) * completion_length(longest)
+            if len(s.group.prompt) + padded <= max_tokens:
                 batches[-1].append(s)
                 continue
         batches.append([s])

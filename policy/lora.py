@@ -21,17 +21,12 @@ from files import explained
 from model import at_least_float32, check_tensors
 
 ALPHA = 32  # with alpha / r as the scale the best --lr hardly depends on the rank (the same)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class LoraLinear(nn.Linear):
-    """A layer with factors. It has the weight and the bias of the plain layer."""
-
-    def __init__(self, layer, A, B, scale):
-        has_bias = layer.bias is not None
-        super().__init__(layer.in_features, layer.out_features, has_bias, device="meta")
-        self.weight, self.bias, self.scale = layer.weight, layer.bias, scale
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+    """A linear layer with factors lora_A (r, I) and lora_B (O, r), and a scale."""
 
     def forward(self, x):
         return add_factors(self, x, super().forward(x))
@@ -48,14 +43,8 @@ def add_factors(layer, x, out):
 
 
 def layers(model):
-    """{name: linear layer} of the decoder's blocks"""
-    modules = model.model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
-
-
-def targets(model):
-    """What PEFT calls these layers: q_proj, and so on."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers(model)))
+    """The linear layers of the decoder's blocks."""
+    return [module for module in model.model.modules() if isinstance(module, nn.Linear)]
 
 
 def add(model, rank, alpha=ALPHA, seed=0):
@@ -67,11 +56,14 @@ def add(model, rank, alpha=ALPHA, seed=0):
         raise ValueError(f"--lora-rank {rank} is more than the hidden size of the model")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
-    for name, layer in layers(model).items():
+    for layer in layers(model):
         A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
         nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
-        A, B = (at_least_float32(x.to(layer.weight)) for x in (A, B))
-        model.model.set_submodule(name, LoraLinear(layer, A, B, alpha / rank))
+        layer.__class__ = LoraLinear  # its weight and bias stay as they are
+        layer.scale = alpha / rank
+        layer.lora_A, layer.lora_B = (
+            nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B)
+        )
 
 
 def tensors(model):
@@ -89,7 +81,7 @@ def save(model, folder, config):
         "revision": config["revision"],
         "r": config["lora_rank"],
         "lora_alpha": ALPHA,
-        "target_modules": targets(model),
+        "target_modules": TARGETS,
     }
     (folder / CONFIG).write_text(json.dumps(adapter, indent=1))
     save_file(tensors(model), folder / WEIGHTS)
@@ -111,8 +103,8 @@ def load(model, config, folder):
     Raises ValueError
     """
     with explained(f"{folder}: not an adapter of its base that train.py wrote"):
-        if set(config["target_modules"]) != set(targets(model)):
-            raise ValueError(f"target_modules must be all of {' '.join(targets(model))}")
+        if set(config["target_modules"]) != set(TARGETS):
+            raise ValueError(f"target_modules must be all of {' '.join(TARGETS)}")
         add(model, config["r"], config["lora_alpha"])
         factors = load_file(folder / WEIGHTS)
         check_tensors(folder, factors, tensors(model))

@@ -45,43 +45,37 @@ def packed(model, rows):
     """
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     packs = model.device.type == "cpu" and dtype in chosen()["packed"]
-    replaced = methods(model) if packs else []
+    replaced, joined = [], set()
     try:
-        for module, name, layers in replaced:
-            setattr(module, name, product(layers, rows))
+        for module in model.modules() if packs else ():  # from the outside to the inside
+            if names := JOINED.get(type(module)):
+                layers = [getattr(module, name) for name in names]
+                joined.update(layers)
+                replaced.append((module, "project"))
+                module.project = product(layers, rows)
+            elif isinstance(module, nn.Linear) and module not in joined:
+                project = product([module], rows)
+                replaced.append((module, "forward"))
+                module.forward = lambda x, project=project: project(x)[0]
         yield
     finally:
-        for module, name, _ in replaced:
-            vars(module).pop(name, None)
-
-
-def methods(model):
-    """-> [(module, name of a method, the linear layers that it computes), ...]"""
-    found, joined = [], set()
-    for module in model.modules():  # from the outside to the inside
-        if names := JOINED.get(type(module)):
-            layers = [getattr(module, name) for name in names]
-            found.append((module, "project", layers))
-            joined.update(layers)
-        elif isinstance(module, nn.Linear) and module not in joined:
-            found.append((module, "forward", [module]))
-    return found
+        for module, method in replaced:
+            vars(module).pop(method, None)  # that of its class is in force again
 
 
 @torch.no_grad()
 def product(layers, rows):
-    """-> a function of x, which these layers read: their outputs, by one product; of a single
-    layer its output alone"""
+    """-> a function of x, which these layers read: [the output of each], by one product"""
     weight, bias = pack(torch.cat([layer.weight for layer in layers]), rows), None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
     sizes = [layer.out_features for layer in layers]
 
-    def outputs(x):
-        parts = packed_linear(x, weight, bias).split(sizes, -1)
-        return [add_factors(layer, x, out) for layer, out in zip(layers, parts)]
+    def project(x):
+        outputs = packed_linear(x, weight, bias).split(sizes, -1)
+        return [add_factors(layer, x, out) for layer, out in zip(layers, outputs)]
 
-    return outputs if len(layers) > 1 else lambda x: outputs(x)[0]
+    return project
 
 
 def packed_linear(x, weight, bias=None):

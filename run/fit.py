@@ -57,10 +57,11 @@ class Fit:
         return max(MIN_ROWS, min(self.most_slots, fitting // MIN_ROWS * MIN_ROWS))
 
     def use_less_memory(self, slots):
-        """So many did not fit: half of them from now on. Raises OutOfMemoryError again if they are
-        the fewest."""
+        """A GPU is full with so many: half of them from now on.
+
+        Raises the OutOfMemoryError again if they are the fewest.
+        """
         if slots <= MIN_ROWS:
             raise  # what is being handled
         self.most_slots = max(MIN_ROWS, slots // 2)
-        torch.cuda.empty_cache()
         tqdm.write(f"out of memory: at most {self.most_slots} slots from now on")

@@ -67,7 +67,7 @@ def test_new_factors_change_no_bit(dtype):
     with torch.no_grad():
         assert torch.equal(model(some_ids()), base(some_ids()))
     wide = torch.promote_types(dtype, torch.float32)
-    for layer in lora.layers(model).values():
+    for layer in lora.layers(model):
         bound = 1 / math.sqrt(layer.in_features)  # Kaiming's uniform of PEFT
         assert 0.8 * bound < layer.lora_A.abs().max() <= 1.01 * bound
         assert layer.lora_A.std().item() == approx(bound / math.sqrt(3), rel=0.2)
