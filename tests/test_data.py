@@ -17,14 +17,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Order, Problem, cut_levels, read_problems, render
+from data import Order, Problem, cut_levels, final_answer, read_problems, render
 from experiments.problems import CAREFUL_SLIPS, generate, solve, terms, trap
 from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
 from files import source_of, stem
 from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
-from sources import final_answer
 from tools.overlap import main as find_overlap
 from tools.overlap import overlap
 

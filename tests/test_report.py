@@ -106,7 +106,7 @@ def make_run(folder, num_updates, group_size=2, text="1+1=2", num_groups=4, prob
     """A run directory, with a hand-made log."""
     here = json.dumps(str(report.Path.cwd()))[1:-1]
     write_lines(
-        folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"system": text}]
+        folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"suffix": text}]
     )
     write_lines(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
     both = evaluated(0.3, 0.6, file="f") + evaluated(0.1, 0.2238, file="g")
@@ -189,14 +189,14 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
 
 def test_the_page_loses_no_text(tmp_path, monkeypatch):
     """From the folder "/" every "//" vanished, and from "/x" the text 1/x/2 became 12: of
-    completions, and of a system prompt."""
+    completions, and of a suffix."""
     for here in (report.Path("/"), tmp_path):
         monkeypatch.chdir(here)
         text = f"1//2, 1{here}/2"
         page = report.write_page([make_run(tmp_path / f"run{len(str(here))}", 2, text=text)])
         found = content(page.read_text())
         assert all(row["text"][0] == text for row in found["rows"][:4])
-        assert found["config"]["system"] == text
+        assert found["config"]["suffix"] == text
 
 
 def test_several_runs_with_gaps_are_drawn(tmp_path):

@@ -1,6 +1,6 @@
 """Which problems of TEST stand in TRAIN?
 
-    python -m tools.overlap TRAIN TEST      files or data sets, see sources.py
+    python -m tools.overlap TRAIN TEST      files or data sets, see data.py
 
 Prints a line for each, and last the counts as JSON. It finds copies with other figures, and no
 paraphrases.
