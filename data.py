@@ -1,9 +1,15 @@
-"""Problems in, prompts out: one reader, one prompt template, levels of difficulty, their order."""
+"""Problems in, prompts out: one reader, one prompt template, levels of difficulty, their order.
+
+Problems come from a JSON-lines file, a parquet file, or a data set of the hub,
+OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two need
+`pip install datasets`. A slice may follow: F.jsonl[:512], OWNER/NAME:SPLIT[100:200].
+"""
 
 import json
 import math
 import os
 import random
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -13,8 +19,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 import answers
-import sources
-from files import explained, force_to_disk, is_text, read_records, squash, stem, write_records
+from files import (
+    explained,
+    force_to_disk,
+    is_text,
+    read_records,
+    source_of,
+    squash,
+    stem,
+    write_records,
+)
 
 # Of DeepScaleR and FastCuRL. Their evaluations put a blank before it (recipes/eval-*.args).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -60,13 +74,15 @@ def parse_problem(record, default_id, graded=True):
         json.dumps(answer)  # as the records of completions hold it
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError('"pass_rate" must be a number in [0, 1]')
-    if isinstance(level, str) and not level.isdecimal():  # "easy": what only its data set knows
-        other["level"], level = level, None
-    level = int(level) if isinstance(level, str) else level
+    if isinstance(level, str):
+        digits = level.removeprefix("Level ")  # as MATH has it
+        if digits.isdecimal():
+            level = int(digits)
+        else:  # "easy", or MATH's "Level ?": what only its data set knows
+            other["level"], level = level, None
     if level is not None and not (is_number(level) and abs(level) < 1e308):
         raise ValueError('"level" must be a number')
-    if name is None:
-        name = default_id
+    name = default_id if name is None else name
     return Problem(str(name), problem, answer, pass_rate, level, other)
 
 
@@ -76,30 +92,30 @@ def is_number(value):
 
 
 def read_problems(name, columns=(), must_fit=False, graded=True):
-    """Problems of a file or data set (sources.py) with columns of problem and answer and, if
-    known, id, pass_rate, level. A benchmark has a short name.
+    """Problems of a file or data set (see above) with columns of problem and answer and, if known,
+    id, pass_rate, level. A benchmark has a short name.
 
     columns   of --columns, e.g. ["problem=q", "answer=a"]; else by the known layouts
     must_fit  whether a file that lacks these columns is refused, known or not
     graded    whether answers are for the verifier: else they may be missing, or of any kind
     """
-    source, rows = sources.parse_name(str(name))
-    columns, layouts = sources.parse_columns(columns), Counter()
-    if source in sources.BENCHMARKS:
+    source, rows = parse_name(str(name))
+    columns, layouts = parse_columns(columns), Counter()
+    if source in BENCHMARKS:
         columns = {}
 
     def parse(record, default_id):
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        record, layout = sources.in_our_columns(record, columns, must_fit, graded)
+        record, layout = in_our_columns(record, columns, must_fit, graded)
         layouts[" and ".join(layout)] += 1
         return parse_problem(record, default_id, graded)
 
-    where = source if Path(source).exists() else sources.BENCHMARKS.get(source, source)
-    if where.endswith(".parquet") or (":" in where and not Path(where).exists()):
+    where, local = BENCHMARKS.get(source, source), Path(source).exists()
+    if where.endswith(".parquet") or (":" in where and not local):
         problems = []
         with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
-            chosen = islice(enumerate(sources.load_rows(where)), rows.start, rows.stop)
+            chosen = islice(enumerate(load_rows(where)), rows.start, rows.stop)
         for number, row in chosen:
             with explained(f"{name}, row {number}"):
                 problems.append(parse(row, f"{stem(source)}-{number}"))
@@ -162,6 +178,154 @@ def without_repeats(problems):
     return list(first.values())
 
 
+# --------------------------------------------------------------------------------------- columns
+
+# name: data set of the hub
+BENCHMARKS = {
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "amc22_23": "AI-MO/aimo-validation-amc:train",  # the 83 problems of the papers
+    "amc23": "math-ai/amc23:test",  # 40 of them
+    "minerva": "math-ai/minervamath:test",
+    "olympiadbench": "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train",
+}
+
+# The columns of problem and answer; a.b is the field b within a. The first that fits is taken.
+LAYOUTS = [
+    dict(zip(("problem", "answer"), names.split()))
+    for names in (
+        "problem answer",  # ours, MATH-500, DeepScaleR, Big-Math
+        "problem solution",  # MATH, the answer in the last box
+        "question answer",  # GSM8K, the answer behind ####
+        "question final_answer",  # OlympiadBench
+        "prompt reward_model.ground_truth",  # DAPO, Skywork: chat turns
+    )
+]
+# DAPO's prompts put this around a problem. It asks for another form of answer than our box.
+DAPO_FRAME = re.compile(
+    r"^Solve the following math problem step by step\..*?\n\n|\n\nRemember to put your answer.*",
+    re.S,
+)
+
+
+def parse_name(name):
+    """F.jsonl[100:200] -> F.jsonl, slice(100, 200).  Raises ValueError"""
+    source = source_of(name)
+    found = re.fullmatch(r"\[(\d*):(\d*)\]", name[len(source) :] or "[:]")
+    if not found:
+        raise ValueError(f"{name}: a slice is written [:512] or [100:200], rows counted from 0")
+    first, end = (int(number) if number else None for number in found.groups())
+    return source, slice(first, end)
+
+
+def load_rows(name):
+    """The records of a parquet file or of a data set of the hub."""
+    from datasets import load_dataset
+
+    if name.endswith(".parquet"):
+        return load_dataset("parquet", data_files=name, split="train")
+    repository, *configuration, split = name.split(":")
+    repository, _, revision = repository.partition("@")
+    return load_dataset(repository, *configuration, split=split, revision=revision or None)
+
+
+def parse_columns(words):
+    """["problem=q", "answer=a"] -> {"problem": "q", "answer": "a"}"""
+    columns = dict(word.partition("=")[::2] for word in words)
+    needed = columns.keys() - {"id", "level", "pass_rate"}
+    if words and (needed | {"answer"} != {"problem", "answer"} or "" in columns.values()):
+        raise ValueError(
+            f"--columns {' '.join(words)}: expected problem=NAME answer=NAME, and level=NAME, "
+            "pass_rate=NAME or id=NAME if there are such columns"
+        )
+    return columns
+
+
+def column(record, name):
+    """The field of that name, or else b within a for "a.b"; ... if there is none."""
+    if not isinstance(record, dict):
+        return ...
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    return column(record.get(outer), inner) if inner else ...
+
+
+def find_layout(record, columns, must_fit, graded):
+    """{our name: the name of the column that the record has}. The first layout that fits is taken,
+    of those with an answer that is not null, if there are any.
+
+    columns   those that are given
+    must_fit  raise ValueError if it lacks one of them; else a known layout serves too, and columns
+              beside problem and answer may be missing
+    graded    whether it needs an answer, if only null
+    """
+    if columns and must_fit:
+        for name in columns.values():
+            if column(record, name) is ...:
+                raise ValueError(
+                    f"no column {name} (has: {', '.join(record)}): mend --columns, or leave it out "
+                    "if the layout is one of docs/data.md"
+                )
+        return columns
+    fits = []
+    for layout in filter(None, [columns, *LAYOUTS]):
+        question, answer = (column(record, layout.get(name, "")) for name in ("problem", "answer"))
+        if question not in (None, ...) and not (graded and answer is ...):
+            fits.append((answer in (None, ...), layout))  # graded, null: see only_gradable
+    if fits:
+        _, layout = min(fits, key=lambda fit: fit[0])
+        return {
+            name: theirs for name, theirs in layout.items() if column(record, theirs) is not ...
+        }
+    raise ValueError(
+        f"no problem and answer in columns that are known (has: {', '.join(record)}): name them "
+        "with --columns problem=NAME answer=NAME"
+    )
+
+
+def in_our_columns(record, columns, must_fit, graded):
+    """-> the record with our names for its columns, and the names that they had"""
+    layout = find_layout(record, columns, must_fit, graded)
+    # What stands inside another column stays there, too.
+    ours = {name: value for name, value in record.items() if name not in layout.values()}
+    ours |= {name: column(record, theirs) for name, theirs in layout.items()}
+    if isinstance(ours["problem"], list):
+        ours["problem"] = last_question(ours["problem"])
+    worked = ours.get("answer")
+    foreign = columns or not {"problem", "answer"} >= set(layout.values())
+    if foreign and (graded or isinstance(worked, str)):
+        ours["answer"] = final_answer(worked)
+        if "####" in str(worked) or "\\boxed" in str(worked):
+            ours.setdefault("solution", worked)
+    return ours, layout.values()
+
+
+def last_question(turns):
+    """The text of a chat's last user turn, or what is there instead."""
+    asked = turns
+    for turn in turns:
+        if column(turn, "role") == "user":
+            asked = turn.get("content")
+    return DAPO_FRAME.sub("", asked) if isinstance(asked, str) else asked
+
+
+def final_answer(answer):
+    """What a published answer comes down to: the text of the last box, the line behind ####, the
+    items of a list."""
+    if isinstance(answer, list) and all(map(is_text, answer)):
+        return ", ".join(text.strip().strip("$") for text in answer)
+    if not isinstance(answer, str):
+        return answer
+    if answer.startswith('["'):  # Skywork's
+        return final_answer(json.loads(answer))
+    if "\\boxed" in answer and (boxed := answers.extract_answer(answer)):
+        return boxed
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip().partition("\n")[0]
+    return answer
+
+
 # ---------------------------------------------------------------------------------------- prompts
 
 
@@ -194,7 +358,6 @@ class Prompting:
     examples: str | None = flag(
         "JSONL of worked examples {problem, solution} to put in front of every problem"
     )
-    system: str | None = flag("text of a system turn in front of all others")
     suffix: str = flag(f"text behind every problem; default a new line and: {INSTRUCTION}", SUFFIX)
     template: str | None = flag(
         "file of a Jinja chat template, in place of the tokenizer's own or the plain one; "
@@ -214,12 +377,7 @@ def read_prompting(flags):
     if flags.template:
         with explained(f"--template {flags.template}: cannot be read as a chat template"):
             template["chat_template"] = Path(flags.template).read_text(encoding="utf-8")
-    return {
-        "examples": examples,
-        "system": flags.system,
-        "suffix": flags.suffix,
-        "template": template,
-    }
+    return {"examples": examples, "suffix": flags.suffix, "template": template}
 
 
 @dataclass(frozen=True)
@@ -247,15 +405,14 @@ def with_bos(tokenizer, template):
 TODAY = {"date_string": "26 Jul 2024"}
 
 
-def render(tokenizer, problem, examples=(), suffix=SUFFIX, system=None, template={}):  # noqa: B006
+def render(tokenizer, problem, examples=(), suffix=SUFFIX, template={}):  # noqa: B006
     """A problem as the policy sees it, in training and evaluation alike.
 
     examples  records {"problem", "solution"}, shown before it as earlier turns of the chat
     suffix    what is put behind every problem
-    system    text of a first turn, or None
     template  what the chat template takes, by name; "chat_template": a text in its place
     """
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = []
     for example in examples:
         turns.append({"role": "user", "content": example["problem"] + suffix})
         turns.append({"role": "assistant", "content": example["solution"]})
@@ -298,9 +455,9 @@ def cut_levels(problems, qualities, kind):
     bounds = sorted({floor, *qualities, math.inf})
     bins = defaultdict(list)  # by upper bound; None: unknown
     for p in problems:
-        bound, known = None, difficulty(p, kind)
-        if known is not None:
-            bound = bounds[bisect_left(bounds, known - 1e-9)]  # 1 - 0.2 is not quite 0.8
+        bound = difficulty(p, kind)
+        if bound is not None:
+            bound = bounds[bisect_left(bounds, bound - 1e-9)]  # 1 - 0.2 is not quite 0.8
         bins[bound].append(p)
     left_out = {
         "unmeasured": len(bins[None]),
@@ -342,13 +499,14 @@ def level_names(problems, qualities):
     return names
 
 
+@dataclass
 class Order:
     """In which order a level's prompts are drawn: every prompt once per epoch, in a new random
     order each time. `drawn` is all its state."""
 
-    def __init__(self, prompts, seed):
-        """seed  a text"""
-        self.prompts, self.seed, self.drawn = prompts, seed, 0
+    prompts: list
+    seed: str
+    drawn: int = 0
 
     def shuffled(self, epoch):
         prompts = list(self.prompts)
@@ -357,10 +515,10 @@ class Order:
 
     def draw(self, count):
         """-> the next prompts"""
-        chosen, end = [], self.drawn + count
-        while self.drawn < end:
-            epoch, first = divmod(self.drawn, len(self.prompts))
-            some = self.shuffled(epoch)[first : first + end - self.drawn]
-            chosen += some
-            self.drawn += len(some)
-        return chosen
+        epoch, first = divmod(self.drawn, len(self.prompts))
+        chosen = self.shuffled(epoch)[first:]
+        while len(chosen) < count:
+            epoch += 1
+            chosen += self.shuffled(epoch)
+        self.drawn += count
+        return chosen[:count]

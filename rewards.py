@@ -7,7 +7,6 @@ interrupt one long operation. What protects a run from a user's own R_l stands a
 """
 
 import asyncio
-import contextlib
 import copy
 import functools
 import hashlib
@@ -17,14 +16,14 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from threading import Thread
 
 import answers
@@ -39,9 +38,7 @@ LONGEST_ANSWER = 1000  # characters; the gold answers of the usual benchmarks ha
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, ERROR = "right", "wrong", "no answer", "timeout", "error"
 LATE = "late"  # R_l of your own took longer than --reward-timeout
-OVER = object()  # in place of what such a call would have returned
 MATH = "math"  # the name of the verifier
-WORKERS = 64  # calls of a user's function at the same time, on each process
 
 
 def writes_steps(text):
@@ -100,7 +97,7 @@ def judge(pipe, seconds):
     """Judge case after case. SIGPROF kills this process if one takes more processor time."""
     import resource  # here: on Windows, which lacks it, files.py says so first
 
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
+    with suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     while True:
         gold, answer = pipe.recv()
@@ -115,25 +112,43 @@ def judge(pipe, seconds):
 
 
 class Worker:
-    """A process that grades one case at a time."""
+    """A process that judges one case at a time. It begins, and begins anew, where it is needed."""
 
     command = (sys.executable, os.path.abspath(__file__), "--worker")
+    process = None
 
     def __init__(self, seconds):
-        self.pipe, end = Pipe()
-        with end:
-            self.process = subprocess.Popen(
-                [*self.command, str(end.fileno()), str(seconds)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's work depends on it
-                pass_fds=[end.fileno()],
-                start_new_session=True,  # Ctrl-C reaches the run, which then ends its workers
-            )
+        self.seconds = seconds
+
+    def ask(self, case):
+        """-> a verdict.  Raises RuntimeError if no process begins"""
+        if self.process is None or self.process.poll() is not None:  # dead: no case is to blame
+            self.start()
+        with suppress(OSError):  # it died this moment: `receive` finds out
+            self.pipe.send(case)
+        return self.receive(WALL * self.seconds)
+
+    def start(self):
+        for _ in range(5):
+            self.pipe, end = Pipe()
+            with end:
+                self.process = Popen(
+                    [*self.command, str(end.fileno()), str(self.seconds)],
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,
+                    stderr=DEVNULL,
+                    env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's work depends on it
+                    pass_fds=[end.fileno()],
+                    start_new_session=True,  # Ctrl-C reaches the run, which then ends its workers
+                )
+            if self.receive(START_SECONDS) == "ready":
+                return
+        raise RuntimeError(
+            "grading workers do not start: does `python -c 'import math_verify'` work?"
+        )
 
     def receive(self, seconds):
-        """What the worker says within that wall time, else TIMEOUT, or ERROR if it died."""
+        """What the process says within that wall time, else TIMEOUT, or ERROR if it died."""
         try:
             if self.pipe.poll(seconds):
                 return self.pipe.recv_bytes().decode()
@@ -144,71 +159,60 @@ class Worker:
         return verdict
 
     def kill(self):
+        if self.process is None:
+            return
         if self.process.returncode is None:  # once it was waited for, its id may be another's
-            with contextlib.suppress(PermissionError):  # only zombies are left (macOS)
+            with suppress(PermissionError):  # only zombies are left (macOS)
                 os.killpg(self.process.pid, signal.SIGKILL)  # the child too
         self.process.wait()
         self.pipe.close()
 
 
 class Grader:
-    """grade(pairs of gold answer and response) -> verdicts. Counts them by kind in `counts`."""
+    """The verifier, in some worker processes."""
 
     def __init__(self, workers=2, seconds=CASE_SECONDS):
-        self.seconds, self.counts = seconds, Counter()
-        self.known = {}  # (gold, answer) -> verdict
-        self.idle = deque([None] * workers)  # None stands for one that is not started yet
-
-    def grade(self, pairs):
-        """[(gold, response text), ...] -> [right | wrong | no answer | timeout | error, ...]"""
-        return self.compare([(gold, extract_answer(text)) for gold, text in pairs])
+        self.workers = [Worker(seconds) for _ in range(workers)]
 
     def compare(self, cases):
-        """[(gold, answer or None), ...] -> verdicts, in order. Equal cases are decided once."""
-        verdicts = {case: judge_at_once(*case) or self.known.get(case) for case in cases}
-        waiting = [case for case in verdicts if verdicts[case] is None]
-        with ThreadPoolExecutor(len(self.idle)) as pool:  # one thread per worker
-            verdicts.update(zip(waiting, pool.map(self.ask, waiting)))
-        if len(self.known) > 100_000:
-            self.known.clear()
-        self.known |= {case: v for case, v in verdicts.items() if v in (RIGHT, WRONG)}
-        result = [verdicts[case] for case in cases]
-        self.counts.update(result)
-        return result
+        """[(gold, answer or None), ...] -> [right | wrong | no answer | timeout | error, ...]
 
-    def ask(self, case):
-        """Let an idle worker judge. One that is dead is replaced first: no case is to blame."""
-        worker = self.idle.popleft()
-        try:
-            if worker is None or worker.process.poll() is not None:
-                worker = self.start()
-            with contextlib.suppress(OSError):  # it died this moment: `receive` finds out
-                worker.pipe.send(case)
-            return worker.receive(WALL * self.seconds)
-        finally:
-            self.idle.append(worker)
+        Equal cases are decided once.
+        """
+        verdicts = {case: judge_at_once(*case) for case in cases}
+        waiting = iter([case for case in verdicts if verdicts[case] is None])
 
-    def start(self):
-        for _ in range(5):
-            worker = Worker(self.seconds)
-            if worker.receive(START_SECONDS) == "ready":
-                return worker
-        raise RuntimeError(
-            "grading workers do not start: does `python -c 'import math_verify'` work?"
-        )
+        def work(worker):
+            for case in waiting:  # of all workers: whichever is free takes the next one
+                verdicts[case] = worker.ask(case)
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            list(pool.map(work, self.workers))  # raises what they raise
+        return [verdicts[case] for case in cases]
 
     def close(self):
-        for worker in filter(None, self.idle):
+        for worker in self.workers:
             worker.kill()
 
 
 # ------------------------------------------------------------------------------------------- R_l
 
 
-FORMS = (
-    "reward(problem, response), reward(problems, responses) for the lists of a group, or async def "
-    "of one of them"
-)
+@dataclass(frozen=True)
+class Score:
+    """Of one completion.
+
+    outcome  R_l: 1 and above is right; nan if it came too late
+    verdict  of the verifier, or by another R_l: right, wrong or late
+    answer   what stands in its box, or None
+    values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
+             "late", 1 if R_l came too late
+    """
+
+    outcome: float
+    verdict: str
+    answer: str | None
+    values: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,29 +222,35 @@ class Reward:
     name      "math": the verifier; or "path.py:function"
     function  of that file
     lists     whether a call takes the lists of a group; else it takes one completion
-    awaited   whether it is an async def
-    weights   {name of a part: its weight}, WEIGHTS of that file; None: it has none
+    weights   {name of a part: its weight}, WEIGHTS of that file
     """
 
     name: str = MATH
     function: object = None
     lists: bool = False
-    awaited: bool = False
-    weights: dict | None = None
+    weights: dict = field(default_factory=dict)
 
-    def total(self, value):
-        """What the function returned for a completion -> R_l, {"part_NAME": the part's value}
+    def scores(self, returned, answers):
+        """What a call returned for completions in whose boxes stand `answers` -> their scores
 
-        R_l is rounded to 6 decimals: 0.7 + 0.2 + 0.1, which is 1 - 1e-16 to a computer, is right.
-        Raises an error of any kind for what is neither a number nor a dict of all parts.
+        Raises an error of any kind for what is not a number, or dict of all parts, for each.
         """
-        if not isinstance(value, dict):
-            return round(float(value), 6), {}
-        if self.weights is None or self.weights.keys() != value.keys():
-            raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
-        parts = {f"part_{name}": float(part) for name, part in value.items()}
-        outcome = sum(self.weights[name] * float(part) for name, part in value.items())
-        return round(outcome, 6), parts
+        values = list(returned) if self.lists else [returned]
+        if len(values) != len(answers):
+            raise ValueError(f"{len(values)} numbers for {len(answers)} responses")
+        return list(map(self.score, values, answers))
+
+    def score(self, value, answer):
+        """R_l is rounded to 6 decimals, so 0.7 + 0.2 + 0.1, to a computer 1 - 1e-16, is right."""
+        parts = {}
+        if isinstance(value, dict):
+            if self.weights.keys() != value.keys():
+                raise ValueError(f"parts {list(value)}, but WEIGHTS of its file is {self.weights}")
+            parts = {f"part_{name}": float(part) for name, part in value.items()}
+            value = sum(self.weights[name] * float(part) for name, part in value.items())
+        outcome = round(float(value), 6)
+        verdict = RIGHT if outcome >= 1 else WRONG
+        return Score(outcome, verdict, answer, {"R_l": outcome, **parts, "late": 0.0})
 
 
 VERIFIER = Reward()
@@ -250,30 +260,29 @@ def load_reward(name):
     """R_l by its name, see Reward.  Raises ValueError"""
     if name == MATH:
         return VERIFIER
-    path, colon, attribute = name.rpartition(":")
-    path = Path(path)
-    if not colon:
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py"):
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
-    if path.suffix != ".py":
-        raise ValueError(f"reward {name!r}: {path} is not a Python file")
     with explained(f"reward {name!r}: importing {path} failed"):
-        module, _ = import_file(path.resolve())
-    function, weights = (getattr(module, each, None) for each in (attribute, "WEIGHTS"))
+        module, _ = import_file(Path(path).resolve())
+    function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward {name!r}: {path} has no function {attribute}")
-    with explained(f"reward {name!r}: WEIGHTS is not a dict of numbers"):
-        weights = weights and {part: float(weight) for part, weight in weights.items()}
-        if not all(map(str.isidentifier, weights or ())):
+    with explained(
+        f"reward {name!r}: expected reward(problem, response), reward(problems, responses) for the "
+        "lists of a group, or async def of one of them; and WEIGHTS, a dict of numbers, if it "
+        "returns parts"
+    ):
+        weights = {part: float(weight) for part, weight in getattr(module, "WEIGHTS", {}).items()}
+        if not all(map(str.isidentifier, weights)):
             raise ValueError("the name of a part has letters, digits and _")
-    with explained(f"reward {name!r}: expected {FORMS}"):
         signature = inspect.signature(function)
         signature.bind(None, None)
         names = list(signature.parameters)[:2]
         lists = names == ["problems", "responses"]
         if not lists and {"problems", "responses"} & set(names):
             raise TypeError(f"{', '.join(names)}: one completion, or the lists of a group?")
-    coroutines = function, type(function).__call__  # an object may be called
-    return Reward(name, function, lists, any(map(inspect.iscoroutinefunction, coroutines)), weights)
+    return Reward(name, function, lists, weights)
 
 
 @functools.cache
@@ -298,125 +307,86 @@ def import_file(path):
     return module, files
 
 
-def reward_files(names):
-    """The files that these rewards consist of: their own, and what it imports from its folder."""
-    files = []
-    for name in names:
-        if name != MATH:
-            files += import_file(Path(name.rpartition(":")[0]).resolve())[1]
-    return files
-
-
 def identity(name):
-    """A reward's name, and what tells another file of that name."""
+    """A reward's name, and what tells another file of that name, or of those that it imports from
+    its folder."""
     if name == MATH:
         return name
-    digests = "".join(map(sha256, sorted(reward_files([name]))))
+    _, files = import_file(Path(name.rpartition(":")[0]).resolve())
+    digests = "".join(map(sha256, sorted(files)))
     return f"{Path(name).name} {hashlib.sha256(digests.encode()).hexdigest()[:8]}"
 
 
+WORKERS = 64  # calls at the same time, on each process
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
 
 
 class Calls:
-    """Calls of users' functions: at most `workers` at once, each with a clock of its own. A plain
-    function that is over its time goes on, beside those `workers`.
+    """Calls of users' functions: at most WORKERS at once, each with a clock of its own. One that is
+    over its time goes on, beside those.
 
-    A plain function runs in a thread, a coroutine on `loop`, which all of them share. Beside each
-    a thread of `pool` waits. It runs no code of users: nothing that they hold up or catch stops the
-    clock. A call that is over its time is left behind, since no thread can be ended from outside.
-
-    workers, seconds  see the flags --reward-...
+    A call runs in a thread of its own, and its coroutine, if it returns one, on `loop`, which all
+    of them share. Beside it a thread of `pool` waits. That runs no code of users: nothing that they
+    hold up or catch stops the clock. A call that is over its time is left behind, since no thread
+    can be ended from outside.
     """
 
-    def __init__(self, workers, seconds):
-        self.workers, self.seconds = workers, seconds
+    def __init__(self, seconds):
+        """seconds  see --reward-timeout"""
+        self.seconds, self.pool = seconds, ThreadPoolExecutor(WORKERS)
         self.left = []  # (problem id, future) of calls that were left behind
-        self.open()
-
-    def open(self):
-        self.pool, self.dropped = ThreadPoolExecutor(self.workers), Future()
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True).start()
 
     def drop(self):
-        """No further call is begun, and coroutines are cancelled."""
+        """No further call is begun."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self.dropped.set_result(None)
-        self.open()
+        self.pool = ThreadPoolExecutor(WORKERS)
 
-    @functools.cached_property
-    def loop(self):
-        """In a thread of its own, for as long as the process lives."""
-        loop = asyncio.new_event_loop()
-        Thread(target=loop.run_forever, daemon=True).start()
-        return loop
-
-    def submit(self, reward, problem_id, *arguments):
-        """-> a future of what the call returns, or of OVER. It raises Stop for what it raises."""
-        hanging = [name for name, future in self.left if future.running()]
+    def submit(self, reward, problem_id, answers, *arguments):
+        """-> a future of the scores of what a call with these arguments returns, for completions in
+        whose boxes stand `answers`; of [] if it is late. It raises Stop for what it raises."""
+        hanging = [name for name, future in self.left if not future.done()]
         if len(hanging) >= MOST_LEFT:
             raise Stop(
                 f"{len(hanging)} calls of --reward go on after --reward-timeout {self.seconds:g}, "
                 f"the last of problem {hanging[-1]!r}: let your function end by itself"
             )
-        loop = self.loop if reward.awaited else None
-        return self.pool.submit(self.call, loop, self.dropped, reward, problem_id, arguments)
+        return self.pool.submit(self.call, reward, problem_id, answers, arguments)
 
-    def call(self, loop, dropped, reward, problem_id, arguments):
-        begin, future = time.monotonic(), Future()
-        work = run(reward, arguments, future)
-        if loop:
-            task = asyncio.run_coroutine_threadsafe(work, loop)
-        else:  # nothing in it waits, so it needs no loop; the thread keeps no process from its end
-            Thread(target=next, args=(work.__await__(), None), daemon=True).start()
-        wait([future, dropped], self.seconds, FIRST_COMPLETED)
-        if loop:
-            task.cancel()
+    def call(self, reward, problem_id, answers, arguments):
+        end, future = time.monotonic() + self.seconds, Future()
+        # As a daemon it keeps no process from its end.
+        Thread(target=self.run, args=(future, reward, answers, arguments), daemon=True).start()
+        wait([future], self.seconds)
         # What holds Python's lock holds up this thread too, and may be done.
-        if not future.done() or time.monotonic() - begin > self.seconds:
+        if not future.done() or time.monotonic() > end:
             self.left.append((problem_id, future))
-            return OVER
+            return []
         if error := future.exception():
-            raise failure(reward, problem_id, error) from error
+            raise Stop(
+                f"--reward {reward.name}, problem {problem_id!r}: {type(error).__name__}: {error}. "
+                "If this may pass (a busy server), let the function itself try again: "
+                "docs/rewards.md"
+            ) from error
         return future.result()
 
-
-async def run(reward, arguments, future):
-    """A call: the future gets what it returns, or raises what it raises."""
-    future.set_running_or_notify_cancel()  # a task that never began does not hang
-    try:
-        value = reward.function(*arguments)
-        value = await value if reward.awaited else value
-        future.set_result(list(value) if reward.lists else value)  # an iterator works in here, too
-    except BaseException as error:
-        future.set_exception(error)
-
-
-def failure(reward, problem_id, error):
-    where = f"--reward {reward.name}, problem {problem_id!r}"
-    return Stop(
-        f"{where}: {type(error).__name__}: {error}. If this may pass (a busy server), let the "
-        "function itself try again: docs/rewards.md"
-    )
+    def run(self, future, reward, answers, arguments):
+        """The call itself: the future gets its scores, or raises what it raises."""
+        try:
+            returned = reward.function(*arguments)
+            if inspect.isawaitable(returned):
+                task = asyncio.run_coroutine_threadsafe(returned, self.loop)
+                try:
+                    returned = task.result(self.seconds)
+                finally:
+                    task.cancel()  # if it is late
+            future.set_result(reward.scores(returned, answers))
+        except BaseException as error:
+            future.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------- scoring
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one completion.
-
-    outcome  R_l: 1 and above is right; nan if it came too late
-    verdict  of the verifier, or by another R_l: right, wrong or late
-    answer   what stands in its box, or None
-    values   what is reported of another R_l: "R_l"; "part_NAME" for each part, before its weight;
-             "late", 1 if R_l came too late
-    """
-
-    outcome: float
-    verdict: str
-    answer: str | None
-    values: dict = field(default_factory=dict)
 
 
 class Scorer:
@@ -424,7 +394,7 @@ class Scorer:
 
     def __init__(self, flags):
         self.grader = Grader()
-        self.calls = Calls(WORKERS, flags.reward_timeout)
+        self.calls = Calls(flags.reward_timeout)
 
     def begin(self, reward, problem, responses):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""
@@ -436,36 +406,25 @@ class Scorer:
                 for verdict, answer in zip(self.grader.compare(cases), extracted)
             ]
         # Calls share nothing, so that a record which one changes is not changed for another.
-        records, calls = [copy.deepcopy(problem.record()) for _ in responses], []
-        for arguments in [(records, responses)] if reward.lists else zip(records, responses):
-            calls.append(self.calls.submit(reward, problem.id, *arguments))
-        return lambda: own_scores(reward, problem, extracted, [call.result() for call in calls])
+        records = [copy.deepcopy(problem.record()) for _ in responses]
+        if reward.lists:
+            calls = [self.calls.submit(reward, problem.id, extracted, records, responses)]
+        else:
+            calls = [
+                self.calls.submit(reward, problem.id, [answer], record, response)
+                for answer, record, response in zip(extracted, records, responses)
+            ]
+
+        def finish():
+            done = [call.result() for call in calls]
+            if not all(done):  # if one comes late, all do
+                return [Score(math.nan, LATE, a, {"R_l": 0.0, "late": 1.0}) for a in extracted]
+            return sum(done, [])
+
+        return finish
 
     def close(self):
         self.grader.close()
-
-
-def own_scores(reward, problem, extracted, returned):
-    """The scores of a group by a user's R_l. If one comes late, all do.
-
-    extracted  what stands in the box of each completion, or None
-    returned   by the call of each completion, or by that of the group
-    """
-    if any(value is OVER for value in returned):
-        return [Score(math.nan, LATE, answer, {"R_l": 0.0, "late": 1.0}) for answer in extracted]
-    scores = []
-    try:
-        values = returned[0] if reward.lists else returned
-        if len(values) != len(extracted):
-            raise ValueError(f"{len(values)} numbers for {len(extracted)} responses")
-        for value, answer in zip(values, extracted):
-            outcome, parts = reward.total(value)
-            verdict = RIGHT if outcome >= 1 else WRONG
-            reported = {"R_l": outcome, **parts, "late": 0.0}
-            scores.append(Score(outcome, verdict, answer, reported))
-    except Exception as error:
-        raise failure(reward, problem.id, error) from error
-    return scores
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:

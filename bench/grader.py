@@ -34,6 +34,11 @@ def parse_case(record, _):
     raise ValueError(f"not a case; expected {CASE}")
 
 
+def answers_of(pairs):
+    """[(gold answer, response), ...] -> [(gold answer, what stands in the box, or None), ...]"""
+    return [(gold, extract_answer(text)) for gold, text in pairs]
+
+
 def agreement(path):
     """Print the cases of a file that are graded otherwise than labelled.  -> how many are not"""
     cases, grader, pairs = read_records(path, parse_case), Grader(), []
@@ -43,7 +48,8 @@ def agreement(path):
             answer = extract_answer(case["prediction"])
         pairs.append((case["gold"], answer))
     result = {"cases": len(cases), "agree": 0, "false_right": 0, "false_wrong": 0}
-    for case, verdict in zip(cases, grader.compare(pairs)):
+    verdicts = grader.compare(pairs)
+    for case, verdict in zip(cases, verdicts):
         right = verdict == RIGHT
         if case.get("equivalent", right) != right:
             result["false_right" if right else "false_wrong"] += 1
@@ -54,7 +60,7 @@ def agreement(path):
         elif "equivalent" in case:
             result["agree"] += 1
     grader.close()
-    return result | {"timeouts": grader.counts[TIMEOUT], "errors": grader.counts[ERROR]}
+    return result | {"timeouts": verdicts.count(TIMEOUT), "errors": verdicts.count(ERROR)}
 
 
 # ------------------------------------------------------------------------------------- throughput
@@ -101,9 +107,8 @@ def throughput():
         for _ in range(256):
             gold, answers = ordinary(rng)
             pairs += [(gold, completion(rng, rng.choice(answers))) for _ in range(16)]
-        grader.known.clear()
         start = time.perf_counter()
-        verdicts = Counter(grader.grade(pairs))
+        verdicts = Counter(grader.compare(answers_of(pairs)))
         rates.append(len(pairs) / (time.perf_counter() - start))
     grader.close()
     rates = sorted(rates[1:])  # the first update starts the workers
@@ -159,19 +164,22 @@ def fuzz(count, seed):
     AssertionError if the known ones do not get their verdicts, in their places.
     """
     rng, grader = random.Random(seed), Grader()
-    known = [row.split(" | ") for row in KNOWN.strip().split("\n")] * (BATCH // 40)
+    known, counts = (
+        [row.split(" | ") for row in KNOWN.strip().split("\n")] * (BATCH // 40),
+        Counter(),
+    )
     for _ in range(0, count, BATCH):
         cases = [hostile(rng) for _ in range(BATCH)]
         cases[::10] = [(gold, text) for gold, text, _ in known]
-        grader.known.clear()
-        verdicts = grader.grade(cases)
+        verdicts = grader.compare(answers_of(cases))
         assert verdicts[::10] == [verdict for _, _, verdict in known]
+        counts.update(verdicts)
     grader.close()
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     return {
-        "completions": grader.counts.total(),
-        "verdicts": grader.counts,
+        "completions": counts.total(),
+        "verdicts": counts,
         "largest_worker_mib": round(memory),
     }
 

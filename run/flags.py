@@ -50,7 +50,7 @@ class Files:
     data: str = flag(
         "training problems: a JSON-lines or parquet file, or a data set of the hub, "
         "OWNER/NAME[:CONFIGURATION]:SPLIT; [:512] behind it are its first 512 rows; layouts that "
-        "are known: sources.py [ours]",
+        "are known: data.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
     eval_data: list[str] = flag(

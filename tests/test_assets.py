@@ -8,6 +8,7 @@ import torch
 from conftest import fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from answers import extract_answer
 from data import cut_levels, read_problems, without_repeats
 from experiments import warmstart
 from experiments.problems import generate
@@ -85,7 +86,7 @@ def test_demonstrations_are_right_or_fall_into_a_trap():
     wrong: slips are rare at first, and come in full at the end."""
     shares = []
     for batch in warmstart.demonstrations(warmstart.Recipe("", steps=3, batch=400)):
-        verdicts = Grader().grade([(p.answer, text) for p, text in batch])
+        verdicts = Grader().compare([(p.answer, extract_answer(text)) for p, text in batch])
         assert set(verdicts) == {RIGHT, WRONG}
         assert all(text.count("=") >= len(p.other["steps"]) for p, text in batch)
         shares.append(verdicts.count(RIGHT) / 400)

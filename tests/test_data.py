@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import sys
 from datetime import date
 from types import SimpleNamespace
@@ -24,11 +25,8 @@ from experiments.warmstart import make_tokenizer
 from files import source_of, stem
 from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
-from sources import final_answer
 from tools.overlap import main as find_overlap
 from tools.overlap import overlap
-
-GOOD = '{"problem": "1+1", "answer": "2"}'
 
 
 def test_a_problem_survives_a_round_trip(tmp_path):
@@ -42,8 +40,12 @@ def test_a_problem_survives_a_round_trip(tmp_path):
     assert problem.other == {"source": "me", "tags": [1, {"a": None}]}
 
 
-def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
-    """What a kill left would block the next try, or be read as all there is."""
+@mark.parametrize("links", [True, False])
+def test_a_file_of_problems_is_whole_or_not_there(tmp_path, monkeypatch, links):
+    """What a kill left would block the next try, or be read as all there is. On a disk without
+    links, hours of measuring ended in "Operation not permitted"."""
+    if not links:
+        monkeypatch.setattr("os.link", Mock(side_effect=PermissionError))
 
     def killed():
         yield Problem("a", "1", "1")
@@ -58,16 +60,6 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path):
         data.write_problems(path, [Problem("c", "3", "3")])
     assert [p.id for p in read_problems(path)] == ["b"]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_disk_without_links_gets_its_file(tmp_path, monkeypatch):
-    """Hours of measuring ended there in "Operation not permitted"."""
-    monkeypatch.setattr("os.link", Mock(side_effect=PermissionError))
-    path = tmp_path / "p.jsonl"
-    data.write_problems(path, [Problem("b", "2", "2")])
-    with raises(FileExistsError):
-        data.write_problems(path, [Problem("c", "3", "3")])
-    assert [p.id for p in read_problems(path)] == ["b"] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
@@ -85,28 +77,18 @@ def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
     assert problems[8].level == 3
 
 
-def test_the_final_answer_of_a_solution():
-    for text, answer in {
-        "so\n#### 110\nThe answer is: 110": "110",  # of MetaMathQA
-        "#### Step 2\nso \\boxed{7}": "7",  # a heading
-        "#### 5": "5",
-        "5": "5",
-    }.items():
-        assert final_answer(text) == answer
-
-
-def test_an_integer_of_any_size_is_an_answer():
-    """400 digits, more than a float holds, were refused."""
+def test_what_an_answer_may_be():
+    """400 digits, more than a float holds, were refused. A date of a data set ended the run at the
+    first line of completions.jsonl."""
     assert data.parse_problem({"problem": "1", "answer": 10**400}, "p").gold == str(10**400)
+    with raises(ValueError, match='"answer" must be something that JSON can hold .TypeError'):
+        data.parse_problem({"problem": "q", "answer": date(2026, 1, 1)}, "p", graded=False)
 
 
-def test_repeats_and_overlap_are_found():
+def test_repeats_are_equal_but_for_blanks():
     texts = "What is  2N+n?", "What is 2N+n?", "Other", "What is 2n+N?"
     train = [Problem(str(i), text, "4") for i, text in enumerate(texts)]
     assert [p.id for p in data.without_repeats(train)] == ["0", "2", "3"]
-    texts = {"e": "OTHER!", "f": "new", "g": "What is 2N-n?"}
-    evaluation = [Problem(name, text, "1") for name, text in texts.items()]
-    assert overlapping(train, evaluation) == ([("e", "2")], [])
 
 
 def overlapping(train, test):
@@ -136,6 +118,20 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
     assert found == ([], [("e", "t")] if is_near else [])
 
 
+def test_phrases_of_a_source_find_no_copies(tmp_path, printed, monkeypatch):
+    """Where all problems share eight words, every pair was compared."""
+    monkeypatch.chdir(tmp_path)
+    frame = "one two three four five six seven eight"
+    rows = [{"problem": f"{frame} {' '.join(f'w{i}-{j}' for j in range(20))}"} for i in range(20)]
+    write_lines("train.jsonl", [*rows, {"problem": f"{frame}!"}])
+    longer = [{"id": f"\x1b{i}", "problem": f"{row['problem']} end"} for i, row in enumerate(rows)]
+    write_lines("test.jsonl", [*longer, {"id": "same", "problem": f"{frame}?"}])
+    find_overlap(["train.jsonl", "test.jsonl"])
+    said = printed()
+    assert "near: '\\x1b0' is 'train-1'" in said and "exact: 'same' is 'train-21'" in said
+    assert json.loads(said.splitlines()[-1]) == {"exact": 1, "near": 20}
+
+
 def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
     """A problem is counted once, exact before near; a file that exists is not overwritten."""
     monkeypatch.chdir(tmp_path)
@@ -151,77 +147,127 @@ def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
         generator(["--out", "h.jsonl"])
 
 
-# What others publish -> problem, answer, level.
+# What others publish, or one's own columns -> what is kept of it.
 DAPO = (
     r"Solve the following math problem step by step. The last line of your response should be of "
     r"the form Answer: $Answer.\n\nq\n\nmore\n\n"
     r"Remember to put your answer on its own line after \"Answer:\"."
 )
-LAYOUTS = json.loads(
-    r"""{
-"GSM8K": [{"question": "q", "answer": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"},
-    "q", "1,007", null],
-"MATH": [{"problem": "q", "level": "Level 5",
-    "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}."}, "q", "\\frac{1}{2}", 5],
-"MATH, level unknown": [{"problem": "q", "level": "Level ?", "solution": "\\boxed{3}"},
-    "q", "3", null],
-"MATH-500": [{"problem": "q", "solution": "\\boxed{x}", "answer": "(3, \\pi)", "level": 2},
-    "q", "(3, \\pi)", 2],
-"DeepScaleR": [{"problem": "q", "answer": "-\\frac{2}{3}", "solution": ""},
-    "q", "-\\frac{2}{3}", null],
-"DAPO": [{"prompt": [{"role": "user", "content": "$DAPO"}],
-    "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}},
-    "q\n\nmore", "34", null],
-"Skywork": [{"prompt": [{"role": "user", "content": "q"}],
-    "reward_model": {"ground_truth": "[\"[1,2)\"]", "style": "rule"}}, "q", "[1,2)", null],
-"a chat of several turns": [{"prompt": [{"role": "user", "content": "first"},
-    {"role": "assistant", "content": "so"}, {"role": "user", "content": "q"}],
-    "reward_model": {"ground_truth": "2"}}, "q", "2", null],
-"OlympiadBench": [{"question": "q", "final_answer": ["$1$", "$-1$"]}, "q", "1, -1", null],
-"amc22_23": [{"problem": "q", "answer": 142.0}, "q", "142", null]
-}""".replace("$DAPO", DAPO)
-)
+LAYOUTS = r"""
+{"question": "q", "answer": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"} | |
+{"answer": "1,007",
+"solution": "9-2=<<9-2=7>>7 #### so 1,007 left.\n#### 1,007"}
+
+{"question": "q", "answer": "so\n#### 110\nThe answer is: 110"} | |
+{"answer": "110"}
+
+{"question": "q", "answer": "#### Step 2\nso \\boxed{7}"} | |
+{"answer": "7"}
+
+{"problem": "q", "level": "Level 5", "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}."} | |
+{"answer": "\\frac{1}{2}", "level": 5, "solution": "so \\boxed{1}, or \\boxed{\\frac{1}{2}}."}
+
+{"problem": "q", "level": "Level ?", "solution": "\\boxed{3}"} | |
+{"answer": "3", "level": "Level ?"}
+
+{"problem": "q", "solution": "\\boxed{x}", "answer": "(3, \\pi)", "level": 2} | |
+{"answer": "(3, \\pi)",
+"level": 2}
+
+{"problem": "q", "answer": "-\\frac{2}{3}", "solution": ""} | |
+{"answer": "-\\frac{2}{3}"}
+
+{"prompt": [{"role": "user", "content": "$DAPO"}], "reward_model": {"ground_truth": "34"}} | |
+{"problem": "q\n\nmore", "answer": "34"}
+
+{"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "[\"[1,2)\"]"}} | |
+{"answer": "[1,2)"}
+
+{"prompt": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "so"},
+{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "2"}} | |
+{"answer": "2"}
+
+{"question": "q", "final_answer": ["$1$", "$-1$"]} | |
+{"answer": "1, -1"}
+
+{"a": {"b": "q"}, "c": "so\n#### 2", "answer": "none", "hard": 3}
+| problem=a.b answer=c level=hard |
+{"answer": "2", "level": 3, "a": {"b": "q"}, "solution": "so\n#### 2", "hard": null}
+
+{"question": "q", "answer": "1"}
+| problem=a.b answer=c |
+{"answer": "1"}
+
+{"problem": "q", "answer": "so\n#### 3"}
+| problem=problem answer=answer |
+{"answer": "3"}
+
+{"problem": "q", "answer": "1", "id": "x7", "level": 2}
+| problem=problem answer=answer id=uid level=l |
+{"answer": "1", "id": "x7", "level": 2}
+
+{"a.b": "q", "rate.7b": 0.25, "a": {"b": "no"}, "x": {"y.z": "1", "tests": ["t"]}}
+| problem=a.b answer=x.y.z pass_rate=rate.7b |
+{"answer": "1", "pass_rate": 0.25, "a": {"b": "no"},
+"x": {"y.z": "1", "tests": ["t"]}}
+"""
 
 
-def read_rows(tmp_path, *rows, columns=()):
+LAYOUT_ROWS = [
+    re.split(r"\s*\|\s+", row) for row in LAYOUTS.replace("$DAPO", DAPO).strip().split("\n\n")
+]
+
+
+def read_rows(tmp_path, *rows, columns=(), **more):
     write_lines(tmp_path / "p.jsonl", rows)
-    return read_problems(tmp_path / "p.jsonl", columns)
+    return read_problems(tmp_path / "p.jsonl", columns, **more)
 
 
-@mark.parametrize("name", LAYOUTS)
-def test_layouts_as_they_are_published(name, tmp_path):
-    """A rationale taken for the gold answer makes every right answer wrong."""
-    row, problem, answer, level = LAYOUTS[name]
-    (p,) = read_rows(tmp_path, row)
-    assert (p.problem, p.gold, p.level) == (problem, answer, level)
+@mark.parametrize("row, columns, kept", LAYOUT_ROWS)
+def test_layouts_as_they_are_published(row, columns, kept, tmp_path):
+    """A rationale taken for the gold answer makes every right answer wrong. Worked solutions stay:
+    a hint, or a reward, may want them. Held-out problems may come in another layout than the
+    columns that are named, and keep their ids, and so their random numbers. A name with a dot is
+    that of a column first, as flattened tables have them."""
+    (p,) = read_rows(tmp_path, json.loads(row), columns=columns.split())
+    kept = {"problem": "q"} | json.loads(kept)
+    assert {name: p.record().get(name) for name in kept} == kept
     assert data.only_gradable("p", [p]) == [p]
 
 
-def test_columns_by_name(tmp_path):
-    """Of columns that are named, the final answer is taken, as of the known layouts."""
-    row = {"a": {"b": "1+1"}, "c": "so\n#### 2", "answer": "none", "hard": 3}
-    words = ["problem=a.b", "answer=c", "level=hard"]
-    (p,) = read_rows(tmp_path, row, columns=words)
-    other = {"a": {"b": "1+1"}, "solution": "so\n#### 2"}
-    assert (p.problem, p.answer, p.level, p.other) == ("1+1", "2", 3, other)
-    (q,) = read_rows(tmp_path, {"question": "q", "answer": "1"}, columns=words)
-    assert q.answer == "1"  # held-out problems may come in a known layout
-    named = {"problem": "q", "answer": "so\n#### 3"}
-    assert read_rows(tmp_path, named, columns=["problem=problem", "answer=answer"])[0].answer == "3"
+def test_without_a_grader_answers_are_of_any_kind_and_may_be_missing(tmp_path):
+    rows = {"problem": "q", "answer": ["$1$"]}, {"question": "r"}, {"problem": "s", "answer": None}
+    problems = read_rows(tmp_path, *rows, graded=False)
+    assert [(p.problem, p.answer) for p in problems] == [("q", ["$1$"]), ("r", None), ("s", None)]
 
 
-def test_columns_that_held_out_problems_lack_leave_their_own(tmp_path):
-    """Their ids were replaced, and so their random numbers: nothing could be compared."""
-    row = {"problem": "q", "answer": "1", "id": "x7", "level": 2}
-    words = ["problem=problem", "answer=answer", "id=uid", "level=difficulty"]
-    (p,) = read_rows(tmp_path, row, columns=words)
-    assert (p.id, p.level) == ("x7", 2)
+def test_a_number_is_a_whole_one_if_it_can_be(tmp_path):
+    """Of amc22_23: 142.0 was no answer that anybody gives."""
+    assert [p.gold for p in read_rows(tmp_path, {"problem": "q", "answer": 142.0})] == ["142"]
 
 
-def test_an_answer_that_json_cannot_hold_is_refused():
-    """A date of a data set ended the run at the first line of completions.jsonl."""
-    with raises(ValueError, match='"answer" must be something that JSON can hold .TypeError'):
-        data.parse_problem({"problem": "q", "answer": date(2026, 1, 1)}, "p", graded=False)
+@mark.parametrize(
+    "columns, message",
+    [
+        ("problem=question answer=anwser", "line 1: no column anwser .has: question, answer"),
+        ("problem=q answer=a", "line 1: no column q .* mend --columns"),
+        ("problem=question answer=answer pass_rate=rate", "line 2: no column rate"),
+    ],
+)
+def test_columns_that_training_problems_lack_are_refused(tmp_path, columns, message):
+    """A known layout in their place trains on another column than the one that was named. A pass
+    rate may be null: its problem was not measured."""
+    rows = {"question": "q", "answer": "1", "rate": 0.5}, {"question": "r", "answer": "2"}
+    words = columns.split()
+    with raises(ValueError, match=message):
+        read_rows(tmp_path, *rows, columns=words, must_fit=True)
+    if "rate" in message:
+        nulls = [{"rate": None} | row for row in rows]
+        for problems in (
+            read_rows(tmp_path, *rows, columns=words),
+            read_rows(tmp_path, *nulls, columns=words, must_fit=True),
+        ):
+            assert [p.pass_rate for p in problems] == [0.5, None]
 
 
 def test_a_slice_has_the_name_of_the_whole():
@@ -233,44 +279,8 @@ def test_a_slice_has_the_name_of_the_whole():
     assert stem("a/b:v0.1") != stem("a/b:v0.2")
 
 
-def test_a_name_with_a_dot_is_that_of_a_column_first(tmp_path):
-    """As flattened tables have them."""
-    words = ["problem=a.b", "answer=x.y.z", "pass_rate=rate.7b"]
-    row_left = {"a": {"b": "no"}, "x": {"y.z": "1", "tests": ["t"]}}  # what it stands in, too
-    row = {"a.b": "q", "rate.7b": 0.25, **row_left}
-    (p,) = read_rows(tmp_path, row, columns=words)
-    assert (p.problem, p.answer, p.pass_rate, p.other) == ("q", "1", 0.25, row_left)
-
-
-def test_columns_that_training_problems_lack_are_refused(tmp_path):
-    """A known layout in their place trains on another column than the one that was named. A pass
-    rate may be null: its problem was not measured."""
-    rows = {"question": "q", "answer": "1", "rate": 0.5}, {"question": "r", "answer": "2"}
-    path = tmp_path / "p.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    words = ["problem=question", "answer=answer", "pass_rate=rate"]
-    for given, message in (
-        (["problem=question", "answer=anwser"], "line 1: no column anwser .has: question, answer"),
-        (["problem=q", "answer=a"], "line 1: no column q .* mend --columns"),
-        (words, "line 2: no column rate"),
-    ):
-        with raises(ValueError, match=message):
-            read_problems(path, given, must_fit=True)
-    assert [p.pass_rate for p in read_problems(path, words)] == [0.5, None]
-    path.write_text("\n".join(json.dumps({"rate": None} | row) for row in rows))
-    assert [p.pass_rate for p in read_problems(path, words, must_fit=True)] == [0.5, None]
-
-
-def test_a_box_without_an_answer_is_one_gold_that_cannot_be_graded(tmp_path):
-    """It must not cost the whole file."""
-    (p,) = read_rows(tmp_path, {"problem": "q", "solution": "so $\\boxed 14$"})
-    assert "boxed" in p.answer
-    with raises(ValueError, match="cannot be graded"):
-        data.only_gradable("f", [p])
-
-
 @mark.parametrize(
-    "answer", ["He has 42.\n#### 42", "so \\boxed{7}", "(1, 2", " . ", "many words " * 9]
+    "answer", ["He has 42.\n#### 42", "so $\\boxed 14$", "(1, 2", " . ", "many words " * 9]
 )
 def test_golds_that_cannot_be_graded(answer, capsys):
     """Few are left out, aloud; many stop the run: a column of something else was read."""
@@ -312,33 +322,28 @@ def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
         assert read_problems(f"{path}{text}") == part
 
 
-@mark.parametrize(
-    "text, message",
-    [
-        ("[a:3]", "a slice is written"),
-        ("[:10%]", "a slice is written"),
-        ("[::2]", "a slice is written"),
-        ("[-2:]", "a slice is written"),  # a data set of the hub would fail otherwise
-        ("[:-1]", "a slice is written"),
-        ("[1:1]", "nothing in it"),
-        ("[2:1]", "nothing in it"),
-        ("[9:]", "nothing in it"),
-    ],
-)
-def test_a_slice_that_is_none_is_refused(tmp_path, text, message):
-    path = tmp_path / "p.jsonl"
-    path.write_text(GOOD)
-    with raises(ValueError) as refusal:
-        read_problems(f"{path}{text}")
-    assert f"p.jsonl{text}: {message}" in str(refusal.value)
+NO_SLICES = """
+[a:3] [:10%] [::2] [-2:] [:-1] | a slice is written
+[1:1] [2:1] [9:] | nothing in it
+"""
+
+
+@mark.parametrize("texts, message", table(NO_SLICES))
+def test_a_slice_that_is_none_is_refused(tmp_path, texts, message):
+    """A data set of the hub has no end to count from."""
+    write_lines(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    for text in texts.split():
+        with raises(ValueError) as refusal:
+            read_problems(f"{tmp_path}/p.jsonl{text}")
+        assert f"p.jsonl{text}: {message}" in str(refusal.value)
 
 
 def test_a_path_that_exists_is_no_slice(tmp_path):
     path = tmp_path / "p.jsonl[:1]"
-    path.write_text(GOOD + "\n" + GOOD.replace("1+1", "1+2"))
-    assert [p.problem for p in read_problems(path)] == ["1+1", "1+2"]
+    write_lines(path, [{"problem": text, "answer": "2"} for text in "ab"])
+    assert [p.problem for p in read_problems(path)] == ["a", "b"]
     assert source_of(str(path)) == str(path)
-    assert [p.problem for p in read_problems(f"{path}[1:]")] == ["1+2"]
+    assert [p.problem for p in read_problems(f"{path}[1:]")] == ["b"]
 
 
 def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
@@ -500,7 +505,7 @@ def test_generated_answers_and_steps_are_right():
         assert p.other["steps"][0].startswith(str(total))
         for step, (value, _) in zip(p.other["steps"], rest, strict=True):
             left, _, right = step.removeprefix(str(total)).partition("=")
-            assert int(left) == value and sympy.sympify(f"{total}{left}") == int(right)
+            assert int(left) == value and total + value == int(right)
             total = int(right)
             assert 0 <= total <= 150
         assert total == int(p.answer)
@@ -576,29 +581,3 @@ def test_splits_are_disjoint_whatever_the_seed():
     assert len(set(first)) == 4000
     held_out = texts("heldout", 0, 1000) + texts("heldout", 2, 1000)
     assert not set(held_out) & set(first + texts("train", 1, 4000))
-
-
-def test_worked_solutions_stay(tmp_path):
-    """Those of GSM8K and MATH were lost on reading: a hint, or a reward, may want them."""
-    for row in (
-        {"question": "q", "answer": "so #### 2"},
-        {"problem": "q", "solution": "\\boxed{2}"},
-    ):
-        write_lines(tmp_path / "x.jsonl", [row])
-        (problem,) = read_problems(tmp_path / "x.jsonl")
-        assert problem.gold == "2" and problem.other["solution"] == [*row.values()][1]
-
-
-def test_phrases_of_a_source_find_no_copies(tmp_path, printed, monkeypatch):
-    """Where all problems share eight words, every pair was compared."""
-    monkeypatch.chdir(tmp_path)
-    frame = "one two three four five six seven eight"
-    rows = [{"problem": f"{frame} {' '.join(f'w{i}-{j}' for j in range(20))}"} for i in range(20)]
-    write_lines("train.jsonl", [*rows, {"problem": f"{frame}!"}])
-    longer = [{"id": f"\x1b{i}", "problem": f"{row['problem']} end"} for i, row in enumerate(rows)]
-    write_lines("test.jsonl", [*longer, {"id": "same", "problem": f"{frame}?"}])
-    find_overlap(["train.jsonl", "test.jsonl"])
-    said = printed()
-    assert "1 runs of 8 words stand in more than 10 test" in said
-    assert "near: '\\x1b0' is 'train-1'" in said and "exact: 'same' is 'train-21'" in said
-    assert json.loads(said.splitlines()[-1]) == {"exact": 1, "near": 20}

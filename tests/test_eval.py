@@ -802,7 +802,7 @@ def test_two_processes_do_not_write_to_one_evaluation(run, refused):
 
 
 TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "seed": 5,
-"slots": 3, "reward": ["a.py:f", "a.py:f"], "system": null,
+"slots": 3, "reward": ["a.py:f", "a.py:f"],
 "suffix": "", "template": null, "template_kwargs": "{}", "stop": [],
 "levels": [{"max_new_tokens": 300}, {"max_new_tokens": 200}]}"""
 

@@ -12,7 +12,7 @@ policy run
 files
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
-sources data rewards
+data rewards
 policy.lora policy.packed policy.learner policy.checkpoint policy.attempt
 run.processes run.directory run.fit run.flags run.update run.state run.start run.command
 tools tools.overlap tools.report

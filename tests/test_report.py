@@ -94,7 +94,7 @@ def test_whole_groups_are_written_with_their_advantages(monkeypatch):
 
 
 CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": ["HERE/f.jsonl", "g.jsonl"],
-"dtype": "float32",
+"dtype": "float32", "suffix": "HERE", "objective": "1HERE/2",
 "torch": "2", "device": "cpu", "seed": 0, "levels": [{"quality": 1.0, "buffer_groups": 4,
 "group_size": 2, "max_new_tokens": 9, "updates": 9, "tokens": null, "length_weight": 0,
 "reward": "HERE/r.py:f"}]}"""
@@ -102,12 +102,14 @@ ROW = """{"level": 1, "problem_id": "p", "verdict": "right", "outcome": 1.0, "le
 "tokens": 2, "stopped": true, "advantage": null}"""
 
 
-def make_run(folder, num_updates, group_size=2, text="1+1=2", num_groups=4, problem=None):
-    """A run directory, with a hand-made log."""
+def write_config(folder, **more):
     here = json.dumps(str(report.Path.cwd()))[1:-1]
-    write_lines(
-        folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | {"system": text}]
-    )
+    write_lines(folder / "config.json", [json.loads(CONFIG.replace("HERE", here)) | more])
+
+
+def make_run(folder, num_updates, group_size=2, text="1+1=2", num_groups=4):
+    """A run directory, with a hand-made log."""
+    write_config(folder)
     write_lines(folder / "metrics.jsonl", metrics(num_updates, groups_drawn=num_groups))
     both = evaluated(0.3, 0.6, file="f") + evaluated(0.1, 0.2238, file="g")
     write_lines(folder / "eval.jsonl", both)
@@ -115,8 +117,7 @@ def make_run(folder, num_updates, group_size=2, text="1+1=2", num_groups=4, prob
     counts = range(1, num_updates + 1), range(num_groups), range(group_size)
     for update, number, sample in itertools.product(*counts):
         row = json.loads(ROW) | {"update": update, "group": number, "sample": sample, "text": text}
-        row |= dict.fromkeys(("problem", "answer"), problem or text)
-        rows.append(row)
+        rows.append(row | dict.fromkeys(("problem", "answer"), text))
     write_lines(folder / "completions.jsonl", rows)
     return folder
 
@@ -127,7 +128,7 @@ def content(page):
 
 
 def test_the_template_is_small_and_loads_nothing():
-    assert len(TEMPLATE.encode()) <= 25_000
+    assert len(TEMPLATE.encode()) <= 20_000
     assert TEMPLATE.isascii() and TEMPLATE.count("CONTENT") == 1
     # The name of a namespace, which nothing loads.
     assert set(re.findall(r"https?://[^\"' ]*", TEMPLATE)) == {"http://www.w3.org/2000/svg"}
@@ -136,34 +137,26 @@ def test_the_template_is_small_and_loads_nothing():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", TEMPLATE)
 
 
-def test_the_page_of_200_updates_is_at_most_5_megabytes(tmp_path):
-    """Without a bound, the page of these long completions would have 40 MB. It has whole groups of
-    the whole run."""
-    folder = make_run(tmp_path / "run", 200, 16, "x" * 3_100, 3, "y" * 300)
+@mark.parametrize("sign", "x<")
+def test_the_page_of_200_updates_is_at_most_5_megabytes(tmp_path, sign):
+    """It has whole groups of the whole run. JSON writes the second sign with 6 bytes."""
+    folder = make_run(tmp_path / "run", 200, 20, sign * 1_600, 4)
     page = report.write_page([folder])
     assert page.stat().st_size <= 5_000_000
     rows = content(page.read_text())["rows"]
-    assert len(rows) == 16 * 3 * report.TIMES
+    assert len(rows) == report.SAMPLES * report.GROUPS * report.TIMES
     updates = {row["update"] for row in rows}
     assert {1, 200} <= updates and len(updates) == report.TIMES
     head, left_out, tail = rows[-1]["text"]
-    assert (len(head), left_out, len(tail)) == (1500, 100, 1500)
+    assert (len(head), left_out, len(tail)) == (750, 100, 750)
 
 
-def test_completions_of_nothing_but_escapes_are_bounded_too(tmp_path):
-    """A bound by characters would let signs that JSON writes with 6 bytes pass."""
-    folder = make_run(tmp_path / "run", 14, 16, "<" * 3_000, 3)
-    assert report.write_page([folder]).stat().st_size <= 5_000_000
-    rows = content((folder / "report.html").read_text())["rows"]
-    assert rows and len(rows) % 16 == 0 and rows[0]["update"] == 1
-
-
-@mark.parametrize("length", [0, 1, 2999, 3000, 3001, 3002])
+@mark.parametrize("length", [0, 1, 1499, 1500, 1501, 1502])
 def test_nothing_is_cut_without_a_count(length):
     text = "".join(chr(97 + i % 26) for i in range(length))
-    head, left_out, tail = report.shorten({"text": text})["text"]
+    head, left_out, tail = report.cut(text)
     assert head + text[len(head) : len(head) + left_out] + tail == text
-    assert left_out == max(0, length - 3000)
+    assert left_out == max(0, length - 1500)
 
 
 def test_no_completion_ends_the_script(tmp_path):
@@ -176,27 +169,17 @@ def test_no_completion_ends_the_script(tmp_path):
 
 
 def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
-    """A folder with an umlaut was named: config.json spells it in ASCII."""
-    (tmp_path / "Übung").mkdir()
-    monkeypatch.chdir(tmp_path / "Übung")
-    folder = make_run(tmp_path / "run", 2)
-    page = report.write_page([folder]).read_text()
-    config = content(page)["config"]
+    """A folder with an umlaut was named: config.json spells it in ASCII. And from the folder "/x"
+    the text 1/x/2 became 12."""
+    (tmp_path / "\u00dcbung").mkdir()
+    monkeypatch.chdir(tmp_path / "\u00dcbung")
+    text = f"1{report.Path.cwd()}/2"
+    found = content(report.write_page([make_run(tmp_path / "run", 2, text=text)]).read_text())
+    config = found["config"]
     assert (config["model"], config["levels"][0]["reward"]) == ("assets/tiny", "r.py:f")
-    assert config["eval_data"] == "f.jsonl, g.jsonl"
-    assert "bung" not in page
-
-
-def test_the_page_loses_no_text(tmp_path, monkeypatch):
-    """From the folder "/" every "//" vanished, and from "/x" the text 1/x/2 became 12: of
-    completions, and of a system prompt."""
-    for here in (report.Path("/"), tmp_path):
-        monkeypatch.chdir(here)
-        text = f"1//2, 1{here}/2"
-        page = report.write_page([make_run(tmp_path / f"run{len(str(here))}", 2, text=text)])
-        found = content(page.read_text())
-        assert all(row["text"][0] == text for row in found["rows"][:4])
-        assert found["config"]["system"] == text
+    assert config["eval_data"] == ["f.jsonl", "g.jsonl"]
+    assert config["objective"] == text == found["rows"][0]["text"][0]
+    assert "suffix" not in config
 
 
 def test_several_runs_with_gaps_are_drawn(tmp_path):
@@ -232,32 +215,21 @@ def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, printed):
         report.draw([folder])
 
 
-def test_other_held_out_problems_of_one_name_are_not_drawn_together(tmp_path, printed):
-    """Level 1 up to 0.8 beside level 1 of all problems: two measures on one axis."""
-    folders = [make_run(tmp_path / name, 2) for name in ("a", "b")]
-    rows = lines(folders[1] / "eval.jsonl")
-    rows[0]["n"] = 723
-    write_lines(folders[1] / "eval.jsonl", rows)
-    (_, _, first), (_, _, second) = report.read_runs(folders)
-    assert len(first) == len(rows) and second == rows[1:]
-    assert "b: f, level 1 (723 problems) is no set of the first run, left out" in printed()
-
-
-def test_another_held_out_file_of_one_size_is_not_drawn_with_it(tmp_path, printed):
-    """A single file has no name in eval.jsonl, and 300 problems are as many as 300 others."""
-    folders = [make_run(tmp_path / name, 2) for name in ("a", "b", "c")]
-    for folder, hashed in zip(folders, ("1", "2", "1")):
-        config = json.loads(CONFIG) | {"read": {f"--eval-data {folder.name}": hashed}}
-        write_lines(folder / "config.json", [config])
-        write_lines(folder / "eval.jsonl", evaluated(0.3, 0.6))
-    assert [len(evaluations) for _, _, evaluations in report.read_runs(folders)] == [2, 0, 2]
-    assert "b: level 1 (300 problems) is no set of the first run, left out" in printed()
-    for folder, hashed in zip(folders, ("1", "2", "1")):  # with names: a hash for each file
-        config = json.loads(CONFIG) | {"read": {"--eval-data f": "0", "--eval-data g": hashed}}
-        write_lines(folder / "config.json", [config])
-        both = evaluated(0.3, file="f") + evaluated(0.6, file="g")
-        write_lines(folder / "eval.jsonl", both)
-    assert [len(evaluations) for _, _, evaluations in report.read_runs(folders)] == [2, 1, 2]
+def test_other_held_out_problems_are_not_drawn_as_the_same(tmp_path, printed):
+    """Level 1 up to 0.8 beside level 1 of all problems; 300 problems of another file."""
+    folders = [make_run(tmp_path / name, 2) for name in "abcd"]
+    for folder, hashed in zip(folders, ("1", "2", "1", "1")):
+        write_config(folder, read={f"--eval-data {folder.name}": hashed, "--data": folder.name})
+    write_lines(folders[2] / "eval.jsonl", evaluated(0.3))
+    write_lines(folders[3] / "eval.jsonl", [row | {"n": 723} for row in evaluated(0.3)])
+    first, second, third, fourth = (
+        [row["name"] for row in evaluations] for _, _, evaluations in report.read_runs(folders)
+    )
+    names = ["held out, f, level 1 (300 problems)", "held out, g, level 1 (300 problems)"]
+    assert first == [names[0]] * 2 + [names[1]] * 2 and second == []
+    assert third == ["held out, level 1 (300 problems)"]
+    assert fourth == ["held out, level 1 (723 problems)"]
+    assert "b: its held-out files are not the first run's, left out" in printed()
 
 
 def test_a_name_has_one_color_in_all_runs(tmp_path):
@@ -268,11 +240,11 @@ def test_a_name_has_one_color_in_all_runs(tmp_path):
     write_lines(first / "metrics.jsonl", metrics(2, part_a=1, part_b=2))
     write_lines(second / "metrics.jsonl", metrics(2, part_b=3))
     runs, axes = report.read_runs([first, second]), Figure().subplots(3, 4).flatten()
-    held_out = ["f, level 1", "g, level 1"]
-    for _, rows, evaluations in runs:
-        report.draw_run(axes, rows, evaluations, "-", ["part_a", "part_b"], held_out)
+    held_out = dict.fromkeys(row["name"] for row in runs[0][2])
+    for run in runs:
+        report.draw_run(axes, report.panels(runs), run, "-", held_out)
     report.finish(axes, runs[0][1])
-    for ax, name in ((axes[0], "held out, g, level 1"), (axes[2], "part_b")):
+    for ax, name in ((axes[0], "held out, g, level 1 (300 problems)"), (axes[2], "part_b")):
         colors = [line.get_color() for line in ax.lines if line.get_label() == name]
         assert len(colors) == 2 and len(set(colors)) == 1
         legend = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -295,12 +267,13 @@ def test_a_browser_draws_the_page(tmp_path, text):
     dom = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout
     dom = re.sub(r"<script.*?</script>", "", dom, flags=re.S)
     assert "<title>run: training report</title>" in dom and "<img" not in dom
-    assert dom.count("<figure>") == 13 and dom.count('role="img"') == 13
-    assert dom.count("<details") == 6 * 3  # three groups of each update
+    assert dom.count("<figure>") == 12 and dom.count('role="img"') == 12
+    assert dom.count("<details") == 5 * 2
     for name, before in (("f, level 1", "30.0 [25.0, 35.0]"), ("g, level 1", "10.0 [5.0, 15.0]")):
-        assert f'<th scope="row">{name}</th><td>300</td><td>{before}</td>' in dom
-        assert dom.count(f"held out, {name}<output>") == 1
+        name = f"held out, {name} (300 problems)"
+        assert f'<th scope="row">{name}</th><td>{before}</td>' in dom
+        assert dom.count(f"{name}<output>") == 1
     assert "<td>+12.4</td>" in dom  # 12.38 points were cut to 12.3
-    assert "completions shown" in dom and "Runs: run (solid), other (dashed)" in dom
+    assert "Runs: run (solid), other (dashed)" in dom
     ids = re.findall(r'\bid="([^"]*)"', dom)
     assert len(ids) == len(set(ids))

@@ -1,9 +1,9 @@
 """Which problems of TEST stand in TRAIN?
 
-    python -m tools.overlap TRAIN TEST      files or data sets, see sources.py
+    python -m tools.overlap TRAIN TEST      files or data sets, see data.py
 
-Prints a line for each, and last the counts as JSON. It finds copies with other figures, and no
-paraphrases.
+Prints a line for each, and last the counts as JSON. It finds copies with other figures. It finds no
+paraphrases, and no copy all of whose runs of words stand in more than ten problems of TEST.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from data import read_problems
 from run.processes import set_up_output
 
 WORDS, JACCARD, SHARE = 8, 0.7, 0.9
-# A run of words that more test problems hold is a phrase of their source. It finds no candidates.
-COMMON, LEAST_COMMON = 0.01, 10  # share of them; but as many in any case
+COMMON = 10  # a run of words in more test problems is a phrase of their source, and finds no copies
 
 
 def bare(text):
@@ -39,24 +38,15 @@ def overlap(train, test):
     """
     originals = {bare(t.problem): t for t in reversed(train)}  # the first of equals stays
     exact = [(e, originals[bare(e.problem)]) for e in test if bare(e.problem) in originals]
-    others, holders = [e for e in test if bare(e.problem) not in originals], defaultdict(list)
-    grams = [ngrams(e.problem) for e in others]
+    others = [e for e in test if bare(e.problem) not in originals]
+    grams, holders, near = [ngrams(e.problem) for e in others], defaultdict(list), {}
     for number, some in enumerate(grams):
         for gram in some:
             holders[gram].append(number)
-    most = max(LEAST_COMMON, COMMON * len(others))
-    common = {gram for gram, numbers in holders.items() if len(numbers) > most}
-    if common:
-        only = sum(bool(some) and len(some - common) <= len(some) * (1 - JACCARD) for some in grams)
-        tqdm.write(
-            f"{len(common)} runs of {WORDS} words stand in more than {most:g} test problems, such "
-            f"as {' '.join(min(common))!r}: they find no copies, and those of {only} problems that "
-            "have few others may be missed"
-        )
-    near = {}
     for t in tqdm(train, unit=" problems"):
         own = ngrams(t.problem)
-        for number in {n for gram in own - common for n in holders.get(gram, ())}:
+        found = [holders[gram] for gram in own & holders.keys()]
+        for number in {n for numbers in found if len(numbers) <= COMMON for n in numbers}:
             shared, size = len(own & grams[number]), len(grams[number])
             if shared >= min(JACCARD * (len(own) + size - shared), SHARE * size):
                 near.setdefault(number, t)

@@ -36,10 +36,11 @@ gradient norm before clipping         | norm                    | grad_norm
 largest gap of learner from sampler   | nats, log scale         | logprob_gap_max
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
-# The page shows groups of so many updates, spread over the run, and at most so many bytes of them.
-# What is longer than LONGEST (characters) loses its middle.
-TIMES, GROUPS_PER_TIME, MOST_BYTES = 13, 3, 4_200_000
-LONGEST = {"problem": 2000, "answer": 400, "text": 3000}
+# What the page says of a run: fields of config.json.
+FACTS = "model parameters dtype data eval_data levels problems began torch device seed objective"
+# The completions that it shows: of so many updates, spread over the run, so many groups, and so
+# many completions of each. What is longer than LONGEST (characters) loses its middle.
+TIMES, GROUPS, SAMPLES, LONGEST = 5, 2, 16, 1500
 STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -49,6 +50,7 @@ STYLE = {
     "font.size": 9,
     "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
     "legend.framealpha": 0.75,
+    "text.parse_math": False,  # a name may have dollar signs
 }
 
 
@@ -65,39 +67,42 @@ def read_log(path):
                 tqdm.write(f"{path}: its last line is torn, and left out")
 
 
-def held_out_set(folder):
-    """-> a function of a row of eval.jsonl: what it is an accuracy of"""
+def read_config(folder):
     with explained(f"{folder}: not the folder of a run"):
-        read = json.loads((folder / "config.json").read_text()).get("read", {})
-    hashes = {name: read[name] for name in read if name.startswith("--eval-data")}
-    only = list(hashes.values())[:1]  # a row names its file where there are several
-
-    def of(row):
-        hashed = hashes.get(f"--eval-data {row['file']}") if "file" in row else only
-        return name_level(row), row["n"], str(hashed)
-
-    return of
+        return json.loads((folder / "config.json").read_text())
 
 
 def read_runs(folders):
     """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
 
-    Held-out sets that are none of the first run that has some (name, number and hash of the
-    problems) are left out, with a message.
+    Each row of eval.jsonl gets a name. Runs with other held-out files than the first run that has
+    some are drawn without them, with a message.
     """
-    runs, wanted = [], {}
+    runs, wanted = [], None
     for folder in map(Path, folders):
-        metrics = list(read_log(folder / "metrics.jsonl"))
+        metrics, evaluations = (list(read_log(folder / f"{n}.jsonl")) for n in ("metrics", "eval"))
         if not metrics:
             raise ValueError(f"{folder}: no metrics.jsonl with an update in it")
-        evaluations, of = list(read_log(folder / "eval.jsonl")), held_out_set(folder)
-        sets = dict.fromkeys(map(of, evaluations))
-        wanted = wanted or sets  # of the first run that has some
-        for name, n, _ in sorted(sets.keys() - wanted.keys()):
-            tqdm.write(f"{folder.name}: {name} ({n} problems) is no set of the first run, left out")
-        evaluations = [row for row in evaluations if of(row) in wanted]
+        read = read_config(folder).get("read", {})
+        hashes = [read[name] for name in read if name.startswith("--eval-data")]
+        if evaluations and hashes != (wanted := wanted or hashes):
+            tqdm.write(f"{folder.name}: its held-out files are not the first run's, left out")
+            evaluations = []
+        for row in evaluations:
+            row["name"] = f"held out, {name_level(row)} ({row['n']} problems)"
         runs.append((folder.name, metrics, evaluations))
     return runs
+
+
+def panels(runs):
+    """-> [(title, unit, keys of metrics.jsonl), ...]. The parts of R_l, if any, stand beside it."""
+    keys = dict.fromkeys(key for _, metrics, _ in runs for row in metrics for key in row)
+    parts = [key for key in keys if key.startswith("part_")]
+    table = []
+    for line in PANELS.splitlines():
+        title, unit, keys = map(str.strip, line.split("|"))
+        table.append((title, unit, keys.split() + parts * title.startswith("reward")))
+    return table
 
 
 # ------------------------------------------------------------------------------------ the picture
@@ -115,71 +120,51 @@ def smooth(values, window):
         return np.convolve(np.nan_to_num(values), near, "same") / np.convolve(known, near, "same")
 
 
-def parts(metrics):
-    """The keys of the parts of R_l, where it has some."""
-    keys = dict.fromkeys(key for row in metrics for key in row)
-    return [key for key in keys if key.startswith("part_")]
-
-
-def plain(name):
-    """As a label. Between two dollar signs there would be a formula."""
-    return name.replace("$", r"\$")
-
-
-def draw_run(axes, metrics, evaluations, line, part_names, held_out):
+def draw_run(axes, table, run, line, held_out):
     """Raw values are faint, their running means strong; held-out accuracy goes into the first.
 
-    part_names, held_out  of all runs: a name has one color
+    table, held_out  panels and names of all runs: a name has one color
     """
+    _, metrics, evaluations = run
     updates = column(metrics, "update")
-    for ax, panel in zip(axes, PANELS.splitlines()):
-        title, unit, keys = map(str.strip, panel.split("|"))
-        keys = keys.split() + (part_names if title.startswith("reward") else [])
+    for ax, (title, unit, keys) in zip(axes, table):
         ax.set(title=title, xlabel="update", ylabel=unit)
         if "log scale" in unit:
             ax.set_yscale("log")
         for i, key in enumerate(keys):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
-            ax.plot(
-                updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=plain(key)
-            )
+            ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
     for i, name in enumerate(held_out, 1):
-        rows, colour = [row for row in evaluations if name_level(row) == name], f"C{i}"
-        updates, accuracy = column(rows, "update"), column(rows, "accuracy")
-        axes[0].plot(updates, accuracy, f"o{line}", color=colour, label=plain(f"held out, {name}"))
-        axes[0].vlines(updates, column(rows, "low"), column(rows, "high"), color=colour)
+        rows = [row for row in evaluations if row["name"] == name]
+        at, accuracy, low, high = (column(rows, k) for k in ("update", "accuracy", "low", "high"))
+        axes[0].plot(at, accuracy, f"o{line}", color=f"C{i}", label=name)
+        axes[0].vlines(at, low, high, color=f"C{i}")
 
 
 def finish(axes, metrics):
     """The legends, a name once, and a line wherever the level of the first run changes."""
     starts = [b["update"] for a, b in pairwise(metrics) if a["level"] != b["level"]]
-    if len(starts) > 8:  # interleaved levels change all the time
-        starts = []
     for ax in axes:
-        names = {}
-        for line, name in zip(*ax.get_legend_handles_labels()):
-            names.setdefault(name, line)
-        ax.legend(names.values(), names.keys())
-        for update in starts:
-            ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
+        handles, names = ax.get_legend_handles_labels()
+        by_name = dict(zip(names, handles))
+        ax.legend(by_name.values(), by_name.keys())
+        if len(starts) <= 8:  # interleaved levels change all the time
+            for update in starts:
+                ax.axvline(update - 0.5, color="black", linewidth=0.8, linestyle="--")
 
 
 @matplotlib.style.context(["tableau-colorblind10", STYLE])
 def draw(folders):
     """Draw these run directories into report.png of the first; returns the picture's path."""
-    figure = Figure(figsize=(17, 10), layout="constrained")
+    figure, runs = Figure(figsize=(17, 10), layout="constrained"), read_runs(folders)
     axes = figure.subplots(3, 4).flatten()
-    names, runs, rows, held_out = [], read_runs(folders), [], {}
-    for _, metrics, evaluations in runs:
-        rows += metrics
-        held_out |= dict.fromkeys(map(name_level, evaluations))
-    part_names = parts(rows)
-    for (name, metrics, evaluations), line in zip(runs, cycle(LINES)):
-        draw_run(axes, metrics, evaluations, line, part_names, held_out)
-        names.append(plain(f"{line} {name}"))
+    held_out = dict.fromkeys(row["name"] for _, _, evaluations in runs for row in evaluations)
+    lines = list(zip(cycle(LINES), runs))
+    for line, run in lines:
+        draw_run(axes, panels(runs), run, line, held_out)
     finish(axes, runs[0][1])
-    figure.suptitle("   ".join(names))
+    figure.suptitle("   ".join(f"{line} {name}" for line, (name, *_) in lines))
     path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)
     return path
@@ -191,58 +176,35 @@ def draw(folders):
 def write_page(folders):
     """Write these run directories as report.html of the first; returns its path."""
     folder, runs = Path(folders[0]), read_runs(folders)
-    _, metrics, _ = runs[0]
-    # A page that is published need not tell whose folder it was.
-    here = f"{Path.cwd()}/"
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("model", "data", "eval_data", "examples", "template", "out"):
-        paths = config.get(name) or []
-        paths = [paths] if isinstance(paths, str) else paths  # --eval-data takes several
-        config[name] = ", ".join(path.removeprefix(here) for path in paths)
-    for level in config["levels"]:
-        level["reward"] = level["reward"].removeprefix(here)
-    for name in ("read", "reward"):  # by paths of this machine
-        config.pop(name, None)
-    panels = PANELS.splitlines()  # the second one is drawn otherwise
-    panels[1] = f"R_l, share right | mean | outcome_mean accuracy {' '.join(parts(metrics))}"
+    config = read_config(folder)
+    facts = json.dumps({name: config.get(name) for name in FACTS.split()}, ensure_ascii=False)
     content = {
-        "config": config,
+        # A page that is published need not tell whose folder it was.
+        "config": json.loads(facts.replace(f'"{Path.cwd()}/', '"')),
         "runs": runs,
-        "panels": "\n".join(panels),
-        "rows": read_completions(folder / "completions.jsonl", len(metrics)),
+        "panels": panels(runs),
+        "rows": read_completions(folder / "completions.jsonl", len(runs[0][1])),
     }
-    page = Path(__file__).with_suffix(".html").read_text()
-    path = folder / "report.html"
-    path.write_text(page.replace("CONTENT", encode(content)))
+    page, path = Path(__file__).with_suffix(".html").read_text(), folder / "report.html"
+    # HTML reads a script on to the next "</script", which no text may write.
+    path.write_text(page.replace("CONTENT", json.dumps(content).replace("<", "\\u003c")))
     return path
 
 
-def encode(value):
-    """JSON that no text in it can end: HTML reads a script on to the next "</script"."""
-    return json.dumps(value).replace("<", "\\u003c")
-
-
 def read_completions(path, updates):
-    """Rows of completions.jsonl from the first update to the last."""
+    """Some rows of completions.jsonl, from the first update to the last."""
     times, rows = np.linspace(1, updates, TIMES).round(), []
     for row in read_log(path):
-        if row["group"] < GROUPS_PER_TIME and row["update"] in times:
-            rows.append(shorten(row))
-    while len(encode(rows)) > MOST_BYTES:
-        times = times[::2] if len(times) > 1 else []
-        rows = [row for row in rows if row["update"] in times]
+        if row["update"] in times and row["group"] < GROUPS and row["sample"] < SAMPLES:
+            rows.append(row | {name: cut(row[name]) for name in ("problem", "answer", "text")})
     return rows
 
 
-def shorten(row):
-    """Its long values as (beginning, number of characters left out, end)."""
-    for name in LONGEST.keys() & row.keys():
-        value, half = row[name], LONGEST[name] // 2
-        if not isinstance(value, str):  # a gold answer of one's own kind
-            value = json.dumps(value)
-        left_out = max(0, len(value) - 2 * half)
-        row[name] = value[:half], left_out, value[half + left_out :]
-    return row
+def cut(value):
+    """-> its beginning, number of characters left out, its end"""
+    text = value if isinstance(value, str) else json.dumps(value)  # an answer of one's own kind
+    half, left_out = LONGEST // 2, max(0, len(text) - LONGEST)
+    return text[:half], left_out, text[half + left_out :]
 
 
 def main():
