@@ -61,19 +61,16 @@ def test_a_file_of_problems_is_whole_or_not_there(tmp_path, monkeypatch, links):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_unanswered_problem_is_left_out_of_many(tmp_path, capsys):
+def test_an_unanswered_problem_is_left_out_of_many(tmp_path, printed):
     """One null among 300 rows refused the file."""
     rows = [{"problem": f"{i}", "answer": f"{i}"} for i in range(300)]
     rows[7]["answer"], rows[8]["level"], rows[9]["level"] = None, "easy", "3"
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))  # as some editors begin a file
     problems = data.only_gradable("p", read_problems(path))
-    assert (
-        len(problems) == 299
-        and "1 of 300 gold answers cannot be graded ('p-8': '')" in capsys.readouterr().out
-    )
-    assert problems[7].level is None and problems[7].record()["level"] == "easy"
-    assert problems[8].level == 3
+    assert "1 of 300 gold answers cannot be graded ('p-8': '')" in printed()
+    assert len(problems) == 299 and [p.level for p in problems[7:9]] == [None, 3]
+    assert problems[7].record()["level"] == "easy"
 
 
 def test_what_an_answer_may_be():
@@ -286,32 +283,22 @@ def test_golds_that_cannot_be_graded(answer, capsys):
         data.only_gradable("f", [*good, bad, bad])
 
 
-def test_data_sets_and_parquet(tmp_path, monkeypatch):
-    """As `datasets` gives them, which is imported only then."""
-    datasets = importorskip("datasets", reason="needs the library datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = tmp_path / "set/main.parquet"
-    path.parent.mkdir()
-    datasets.Dataset.from_list([{"question": "1+1", "answer": "#### 2"}]).to_parquet(str(path))
-    assert read_problems(path) == [Problem("main-0", "1+1", "2")]
-    (q,) = read_problems(f"{path.parent}:train")  # a folder of such files
-    assert (q.problem, q.answer) == ("1+1", "2")
-
-
-@mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_slice_of_a_file(tmp_path, monkeypatch, ending):
-    """A problem keeps the id, and so the random streams, that it has in the whole file."""
-    path = tmp_path / f"p.{ending}"
-    rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
-    if ending == "parquet":
-        datasets = importorskip("datasets", reason="needs the library datasets")
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
-    else:
+@mark.parametrize("name", ["p.jsonl", "set/p.parquet", "set:train"])
+def test_a_slice_of_a_file(tmp_path, monkeypatch, name):
+    """A problem keeps the id, and so the random streams, that it has in the whole file. A folder of
+    parquet files is a data set, as `datasets` gives it, which is imported only then."""
+    path = tmp_path / name
+    rows = [{"question": str(i), "answer": "#### 1"} for i in range(6)]
+    if name == "p.jsonl":
         lines = list(map(json.dumps, rows))
         path.write_text("\n".join([lines[0], "", *lines[1:5], "torn"]))
+    else:
+        datasets = importorskip("datasets", reason="needs the library datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / "set").mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "set/p.parquet"))
     whole = read_problems(f"{path}[:5]")
-    assert [p.problem for p in whole] == list("01234")
+    assert [(p.problem, p.answer) for p in whole] == [(i, "1") for i in "01234"]
     for text, part in (("[2:4]", whole[2:4]), ("[3:5]", whole[3:]), ("[:1]", whole[:1])):
         assert read_problems(f"{path}{text}") == part
 
@@ -350,6 +337,7 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
     rows = {
         ("AI-MO/aimo-validation-amc", None, "train", None): {"problem": "1+1", "answer": 2.0},
         ("o/gsm8k", "main", "test", "v2"): {"question": "1+1", "answer": "#### 2"},
+        ("o/d-1.5", None, "train", None): {"question": "1+1", "answer": "#### 2"},
         ("math-ai/amc23", None, "test", None): {"q": "1"},
     }
 
@@ -357,14 +345,14 @@ def test_a_data_set_comes_from_the_hub_by_name(monkeypatch, tmp_path):
         return [rows[name, configuration, split, revision]]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_problems("amc22_23") == [Problem("amc22_23-0", "1+1", 2.0)]
-    assert read_problems("o/gsm8k@v2:main:test")[0].answer == "2"
-    rows["o/d-1.5", None, "train", None] = {"question": "1+1", "answer": "#### 2"}
-    assert read_problems("o/d-1.5:train[:5]") == read_problems("o/d-1.5:train")
-    assert read_problems("amc22_23[:9]")[0].id == "amc22_23-0"
-    with raises(ValueError, match=r"o/d-1.5:train\[1:\]: nothing in it"):
-        read_problems("o/d-1.5:train[1:]")
-    for name, message in (("amc23", "amc23, row 0.*has: q"), ("minerva", "math-ai/minervamath")):
+    assert read_problems("amc22_23[:9]") == [Problem("amc22_23-0", "1+1", 2.0)]
+    for name in ("o/gsm8k@v2:main:test", "o/d-1.5:train[:5]"):
+        assert read_problems(name)[0].answer == "2"
+    for name, message in (
+        ("o/d-1.5:train[1:]", r"o/d-1.5:train\[1:\]: nothing in it"),
+        ("amc23", "amc23, row 0.*has: q"),
+        ("minerva", "math-ai/minervamath"),
+    ):
         with raises(ValueError, match=message):
             read_problems(name)
 

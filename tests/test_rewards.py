@@ -343,19 +343,25 @@ def three(problem, response):
 """
 
 
+FILES = {
+    "eval": MODULE,
+    "near_by": "ONE = 1",
+    "relative": "from . import deeper\ndef two(): return deeper.TWO",
+    "deeper": "TWO = 2",
+    "other": "raise ValueError",
+    "torch": "raise ValueError",  # is imported already
+    "plistlib": "raise ValueError",  # is imported later
+}
+
+
 def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
     """A dataclass looks its module up in sys.modules; helpers stand beside the file. It may have
     the name of one of our own modules. All of its files, and no others, are what --resume
     checks."""
     folder = tmp_path / "v1.2"
     folder.mkdir()
-    (folder / "eval.py").write_text(MODULE)
-    (folder / "near_by.py").write_text("ONE = 1")
-    (folder / "relative.py").write_text("from . import deeper\ndef two(): return deeper.TWO")
-    (folder / "deeper.py").write_text("TWO = 2")
-    (folder / "other.py").write_text("raise ValueError")
-    (folder / "torch.py").write_text("raise ValueError")  # is imported already
-    (folder / "plistlib.py").write_text("raise ValueError")  # is imported later
+    for name, text in FILES.items():
+        (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     ours = types.SimpleNamespace(__file__=str(folder / "train.py"))  # as where it stands in a clone
