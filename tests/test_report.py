@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from conftest import column, lines, write_lines
@@ -182,53 +183,42 @@ def test_the_page_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     assert "suffix" not in config
 
 
-def test_several_runs_with_gaps_are_drawn(tmp_path):
-    """A skipped update has nulls; a run without evaluation has no eval.jsonl."""
+def test_several_runs_with_gaps_are_drawn(tmp_path, printed):
+    """A skipped update has nulls; a run without evaluation has no eval.jsonl. The last lines of a
+    run that was killed may be torn, within a letter."""
     a, b = (make_run(tmp_path / name, 8) for name in "ab")
     (b / "eval.jsonl").unlink()
     rows = metrics(8, level=[1] * 4 + [2] * 4)
     rows[2] = dict.fromkeys(rows[2]) | {"update": 3, "level": 1}
     write_lines(a / "metrics.jsonl", rows)
-    picture = report.draw([a, b])
-    assert picture == a / "report.png" and picture.stat().st_size > 20_000
-    (b / "metrics.jsonl").unlink()
-    with raises(ValueError, match="b: no metrics.jsonl"):
-        report.draw([b])
-
-
-def test_a_run_whose_last_lines_are_torn_is_drawn(tmp_path, printed):
-    """One looks at a run that was killed. A line may end within a letter."""
-    folder = make_run(tmp_path / "run", 3)
-    report.read_completions(folder / "completions.jsonl", 3)
-    assert not printed()
     names = [f"{name}.jsonl" for name in ("metrics", "eval", "completions")]
     for name in names:
-        with open(folder / name, "ab") as file:
+        with open(a / name, "ab") as file:
             file.write('{"text": "\u00e9'.encode()[:-1])
-    report.draw([folder])
-    rows = content(report.write_page([folder]).read_text())["rows"]
-    assert max(row["update"] for row in rows) == 3
+    picture, page = report.draw([a, b]), report.write_page([a, b])
+    assert picture == a / "report.png" and picture.stat().st_size > 20_000
+    assert max(row["update"] for row in content(page.read_text())["rows"]) == 8
     said = printed()
     assert all(f"{name}: its last line is torn" in said for name in names)
-    (folder / "eval.jsonl").write_text("{oops\n")
-    with raises(ValueError, match="eval.jsonl: cannot be read"):
+
+
+@mark.parametrize("name, words", [("metrics", "b: no metrics.jsonl"), ("eval", "cannot be read")])
+def test_a_log_that_cannot_be_read_is_refused(tmp_path, name, words):
+    folder = make_run(tmp_path / "b", 2)
+    (folder / f"{name}.jsonl").write_text("{oops\n" if name == "eval" else "")
+    with raises(ValueError, match=words):
         report.draw([folder])
 
 
 def test_other_held_out_problems_are_not_drawn_as_the_same(tmp_path, printed):
     """Level 1 up to 0.8 beside level 1 of all problems; 300 problems of another file."""
-    folders = [make_run(tmp_path / name, 2) for name in "abcd"]
-    for folder, hashed in zip(folders, ("1", "2", "1", "1")):
+    folders = [make_run(tmp_path / name, 2) for name in "abc"]
+    for folder, hashed in zip(folders, "121"):
         write_config(folder, read={f"--eval-data {folder.name}": hashed, "--data": folder.name})
-    write_lines(folders[2] / "eval.jsonl", evaluated(0.3))
-    write_lines(folders[3] / "eval.jsonl", [row | {"n": 723} for row in evaluated(0.3)])
-    first, second, third, fourth = (
-        [row["name"] for row in evaluations] for _, _, evaluations in report.read_runs(folders)
-    )
-    names = ["held out, f, level 1 (300 problems)", "held out, g, level 1 (300 problems)"]
-    assert first == [names[0]] * 2 + [names[1]] * 2 and second == []
-    assert third == ["held out, level 1 (300 problems)"]
-    assert fourth == ["held out, level 1 (723 problems)"]
+        write_lines(folder / "eval.jsonl", evaluated(0.3))
+    write_lines(folder / "eval.jsonl", [row | {"n": 723} for row in evaluated(0.3)])
+    found = [column(evaluations, "name") for _, _, evaluations in report.read_runs(folders)]
+    assert found == [[f"held out, level 1 ({n} problems)"] if n else [] for n in (300, 0, 723)]
     assert "b: its held-out files are not the first run's, left out" in printed()
 
 
@@ -239,12 +229,11 @@ def test_a_name_has_one_color_in_all_runs(tmp_path):
     write_lines(second / "eval.jsonl", lines(second / "eval.jsonl")[2:])  # g alone
     write_lines(first / "metrics.jsonl", metrics(2, part_a=1, part_b=2))
     write_lines(second / "metrics.jsonl", metrics(2, part_b=3))
-    runs, axes = report.read_runs([first, second]), Figure().subplots(3, 4).flatten()
-    held_out = dict.fromkeys(row["name"] for row in runs[0][2])
-    for run in runs:
-        report.draw_run(axes, report.panels(runs), run, "-", held_out)
-    report.finish(axes, runs[0][1])
-    for ax, name in ((axes[0], "held out, g, level 1 (300 problems)"), (axes[2], "part_b")):
+    with mock.patch.object(report, "Figure") as figure:
+        axes = Figure().subplots(3, 4)
+        figure().subplots.return_value = axes
+        report.draw([first, second])
+    for ax, name in ((axes[0, 0], "held out, g, level 1 (300 problems)"), (axes[0, 2], "part_b")):
         colors = [line.get_color() for line in ax.lines if line.get_label() == name]
         assert len(colors) == 2 and len(set(colors)) == 1
         legend = [text.get_text() for text in ax.get_legend().get_texts()]
