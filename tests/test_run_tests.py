@@ -15,7 +15,7 @@ from pathlib import Path
 from pytest import fixture, mark, raises
 
 from data import only_gradable, read_problems
-from experiments.programs import generate
+from examples.programs import generate
 from rewards import import_file
 from tools.overlap import overlap
 
