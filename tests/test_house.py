@@ -8,14 +8,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
-policy run
 files
 answers.spelling answers.shapes answers.equality answers
 eprli model rollout
 data rewards
 policy.lora policy.packed policy.learner policy.checkpoint policy.attempt
 run.processes run.directory run.fit run.flags run.update run.state run.start run.command
-tools tools.overlap tools.report
+tools.overlap tools.report
 eval train
 """
 FLOORS = ORDER.split()
