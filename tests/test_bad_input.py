@@ -215,7 +215,7 @@ FLAGS = """
 --model toy --stop 'two tokens' | --stop 'two tokens': is 10 tokens of this tokenizer, not one
 @none.args | No such file or directory: 'none.args'
 @uneven.args | No closing quotation
---reward good.jsonl:f | good.jsonl is not a Python file
+--reward good.jsonl:f | reward 'good.jsonl:f': expected math, or path.py:function
 --out dangling | --out dangling: exists already
 --out taken | --out taken: exists already; name a new folder, or go on with --resume
 --out file | --out file: exists already
