@@ -170,9 +170,9 @@ def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(
     checkpoint."""
     real, steps = Learner.step, []
 
-    def step(self, lr, max_norm):
+    def step(self, lr):
         steps.append(lr)
-        return real(self, 1e30 if len(steps) == 3 else lr, max_norm)
+        return real(self, 1e30 if len(steps) == 3 else lr)
 
     monkeypatch.setattr(Learner, "step", step)
     assert run("--updates 20 --minibatches 1 --keep-checkpoints 2") == 1
@@ -245,12 +245,12 @@ def test_the_watchdog_is_silent_while_learner_and_sampler_agree(run, metrics, dt
 def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, monkeypatch, dtype):
     """A temperature that one side forgets, a cache that is off by one: nothing crashes, and the
     ratio of Eq. 1 is wrong."""
-    real = train.pad
+    real = Transformer.token_logprobs
 
-    def other_prompts(prompts, *others):
-        return real([[*p[:-1], 77, 78, 79] for p in prompts], *others)
+    def of_another_prompt(self, prompt, *others):
+        return real(self, torch.tensor([*prompt[:-1], 77, 78, 79]), *others)
 
-    monkeypatch.setattr(train, "pad", other_prompts)
+    monkeypatch.setattr(Transformer, "token_logprobs", of_another_prompt)
     assert run(f"--dtype {dtype} --lr 1e-3 --model {sharp(tmp_path)}") == 1
     error = capsys.readouterr().err
     assert "differ from the sampler's by" in error and f"rounding in {dtype} explains" in error
