@@ -47,7 +47,7 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
             for level in cut_levels(problems, DEFAULTS["quality"], "pass_rate")[0]
         )
     assert len(without_repeats(TRAINING)) == len(TRAINING) >= 2000
-    assert overlap(TRAINING, HELD_OUT) == ([], [])
+    assert overlap(TRAINING, HELD_OUT) == {}
 
 
 def test_fresh_samples_confirm_the_levels():

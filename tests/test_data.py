@@ -88,11 +88,6 @@ def test_repeats_are_equal_but_for_blanks():
     assert [p.id for p in data.without_repeats(train)] == ["0", "2", "3"]
 
 
-def overlapping(train, test):
-    """-> ids of the pairs"""
-    return tuple([(e.id, t.id) for e, t in pairs] for pairs in overlap(train, test))
-
-
 NEAR = """
 # kept  evaluated  trained  near
    7        7        60      0     # a run of seven words may be chance
@@ -109,14 +104,12 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
     """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
     words = [f"w{i}" for i in range(evaluated)]
     training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
-    found = overlapping(
-        [Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")]
-    )
-    assert found == ([], [("e", "t")] if is_near else [])
+    found = overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")])
+    assert found == ({"e": ("near", "t")} if is_near else {})
 
 
-def test_phrases_of_a_source_find_no_copies(tmp_path, printed, monkeypatch):
-    """Where all problems share eight words, every pair was compared."""
+def test_what_overlap_prints(tmp_path, printed, monkeypatch):
+    """Copies are found where all problems have a frame of eight words; ids are spelled in ASCII."""
     monkeypatch.chdir(tmp_path)
     frame = "one two three four five six seven eight"
     rows = [{"problem": f"{frame} {' '.join(f'w{i}-{j}' for j in range(20))}"} for i in range(20)]
@@ -139,8 +132,8 @@ def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
         generator(["--out", "h.jsonl"])
     name, story = problems[1].id, " ".join(map(str, range(30)))
     train = [problems[1], Problem("story", f"a {story}", "1")]
-    found = overlapping(train, [*problems, Problem("near", f"b {story}", "1")])
-    assert found == ([(name, name)], [("near", "story")])
+    found = overlap(train, [*problems, Problem("near", f"b {story}", "1")])
+    assert found == {name: ("exact", name), "near": ("near", "story")}
 
 
 # What others publish, or one's own columns -> what is kept of it.

@@ -361,7 +361,7 @@ def test_the_shipped_problems_are_those_of_the_generator():
     lines = (ASSETS / "programs.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == generate()
     train, held_out = (read_problems(f"{ASSETS}/programs.jsonl[{s}]") for s in (":200", "200:"))
-    assert overlap(train, held_out) == ([], [])
+    assert overlap(train, held_out) == {}
     for problems, count in ((train, 200), (held_out, 100)):
         assert len(problems) == len({p.problem for p in problems}) == count
         assert len(only_gradable("programs", problems)) == count
