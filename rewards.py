@@ -114,7 +114,7 @@ def judge(pipe, seconds):
 class Worker:
     """A process that judges one case at a time. It begins, and begins anew, where it is needed."""
 
-    command = (sys.executable, os.path.abspath(__file__), "--worker")
+    command = (sys.executable, os.path.abspath(__file__))
     process = None
 
     def __init__(self, seconds):
@@ -159,8 +159,6 @@ class Worker:
         return verdict
 
     def kill(self):
-        if self.process is None:
-            return
         if self.process.returncode is None:  # once it was waited for, its id may be another's
             with suppress(PermissionError):  # only zombies are left (macOS)
                 os.killpg(self.process.pid, signal.SIGKILL)  # the child too
@@ -192,7 +190,8 @@ class Grader:
 
     def close(self):
         for worker in self.workers:
-            worker.kill()
+            if worker.process:
+                worker.kill()
 
 
 # ------------------------------------------------------------------------------------------- R_l
@@ -299,12 +298,9 @@ def import_file(path):
     sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     sys.path.append(sys.path.pop(0))  # the modules that we import later come first
-    files = []
-    for new in sys.modules.keys() - before:
-        file = getattr(sys.modules[new], "__file__", None) or ""
-        if file.startswith(folder + os.sep) and "site-packages" not in file:
-            files.append(file)
-    return module, files
+    new = [sys.modules[name] for name in sys.modules.keys() - before]
+    files = [getattr(each, "__file__", None) or "" for each in new]
+    return module, [f for f in files if f.startswith(folder + os.sep) and "site-packages" not in f]
 
 
 def identity(name):
@@ -407,13 +403,10 @@ class Scorer:
             ]
         # Calls share nothing, so that a record which one changes is not changed for another.
         records = [copy.deepcopy(problem.record()) for _ in responses]
+        work = zip([[answer] for answer in extracted], records, responses)
         if reward.lists:
-            calls = [self.calls.submit(reward, problem.id, extracted, records, responses)]
-        else:
-            calls = [
-                self.calls.submit(reward, problem.id, [answer], record, response)
-                for answer, record, response in zip(extracted, records, responses)
-            ]
+            work = [(extracted, records, responses)]
+        calls = [self.calls.submit(reward, problem.id, *each) for each in work]
 
         def finish():
             done = [call.result() for call in calls]
@@ -427,5 +420,5 @@ class Scorer:
         self.grader.close()
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
-    serve(Connection(int(sys.argv[2])), float(sys.argv[3]))
+if __name__ == "__main__":  # as a Worker
+    serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
