@@ -224,7 +224,7 @@ def test_other_held_out_problems_are_not_drawn_as_the_same(tmp_path, printed):
 
 def test_a_name_has_one_color_in_all_runs(tmp_path):
     """By its place in its own run, level 2 of a second run was drawn as the first's level 1. Names
-    with dollar signs ended a run with an error of TeX."""
+    with dollar signs ended a run with an error of TeX, which the numbers of a log scale need."""
     first, second = make_run(tmp_path / "a$^$", 2), make_run(tmp_path / "b", 2)
     write_lines(second / "eval.jsonl", lines(second / "eval.jsonl")[2:])  # g alone
     write_lines(first / "metrics.jsonl", metrics(2, part_a=1, part_b=2))
@@ -238,6 +238,7 @@ def test_a_name_has_one_color_in_all_runs(tmp_path):
         assert len(colors) == 2 and len(set(colors)) == 1
         legend = [text.get_text() for text in ax.get_legend().get_texts()]
         assert legend.count(name) == 1
+    assert all(number.get_parse_math() for number in axes[2, 1].get_yticklabels(which="both"))
     assert report.draw([first, second]).exists()
 
 

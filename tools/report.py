@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from data import name_level
@@ -50,7 +51,6 @@ STYLE = {
     "font.size": 9,
     "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
     "legend.framealpha": 0.75,
-    "text.parse_math": False,  # a name may have dollar signs
 }
 
 
@@ -68,8 +68,10 @@ def read_log(path):
 
 
 def read_config(folder):
+    """Paths below the working directory are relative: a page need not tell whose folder it was."""
+    here = json.dumps(f"{Path.cwd()}/")
     with explained(f"{folder}: not the folder of a run"):
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / "config.json").read_text().replace(here[:-1], '"'))
 
 
 def read_runs(folders):
@@ -96,8 +98,8 @@ def read_runs(folders):
 
 def panels(runs):
     """-> [(title, unit, keys of metrics.jsonl), ...]. The parts of R_l, if any, stand beside it."""
-    keys = dict.fromkeys(key for _, metrics, _ in runs for row in metrics for key in row)
-    parts = [key for key in keys if key.startswith("part_")]
+    keys = {key for _, metrics, _ in runs for row in metrics for key in row}
+    parts = sorted(key for key in keys if key.startswith("part_"))
     table = []
     for line in PANELS.splitlines():
         title, unit, keys = map(str.strip, line.split("|"))
@@ -113,11 +115,16 @@ def column(rows, key):
     return np.array([row.get(key) for row in rows], float)
 
 
-def smooth(values, window):
-    """Mean of the neighbours up to window // 2 away. Missing values (nan) do not count."""
-    known, near = np.isfinite(values), np.ones(window // 2 * 2 + 1)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing is near
-        return np.convolve(np.nan_to_num(values), near, "same") / np.convolve(known, near, "same")
+def smooth(values):
+    """Means over a twentieth of the run. Missing values (nan) do not count."""
+    half = len(values) // 40
+    padded = np.pad(values, half, constant_values=np.nan)
+    return np.ma.masked_invalid(sliding_window_view(padded, 2 * half + 1)).mean(1)
+
+
+def plain(name):
+    """As a label. Between two dollar signs there would be a formula."""
+    return name.replace("$", r"\$")
 
 
 def draw_run(axes, table, run, line, held_out):
@@ -134,11 +141,11 @@ def draw_run(axes, table, run, line, held_out):
         for i, key in enumerate(keys):
             values = column(metrics, key)
             ax.plot(updates, values, color=f"C{i}", alpha=0.2)
-            ax.plot(updates, smooth(values, len(metrics) // 20), line, color=f"C{i}", label=key)
+            ax.plot(updates, smooth(values), line, color=f"C{i}", label=key)
     for i, name in enumerate(held_out, 1):
         rows = [row for row in evaluations if row["name"] == name]
         at, accuracy, low, high = (column(rows, k) for k in ("update", "accuracy", "low", "high"))
-        axes[0].plot(at, accuracy, f"o{line}", color=f"C{i}", label=name)
+        axes[0].plot(at, accuracy, f"o{line}", color=f"C{i}", label=plain(name))
         axes[0].vlines(at, low, high, color=f"C{i}")
 
 
@@ -164,7 +171,7 @@ def draw(folders):
     for line, run in lines:
         draw_run(axes, panels(runs), run, line, held_out)
     finish(axes, runs[0][1])
-    figure.suptitle("   ".join(f"{line} {name}" for line, (name, *_) in lines))
+    figure.suptitle("   ".join(f"{line} {plain(name)}" for line, (name, *_) in lines))
     path = Path(folders[0]) / "report.png"
     figure.savefig(path, dpi=110)
     return path
@@ -177,10 +184,8 @@ def write_page(folders):
     """Write these run directories as report.html of the first; returns its path."""
     folder, runs = Path(folders[0]), read_runs(folders)
     config = read_config(folder)
-    facts = json.dumps({name: config.get(name) for name in FACTS.split()}, ensure_ascii=False)
     content = {
-        # A page that is published need not tell whose folder it was.
-        "config": json.loads(facts.replace(f'"{Path.cwd()}/', '"')),
+        "config": {name: config.get(name) for name in FACTS.split()},
         "runs": runs,
         "panels": panels(runs),
         "rows": read_completions(folder / "completions.jsonl", len(runs[0][1])),
