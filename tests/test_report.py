@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from conftest import column, lines, write_lines
@@ -222,24 +221,22 @@ def test_other_held_out_problems_are_not_drawn_as_the_same(tmp_path, printed):
     assert "b: its held-out files are not the first run's, left out" in printed()
 
 
-def test_a_name_has_one_color_in_all_runs(tmp_path):
+def test_a_name_has_one_color_in_all_runs(tmp_path, monkeypatch):
     """By its place in its own run, level 2 of a second run was drawn as the first's level 1. Names
     with dollar signs ended a run with an error of TeX, which the numbers of a log scale need."""
     first, second = make_run(tmp_path / "a$^$", 2), make_run(tmp_path / "b", 2)
     write_lines(second / "eval.jsonl", lines(second / "eval.jsonl")[2:])  # g alone
     write_lines(first / "metrics.jsonl", metrics(2, part_a=1, part_b=2))
     write_lines(second / "metrics.jsonl", metrics(2, part_b=3))
-    with mock.patch.object(report, "Figure") as figure:
-        axes = Figure().subplots(3, 4)
-        figure().subplots.return_value = axes
-        report.draw([first, second])
-    for ax, name in ((axes[0, 0], "held out, g, level 1 (300 problems)"), (axes[0, 2], "part_b")):
-        colors = [line.get_color() for line in ax.lines if line.get_label() == name]
-        assert len(colors) == 2 and len(set(colors)) == 1
-        legend = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert legend.count(name) == 1
-    assert all(number.get_parse_math() for number in axes[2, 1].get_yticklabels(which="both"))
+    drawn = Figure()
+    monkeypatch.setattr(report, "Figure", lambda **_: drawn)
     assert report.draw([first, second]).exists()
+    for ax, name in ((0, "held out, g, level 1 (300 problems)"), (2, "part_b")):
+        colors = [line.get_color() for line in drawn.axes[ax].lines if line.get_label() == name]
+        assert len(colors) == 2 and len(set(colors)) == 1
+        legend = [text.get_text() for text in drawn.axes[ax].get_legend().get_texts()]
+        assert legend.count(name) == 1
+    assert all(number.get_parse_math() for number in drawn.axes[9].get_yticklabels(which="both"))
 
 
 @mark.parametrize("text", ["1+1=2", HOSTILE])
