@@ -126,16 +126,7 @@ def rows_of(name, attempts):
             raise Stop(f"problem {name!r}: the model's logits are not finite; try --dtype float32")
         if not math.isfinite(a.score.values.get("R_l", 0.0)):
             raise Stop(f"--reward returned, for problem {name!r}, {a.score.outcome}")
-        row = {
-            "problem_id": name,
-            "sample": number,
-            "verdict": a.score.verdict,
-            "answer": a.score.answer,
-            "tokens": a.length,
-            "stopped": a.completion.stopped,
-            "text": a.text,
-        }
-        rows.append(row | ({"values": a.score.values} if a.score.values else {}))
+        rows.append(a.row(name, number) | {"answer": a.score.answer})
     return rows
 
 

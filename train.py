@@ -4,7 +4,7 @@
     python train.py --model DIR_OR_HUB_NAME --data F.jsonl --eval-data G.jsonl
 
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
-the curriculum. How a run is counted, logged and saved is in run/log.py, how it begins or is
+the curriculum. How a run is counted, logged and saved is in run/state.py, how it begins or is
 resumed in run/start.py, how it ends in run/command.py.
 """
 
@@ -49,7 +49,7 @@ PEAKS = ("ratio_max", "gap_max")
 def train(run):
     """The loop of the paper. The comments quote the algorithm box of the README.
 
-    run is an run.log.Run, state an eprli.LevelState, update an run.update.Update.
+    run is a run.state.Run, state an eprli.LevelState, update a run.update.Update.
     """
     cfg, ranks = run.cfg, run.ranks
     while True:
@@ -182,7 +182,6 @@ def learn(run, state, groups, update):
     learner.step sums the gradient over processes and changes the weights of run.policy.
     """
     cfg, learner, start = run.cfg, run.learner, time.perf_counter()
-    run.doing = "learning"  # for the message if memory runs out
     samples = []  # one list for each group
     for group in groups:
         fresh = group.policy_version == run.policy_version

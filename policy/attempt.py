@@ -43,6 +43,18 @@ class Attempt:
     def length(self):
         return len(self.completion.tokens)
 
+    def row(self, problem_id, sample):
+        """As completions.jsonl of a run and of an evaluation have it."""
+        row = {
+            "problem_id": problem_id,
+            "sample": sample,
+            "verdict": self.score.verdict,
+            "tokens": self.length,
+            "stopped": self.completion.stopped,
+            "text": self.text,
+        }
+        return row | ({"values": self.score.values} if self.score.values else {})
+
 
 def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds=None):
     """Complete every prompt once per key, and score: one list of Attempt per prompt.

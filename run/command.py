@@ -2,9 +2,9 @@
 
 What ends a run             the update at work          what is saved then    exit code
 the end of the last level   -                           the state             0
-SIGINT, SIGTERM, SIGHUP     is finished if it learns,   the state             128 + signal
+SIGINT, SIGTERM             is finished if it learns,   the state             128 + signal
                             else taken back
-SIGKILL, a crash            is lost                     nothing               -
+SIGKILL, SIGHUP, a crash    is lost                     nothing               -
 Stop                        is taken back               the state before it   1
 Stop after a step (a)       is lost                     nothing               1
 any other exception         is lost                     nothing               1, and a traceback

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -31,31 +31,13 @@ def is_first():
     return os.environ.get("RANK", "0") == "0"
 
 
-class Output:
-    """Standard output or error. Where it cannot be written to, its reader has gone, which is a
-    hang-up: from then on nothing is printed. What it cannot spell is printed as \\u4e00."""
-
-    def __init__(self, stream):
+def set_up_output():
+    """The first process prints, the others nothing. What a terminal cannot spell is \\u4e00."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as it lives
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has it not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError:
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
-                signal.raise_signal(signal.SIGHUP)
-
-
-def set_up_output():
-    """The first process prints to streams that may go away, the others nothing."""
-    if not is_first() or not sys.stdout:  # None: it was closed, >&-
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as the process lives
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr or sys.stdout)
 
 
 def refuse(parser, error, code=2):
@@ -99,9 +81,8 @@ class Ranks:
     size, rank  from torchrun's environment; 1 and 0 without it
     first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
-    signal      number of the SIGINT, SIGTERM or SIGHUP that came, or None. It takes effect at once
-                inside `on_all`, elsewhere at the next call of it, so that no update is left half
-                done.
+    signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
+                `on_all`, elsewhere at the next call of it, so that no update is left half done.
                 Further signals change nothing.
     """
 
@@ -179,23 +160,20 @@ class Ranks:
 
     @contextmanager
     def signals(self):
-        """Ctrl-C, SIGTERM and SIGHUP (unless nohup has it ignored) end the block by a
-        KeyboardInterrupt, on all processes, where the state is whole."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        with ExitStack() as stack:
-            for number in numbers:
-                before = signal.signal(number, self.receive)
-                stack.callback(signal.signal, number, before)
+        """Ctrl-C and SIGTERM end the block by a KeyboardInterrupt, on all processes, where the
+        state is whole."""
+        numbers = signal.SIGINT, signal.SIGTERM
+        before = [signal.signal(number, self.receive) for number in numbers]
+        try:
             yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
 
     def receive(self, number, _):
         if os.getpid() != self.process:  # what a reward has forked has this handler too
             os._exit(128 + number)
         self.signal = self.signal or number
-        if number == signal.SIGHUP:  # the terminal has gone: to write to it would be an error
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 for the rest of its life
         if self.interruptible:
             self.interruptible = False  # once: what follows is saving
             raise KeyboardInterrupt

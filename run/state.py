@@ -165,12 +165,9 @@ class Run:
     def table(self):
         """Held-out accuracy of every bin (rows) before and after every level (columns)."""
         columns = {"before": 0}
-        if self.cfg.schedule == "interleaved":
-            columns["after"] = self.num_updates
-        else:
-            for state in self.levels:
-                if state.last_update:
-                    columns[f"after level {state.number}"] = state.last_update
+        for state in self.levels:
+            if state.last_update:
+                columns[f"after level {state.number}"] = state.last_update
         rows = defaultdict(dict)  # name of a result -> {update: its text}
         for row in self.evaluations:
             for name, value in results_of(row).items():

@@ -50,25 +50,18 @@ class Update:
     def add_draw(self, prompts, attempts, groups):
         """A draw was made: prompts, attempts (a list per prompt) and groups belong together."""
         for prompt, some, group in zip(prompts, attempts, groups):
-            numbers = [x.tolist() for x in (group.outcome, group.length_reward, group.advantage)]
-            for i, (a, outcome, length_reward, advantage) in enumerate(zip(some, *numbers)):
-                row = {
-                    "update": self.number,
-                    "level": self.state.number,
-                    "group": len(self.groups),
-                    "problem_id": prompt.problem.id,
-                    "problem": prompt.problem.problem,
-                    "answer": prompt.problem.answer,
-                    "sample": i,
-                    "verdict": a.score.verdict,
-                    "outcome": outcome,
-                    "length_reward": length_reward,
-                    "advantage": advantage,
-                    "tokens": a.length,
-                    "stopped": a.completion.stopped,
-                    "text": a.text,
-                }
-                self.rows.append(row | ({"values": a.score.values} if a.score.values else {}))
+            problem = prompt.problem
+            same = {
+                "update": self.number,
+                "level": self.state.number,
+                "group": len(self.groups),
+                "problem": problem.problem,
+                "answer": problem.answer,
+            }
+            for i, a in enumerate(some):
+                names = ("outcome", "length_reward", "advantage")
+                numbers = {name: getattr(group, name)[i].item() for name in names}
+                self.rows.append(same | a.row(problem.id, i) | numbers)
             self.groups.append(group)
 
     def raise_if_not_finite(self):
