@@ -14,6 +14,7 @@ from pytest import mark, raises, skip
 from test_train import group
 
 from eprli import Buffer, group_advantage
+from policy.attempt import Attempt
 from rewards import Score
 from rollout import Completion
 from run.update import Update
@@ -73,8 +74,7 @@ def drawn(*outcomes):
         groups.append(group([1], done, outcome))
         problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
         prompts.append(SimpleNamespace(problem=problem))
-        facts = {"score": Score(1.0, "right", "2"), "length": 2, "text": "x"}
-        attempts.append([SimpleNamespace(completion=c, **facts) for c in done])
+        attempts.append([Attempt(c, "x", Score(1.0, "right", "2")) for c in done])
     update.add_draw(prompts, attempts, groups)
     return update
 
