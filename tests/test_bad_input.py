@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import train
 from run.flags import Config, make_parser, read_flags
 
-pytestmark = mark.faults
+pytestmark = mark.slow
 
 BASE = """--model toy --data good.jsonl --quality 1 --group-size 2 --buffer-groups 2 --updates 1
 --max-new-tokens 4 --lr 1e-3 --out run --device cpu"""

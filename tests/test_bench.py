@@ -18,11 +18,7 @@ import compare  # noqa: E402  it is no package
 import gpu  # noqa: E402
 
 from experiments import arms, runs, tables  # noqa: E402
-from run.flags import (  # noqa: E402
-    Config,
-    make_parser,
-    resolve_levels,  # noqa: E402
-)
+from run.flags import Config, make_parser, resolve_levels  # noqa: E402
 
 
 def test_only_a_peer_may_fail_in_a_comparison(capsys):
@@ -52,6 +48,7 @@ def test_the_table_of_a_comparison(monkeypatch, printed, tmp_path):
     assert len(log.read_text().splitlines()) == 8
 
 
+@mark.slow
 def test_what_the_benchmarks_of_sampling_and_updates_print(tmp_path):
     compare.common.make_model("2m", tmp_path / "model")
     compare.common.make_workload(tmp_path / "work", 4, 4, 24)
@@ -67,6 +64,7 @@ def test_what_the_benchmarks_of_sampling_and_updates_print(tmp_path):
     assert step["seconds_per_step"] > step["learn_seconds"] > 0 < step["tokens_per_second"]
 
 
+@mark.slow
 @mark.skipif(not shutil.which("timeout"), reason="needs GNU timeout")
 def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
     """A flag that was renamed or a key that is gone would cost time on a card."""
@@ -119,9 +117,6 @@ def test_a_full_memory_must_be_said_in_one_line(monkeypatch, tmp_path, code, goo
 def named(docstring, part):
     part.__doc__ = docstring
     return part
-
-
-# ------------------------------------------------------------------------------------- experiments
 
 
 # ------------------------------------------------------------------------------------- experiments

@@ -715,7 +715,7 @@ def contents(folder):
     return [(folder / name).read_bytes() for name in FILES.split()]
 
 
-@mark.faults
+@mark.slow
 @mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_writes_the_same_files(evaluated, whole, world):
     """A share that is left out, counted twice, or written in the order of processes. The last
@@ -729,7 +729,7 @@ def test_any_number_of_processes_writes_the_same_files(evaluated, whole, world):
     assert all(line.startswith("[Gloo]") for line in said(many, rank=1).splitlines())
 
 
-@mark.faults
+@mark.slow
 @mark.parametrize("before, after, done", [(1, 1, 8), (2, 1, 16), (1, 2, 8)])
 def test_a_killed_evaluation_goes_on_in_any_number_of_processes(
     evaluated, whole, before, after, done

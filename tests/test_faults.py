@@ -20,7 +20,7 @@ from run.directory import RunDirectory
 from run.processes import Ranks, leave
 from run.state import Run, pack, plain, unpack
 
-pytestmark = mark.faults
+pytestmark = mark.slow
 
 REWARDS = """
 import random

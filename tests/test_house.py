@@ -55,10 +55,3 @@ def test_imports_go_down(name):
         other for other in imported(modules()[name], set(FLOORS)) if FLOORS.index(other) >= own
     }
     assert not above, f"{name} imports {above}"
-
-
-def test_what_keeps_a_run_safe_is_no_part_of_the_algorithm():
-    """The equations, the model, the sampler and the rewards know nothing of runs."""
-    for name in ("eprli", "model", "rollout", "data", "rewards", "answers.equality"):
-        found = imported(modules()[name], set(FLOORS))
-        assert not [other for other in found if other.startswith(("run", "tools"))], name

@@ -36,7 +36,7 @@ from run.flags import Config
 from run.processes import Ranks
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 
-pytestmark = mark.faults
+pytestmark = mark.slow
 
 # Every second group is dropped, so surplus waits and draws are repeated. Of four processes one has
 # no prompt of three, and in an update's first step, on one group, no sample of three.

@@ -27,7 +27,7 @@ from policy import checkpoint as policies
 from run.directory import LOGS, RunDirectory
 from run.processes import Ranks, set_up_output
 
-pytestmark = mark.faults
+pytestmark = mark.slow
 
 # Two levels, a surplus that waits for the next update, two passes of two steps, evaluations and
 # checkpoints in between.
