@@ -349,7 +349,6 @@ def as_started(run, given):
         check(Config(**flags))
         if not config["read"]:
             raise KeyError("read")
-        flags["max_new_tokens"] = [level["max_new_tokens"] for level in config["levels"]]
         if config["revision"]:
             flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from pytest import approx, fixture, mark, raises
+from pytest import fixture, mark, raises
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
@@ -26,26 +26,6 @@ def test_only_a_peer_may_fail_in_a_comparison(capsys):
     assert "peer_none.py : exit 2" in capsys.readouterr().err
     with raises(SystemExit, match="none.py --slots 3: exit 2"):
         compare.last_line("none.py --slots 3", sys.executable)
-
-
-def test_the_table_of_a_comparison(monkeypatch, printed, tmp_path):
-    """Sides in turns, medians, ours by the better of two peers. A peer that fails is left out."""
-    speeds = {"generate": [500, 200, 300], "generate_batch": [None, 200, 100]}
-    speeds |= {"ours": [100, 1200, 600]}
-    turns = iter(zip(*(speeds[side] for side in compare.SAMPLERS)))
-    results = [
-        speed and {"tokens_per_second": speed, "peak_rss_mib": 50} for t in turns for speed in t
-    ]
-    monkeypatch.setattr(compare, "last_line", lambda *_: results.pop(0))
-    monkeypatch.setattr(compare.common, "make_model", lambda *_: None)
-    log = tmp_path / "log"
-    command = f"compare.py --sizes 2m --dtypes float32 --what equal --log {log}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    compare.main()
-    row = printed().splitlines()[-1]
-    medians = "{'ours': 600, 'generate': 300, 'generate_batch': 150.0}"
-    assert row.startswith(f"| 2m float32 | equal | {medians} |") and row.endswith("| 2.00 x |")
-    assert len(log.read_text().splitlines()) == 8
 
 
 @mark.slow
@@ -130,39 +110,6 @@ def results(monkeypatch, tmp_path):
     return tmp_path
 
 
-def result(final):
-    """Of a run that was evaluated three times; level 2 has three times as many problems."""
-    rows = []
-    for update, (sampled, share) in enumerate(((0, 0.0), (200_000, 0.5), (500_000, 1.0))):
-        for level, n in ((1, 100), (2, 300)):
-            accuracy = final * share if level == 2 else 0.8 - 0.1 * share
-            row = {"update": update, "tokens_sampled": sampled, "level": level, "n": n}
-            rows.append(row | {"accuracy": accuracy, "length_mean": 40.0})
-    groups = {"kept": [4, 0], "drawn": [10, 5], "all_right": [2, 0], "all_wrong": [4, 2]}
-    updates = {f"groups_{fate}": counts for fate, counts in groups.items()}
-    return {"evaluations": rows, "updates": updates, "budget": 400_000}
-
-
-def test_measures_are_taken_at_the_budget_not_at_the_end():
-    """An arm that overshoots its budget must gain nothing by it."""
-    found = tables.measure(result(0.9))
-    level_2 = 45 + 45 * 2 / 3  # two thirds of the way from 200 to 500 thousand
-    assert found["level 2"] == approx(level_2)
-    assert found["level 1"] == approx(75 - 5 * 2 / 3)
-    assert found["accuracy"] == approx((3 * level_2 + found["level 1"]) / 4)
-    assert found["to 50 %"] == approx(200 + 300 * 5 / 45, abs=4)
-    assert found["updates"] == 1 and found["at first"] == approx(100 * 6 / 13)
-
-
-def test_differences_are_paired_by_seed():
-    """Seeds differ by 10 points, arms by 1: unpaired, nothing would be seen."""
-    a = {seed: {"accuracy": 10.0 * seed} for seed in range(5)}
-    b = {seed: {"accuracy": 10.0 * seed + 1 + 0.1 * (-1) ** seed} for seed in range(5)}
-    mean, half = tables.difference(b, a, "accuracy")
-    assert mean == approx(1.02) and 0 < half < 0.2
-    assert tables.compared(b, a, "accuracy").startswith("**+1.0 ± ")
-
-
 def test_every_arm_is_a_command_that_train_reads():
     """A blank or a slash in the name of an arm must not end up in a path."""
     assert len(arms.ARMS["map"]) == 32
@@ -198,17 +145,6 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, results
     path.write_text(path.read_text()[:-1])
     with raises(SystemExit, match="map.jsonl: a kill has torn its last line"):
         runs.missing("map", [30])
-
-
-def test_the_recorded_map_is_that_of_its_arms(monkeypatch, tmp_path, capsys):
-    """Its runs are not made again, and its tables and picture come from them."""
-    monkeypatch.setattr(arms, "ARMS", arms.ARMS)
-    assert runs.missing("map", [50]) == []
-    found = tables.measures("map")
-    assert [*found] == [*arms.BASES] and tables.best_at(found["8 %"], 400_000)[0] == "hard only"
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    tables.draw_map(found)
-    assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
 def test_promises_name_tests_that_are_there():

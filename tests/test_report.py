@@ -5,19 +5,11 @@ import json
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
-import torch
 from conftest import column, lines, write_lines
 from matplotlib.figure import Figure
 from pytest import mark, raises, skip
-from test_train import group
 
-from eprli import Buffer, group_advantage
-from policy.attempt import Attempt
-from rewards import Score
-from rollout import Completion
-from run.update import Update
 from tools import report
 
 TEMPLATE = (report.Path(report.__file__).parent / "report.html").read_text()
@@ -55,39 +47,6 @@ def evaluated(*shares, level=1, **labels):
 
 
 # -------------------------------------------------------------------------------- what is written
-
-
-LEVEL_STATE = SimpleNamespace(
-    number=1,
-    buffer=Buffer(),
-    order=SimpleNamespace(drawn=0),
-    level=SimpleNamespace(prompts=9),
-)
-
-
-def drawn(*outcomes):
-    """An Update that has drawn these groups."""
-    update = Update(1, LEVEL_STATE, 0.1, 1)
-    groups, prompts, attempts = [], [], []
-    for number, outcome in enumerate(outcomes):
-        done = [Completion([i, number], [-1e-9, -0.12345], True) for i in range(len(outcome))]
-        groups.append(group([1], done, outcome))
-        problem = SimpleNamespace(id=f"p{number}", problem="1+1", answer="2")
-        prompts.append(SimpleNamespace(problem=problem))
-        attempts.append([Attempt(c, "x", Score(1.0, "right", "2")) for c in done])
-    update.add_draw(prompts, attempts, groups)
-    return update
-
-
-def test_whole_groups_are_written_with_their_advantages(monkeypatch):
-    monkeypatch.setattr("run.update.KEEP", 2)
-    update = drawn([0, 1, 0.5], [1, 1, 1], [0, 0, 0])
-    rows = update.rows_to_write()
-    assert column(rows, "group") == [0, 0, 0, 1, 1, 1]
-    assert column(rows, "sample") == [0, 1, 2] * 2
-    expected = group_advantage(torch.tensor([0, 1, 0.5]).double()).tolist()
-    assert column(rows[:3], "advantage") == expected
-    assert len(update.rows) == 9  # the statistics are of all
 
 
 # --------------------------------------------------------------------------------------- the page

@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import re
 import shutil
 import signal
@@ -17,10 +16,7 @@ import launch
 from conftest import lines, read, write_lines
 from launch import at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
 from pytest import fixture, mark, raises
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-import model
 import rewards
 from files import Stop
 from policy import checkpoint as policies
@@ -215,23 +211,6 @@ def test_a_kill_changes_nothing_under_other_settings(workshop, flags):
     ends_the_same(workshop, "killed", "settled")
 
 
-def test_kills_at_random_moments_one_after_the_other(workshop):
-    """Six kills by the clock, wherever a run stands, from reading its flags to its end."""
-    rng, out, kills = random.Random(0), workshop / "random", 0
-    processes = start(workshop, f"{FLAGS} --out random")
-    while kills < 6:
-        time.sleep(rng.uniform(0.1, 0.6))
-        processes[0].kill()
-        kills += wait(processes) == [-SIGKILL]
-        if (out / f"checkpoints/{UPDATES:06d}").exists():
-            break
-        again = "--resume random" if out.exists() else f"{FLAGS} --out random"
-        processes = start(workshop, again)
-    wait(processes)
-    ends_the_same(workshop, "random")
-    assert kills > 1
-
-
 # ---------------------------------------------------------------------------------------- damages
 
 
@@ -343,23 +322,6 @@ def slow(where, seconds):
 # ------------------------------------------------------------------------------- large checkpoints
 
 SMALL_PARTS = 4000  # bytes; the model has about 40,000
-
-
-def small_parts():
-    model.PART_BYTES = SMALL_PARTS
-
-
-def test_a_large_model_is_several_files_and_goes_on(workshop):
-    """Bit for bit, as from one file; transformers reads the model."""
-    assert began(workshop, "parts", small_parts) == 0
-    folder = workshop / "parts/checkpoints/000006"
-    parts = [load_file(path) for path in folder.glob("model*.safetensors")]
-    assert len(parts) > 3
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    ours = model.Transformer.from_pretrained(folder)
-    assert theirs.lm_head.weight.equal(ours.lm_head.weight)
-    shutil.rmtree(workshop / "parts/checkpoints/000008")
-    ends_the_same(workshop, "parts")
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -554,10 +516,3 @@ def test_the_choice_of_kernels_is_kept(workshop):
     copied(workshop, "whole", "kernels")
     again = at("policy.packed.probe", 1, partial(fail, Stop("")))
     goes_on(workshop, "kernels", sabotage=again)
-
-
-def test_from_another_folder(workshop, tmp_path):
-    """config.json holds paths that mean the same everywhere."""
-    killed(workshop, "far", "train.learn", 5)
-    goes_on(tmp_path, workshop / "far")
-    assert_the_same(workshop, "far")

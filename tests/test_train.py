@@ -1,12 +1,8 @@
 """The loop: gradients that no setting of memory changes, a policy that learns, files that mean
 what they say."""
 
-import gc
 import itertools
-import json
 import math
-import shutil
-import sqlite3
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +12,13 @@ from unittest.mock import Mock
 import numpy as np
 import torch
 from conftest import column, fit, lines, norms, random_model, read, write_lines
-from pytest import approx, fixture, importorskip, mark, raises
+from pytest import approx, fixture, mark, raises
 from test_rollout import sampled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
-from data import Order, Problem, Prompt, read_problems
+from data import Order, Problem, Prompt
 from eprli import (
     Buffer,
     Group,
@@ -32,12 +28,12 @@ from eprli import (
     learning_rate,
 )
 from model import pad
-from policy.attempt import TRAINING, Attempt, Sampling, attempt, evaluation_requests
+from policy.attempt import TRAINING, Attempt, Sampling, attempt
 from policy.learner import Learner
-from rewards import Score, Scorer, load_reward
+from rewards import Score
 from rollout import Completion, stream_key
 from run.fit import Fit
-from run.flags import Config, fill, make_parser, read_flags, resolve_levels
+from run.flags import Config, fill, make_parser, resolve_levels
 from run.processes import Ranks
 from run.start import check_measured
 from run.update import Update
@@ -344,71 +340,6 @@ def test_pass_rates_of_other_models_and_settings_are_said(printed):
         assert words in said and bool(words) == bool(said)
 
 
-def test_the_reference_has_the_template_that_was_given(workshop, toy_folder, tmp_path):
-    """Where the tokenizer's own fails, --template is there to help."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    plain = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('needs a system turn') }}")
-    (tmp_path / "t.jinja").write_text(plain)
-    workshop(f"--model {folder} --template t.jinja --kl-coef 0.1 --updates 1")
-
-
-def goes_on(run, flags=""):
-    """Resume it in this process -> its config.json"""
-    gc.collect()  # its lock
-    train.main(f"--resume {run} {flags}".split())
-    return read(run / "config.json")
-
-
-def test_a_tokenizer_with_several_templates_is_saved(workshop, toy_folder, tmp_path):
-    """It fills a folder within the checkpoint."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = dict.fromkeys(["default", "tool_use"], tokenizer.chat_template)
-    tokenizer.save_pretrained(folder)
-    run = workshop(f"--model {folder}")
-    assert (run / "checkpoints/000004/additional_chat_templates/tool_use.jinja").exists()
-    goes_on(run)
-
-
-def test_a_run_on_a_linked_file_goes_on(workshop, tmp_path):
-    """Ids hold the name of the link: with that of the file they were others."""
-    rows = [{"problem": f"{i}", "answer": "1", "level": 1 + i % 2} for i in range(10)]
-    write_lines("deep.jsonl", rows)
-    for name in ("newest.jsonl", "held.jsonl"):
-        Path(name).symlink_to("deep.jsonl")
-    run = workshop("--data newest.jsonl --eval-data held.jsonl --difficulty level --quality 1 2")
-    assert goes_on(run)["data"] == str(tmp_path / "newest.jsonl")
-
-
-def test_a_run_goes_on_with_its_own_lengths(workshop):
-    """Our defaults fit the shipped model alone, which a checkout that was moved no longer finds."""
-    path = workshop() / "config.json"
-    moved = read(path) | {"max_new_tokens": None, "model": "moved/assets/tiny"}
-    path.write_text(json.dumps(moved))
-    cfg, _ = read_flags(make_parser(), ["--resume", "run"])
-    assert cfg.max_new_tokens == [6, 6]
-
-
-def test_a_tracker_gets_what_is_logged(workshop, tmp_path, monkeypatch, printed):
-    """For real, offline. A tracker that fails later costs its own rows, not the run."""
-    trackio = importorskip("trackio", reason="needs the library trackio")
-    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "tracked")
-    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "tracked")
-    out = workshop("--eval-data p.jsonl --tracker trackio")
-    (run,) = trackio.Api().runs("eprli")
-    assert run.name == "run" and run.config["lr"] == 1e-2
-    with sqlite3.connect(tmp_path / "tracked/eprli.db") as file:
-        rows = [json.loads(text) for (text,) in file.execute("select metrics from metrics")]
-    sent = [row for row in rows if "reward_mean" in row]
-    for row, logged in zip(sent, lines(out / "metrics.jsonl"), strict=True):
-        assert row["reward_mean"] == approx(logged["reward_mean"])
-    assert sum("held out, level 1" in row for row in rows) == 3
-    monkeypatch.setattr(trackio, "log", lambda values, step: 1 / 0)
-    workshop("--tracker trackio --out second")
-    assert "--tracker: ZeroDivisionError" in printed()
-
-
 BROKEN_TRACKER = """
 def init(**_):
     1 / {works}
@@ -495,11 +426,6 @@ def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, print
         assert row["completions_left_out"] == 4 * row["groups_drawn"] - 4
         for name in ("reward_mean", "accuracy", "length_mean", "tokens_sampled"):
             assert row[name] == whole[name]
-
-
-def test_the_seed_decides(workshop):
-    one, other = (workshop(f"--seed {s} --out r{s}") / "completions.jsonl" for s in (0, 1))
-    assert one.read_text() != other.read_text()
 
 
 @mark.parametrize("quality, limits", [("0.5 0.9 0.9", "3 4 5"), (".5 .9 .9 .5", "3 4 5 6")])
@@ -693,22 +619,6 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     assert alone == beside
 
 
-def test_more_samples_are_averaged_over_each_problem(workshop, toy_policy, monkeypatch):
-    """48 samples of 20 problems are no 960 independent ones, so the interval is over problems."""
-    seen, interval = [], train.interval
-    monkeypatch.setattr(train, "interval", lambda values: seen.append(values) or interval(values))
-    flags = "--eval-data p.jsonl --eval-samples 48 --eval-quality 1.0 --updates 1"
-    out = workshop(f"--filter all {flags}")
-    first = lines(out / "eval.jsonl")[0]
-    policy, problems = toy_policy, read_problems(out.parent / "p.jsonl")
-    work = evaluation_requests(0, policy.render(problems), 48, load_reward("toy_reward.py:even"))
-    done = attempt(policy, Scorer(Config()), work, Sampling(6, 1.0), fit(policy.model))
-    assert seen[0] == list(sum(a.right for a in some) / 48 for some in done)
-    assert first["n"] == len(seen[0]) == 20 and 0 < first["accuracy"] == np.mean(seen[0])
-    assert (first["low"], first["high"]) == tuple(interval(seen[0])[1:])
-    assert first["length_mean"] == approx(np.mean([[a.length for a in s] for s in done]))
-
-
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
     """And are sampled as in training."""
     seen, attempt = [], evaluation.attempt
@@ -724,26 +634,6 @@ def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch
 
 
 LONG = [{"problem": c * n, "answer": "1", "pass_rate": 0.5} for c in "ab" for n in (1, 300)]
-
-
-def test_an_example_is_shown_also_where_the_first_level_is_not_trained(workshop, printed):
-    workshop("--updates 0 1")
-    assert printed().count(", gold ") == 2
-
-
-def test_held_out_prompts_that_are_too_long_are_said_once(workshop, printed):
-    """They count as wrong, and accuracy would be low for no reason that one sees."""
-    write_lines("long.jsonl", LONG)
-    workshop("--eval-data long.jsonl --updates 1 --eval-quality 1")
-    words = "long.jsonl: 2 of 4 prompts fill the context and count as wrong"
-    said = printed()
-    assert said.count(words) == 1
-    assert "leave less" not in said
-    more = "--max-new-tokens 127 --out more --eval-every 0 --max-draws 1"
-    workshop(f"--eval-data long.jsonl --updates 1 --eval-quality 1 {more}")
-    said = printed()
-    assert "p.jsonl: 20 of 20 prompts leave less than the 127 tokens" in said
-    assert "long.jsonl: 2 of 4 prompts leave less than the 127 tokens" in said
 
 
 @mark.parametrize(
@@ -771,16 +661,6 @@ def test_data_without_pass_rates_is_one_level_and_says_so(metrics, printed):
     text = printed()
     assert "plain.jsonl: no problem has a pass_rate" in text
     assert read("run/config.json")["repeats_removed"] == 2
-
-
-def test_held_out_problems_without_pass_rates_are_sampled_once(workshop, printed):
-    """Measured training problems and a plain held-out file are an ordinary pair."""
-    write_lines("plain.jsonl", [{"problem": c, "answer": 1} for c in "xy0"])
-    out = workshop("--eval-data plain.jsonl --updates 1")
-    assert [(r["level"], r["n"]) for r in lines(out / "eval.jsonl")] == [(None, 3)] * 3
-    text = printed()
-    assert "they are one set" in text
-    assert "all problems" in text.split("held-out accuracy")[-1]
 
 
 def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, printed):
