@@ -77,12 +77,15 @@ def measure(run):
 
 
 def read_runs(name):
-    """-> the runs of an experiment that are there, one of each line of its file"""
+    """-> the runs of an experiment that are there. Twelve that are finished share earlier.jsonl,
+    whose lines name their experiment."""
     path = RESULTS / f"{name}.jsonl"
+    path = path if path.exists() else RESULTS / "earlier.jsonl"
     text = path.read_text() if path.exists() else ""
     if text and not text.endswith("\n"):
         sys.exit(f"{path}: a kill has torn its last line; delete that line")
-    return [json.loads(line) for line in text.splitlines()]
+    runs = map(json.loads, text.splitlines())
+    return [run for run in runs if run.get("experiment", name) == name]
 
 
 def measures(name):
