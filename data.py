@@ -7,7 +7,6 @@ OWNER/NAME[:CONFIGURATION]:SPLIT (OWNER/NAME@REVISION pins it). The last two nee
 
 import json
 import math
-import os
 import random
 import re
 from bisect import bisect_left
@@ -21,7 +20,6 @@ from tqdm import tqdm
 import answers
 from files import (
     explained,
-    force_to_disk,
     is_text,
     read_records,
     source_of,
@@ -152,22 +150,8 @@ def only_gradable(name, problems):
 
 
 def write_problems(path, problems):
-    """So that read_problems reads them back. The file is there whole or not at all (on a disk
-    without links a kill may leave an empty one).
-
-    Raises OSError, also if it exists: it may have come into being since that was checked.
-    """
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        write_records(part, (p.record() for p in problems))
-        force_to_disk(part)
-        try:
-            os.link(part, path)
-        except OSError:  # it exists, or its disk has no links
-            open(path, "x").close()
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write what read_problems reads. Raises FileExistsError: a file is never replaced."""
+    write_records(path, (p.record() for p in problems), "x")
 
 
 def without_repeats(problems):

@@ -9,7 +9,6 @@ interrupt one long operation. What protects a run from a user's own R_l stands a
 import asyncio
 import copy
 import functools
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -263,7 +262,7 @@ def load_reward(name):
     if not path.endswith(".py"):
         raise ValueError(f"reward {name!r}: expected math, or path.py:function")
     with explained(f"reward {name!r}: importing {path} failed"):
-        module, _ = import_file(Path(path).resolve())
+        module = import_file(Path(path).resolve())
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward {name!r}: {path} has no function {attribute}")
@@ -286,31 +285,27 @@ def load_reward(name):
 
 @functools.cache
 def import_file(path):
-    """Import a Python file, once.  path  absolute -> module, the files of its folder that it needs
+    """Import a Python file, once.  path  absolute -> module
 
     What stands beside it is found by `import helper`, before other modules of that name that are
     not imported yet, and by `from .helper import f`.
     """
-    name, folder, before = str(path).replace(".", "_"), str(path.parent), set(sys.modules)
+    name, folder = str(path).replace(".", "_"), str(path.parent)
     # As if it were a package, so that it may import relatively.
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     sys.path.append(sys.path.pop(0))  # the modules that we import later come first
-    new = [sys.modules[name] for name in sys.modules.keys() - before]
-    files = [getattr(each, "__file__", None) or "" for each in new]
-    return module, [f for f in files if f.startswith(folder + os.sep) and "site-packages" not in f]
+    return module
 
 
 def identity(name):
-    """A reward's name, and what tells another file of that name, or of those that it imports from
-    its folder."""
+    """A reward's name, and what tells another file of that name."""
     if name == MATH:
         return name
-    _, files = import_file(Path(name.rpartition(":")[0]).resolve())
-    digests = "".join(map(sha256, sorted(files)))
-    return f"{Path(name).name} {hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+    path = Path(name.rpartition(":")[0])
+    return f"{Path(name).name} {sha256(path)[:8]}"
 
 
 WORKERS = 64  # calls at the same time, on each process

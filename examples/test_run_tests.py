@@ -21,7 +21,7 @@ from tools.overlap import overlap
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FILE = ASSETS.parent / "examples/run_tests.py"
-runner, _ = import_file(FILE)
+runner = import_file(FILE)
 PROBLEM = {"function": "f", "tests": [[[1], 2], [[5], 6]]}
 GOOD = "def f(n):\n    return n + 1\n"
 pytestmark = mark.skipif(
@@ -346,7 +346,7 @@ def test_without_its_protection_nothing_is_run(folder, old, new, error):
     text = FILE.read_text()
     assert text.count(old) == 1
     (folder / "other.py").write_text(text.replace(old, new))
-    other, _ = import_file(folder / "other.py")
+    other = import_file(folder / "other.py")
     left = folder / "left"
     with raises(RuntimeError, match=error):
         other.reward(PROBLEM, f"{GOOD}open({str(left)!r}, 'w')")

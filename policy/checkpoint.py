@@ -40,7 +40,7 @@ class Policy:
         folder = base = find_folder(name)
         adapter = lora.read_config(folder)
         if adapter:
-            base = find_folder(adapter["base_model_name_or_path"], adapter.get("revision"))
+            base = find_folder(adapter["base_model_name_or_path"])
         prompting = data.read_prompting(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
         if adapter:
@@ -130,15 +130,14 @@ def default_dtype(model, device):
     return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
 
 
-def find_folder(name, revision=None):
+def find_folder(name):
     """A folder as it is; NAME[@REVISION] of the hub is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.safetensors"]  # merges.txt
-    name, _, given = name.partition("@")
-    pin = revision or given or None
+    name, _, revision = name.partition("@")
     with explained(f"model {name!r} is neither a folder nor to be had from the hub"):
-        return Path(snapshot_download(name, revision=pin, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
 
 def read_stop_ids(folder, tokenizer, config):

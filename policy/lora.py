@@ -78,7 +78,6 @@ def save(model, folder, config):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config["model"],
-        "revision": config["revision"],
         "r": config["lora_rank"],
         "lora_alpha": ALPHA,
         "target_modules": TARGETS,

@@ -349,8 +349,6 @@ def as_started(run, given):
         check(Config(**flags))
         if not config["read"]:
             raise KeyError("read")
-        if config["revision"]:
-            flags["model"] = f"{flags['model'].partition('@')[0]}@{config['revision']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error}); one "

@@ -62,7 +62,6 @@ def start_run(cfg, ranks):
         "problems": [len(state.order.prompts) for state in levels],
         "objective": objective,
         "levels": [asdict(state.level) for state in levels],
-        "revision": None if Path(cfg.model).exists() else policy.folder.name,  # of the hub
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
     directory = ranks.on_all(lambda: RunDirectory(out, ranks))

@@ -50,6 +50,7 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
     assert overlap(TRAINING, HELD_OUT) == {}
 
 
+@pytest.mark.slow
 def test_fresh_samples_confirm_the_levels():
     """The samples that chose a level must not be those that describe it. Level 1 is the easier one;
     neither is hopeless or done. Greedy decoding does not solve level 2: its mistakes are no noise.

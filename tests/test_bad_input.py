@@ -316,12 +316,10 @@ def test_bad_tensors(folder, refused, message):
 
 # FILE {changes}, FILE = all that it holds, or FILE alone, which is deleted.
 EDITS = """
-config.json {"rms_norm_eps": -1.0} | rms_norm_eps -1.0 must be above 0
 config.json {"rope_parameters": {"rope_theta": 0}} | rope_theta 0 of the rotary
 config.json {"rope_parameters": {"rope_theta": "big"}} | config.json
 config.json {"rope_parameters": {"rope_type": "linear", "rope_theta": 9, "factor": 0}} | factor 0
 config.json {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 9, "factor": 2}} | 'dynamic'
-config.json {"max_position_embeddings": 0} | max_position_embeddings 0 must be above 0
 config.json {"model_type": "gpt2"} | 'gpt2' is not supported (llama, qwen2, qwen3 are)
 config.json {"model_type": "nonsense"} | config.json
 config.json {"hidden_size": "wide"} | config.json

@@ -17,6 +17,7 @@ from conftest import lines, write_lines
 from launch import ROOT, said, start, wait
 from test_resume import assert_the_same, checkpoints
 
+pytestmark = pytest.mark.slow
 MOST_LINES, MOST_FILES = 15, 4  # of a change, its tests aside
 SECTION = re.compile(r"^## (.+?)$(.*?)^```diff\n(.*?)^```$", re.M | re.S)
 CHANGES = {

@@ -6,7 +6,6 @@ import re
 import sys
 from datetime import date
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import sympy
@@ -37,28 +36,6 @@ def test_a_problem_survives_a_round_trip(tmp_path):
     (problem,) = read_problems(tmp_path / "p.jsonl")
     assert problem.record() == record
     assert problem.other == {"source": "me", "tags": [1, {"a": None}]}
-
-
-@mark.parametrize("links", [True, False])
-def test_a_file_of_problems_is_whole_or_not_there(tmp_path, monkeypatch, links):
-    """What a kill left would block the next try, or be read as all there is. On a disk without
-    links, hours of measuring ended in "Operation not permitted"."""
-    if not links:
-        monkeypatch.setattr("os.link", Mock(side_effect=PermissionError))
-
-    def killed():
-        yield Problem("a", "1", "1")
-        raise KeyboardInterrupt
-
-    path = tmp_path / "p.jsonl"
-    with raises(KeyboardInterrupt):
-        data.write_problems(path, killed())
-    assert not path.exists()
-    data.write_problems(path, [Problem("b", "2", "2")])
-    with raises(FileExistsError):  # another evaluation was faster
-        data.write_problems(path, [Problem("c", "3", "3")])
-    assert [p.id for p in read_problems(path)] == ["b"]
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_unanswered_problem_is_left_out_of_many(tmp_path, printed):

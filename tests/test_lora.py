@@ -39,7 +39,7 @@ def write(model, folder):
     base.load_state_dict(model.state_dict(), strict=False)
     base.save_pretrained(folder / "base")
     (folder / "adapter").mkdir()
-    config = {"lora_rank": 3, "model": str(folder / "base"), "revision": None}
+    config = {"lora_rank": 3, "model": str(folder / "base")}
     lora.save(model, folder / "adapter", config)
     return folder / "base", folder / "adapter"
 

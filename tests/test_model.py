@@ -103,14 +103,10 @@ def test_a_head_that_was_trained_apart_is_not_replaced(tmp_path):
     embedding = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding.clone()}, file)
     Transformer.from_pretrained(tmp_path)
-    save_file(tensors | {"lm_head.weight": embedding.bfloat16()}, file)
-    Transformer.from_pretrained(tmp_path)
-    for head in (embedding + 1, embedding.half() + 1, embedding[1:]):
+    for head in (embedding + 1, embedding[1:]):
         save_file(tensors | {"lm_head.weight": head.clone()}, file)
         with raises(ValueError, match="two different ones: set tie_word_embeddings to false"):
             Transformer.from_pretrained(tmp_path)
-    save_file(tensors | {"lm_head.weight": torch.empty(0)}, file)  # as ZeRO-3 may leave it
-    Transformer.from_pretrained(tmp_path)
 
 
 def test_sliding_window_attention_is_refused():

@@ -19,7 +19,6 @@ from pytest import fixture, mark, raises
 
 import rewards
 from files import Stop
-from policy import checkpoint as policies
 from run.directory import LOGS, RunDirectory
 from run.processes import Ranks, set_up_output
 
@@ -378,60 +377,6 @@ def test_a_slice_and_a_template_are_resumed_from_any_folder(workshop):
     goes_on(folder, workshop / "part")
     (saved,) = (workshop / "part/checkpoints").glob("000004/chat_template.jinja")
     assert saved.read_text() == before
-
-
-class Image:
-    """Of a data set. Its text is another one in every process."""
-
-    def __repr__(self):
-        return f"<at {os.getpid()}>"
-
-
-def with_a_hub(folder, newest, rows, kill=False):
-    """A hub of one data set, and of one model that has a new revision every day."""
-
-    def snapshot_download(name, revision, allow_patterns):
-        assert name == "o/m"
-        return folder / (revision or newest)
-
-    datasets = SimpleNamespace(load_dataset=lambda name, split, revision: rows)
-    sys.modules["datasets"] = datasets
-    policies.snapshot_download = snapshot_download
-    if kill:
-        at_call("train.learn", 5, die)
-
-
-@mark.parametrize("flags", ["--save-every 0", "--lora-rank 2"])
-def test_what_comes_from_the_hub_is_what_it_was(workshop, flags):
-    """Data and model of the hub alone: no file is read that could be checked. The model of today is
-    another than that of yesterday, and one row of the data as well."""
-    for day in ("yesterday", "today"):
-        shutil.rmtree(workshop / day, ignore_errors=True)
-        copied(workshop, "toy", day)
-    flip(workshop / "today/model.safetensors")
-    rows = lines(workshop / "p.jsonl")
-    rows[0]["image"] = Image()
-    flags += " --model o/m --data o/d:train --eval-data o/d:test --reward math --filter all"
-    flags += " --max-new-tokens 100"  # some end earlier: K_l has something to weigh
-    hub = partial(with_a_hub, workshop, "yesterday", rows)
-    assert began(workshop, "hub whole", hub, flags) == 0
-    assert began(workshop, "hub", partial(hub, kill=True), flags) == -SIGKILL
-    for change in ({"answer": "2"}, {"source": "another"}):  # a reward may read the source
-        other = partial(with_a_hub, workshop, "today", [rows[0] | change, *rows[1:]])
-        refused(workshop, "hub", "--data is not what it was", sabotage=other)
-    same = partial(with_a_hub, workshop, "today", rows)
-    goes_on(workshop, "hub", sabotage=same)
-    assert_the_same(workshop, "hub", "hub whole")
-
-
-def test_a_helper_of_the_reward_that_changed_is_refused(workshop):
-    """The reward would be another one, though its own file is what it was."""
-    (workshop / "with_helper.py").write_text("from reward_helper import even")
-    (workshop / "reward_helper.py").write_text(EVEN)
-    flags = "--reward with_helper.py:even"
-    assert began(workshop, "helped", flags=flags) == resumed(workshop, "helped") == 0
-    (workshop / "reward_helper.py").write_text(EVEN.rstrip() + " + 0")
-    refused(workshop, "helped", "--reward is not what it was")
 
 
 @mark.parametrize("log", LOGS)

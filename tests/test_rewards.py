@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +137,7 @@ def started(seconds=60):
     return worker
 
 
+@mark.slow
 def test_hostile_text_cannot_take_the_memory(tmp_path, monkeypatch):
     """The power wants gigabytes. The limit turns that into an error before the clock does."""
     text = """
@@ -177,6 +177,7 @@ def test_cases_are_compared_with_their_labels(tmp_path):
     assert result == {**counts, "timeouts": 0, "errors": 0}
 
 
+@mark.slow
 def test_fuzz():
     """1,000 mutated completions, known ones among them: bench/grader.py says what is promised."""
     result = bench("--fuzz", "1000", "--seed", "1")
@@ -356,24 +357,18 @@ FILES = {
 
 def test_a_reward_file_is_imported_as_a_module(tmp_path, monkeypatch):
     """A dataclass looks its module up in sys.modules; helpers stand beside the file. It may have
-    the name of one of our own modules. All of its files, and no others, are what --resume
-    checks."""
+    the name of one of our own modules."""
     folder = tmp_path / "v1.2"
     folder.mkdir()
     for name, text in FILES.items():
         (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
-    ours = types.SimpleNamespace(__file__=str(folder / "train.py"))  # as where it stands in a clone
-    monkeypatch.setitem(sys.modules, "a module that is imported already", ours)
     names = ("one", "three")
     one, three = (load_reward(f"v1.2/eval.py:{name}").function for name in names)
     assert load_reward("math") is rewards.VERIFIER
     assert (one({}, ""), three({}, "")) == (1, 3)
-    module, files = rewards.import_file(folder / "eval.py")
-    assert one is module.one
-    expected = ["deeper.py", "eval.py", "near_by.py", "relative.py"]
-    assert sorted(files) == [str(folder / name) for name in expected]
+    assert one is rewards.import_file(folder / "eval.py").one
     import plistlib
 
     assert hasattr(plistlib, "loads")
