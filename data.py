@@ -340,17 +340,21 @@ class Prompting:
     _argument_group_name = "prompts"
 
     examples: str | None = flag(
-        "JSONL of worked examples {problem, solution} to put in front of every problem"
+        "JSONL of worked examples {problem, solution} to put in front of every problem [ours: none]"
     )
-    suffix: str = flag(f"text behind every problem; default a new line and: {INSTRUCTION}", SUFFIX)
+    suffix: str = flag(
+        f"text behind every problem; default a new line and: {INSTRUCTION} [DeepScaleR]", SUFFIX
+    )
     template: str | None = flag(
         "file of a Jinja chat template, in place of the tokenizer's own or the plain one; "
-        "checkpoints keep it"
+        "checkpoints keep it [ours]"
     )
     template_kwargs: str = flag(
-        "JSON object for the chat template, such as '{\"enable_thinking\": false}'", "{}"
+        "JSON object for the chat template, such as '{\"enable_thinking\": false}' [ours]", "{}"
     )
-    stop: list[str] = flag("further tokens that end a completion, as text, one token each", [])
+    stop: list[str] = flag(
+        "further tokens that end a completion, as text, one token each [ours]", []
+    )
 
 
 def read_prompting(flags):
@@ -464,7 +468,7 @@ def cut_by_difficulty(name, problems, qualities, kind):
 
 
 def name_level(row):
-    """Of a line of metrics.jsonl or eval.jsonl: its level. If there are several held-out files, the
+    """Of a line of eval.jsonl: its level. If there are several held-out files, the
     file stands before it."""
     name = "all problems" if row["level"] is None else f"level {row['level']}"
     return f"{row['file']}, {name}" if "file" in row else name

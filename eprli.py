@@ -1,4 +1,4 @@
-"""EPRLI (arXiv 2508.01604), the equations and the curriculum: pure functions, and small records.
+"""EPRLI (arXiv 2508.01604): the equations as pure functions; the buffer and the levels as records.
 
     A_i = (r_i - mean_G r) / (std_G r + 1e-6)                      group_advantage
     r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_term
@@ -35,8 +35,8 @@ itself, this is how we read it. Every departure from the text is in this list:
  9. mu_l counts passes over an update's groups. Each pass takes --minibatches optimizer steps. With
     a single step per update rho of fresh groups would be 1, and the clip would never act on them.
 10. What the text does not give is taken from elsewhere (see `python train.py --help`): clip bounds
-    from DAPO; learning rate, batch and temperature from DeepScaleR and FastCuRL, or measured for
-    the shipped problems.
+    and temperature from DAPO, batch from FastCuRL, learning rate and lengths measured for the
+    shipped model.
 11. There is no KL term, as in the paper. --kl-coef adds the k3 penalty of the recipes it builds on.
 12. "1/(P G)": the paper's P is the number of groups that were kept. B counts their completions.
 13. Learning rate: warm-up and decay run within each level, and Adam's moments go on. One schedule
@@ -59,7 +59,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Updates in a row that may fail to fill a buffer, before the level ends: see 7 above
+# Updates in a row that may leave the policy as it is, before the level ends: see 7 above
 MOST_SKIPS = 3
 
 
@@ -177,18 +177,26 @@ def loss_weight(norm, length, num_completions, num_tokens, max_new_tokens):
     raise ValueError(f"loss norm {norm!r}: expected sequence, token or constant")
 
 
+def log_ratio(logprob, logprob_old, mask):
+    """log rho_it = log pi - log pi_old of each token, 0 outside the mask.  (B, T) each -> (B, T)
+
+    logprob      nats, of the learner now (model.token_logprobs)
+    logprob_old  nats, of the policy that sampled, as it sampled (rollout.choose)
+    mask         bool, True on completion tokens, the stop token included
+    """
+    return (logprob - logprob_old).masked_fill(~mask, 0.0)  # before exp: inf * 0 would be nan
+
+
 def clipped_objective(logprob, logprob_old, advantage, weight, mask, eps_low, eps_high):
     """Eq. 1, to be maximised:  sum_b w_b sum_t min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
 
-    logprob, logprob_old  (B, T)  nats, of the sampled token: learner now / policy that sampled
-    advantage, weight     (B,)    one per completion; see loss_weight
-    mask                  (B, T)  bool, True on completion tokens, the stop token included
+    logprob, logprob_old, mask  (B, T)  see log_ratio
+    advantage, weight           (B,)    one per completion; see loss_weight
 
     Returns a sum, (): micro-batches and processes add up, so the gradient does not depend on how a
     step is cut.
     """
-    log_rho = (logprob - logprob_old).masked_fill(~mask, 0.0)  # before exp: inf * 0 would be nan
-    rho, A = log_rho.exp(), advantage[:, None]
+    rho, A = log_ratio(logprob, logprob_old, mask).exp(), advantage[:, None]
     surrogate = torch.minimum(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)
     return (weight[:, None] * surrogate * mask).sum()
 
@@ -210,7 +218,8 @@ def diagnostics(logprob, logprob_old, entropy, advantage, mask, eps_low, eps_hig
     clip_low, clip_high: tokens whose gradient the clip removed (A < 0 and rho < 1 - eps_low; A > 0
     and rho > 1 + eps_high). And one maximum: ratio_max.
     """
-    log_rho, A = (logprob - logprob_old)[mask], advantage[:, None].expand_as(mask)[mask]
+    log_rho = log_ratio(logprob, logprob_old, mask)[mask]
+    A = advantage[:, None].expand_as(mask)[mask]
     rho = log_rho.exp()
     return {
         "tokens": mask.sum().item(),
@@ -250,11 +259,6 @@ class Group:
     def finite(self):
         logprobs = (x for c in self.completions for x in c.logprobs)
         return bool(self.reward.isfinite().all()) and all(map(math.isfinite, logprobs))
-
-    @property
-    def mixed(self):
-        """Its outcomes differ, and all numbers are finite: there is something to learn from."""
-        return self.finite and not self.flat
 
 
 class Buffer:

@@ -87,7 +87,7 @@ class Flags(Machine):
     quality: list[float] = flag("thresholds of levels", DEFAULTS["quality"])
     reward: str = flag("R_l: math, or path.py:function; 1 and more is right", MATH)
     out: Path | None = flag(
-        "new, or of a stopped evaluation; default runs/eval-<date-time>", may_change=True
+        "new, or of a stopped evaluation; default runs/eval-<date-time>-<process>", may_change=True
     )
     add_pass_rate: Path | None = flag(
         "file to write: the problems with their pass rates", may_change=True

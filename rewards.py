@@ -308,23 +308,23 @@ def identity(name):
     return f"{Path(name).name} {sha256(path)[:8]}"
 
 
-WORKERS = 64  # calls at the same time, on each process
+MOST_CALLS = 64  # at the same time, on each process
 MOST_LEFT = 64  # calls that go on after their time is over, before the run ends
 
 
 class Calls:
-    """Calls of users' functions: at most WORKERS at once, each with a clock of its own. One that is
-    over its time goes on, beside those.
+    """Calls of users' functions: at most MOST_CALLS at once, each with a clock of its own. One that
+    is over its time goes on, beside those.
 
     A call runs in a thread of its own, and its coroutine, if it returns one, on `loop`, which all
     of them share. Beside it a thread of `pool` waits. That runs no code of users: nothing that they
-    hold up or catch stops the clock. A call that is over its time is left behind, since no thread
-    can be ended from outside.
+    catch stops the clock, and only Python's lock holds it up. A call that is over its time is left
+    behind, since no thread can be ended from outside.
     """
 
     def __init__(self, seconds):
         """seconds  see --reward-timeout"""
-        self.seconds, self.pool = seconds, ThreadPoolExecutor(WORKERS)
+        self.seconds, self.pool = seconds, ThreadPoolExecutor(MOST_CALLS)
         self.left = []  # (problem id, future) of calls that were left behind
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, daemon=True).start()
@@ -332,7 +332,7 @@ class Calls:
     def drop(self):
         """No further call is begun."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self.pool = ThreadPoolExecutor(WORKERS)
+        self.pool = ThreadPoolExecutor(MOST_CALLS)
 
     def submit(self, reward, problem_id, answers, *arguments):
         """-> a future of the scores of what a call with these arguments returns, for completions in

@@ -5,7 +5,8 @@
 
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
 the curriculum. How a run is counted, logged and saved is in run/state.py, how it begins or is
-resumed in run/start.py, how it ends in run/command.py.
+resumed in run/start.py, how it ends in run/command.py. The way of a line of data is written down in
+run/start.py, that of a flag in run/flags.py.
 """
 
 import itertools
@@ -58,28 +59,27 @@ def train(run):
             evaluate_held_out(run)
         if run.save_due:
             run.save()
-        ranks.raise_signals()  # one that came while learning takes effect here
+        ranks.raise_signals()  # one that came while learning takes effect here at the latest
         # for level l = 1 .. L: for update = 1 .. M_l:
         state = next_level(run.levels, cfg.schedule)
         if state is None:
             return
         level, buffer = state.level, state.buffer
-        # pi_old <- pi: completions keep the log-probs under which they are sampled
         schedule = cfg.lr, cfg.warmup, cfg.lr_decay
-        update = run.start_update(
-            state, learning_rate(*schedule, state.num_trained, state.progress)
-        )
+        lr = learning_rate(*schedule, state.num_trained, state.progress)
+        update = run.start_update(state, lr)
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
-            # repeat: draw P_l prompts, G_l completions of each, r_i = R_l + K_l length_l, A_i
-            # (prompts_left begins at --max-draws x P_l)
+            # pi_old <- pi: completions keep the log-probs under which rollout.choose samples them
+            # while the buffer holds less than N_l groups: draw P_l prompts, G_l completions of
+            # each, r_i = R_l + K_l length_l, A_i (prompts_left begins at --max-draws x P_l)
             while buffer.pending < level.buffer_groups and update.prompts_left:
                 groups = draw(run, state, update)
                 # drop a group if its R_l are all equal
                 buffer.add(groups)
                 update.raise_if_not_finite()  # a reward or log-prob of what was drawn
-            # until the buffer holds N_l groups: never train on less, else the update is skipped
+            # never train on less than N_l groups: else the update is skipped
             if buffer.pending >= level.buffer_groups:
                 groups = buffer.oldest(level.buffer_groups)
                 # mu_l times, minibatch by minibatch: one step of ascent on J_l
@@ -89,9 +89,9 @@ def train(run):
             update.fault = fault
             # the groups that it was training on; none if it was still drawing
             buffer.remove(fault.groups, "broken")
-        # A signal, which takes effect while drawing alone, or a Stop passes through:
-        # run/command.py takes the update back and saves, unless an optimizer step was made.
-        run.end_update(update)  # counted and logged
+        run.end_update(update)  # counted and logged; a policy that has changed is a new version
+        # What ends the run, a signal (while drawing alone) or a Stop, comes to run/command.py.
+        # There an update without an optimizer step is taken back, and the state before it saved.
 
 
 # ------------------------------------------------------------------------------------ draw, score
@@ -310,9 +310,8 @@ def evaluate_held_out(run):
         row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
         row["length_mean"] = fmean(values["length"])
         row["writes_steps_share"] = fmean(values["writes_steps"])
-        if own := by_name(
-            result["means"] for result in some
-        ):  # of an R_l that is not the verifier's
+        # of an R_l that is not the verifier's
+        if own := by_name(result["means"] for result in some):
             row["means"] = {name: interval(numbers) for name, numbers in own.items()}
         rows.append(row)
     run.add_evaluation(rows)

@@ -50,7 +50,7 @@ def make_run(args, problems):
 def one_update(run):
     """-> the Update, and its seconds"""
     state = run.levels[0]
-    update = Update(2, state, 1e-6, run.cfg.max_draws)  # the first would print completions
+    update = Update(1, state, 1e-6, run.cfg.max_draws)
 
     def work():
         train.learn(run, state, train.draw(run, state, update), update)

@@ -36,10 +36,6 @@ class Attempt:
     score: Score
 
     @property
-    def right(self):
-        return self.score.outcome >= 1
-
-    @property
     def length(self):
         return len(self.completion.tokens)
 
@@ -65,7 +61,8 @@ def attempt(policy, scorer, work, sampling, fit, *, show_progress=False, seconds
 
     work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
     fit      a run.fit.Fit: how many are decoded at once
-    seconds  a Counter: `sample`, and `score` after the last sample, are added
+    seconds  a Counter: the time of sampling is added as `sample`, that of scoring after the last
+             sample as `score`
     """
     start = time.perf_counter()
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=not show_progress, delay=2)

@@ -12,7 +12,7 @@ BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR an
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to this (DAPO)
 # Padded tokens of a micro-batch, by device; memory and speed only. One completion may be longer.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-LEAST_TOKENS = 256  # of a micro-batch that was halved
+LEAST_MICRO_BATCH = 256  # tokens, of one that was halved
 
 
 class Learner:
@@ -24,7 +24,7 @@ class Learner:
     model    what gradients go through
     weights  those of the policy's model that are learned (with LoRA its factors). Every process has
              them whole: sampling from shards would gather them for every token.
-    masters  what AdamW steps on. `publish` copies them to the weights, where they are others.
+    masters  what AdamW steps on; `publish` copies them to the weights if they are not the same
 
     case                model            weights    masters
     float32, float64    the policy's     as given   the weights themselves
@@ -70,7 +70,7 @@ class Learner:
         Raises the OutOfMemoryError again if they are the smallest, and under FSDP, where all
         processes would have to begin anew together.
         """
-        if self.ranks.sharded or self.most_tokens <= LEAST_TOKENS:
+        if self.ranks.sharded or self.most_tokens <= LEAST_MICRO_BATCH:
             raise  # what is being handled
         self.drop_gradient()
         self.most_tokens //= 2

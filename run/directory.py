@@ -5,8 +5,7 @@
     checkpoints/000123/                 after 123 updates
         config.json, model.safetensors, tokenizer ...   a Hugging Face folder; with LoRA
         adapter_config.json, adapter_model.safetensors ...   PEFT's, see policy/lora.py
-        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name;
-                                        what is large stands in several files, as the model's is
+        optimizer.safetensors           AdamW's moments and float32 masters, by parameter name
         state.json                      all other state, waiting groups, and the sizes of the logs
 
 A checkpoint is written beside its place, forced to the disk and renamed, so a kill at any moment

@@ -61,7 +61,7 @@ class Files:
     columns: list[str] = flag(
         "columns of another layout, problem=NAME answer=NAME, and pass_rate, level or id [ours]", []
     )
-    out: str | None = flag("run directory to create; default runs/<date-time> [ours]")
+    out: str | None = flag("run directory to create; default runs/<date-time>-<process> [ours]")
     resume: str | None = flag(
         "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
     )
@@ -78,7 +78,7 @@ class Files:
         may_change=True,
     )
     tracker: Literal["wandb", "trackio"] | None = flag(
-        "send config, metrics and some completions to this tracker too [ours]", may_change=True
+        "send config, metrics and held-out accuracy to this tracker too [ours]", may_change=True
     )
 
 
@@ -224,7 +224,7 @@ class SamplingFlags:
     )
     seed: int = flag("seed of everything random [ours]", 0, rule=AT_LEAST_0)
     eval_every: int | None = flag(
-        "updates between evaluations; default: at ends of levels alone; 0: none at all [ours]",
+        "updates between evaluations; default: at the start and at ends of levels; 0: none [ours]",
         rule=AT_LEAST_0,
     )
     eval_quality: list[float] | None = flag(

@@ -3,7 +3,7 @@
 Sampling, grading and gradients are spread over the processes. Every process keeps a full copy of
 all other state, the buffer included, and computes the same decisions from it, so none waits for a
 message that never comes. A process may raise on its own only inside `on_all`, which raises on
-all.
+all; where memory runs out elsewhere, see run/command.py.
 """
 
 import multiprocessing
@@ -21,8 +21,8 @@ from files import Stop, squash
 # In `gather`: a process whose completions are short waits for the others. If one dies, torchrun
 # ends all.
 PATIENCE = timedelta(days=1)
-# Gradients and shards travel once all processes learn, or save. Who waits longer for them waits in
-# vain: NCCL then says for what, and ends the process.
+# Gradients and shards travel once all processes learn, or save. A process that waits longer for
+# them waits in vain: NCCL then says what it waited for, and ends the process.
 HANG = timedelta(minutes=30)
 
 
@@ -82,8 +82,8 @@ class Ranks:
     first       whether this is the process that writes and prints
     device      of this process: "cpu", or its own GPU
     signal      number of the SIGINT or SIGTERM that came, or None. It takes effect at once inside
-                `on_all`, elsewhere at the next call of it, so that no update is left half done.
-                Further signals change nothing.
+                an `on_all` that is interruptible, elsewhere at the next one, so that no update is
+                left half done. Further signals change nothing.
     """
 
     def __init__(self, device="cpu", sharded=False):

@@ -40,7 +40,8 @@ from run.state import Run
 
 
 def start_run(cfg, ranks):
-    """A new run. It makes its directory when all else has gone well.
+    """A new run. It makes its directory once its inputs are read, and deletes it if the run cannot
+    begin.
 
     Raises ValueError or OSError, on all processes.
     """

@@ -32,7 +32,7 @@ MOST_BROKEN = 3  # updates in a row that may meet a number that is not finite, b
 ENTROPY_COLLAPSE = 0.05  # of the entropy of the run's first update
 BAR = "{percentage:3.0f} % of all levels |{bar}| {elapsed}<{remaining}"
 # Of a Run and of a LevelState, in state.json
-PROGRESS = ("num_updates", "num_broken", "evaluation_due", "evaluations", "first_entropy")
+SAVED = ("num_updates", "evaluation_due", "evaluations", "first_entropy")
 COUNTERS = ("num_trained", "tokens_sampled", "skips", "last_update")
 
 
@@ -245,8 +245,8 @@ class Run:
 
 
 def results_of(row):
-    """{what: its mean and interval as text} of a row of eval.jsonl: accuracy; of an R_l of one's
-    own R_l, its parts, and `late` if any was."""
+    """{what: its mean and interval as text} of a row of eval.jsonl: accuracy; then R_l, its parts,
+    and `late` if any was, where R_l is a function of the user's."""
     bin_name = name_level(row)
     results = {bin_name: "{accuracy:.1%} [{low:.1%}, {high:.1%}]".format(**row)}
     for name, values in row.get("means", {}).items():
@@ -272,7 +272,7 @@ def pack(run):
         drawn, buffer = state.order.drawn, state.buffer
         level = {"drawn": drawn, "counts": buffer.counts, "groups": buffer.groups}
         levels.append(level | {name: getattr(state, name) for name in COUNTERS})
-    return {"progress": {name: getattr(run, name) for name in PROGRESS}, "levels": levels}
+    return {"progress": {name: getattr(run, name) for name in SAVED}, "levels": levels}
 
 
 def plain(value):

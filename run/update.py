@@ -33,8 +33,9 @@ class Update:
     """What happens in one update of a level.
 
     groups  all that were drawn
-    rows    of completions.jsonl, one for each of their completions
-    steps   one for each optimizer step: what train.add_gradient says, and the gradient's norm
+    rows    one for each of their completions; the first are written, see `rows_to_write`
+    steps   one for each optimizer step: what train.accumulate_gradient returns, and the norm of
+            the gradient
     """
 
     def __init__(self, number, state, lr, max_draws):

@@ -65,7 +65,7 @@ def test_fresh_samples_confirm_the_levels():
             )
             attempts = [a for group in done for a in group]
             assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
-            found.append(sum(a.right for a in attempts) / len(attempts))
+            found.append(sum(a.score.outcome for a in attempts) / len(attempts))
     assert 0.3 < found[0] < 0.6
     assert 0.01 < found[2] < 0.1 and found[3] < 0.05
 

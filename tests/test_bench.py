@@ -145,12 +145,3 @@ def test_a_run_becomes_one_line_and_runs_are_not_made_twice(monkeypatch, results
     path.write_text(path.read_text()[:-1])
     with raises(SystemExit, match="map.jsonl: a kill has torn its last line"):
         runs.missing("map", [30])
-
-
-def test_promises_name_tests_that_are_there():
-    """A test that is renamed or deleted leaves its promise without proof."""
-    tests = Path(__file__).parent
-    code = "".join(path.read_text() for path in tests.glob("test_*.py"))
-    promises = (tests.parent / "docs/promises.md").read_text()
-    for name in re.findall(r"`(test_\w+)", promises):  # `test_a_kill_around_...` is a beginning
-        assert f"def {name}" in code, name

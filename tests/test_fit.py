@@ -62,7 +62,7 @@ def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, mo
 
     monkeypatch.setattr(attempts, "sample", small_sample)
     monkeypatch.setattr(train, "objective", small_objective)
-    monkeypatch.setattr(learner, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(learner, "LEAST_MICRO_BATCH", 1)
     found = lines(workshop(f"{flags} --out small") / "metrics.jsonl")
     for one, other in zip(expected, found, strict=True):
         for name in ("reward_mean", "tokens_sampled", "tokens_trained", "groups_kept"):

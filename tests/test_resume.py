@@ -142,7 +142,7 @@ async def interrupted(problem, response):
 
 
 def one_worker():
-    rewards.WORKERS = 1
+    rewards.MOST_CALLS = 1
 
 
 @mark.parametrize("name, code", [("killed", -SIGKILL), ("interrupted", 128 + SIGINT)])

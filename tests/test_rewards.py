@@ -514,7 +514,7 @@ def test_calls_share_no_record(lists):
 def test_so_many_calls_wait_together_and_no_more(workers, monkeypatch):
     """256 calls of 40 ms take 10 s one after the other. Their order is that of the completions,
     whichever comes first."""
-    monkeypatch.setattr(rewards, "WORKERS", workers)
+    monkeypatch.setattr(rewards, "MOST_CALLS", workers)
     running, counts = [], []
 
     def watched(problem, response):
@@ -580,7 +580,7 @@ async def clinging(problem, response):
 def test_a_call_over_its_time_breaks_its_group_alone(call, monkeypatch):
     """Whatever it catches. The group behind it is scored in time: a place that a late call kept
     for ever would be missing."""
-    monkeypatch.setattr(rewards, "WORKERS", 1)
+    monkeypatch.setattr(rewards, "MOST_CALLS", 1)
     using = scorer(reward_timeout=0.2)
     slow = using.begin(function(call), Problem("p", "1", "1"), "a")
     good = using.begin(function(lambda *_: 2), Problem("q", "1", "1"), ["b"])
@@ -625,7 +625,7 @@ async def standing(problem, response):
 def test_a_task_that_never_began_does_not_hang(monkeypatch):
     """One that holds up the loop keeps the others from their beginning: they are late, but no call
     goes on for ever."""
-    monkeypatch.setattr(rewards, "WORKERS", 8)
+    monkeypatch.setattr(rewards, "MOST_CALLS", 8)
     using = scorer(reward_timeout=0.15)
     assert math.isnan(outcomes(function(standing), "a" * 24, using)[0])
     end = time.monotonic() + 5
@@ -638,7 +638,7 @@ def test_a_task_that_never_began_does_not_hang(monkeypatch):
 
 def test_what_is_dropped_is_not_called(monkeypatch):
     """After Ctrl-C a judge that costs money must not go on with the rest of the draw."""
-    monkeypatch.setattr(rewards, "WORKERS", 1)
+    monkeypatch.setattr(rewards, "MOST_CALLS", 1)
     called, using, free = [], scorer(), threading.Event()
     reward = function(lambda problem, response: called.append(response) or free.wait(5))
     using.begin(reward, Problem("p", "1", "1"), list("abc"))
