@@ -37,6 +37,7 @@ from run.flags import Config, fill, make_parser, resolve_levels
 from run.processes import Ranks
 from run.start import check_measured
 from run.update import Update
+from tools import report
 from train import Sample, accumulate_gradient, learn
 
 METRICS = (
@@ -305,6 +306,7 @@ def workshop(tmp_path, toy_folder, monkeypatch):
         rows[-1]["pass_rate"] = [0.5, 0.1][i % 2]
     write_lines("p.jsonl", rows)
     (tmp_path / "toy_reward.py").write_text(REWARDS)
+    monkeypatch.setattr(report, "draw", lambda runs: "left out: it takes a second")
 
     def run(flags="", defaults=DEFAULTS):
         words = f"--model {toy_folder} {defaults} {flags}".split()
@@ -367,7 +369,11 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run").exists() == works
 
 
-def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed):
+DRAW = report.draw
+
+
+def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed, monkeypatch):
+    monkeypatch.setattr(report, "draw", DRAW)
     out = workshop("--eval-data p.jsonl --save-every 1 --length-weight 0.5")
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "eval.jsonl")
     completions = lines(out / "completions.jsonl")
@@ -792,7 +798,7 @@ def test_an_update_whose_gradient_is_0_changes_nothing(metrics, printed):
 
 
 def test_a_picture_that_cannot_be_drawn_fails_no_run(workshop, printed, monkeypatch):
-    monkeypatch.setattr("tools.report.draw", lambda runs: 1 / 0)
+    monkeypatch.setattr(report, "draw", lambda runs: 1 / 0)
     workshop("--updates 1")
     assert "no picture or page of run (ZeroDivisionError" in printed()
 
