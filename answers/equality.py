@@ -11,8 +11,8 @@ three steps:
 
 Conventions: a label (x=, f(x)=), a unit or a currency may be left out; p\% is p or p/100; order
 does not matter in a list or set; 1/2 \pi is 1/(2\pi); an unevaluated integral, sum, limit or
-maximum equals only itself. A label or unit that is not in the tables below is not recognised, and
-makes the answer wrong.
+maximum equals only itself. A label or unit that is not in the tables (*.txt, shapes.py) is not
+recognised, and makes the answer wrong.
 
 Hostile text may keep `equal` busy for ever, so rewards.py calls it in a process that can be killed.
 `canonical` takes little time for any text.

@@ -86,7 +86,7 @@ def resuming(args, _):
     assert start(args, "train.py", "--resume", f"{args.out}/killed").wait() == 0
     begun, end, other = (weights(f"{args.out}/{name}") for name in ENDS)
     difference = ((end - other).norm() / (end - begun).norm()).item()
-    most = 1e-3 if args.device == "cpu" else 0.1  # each run chooses its kernels by a clock
+    most = 1e-3 if args.device == "cpu" else 0.1
     measured = f"weights differ by {difference:.2g} of how far they moved"
     return measured, f"at most {most:g}", difference <= most
 

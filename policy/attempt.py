@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from policy.packed import packed
 from rewards import VERIFIER, Score
-from rollout import Completion, sample, stream_key
+from rollout import MIN_ROWS, Completion, sample, stream_key
 
 TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
 
@@ -87,9 +87,9 @@ def sample_groups(policy, scorer, work, sampling, fit, bar):
     limits = [min(sampling.max_new_tokens, policy.room(p)) for p in prompts]
     longest = max((len(p.tokens) + limit for p, limit in zip(prompts, limits)), default=0)
     options = vars(sampling) | {"max_new_tokens": limits, "stop_ids": policy.stop_ids}
-    slots, groups = fit.slots(longest), {}
+    slots, groups = min(fit.slots(longest), max(MIN_ROWS, sum(map(len, keys)))), {}
     try:
-        with packed(policy.model, min(slots, sum(map(len, keys)))):
+        with packed(policy.model, slots):
             tokens = [p.tokens for p in prompts]
             for number, done in sample(policy.model, tokens, keys, slots=slots, **options):
                 texts = [prompts[number].opening + policy.text(c) for c in done]

@@ -97,7 +97,8 @@ class Learner:
 
     def drop_gradient(self):
         """Its memory is free while completions are sampled."""
-        self.adamw.zero_grad(set_to_none=True)
+        for p in {*self.masters, *self.weights}:  # where memory ran out, weights may have theirs
+            p.grad = None
 
     @torch.no_grad()
     def publish(self):

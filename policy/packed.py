@@ -1,13 +1,13 @@
 """Packed weights, with which a CPU samples; and what malloc does with memory that torch frees.
 
 For few rows a product by oneDNN is faster with packed weights: copied once into the order in which
-the kernel reads them. Some CPUs and builds of torch lack these kernels, or have them in float32
-only. The name of a vendor does not tell, so `probe` tries them. Everything works without them.
+the kernel reads them. Some CPUs and builds of torch lack this kernel, or have it in float32 only.
+The name of a vendor does not tell, so it is tried. Everything works without it.
 """
 
 import ctypes
+import functools
 import os
-import timeit
 from contextlib import contextmanager, suppress
 
 # What glibc's malloc does with memory that torch has freed on a CPU, see mallopt(3): up to 2 GB
@@ -23,7 +23,6 @@ with suppress(AttributeError, TypeError, OSError):  # other C libraries lack thi
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from model import MLP, Attention  # noqa: E402
@@ -32,19 +31,16 @@ from policy.lora import add_factors  # noqa: E402
 JOINED = {Attention: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}
 # What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.
 MISSING = (RuntimeError, AttributeError)
-GAIN = 1.1  # a kernel of oneDNN must be faster than torch's by this factor: a clock is not exact
-_in_use = None  # the choice in force, see `chosen`
 
 
 @contextmanager
 def packed(model, rows):
     """Within the block, inference uses the weights of this moment, packed for about `rows` rows.
 
-    Packing costs as much as one decoding step, and the memory of the weights once more. Where
-    `chosen` says no, the block changes nothing.
+    Packing costs as much as one decoding step, and the memory of the weights once more. Without
+    the kernel the block changes nothing.
     """
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    packs = model.device.type == "cpu" and dtype in chosen()["packed"]
+    packs = model.device.type == "cpu" and has_kernel(model.lm_head.weight.dtype)
     replaced, joined = [], set()
     try:
         for module in model.modules() if packs else ():  # from the outside to the inside
@@ -88,39 +84,11 @@ def pack(weight, rows):
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-def probe():
-    """Try the kernels and time them against torch's; takes some 50 ms.
-
-    Returns what JSON can hold: {"packed": the dtypes in which sampling packs its weights}.
-    """
-    return {"packed": [name for name in ("float32", "bfloat16") if gain(name) > GAIN]}
-
-
-def use(choice):
-    """Set the choice for this process; returns what is used.
-
-    What this machine cannot run is left to torch's kernel.
-    """
-    global _in_use
-    _in_use = {"packed": list(filter(gain, choice["packed"]))}
-    return _in_use
-
-
-def chosen():
-    """The choice in force. The first call probes, unless `use` came before."""
-    return _in_use or use(probe())
-
-
-def gain(name):
-    """How many times as fast as torch's product that with packed weights is, in a layer of a real
-    model; 0 where this machine has none.  name  of a dtype"""
-    x, weight = (torch.ones(n, 576, dtype=getattr(torch, name), device="cpu") for n in (32, 1536))
+@functools.cache
+def has_kernel(dtype):
+    """Whether this machine has the product with packed weights."""
+    x = torch.ones(32, 64, dtype=dtype, device="cpu")
     with suppress(*MISSING):
-        packed = pack(weight, len(x))
-        return seconds(F.linear, x, weight) / seconds(packed_linear, x, packed)
-    return 0
-
-
-def seconds(linear, x, weight):
-    """The fastest of a few times that the product takes."""
-    return min(timeit.repeat(lambda: linear(x, weight), number=1, repeat=5))
+        packed_linear(x, pack(x, len(x)))
+        return True
+    return False

@@ -49,7 +49,6 @@ def start_run(cfg, ranks):
         raise ValueError(
             f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
         )
-    here = computing(ranks.from_first(packed.probe))
     levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, cfg.model, ranks))
     facts["read"]["--model"] = start_digest(policy.folder)
     objective = objective_line(cfg, [state.level for state in levels])
@@ -57,7 +56,7 @@ def start_run(cfg, ranks):
     config = {
         **with_full_paths(cfg),
         **facts,
-        **here,
+        **computing(cfg),
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(state.order.prompts) for state in levels],
@@ -82,7 +81,7 @@ def resume_run(cfg, config, ranks):
      1. run.flags.as_started has taken the flags from its config.json.
      2. Lock the directory. Nothing in it has been read but config.json.
      3. Find the newest checkpoint.
-     4. Choose the kernels that the run began with, and say what else differs on this machine.
+     4. Say what differs on this machine.
      5. Read data and policy as a new run does. Problems, prompts and rewards must be unchanged, and
         the starting model too, if it is still needed.
      6. Take up the state: counters, waiting groups, order of problems, optimizer.
@@ -95,7 +94,7 @@ def resume_run(cfg, config, ranks):
     """
     directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
     checkpoint = ranks.from_first(lambda: next(iter(checkpoints(cfg.out)), None))
-    for name, now in computing(config["kernels"]).items():
+    for name, now in computing(cfg).items():
         if now != config[name]:
             tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
@@ -129,12 +128,12 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
 # -------------------------------------------------------------------------------------- config.json
 
 
-def computing(choice):
-    """What decides the bits of a run, beside its flags and inputs.  choice  see policy/packed.py"""
+def computing(cfg):
+    """What decides the bits of a run, beside its flags and inputs."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "kernels": packed.use(choice),
+        "packed": packed.has_kernel(getattr(torch, cfg.dtype)),
     }
 
 

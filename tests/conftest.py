@@ -13,7 +13,6 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from experiments.warmstart import make_tokenizer
 from model import Transformer
-from policy import packed
 from policy.checkpoint import Policy
 from run.fit import Fit
 
@@ -84,14 +83,6 @@ SMALL = dict(
 def one_thread():
     """Threads that spin on a busy machine cost more than they give at these sizes."""
     torch.set_num_threads(1)
-
-
-@fixture
-def use_kernels():
-    """Whatever a test chooses holds for this test alone."""
-    before = packed.chosen()
-    yield packed.use
-    packed.use(before)
 
 
 @fixture

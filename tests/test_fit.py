@@ -44,7 +44,7 @@ def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
 def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, monkeypatch, printed):  # noqa: F811
     """With fewer slots, and smaller micro-batches. No result changes; a gradient that was half
     made, or a reward that was begun, does not count twice."""
-    flags = "--slots 32 --dtype float64 --quality 1 --updates 3"
+    flags = "--slots 32 --prompts 8 --dtype float64 --quality 1 --updates 3"
     expected = lines(workshop(f"{flags} --out whole") / "metrics.jsonl")
     sample, objective = attempts.sample, train.objective
 

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports those that stand before it, and no other.
 ORDER = """
-files
 answers.spelling answers.shapes answers.equality answers
+files
 eprli model rollout
 data rewards
 policy.lora policy.packed policy.learner policy.checkpoint policy.attempt

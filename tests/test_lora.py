@@ -16,7 +16,7 @@ from model import ChosenLogprobs, Transformer
 from policy import lora
 from policy.checkpoint import Policy
 from policy.learner import Learner
-from policy.packed import packed
+from policy.packed import has_kernel, packed
 from run import command
 from run.processes import Ranks
 
@@ -131,9 +131,9 @@ class Whole(torch.nn.Module):
 
 
 @mark.parametrize("family", ["llama", "qwen2"])
-def test_packed_weights_compute_the_same(family, use_kernels):
+def test_packed_weights_compute_the_same(family):
     """q, k and v are one product there: each has factors of its own, and only its own."""
-    if not use_kernels({"packed": ["float32"]})["packed"]:
+    if not has_kernel(torch.float32):
         skip("this CPU has no kernel for packed weights")
     model = adapted(family)
     with torch.inference_mode():

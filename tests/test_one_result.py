@@ -28,7 +28,6 @@ from test_train import a_run, level, off_policy_samples
 import model
 from model import log_softmax
 from policy import learner as learners
-from policy import packed
 from policy.learner import Learner, cut_micro_batches
 from rollout import stream_key, uniforms
 from run import processes as ranks
@@ -164,7 +163,7 @@ def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
     """FSDP frees weights and gathers them again; bfloat16 has float32
     masters, and gives its rounded copies to checkpoint and sampler."""
     flags = f"--dtype {dtype} --updates 1"
-    one, two = (run(workshop, f"{n} {flags}", by_onednn) for n in ("1", "2 --fsdp"))
+    one, two = (run(workshop, f"{n} {flags}") for n in ("1", "2 --fsdp"))
     norms = [without_time(path / "metrics.jsonl")[0]["grad_norm"] for path in (one, two)]
     assert norms[0] == approx(norms[1], rel=tolerance)
     state, expected = (
@@ -175,10 +174,6 @@ def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
     for name, weight in load_file(two / "checkpoints/000001/model.safetensors").items():
         assert str(weight.dtype) == f"torch.{dtype}"
         assert torch.equal(weight, state.get(f"master.{name}", weight).to(weight.dtype))
-
-
-def by_onednn():
-    packed.probe = partial(dict, packed=["float32"])
 
 
 @mark.parametrize(

@@ -452,12 +452,3 @@ def test_the_starting_policy_of_a_kl_term_must_be_the_same(workshop, kl_coef, da
     assert resumed(workshop, "kl") == code, said(workshop)
     message = "--model is not what it was"
     assert (message in said(workshop)) == (code == 2)
-
-
-def test_the_choice_of_kernels_is_kept(workshop):
-    """A clock decided it once; a second decision might be another, and change bits."""
-    config = read(workshop / "whole/config.json")
-    assert config["kernels"].keys() == {"packed"}
-    copied(workshop, "whole", "kernels")
-    again = at("policy.packed.probe", 1, partial(fail, Stop("")))
-    goes_on(workshop, "kernels", sabotage=again)
