@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from hypothesis import HealthCheck, settings
 from pytest import fail, fixture, mark
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -16,6 +17,10 @@ from model import Transformer
 from policy.checkpoint import Policy
 from run.fit import Fit
 
+OPTIONS = dict(deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("suite", derandomize=True, max_examples=12, **OPTIONS)
+settings.register_profile("long", max_examples=600, **OPTIONS)
+settings.load_profile("suite")
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 

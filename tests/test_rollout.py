@@ -301,22 +301,3 @@ def test_prompts_and_what_they_share_are_prefilled_once():
     done_in_few = complete(model, alike, samples=6, slots=8)
     assert tokens_of(done_in_few) == tokens_of(done)
     assert sum(rows for rows, width in shapes[2:] if width % 32 and width > 1) == 4
-
-
-def test_any_sampling_is_that_of_each_prompt_alone(monkeypatch):
-    """Slots, rooms, prefills, shared beginnings and limits at random. A prompt that fills its room
-    was copied onto itself, and a prefill in parts forgot prompts."""
-    model, rng = random_model(dtype=torch.float64), np.random.default_rng(0)
-    for _ in range(12):
-        monkeypatch.setattr(rollout, "PREFILL_TOKENS", rng.choice([1, 100, 8192]))
-        monkeypatch.setattr(rollout, "ROOM", rng.choice([8, 32]))
-        beginning = [9] * rng.choice([0, 20])
-        lengths = rng.choice([1, 7, 30, 44, 64], 9)
-        prompts = [beginning + rng.integers(5, 97, n).tolist() for n in lengths]
-        keys = [[stream_key(i, k) for k in range(rng.integers(1, 5))] for i in range(9)]
-        limits = rng.integers(0, 12, 9).tolist()
-        options = dict(stop_ids={3, 50}, temperature=1.0)
-        done = sampled(model, prompts, keys, limits, slots=rng.integers(1, 20), **options)
-        for one, *alone in zip(done, prompts, keys, limits):
-            (expected,) = sampled(model, *([each] for each in alone), slots=8, **options)
-            assert tokens_of([one]) == tokens_of([expected])
