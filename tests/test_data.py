@@ -18,12 +18,10 @@ from transformers import PreTrainedTokenizerFast
 import data
 from data import Order, Problem, cut_levels, read_problems, render
 from experiments.problems import generate
-from experiments.problems import main as generator
 from experiments.warmstart import make_tokenizer
 from files import source_of, stem
 from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
-from tools.overlap import main as find_overlap
 from tools.overlap import overlap
 
 
@@ -83,34 +81,6 @@ def test_what_counts_as_near(kept, evaluated, trained, is_near):
     training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
     found = overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")])
     assert found == ({"e": ("near", "t")} if is_near else {})
-
-
-def test_what_overlap_prints(tmp_path, printed, monkeypatch):
-    """Copies are found where all problems have a frame of eight words; ids are spelled in ASCII."""
-    monkeypatch.chdir(tmp_path)
-    frame = "one two three four five six seven eight"
-    rows = [{"problem": f"{frame} {' '.join(f'w{i}-{j}' for j in range(20))}"} for i in range(20)]
-    write_lines("train.jsonl", [*rows, {"problem": f"{frame}!"}])
-    longer = [{"id": f"\x1b{i}", "problem": f"{row['problem']} end"} for i, row in enumerate(rows)]
-    write_lines("test.jsonl", [*longer, {"id": "same", "problem": f"{frame}?"}])
-    find_overlap(["train.jsonl", "test.jsonl"])
-    said = printed()
-    assert "near: '\\x1b0' is 'train-1'" in said and "exact: 'same' is 'train-21'" in said
-    assert json.loads(said.splitlines()[-1]) == {"exact": 1, "near": 20}
-
-
-def test_the_generator_and_overlap_of_its_files(tmp_path, monkeypatch):
-    """A problem is counted once, exact before near; a file that exists is not overwritten."""
-    monkeypatch.chdir(tmp_path)
-    generator(["--split", "heldout", "--count", "3", "--seed", "7", "--out", "h.jsonl"])
-    problems = read_problems("h.jsonl")
-    assert problems == list(itertools.islice(generate("heldout", 7), 3))
-    with raises(SystemExit):
-        generator(["--out", "h.jsonl"])
-    name, story = problems[1].id, " ".join(map(str, range(30)))
-    train = [problems[1], Problem("story", f"a {story}", "1")]
-    found = overlap(train, [*problems, Problem("near", f"b {story}", "1")])
-    assert found == {name: ("exact", name), "near": ("near", "story")}
 
 
 # What others publish, or one's own columns -> what is kept of it.
