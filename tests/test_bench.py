@@ -21,13 +21,6 @@ from experiments import arms, runs, tables  # noqa: E402
 from run.flags import Config, make_parser, resolve_levels  # noqa: E402
 
 
-def test_only_a_peer_may_fail_in_a_comparison(capsys):
-    assert compare.last_line("peer_none.py", sys.executable) is None
-    assert "peer_none.py : exit 2" in capsys.readouterr().err
-    with raises(SystemExit, match="none.py --slots 3: exit 2"):
-        compare.last_line("none.py --slots 3", sys.executable)
-
-
 @mark.slow
 def test_what_the_benchmarks_of_sampling_and_updates_print(tmp_path):
     compare.common.make_model("2m", tmp_path / "model")

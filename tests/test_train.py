@@ -36,6 +36,7 @@ from run.fit import Fit
 from run.flags import Config, fill, make_parser, resolve_levels
 from run.processes import Ranks
 from run.start import check_measured
+from run.state import results_of, shown
 from run.update import Update
 from tools import report
 from train import Sample, accumulate_gradient, learn
@@ -621,11 +622,26 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     assert [line[:21].strip() for line in table] == names
     assert list(sent[0]) == [f"held out, {name}" for name in names]
     assert len({len(line) for line in table}) == 1
+    first = lines(out / "eval.jsonl")[0]
+    assert f"{first['accuracy']:.1%} [" in table[0][21:45]  # before
     one = workshop("--eval-data plain.jsonl --updates 1 --out one")
     alone = lines(one / "eval.jsonl")
     assert [row.keys() & {"file"} for row in alone] == 3 * [set()]
     beside = [row for row in lines(out / "eval.jsonl") if row.pop("file") == "plain"]
     assert alone == beside
+
+
+def test_results_are_shown_in_their_units():
+    """Of an R_l of one's own its mean and parts as they are, `late` if any was."""
+    row = {"level": 2, "accuracy": 0.5, "low": 0.25, "high": 1.0, "file": "f"}
+    assert results_of(row) == {"f, level 2": "50.0% [25.0%, 100.0%]"}
+    row["means"] = {"R_l": [1.0, 0.5, 2.0], "late": [0.0, 0.0, 0.1]}
+    assert (
+        results_of(row)["f, level 2, R_l"] == "1.000 [0.500, 2.000]" and len(results_of(row)) == 2
+    )
+    row["means"]["late"] = [0.01, 0.0, 0.1]
+    assert results_of(row)["f, level 2, late"] == "1.0 % [0.0, 10.0]"
+    assert shown("length", [3.0, 2.0, 4.0]) == "3.0 [2.0, 4.0]"
 
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
