@@ -260,6 +260,7 @@ P(1+r)^T <- P(r+1)^T
 \frac{3}{2} kT <- 1.5 kT
 3\pi \text{ cm} <- 3\pi
 5 cm <- 5
+5 meters <- 5 Meters
 \frac{x}{2} \text{ m} <- \frac{x}{2}
 5\text{ mF} <- 5
 y=2x <- y-2x=0
