@@ -468,8 +468,8 @@ def cut_by_difficulty(name, problems, qualities, kind):
 
 
 def name_level(row):
-    """Of a line of eval.jsonl: its level. If there are several held-out files, the
-    file stands before it."""
+    """Of a line of eval.jsonl: its level. If there are several held-out files, the file stands
+    before it."""
     name = "all problems" if row["level"] is None else f"level {row['level']}"
     return f"{row['file']}, {name}" if "file" in row else name
 

@@ -95,8 +95,8 @@ def resume_run(cfg, config, ranks):
     directory = ranks.on_all(lambda: RunDirectory(cfg.out, ranks))  # locked before it is read
     checkpoint = ranks.from_first(lambda: next(iter(checkpoints(cfg.out)), None))
     for name, now in computing(cfg).items():
-        if now != config[name]:
-            tqdm.write(f"{name} {config[name]}, now {now}: the run is not bit for bit the same")
+        if now != config.get(name):  # None: a run of earlier code
+            tqdm.write(f"{name} {config.get(name)}, now {now}: the run is not bit for bit the same")
     model = checkpoint or cfg.model
     levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks))
     if cfg.kl_coef or cfg.lora_rank or not checkpoint:
