@@ -364,7 +364,7 @@ def test_a_tracker_that_fails_is_one_line(workshop, tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if works:
-        workshop("--tracker wandb --eval-data p.jsonl")
+        workshop("--tracker wandb --eval-data p.jsonl --reward toy_reward.py:never")  # skipped: nan
         said = capsys.readouterr().out
         assert "--tracker: OSError: no network" in said and said.count("--tracker:") == 1
     else:
