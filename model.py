@@ -465,11 +465,10 @@ def rows_per_chunk(width):
 
 
 def row_chunks(x, *others):
-    """x (..., V) -> its rows, and those of the others, part by part (rows, V or what they have):
+    """x (rows, V) -> its rows, and those of the others, part by part (rows, V or what they have):
     what is made of a part stays in the cache of a CPU."""
-    rows = x.view(-1, x.shape[-1])
-    size = len(rows) if x.is_cuda else rows_per_chunk(x.shape[-1])
-    return zip(*(y.view(len(rows), -1).split(size) for y in (rows, *others)))
+    size = len(x) if x.is_cuda else rows_per_chunk(x.shape[-1])
+    return zip(*(y.view(len(x), -1).split(size) for y in (x, *others)))
 
 
 def tokens_per_chunk(vocab_size, device):

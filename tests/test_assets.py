@@ -3,20 +3,14 @@ makes them again."""
 
 import itertools
 
-import pytest
 import torch
-from conftest import fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from answers import extract_answer
 from data import cut_levels, read_problems, without_repeats
-from experiments import warmstart
 from experiments.problems import generate
 from model import Transformer
-from policy.attempt import Sampling, attempt, evaluation_requests
-from policy.checkpoint import SHIPPED, Policy
-from rewards import RIGHT, WRONG, Grader, Scorer, writes_steps
-from run.flags import DEFAULTS, Config
+from policy.checkpoint import SHIPPED
+from run.flags import DEFAULTS
 from tools.overlap import overlap
 
 TINY = SHIPPED / "tiny"
@@ -48,47 +42,3 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
         )
     assert len(without_repeats(TRAINING)) == len(TRAINING) >= 2000
     assert overlap(TRAINING, HELD_OUT) == {}
-
-
-@pytest.mark.slow
-def test_fresh_samples_confirm_the_levels():
-    """The samples that chose a level must not be those that describe it. Level 1 is the easier one;
-    neither is hopeless or done. Greedy decoding does not solve level 2: its mistakes are no noise.
-    All completions write steps: that is not what is learned."""
-    policy, scorer, found = Policy.load(str(TINY)), Scorer(Config()), []
-    for level in cut_levels(HELD_OUT, DEFAULTS["quality"], "pass_rate")[0]:
-        prompts = policy.render(level[:200])
-        for temperature in (1.0, 0.0):
-            sampling = Sampling(128, temperature)
-            done = attempt(
-                policy, scorer, evaluation_requests(7, prompts, 2), sampling, fit(policy.model, 256)
-            )
-            attempts = [a for group in done for a in group]
-            assert sum(writes_steps(a.text) for a in attempts) > 0.99 * len(attempts)
-            found.append(sum(a.score.outcome for a in attempts) / len(attempts))
-    assert 0.3 < found[0] < 0.6
-    assert 0.01 < found[2] < 0.1 and found[3] < 0.05
-
-
-def test_the_warm_start_writes_a_policy(tmp_path):
-    """The same files as the shipped ones; those of the tokenizer are the same bytes."""
-    warmstart.main(["--out", str(tmp_path), "--steps", "2", "--batch", "4"])
-    assert {f.name for f in TINY.iterdir()} == {f.name for f in tmp_path.iterdir()}
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (TINY / name).read_bytes() == (tmp_path / name).read_bytes()
-    policy = Policy.load(str(tmp_path))
-    (prompt,) = policy.render(HELD_OUT[:1])
-    text = policy.tokenizer.decode(prompt.tokens)
-    assert text == f"<|user|>{HELD_OUT[0].problem}<|assistant|>"
-
-
-def test_demonstrations_are_right_or_fall_into_a_trap():
-    """The grader and the warm start agree on what an answer looks like. Who falls into a trap is
-    wrong: slips are rare at first, and come in full at the end."""
-    shares = []
-    for batch in warmstart.demonstrations(warmstart.Recipe("", steps=3, batch=400)):
-        verdicts = Grader().compare([(p.answer, extract_answer(text)) for p, text in batch])
-        assert set(verdicts) == {RIGHT, WRONG}
-        assert all(text.count("=") >= len(p.other["steps"]) for p, text in batch)
-        shares.append(verdicts.count(RIGHT) / 400)
-    assert shares[0] > 0.7 and 0.25 < shares[2] < 0.45

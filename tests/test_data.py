@@ -7,7 +7,6 @@ import sys
 from datetime import date
 from types import SimpleNamespace
 
-import numpy as np
 import sympy
 from conftest import table, write_lines
 from pytest import approx, importorskip, mark, raises
@@ -22,7 +21,6 @@ from experiments.warmstart import make_tokenizer
 from files import source_of, stem
 from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
-from tools.overlap import overlap
 
 
 def test_a_problem_survives_a_round_trip(tmp_path):
@@ -61,26 +59,6 @@ def test_repeats_are_equal_but_for_blanks():
     texts = "What is  2N+n?", "What is 2N+n?", "Other", "What is 2n+N?"
     train = [Problem(str(i), text, "4") for i, text in enumerate(texts)]
     assert [p.id for p in data.without_repeats(train)] == ["0", "2", "3"]
-
-
-NEAR = """
-# kept  evaluated  trained  near
-   7        7        60      0     # a run of seven words may be chance
-   8        8        60      1
-  24       27        27      1     # 17 of 23 grams
-  17       20        20      0     # 10 of 16
-  26       28        60      1     # 19 of the evaluation problem's 21
-  23       27        60      0     # 16 of them
-"""
-
-
-@mark.parametrize("kept, evaluated, trained, is_near", np.loadtxt(NEAR.splitlines(), int))
-def test_what_counts_as_near(kept, evaluated, trained, is_near):
-    """The three thresholds: looser ones would cry at every template, stricter ones miss copies."""
-    words = [f"w{i}" for i in range(evaluated)]
-    training = words[:kept] + [f"v{i}" for i in range(trained - kept)]
-    found = overlap([Problem("t", " ".join(training), "1")], [Problem("e", " ".join(words), "1")])
-    assert found == ({"e": ("near", "t")} if is_near else {})
 
 
 # What others publish, or one's own columns -> what is kept of it.
@@ -447,12 +425,3 @@ def test_the_process_reward_counts_the_steps_before_the_first_mistake(response, 
     reward = load_reward(str(SHIPPED.parent / "examples/process.py:right_steps"))
     found = reward.function({"steps": ["52+38=90", "-14=76"], "answer": "76"}, response)
     assert found == approx(int(right) / 3)
-
-
-def test_splits_are_disjoint_whatever_the_seed():
-    texts = {}
-    for split, seed in itertools.product(("train", "heldout"), (0, 1)):
-        some = [p.problem for p in itertools.islice(generate(split, seed), 2000)]
-        assert len(set(some)) == 2000
-        texts.setdefault(split, set()).update(some)
-    assert not texts["train"] & texts["heldout"]

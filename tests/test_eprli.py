@@ -267,29 +267,6 @@ def group(*outcome, policy_version=0, length=None, logprob=-1.0):
     )
 
 
-def test_buffer_conserves_groups_under_a_random_script():
-    """Draws, updates and expiries in any order: no group is lost or counted twice, the oldest are
-    trained on first, each once, and none that was sampled more than one update ago."""
-    rng, buffer, drawn, trained_on = np.random.default_rng(0), Buffer(), [], []
-    for trained in range(60):
-        buffer.expire(trained)
-        assert all(g.policy_version >= trained - 1 for g in buffer.groups)
-        for _ in range(rng.integers(0, 3)):
-            new = [group(*rng.integers(0, 2, 3), policy_version=trained) for _ in range(4)]
-            new.append(group(1, 0, logprob=rng.choice([-1, -math.inf]), policy_version=trained))
-            buffer.add(new)
-            drawn += new
-        if buffer.pending >= 4:
-            trained_on += buffer.oldest(4)
-            buffer.remove(buffer.oldest(4), "kept")
-        counts = dict(buffer.counts)
-        assert counts.pop("drawn", 0) == len(drawn) == sum(counts.values()) + buffer.pending
-    assert counts.keys() == {"kept", "all_right", "all_wrong", "broken", "stale"}
-    left = set(trained_on)
-    assert counts["kept"] == len(trained_on) == len(left)
-    assert trained_on == [g for g in drawn if g in left]
-
-
 def test_surplus_serves_the_next_update_and_no_other():
     """Surplus that expires at once is dropped before it can be used."""
     buffer, surplus = Buffer(), group(0, 1, policy_version=1)

@@ -16,9 +16,7 @@ import train
 from experiments.warmstart import make_tokenizer
 from model import Transformer
 from policy.learner import Learner
-from run.directory import RunDirectory
 from run.processes import Ranks, leave
-from run.state import Run, pack, plain, unpack
 
 pytestmark = mark.slow
 
@@ -307,17 +305,6 @@ def test_a_level_that_cannot_fill_its_buffer_says_why(run, tmp_path, printed, fl
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 3  # it does not draw for ever
 
 
-@fixture
-def idle_run(tmp_path):
-    """A run of which only the logs are used."""
-    (tmp_path / "config.json").write_text("{}")
-    ranks = Ranks()
-    nothing = dict.fromkeys(("cfg", "policy", "reference", "learner", "fit", "scorer"))
-    return Run(
-        directory=RunDirectory(tmp_path, ranks), ranks=ranks, levels=[], held_out=[], **nothing
-    )
-
-
 def test_a_collapse_of_entropy_is_warned_of(run, printed, monkeypatch):
     real, calls = train.diagnostics, []
 
@@ -331,14 +318,6 @@ def test_a_collapse_of_entropy_is_warned_of(run, printed, monkeypatch):
     text = printed().splitlines()
     warned = [i for i, line in enumerate(text) if "entropy has collapsed from" in line]
     assert len(warned) == 2 and "(80%) update 4 " in text[warned[0] - 1]
-
-
-def test_a_run_that_is_resumed_remembers_its_first_entropy(idle_run):
-    idle_run.first_entropy = 1.5
-    state = json.dumps(pack(idle_run), default=plain)
-    idle_run.first_entropy = 0.5
-    unpack(idle_run, json.loads(state))
-    assert idle_run.first_entropy == 1.5
 
 
 # ----------------------------------------------------------------------------------------- memory

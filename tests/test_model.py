@@ -29,11 +29,11 @@ SHAPES = """
 llama | {}
 llama | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 llama | {"tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true}
-llama | {"head_dim": 20}
+llama | {"head_dim": 20, "rms_norm_eps": 0.05}
 llama | {"num_key_value_heads": 6}
 qwen2 | {}
 qwen2 | {"tie_word_embeddings": true, "num_key_value_heads": 1}
-qwen3 | {"head_dim": 16}
+qwen3 | {"head_dim": 16, "rms_norm_eps": 0.05}
 qwen3 | {"tie_word_embeddings": true, "attention_bias": true, "head_dim": 12}
 """
 

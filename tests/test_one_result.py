@@ -403,15 +403,6 @@ def sample_of(prompt, length):
     return SimpleNamespace(group=group, completion=completion)
 
 
-def test_a_process_without_samples_runs_the_shortest_one_without_weight():
-    """The first of a step may have 24,000 tokens. FSDP's mean over processes becomes a sum."""
-    longest, shortest = samples = [sample_of(3, 9), sample_of(3, 2)]
-    learner = Learner(random_model(), Ranks())
-    for rank, expected in enumerate([([longest], 3), ([shortest], 0), ([shortest], 3)]):
-        learner.ranks = SimpleNamespace(rank=rank, size=3, sharded=True)
-        assert list(learner.micro_batches(samples)) == [expected]
-
-
 def test_gradients_of_micro_batches_add_up_in_float32_masters():
     """The last micro-batch in place of the sum, or a sum in bfloat16, which has no 1 + 2^-9."""
     model = random_model().bfloat16()

@@ -145,25 +145,6 @@ def test_a_captured_step_is_the_step(monkeypatch):
     assert len(captured) < steps  # but not at every step
 
 
-def test_room_follows_the_longest_completion(monkeypatch):
-    """Up, and down again: else one long completion would make all steps after it slow."""
-    monkeypatch.setattr(rollout, "ROOM", 8)
-    decode, rooms = rollout.Slots.decode, []
-
-    def watch(slots):
-        decode(slots)
-        longest = max(slots.running[slot].filled for slot in slots.live)
-        assert longest <= slots.cache.room <= max(8, 2 * longest)
-        rooms.append(slots.cache.room)
-
-    monkeypatch.setattr(rollout.Slots, "decode", watch)
-    keys = [[stream_key(0, i, k) for k in range(5)] for i in range(40)]
-    limits = [[40, 3, 3, 3, 3]] + [3] * 39
-    settings = dict(slots=8, stop_ids=(), temperature=1.0)
-    sampled(random_model(), [[10 + i] for i in range(40)], keys, limits, **settings)
-    assert max(rooms) == 40 > 20 > rooms[-1]
-
-
 # --------------------------------------------------------------------------------------- sampling
 
 
