@@ -118,7 +118,7 @@ def resume_run(cfg, config, ranks):
 def make_run(cfg, directory, ranks, levels, held_out, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
-        reference = Policy.load(cfg.model, cfg.dtype, ranks.device, cfg).model
+        reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
     return Run(
         cfg, directory, ranks, policy, reference, learner, fit, Scorer(cfg), levels, held_out

@@ -472,7 +472,7 @@ def test_command_line_writes_what_it_prints(run):
     assert " ".join(measures["all"]) == "avg@3 pass@2 maj@3 length cut_off writes_steps"
     rows = lines("out/completions.jsonl")
     right = [row["verdict"] == RIGHT for row in rows]
-    assert len(right) == 15
+    assert len(right) == 15 and "values" not in rows[0]
     assert np.mean(right) == approx(measures["all"]["avg@3"][0])
     run(f"{flags} --out again")  # no longer measures difficulty
     assert lines("again/completions.jsonl") != rows
@@ -645,14 +645,6 @@ def test_a_gpu_without_memory_is_one_sentence(ended, monkeypatch, where, said):
 
     monkeypatch.setattr(where, full)
     ended(said, f"{SHORT} --out o", "[12]")
-
-
-def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path, ended, monkeypatch):
-    """Another evaluation wrote it, hours after it was looked for. It is said in one line."""
-    real, path = evaluation.result_of, tmp_path / "g.jsonl"
-    monkeypatch.setattr(evaluation, "result_of", lambda rows: path.write_text("x") and real(rows))
-    ended("File exists", f"{SHORT} --add-pass-rate {path}", 1)
-    assert path.read_text() == "x"
 
 
 # --------------------------------------------------------------------------- processes and crashes
@@ -865,16 +857,3 @@ def test_compare_says_which_settings_differ(run):
     write_result("b", [[1, 1]], temperature=0.6, k=2, top_p=0.95)
     said = [line for line in run("--compare a b") if "differs" in line]
     assert said == ["temperature differs: A 1.0, B 0.6", "top_p differs: A None, B 0.95"]
-
-
-def test_compare_says_that_problems_were_changed(run):
-    """Ids are line numbers where a file has none: its lines in another order made other pairs."""
-    for name, answer in zip("abc", "334"):
-        write_lines("p.jsonl", [{"problem": "1+2", "answer": answer}])
-        run(f"{SHORT} --out {name}")
-    Path("q").mkdir()
-    shutil.copy("p.jsonl", "q/p.jsonl")
-    run(f"{SHORT.replace('p.jsonl', 'q/p.jsonl')} --out d")
-    for pair, changed in (("a b", False), ("a c", True), ("c d", False)):
-        said = [line for line in run(f"--compare {pair}") if line.startswith("prompts differs")]
-        assert bool(said) == changed

@@ -161,38 +161,6 @@ def test_two_in_a_row_do_not(run, monkeypatch, metrics):
     assert metrics("groups_broken") == [0, 2, 2, 0, 2, 2, 0]
 
 
-def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(
-    run, tmp_path, capsys, monkeypatch
-):
-    """Finite weights of 1e30 whose logits are nan: the three updates that follow push out no good
-    checkpoint."""
-    real, steps = Learner.step, []
-
-    def step(self, lr):
-        steps.append(lr)
-        return real(self, 1e30 if len(steps) == 3 else lr)
-
-    monkeypatch.setattr(Learner, "step", step)
-    assert run("--updates 20 --minibatches 1 --keep-checkpoints 2") == 1
-    assert "3 updates in a row" in capsys.readouterr().err
-    assert checkpoints(tmp_path) == ["000002", "000003"]
-
-
-def test_a_signal_while_updates_are_broken_leaves_the_last_good_checkpoint(
-    run, tmp_path, capsys, monkeypatch
-):
-    """Weights in doubt would be saved, and the good ones deleted."""
-
-    def tell(J, logprob):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return nan_loss(J, logprob)
-
-    spoil(monkeypatch, {5}, tell)  # the first step of the third update
-    assert run("--keep-checkpoints 1") == 128 + signal.SIGTERM
-    assert "the last good checkpoint is run/checkpoints/000002" in capsys.readouterr().out
-    assert checkpoints(tmp_path) == ["000002"]
-
-
 def test_a_run_that_ends_while_broken_keeps_the_last_good_checkpoint(
     run, tmp_path, printed, monkeypatch
 ):
@@ -237,22 +205,6 @@ def test_the_watchdog_is_silent_while_learner_and_sampler_agree(run, metrics, dt
     assert run(f"--dtype {dtype}") == 0
     gaps = [gap for gap in metrics("logprob_gap_mean") if gap is not None]
     assert gaps and max(gaps) < train.MOST_GAP[dtype] / 3
-
-
-@dtypes
-def test_the_watchdog_stops_a_learner_of_another_policy(run, tmp_path, capsys, monkeypatch, dtype):
-    """A temperature that one side forgets, a cache that is off by one: nothing crashes, and the
-    ratio of Eq. 1 is wrong."""
-    real = Transformer.token_logprobs
-
-    def of_another_prompt(self, prompt, *others):
-        return real(self, torch.tensor([*prompt[:-1], 77, 78, 79]), *others)
-
-    monkeypatch.setattr(Transformer, "token_logprobs", of_another_prompt)
-    assert run(f"--dtype {dtype} --lr 1e-3 --model {sharp(tmp_path)}") == 1
-    error = capsys.readouterr().err
-    assert "differ from the sampler's by" in error and f"rounding in {dtype} explains" in error
-    assert checkpoints(tmp_path) == ["000000"]  # no weight was touched
 
 
 @dtypes

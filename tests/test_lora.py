@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from conftest import edit, families, files, peak, random_model, read, spoil, table, write_lines
+from conftest import edit, families, files, random_model, read, spoil, table, write_lines
 from pytest import approx, fixture, importorskip, mark, raises, skip
 from test_rollout import gaps
 
 import eval as evaluation
 import train
-from model import ChosenLogprobs, Transformer
+from model import Transformer
 from policy import lora
 from policy.checkpoint import Policy
 from policy.learner import Learner
@@ -148,16 +148,6 @@ def test_packed_weights_compute_the_same(family):
 def test_sampler_and_learner_agree(dtype, most):
     """A sampler of the base, or of merged weights that were rounded, is another policy."""
     assert gaps(adapted("qwen3", getattr(torch, dtype)), 0.8, stop_ids=()).mean() < most
-
-
-@mark.parametrize("frozen", [True, False])
-def test_a_frozen_head_takes_no_gradient_while_learning(frozen):
-    """The head of a model of 1.5 B has 233 M weights, whose gradient nobody reads."""
-    hidden = torch.randn(4, 64, requires_grad=True)
-    weight = torch.randn(5000, 64, requires_grad=not frozen)
-    logprob, _ = ChosenLogprobs.apply(hidden, weight, torch.arange(4), 1.0)
-    _, most, _ = peak(logprob.sum().backward)
-    assert (most < weight.nbytes) == frozen
 
 
 def test_a_step_moves_factors_alone():

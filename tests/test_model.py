@@ -51,7 +51,10 @@ def test_logits_equal_transformers_both_ways(family, changes, tmp_path):
         with torch.no_grad():
             expected = reference(ids).logits
             assert expected.std() > 0.3  # not a comparison of zeros
-            for folder in (tmp_path, tmp_path / "theirs"):
+            folders = tmp_path, tmp_path / "theirs"
+            configs = [read(folder / "config.json") for folder in folders]
+            assert configs[0]["architectures"] == configs[1]["architectures"]  # vLLM reads it
+            for folder in folders:
                 error = Transformer.from_pretrained(folder, dtype)(ids) - expected
                 assert error.abs().max() < close * expected.abs().max()
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import launch
 from conftest import lines, read, write_lines
-from launch import at, at_call, at_event, die, fail, full_disk, said, start, tell, wait
+from launch import at, at_event, die, fail, full_disk, said, start, tell, wait
 from pytest import fixture, mark, raises
 
 import rewards
@@ -279,18 +279,6 @@ def test_a_signal_saves_a_whole_update_and_the_rest_follows(workshop, where):
     assert checkpoints(workshop, "told")[-1] == f"{update:06d}"
     assert len(without_time(workshop / "told/metrics.jsonl") if update else []) == update
     ends_the_same(workshop, "told")
-
-
-def test_a_signal_that_comes_twice_at_once_is_one(workshop):
-    """torchrun passes Ctrl-C on to processes that have it from the terminal."""
-    assert began(workshop, "doubled", tell_twice) == 128 + SIGINT
-    assert "interrupted; --resume" in said(workshop)
-    ends_the_same(workshop, "doubled")
-
-
-def tell_twice():
-    at_call("train.learn", 4, partial(tell, SIGINT))
-    at_call("run.state.save_file", 2, partial(tell, SIGTERM))
 
 
 @mark.parametrize("world, number", [(1, SIGTERM), (2, SIGINT)])

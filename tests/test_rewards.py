@@ -271,19 +271,6 @@ def test_a_killed_worker_takes_its_child_along():
             time.sleep(0.1)
 
 
-def test_zombies_of_macos_are_no_error(monkeypatch):
-    """There, killpg raises PermissionError if only zombies are left in the group."""
-    worker = started()
-    worker.process.kill()
-
-    def refuse(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(rewards.os, "killpg", refuse)
-    worker.kill()
-    assert worker.process.poll() is not None
-
-
 def test_a_worker_that_dies_while_idle_costs_no_verdict(grader):
     """A minute of sampling lies between two gradings. What happens to a worker meanwhile is no
     answer's fault."""

@@ -29,6 +29,7 @@ from eprli import (
 )
 from model import pad
 from policy.attempt import TRAINING, Attempt, Sampling, attempt
+from policy.checkpoint import default_dtype
 from policy.learner import Learner
 from rewards import Score
 from rollout import Completion, stream_key
@@ -247,6 +248,17 @@ def test_progress_follows_the_budget_that_is_used_up_first():
     assert progress(None, 2000) == 0.25
     assert progress(4, 2000) == 0.75 and progress(30, 1000) == 0.5
     assert progress(None, 400) == progress(3, None) == progress(0, None) == progress(9, 0) == 1
+    for flags, updates in (("--tokens 9 --updates 3", 3), ("--tokens 9", None)):
+        assert resolve_levels(config(f"--quality 1 {flags}"), measured=True)[0].updates == updates
+
+
+def test_the_defaults_of_the_shipped_model_are_those_of_the_readme():
+    easy, hard = resolve_levels(fill(config("")), measured=True)
+    assert (easy.quality, easy.max_new_tokens, easy.length_weight, easy.updates) == (0.8, 96, 0, 20)
+    assert (hard.quality, hard.max_new_tokens, hard.length_weight) == (1, 128, 0.3)
+    assert (hard.updates, hard.group_size, hard.buffer_groups, hard.prompts) == (40, 16, 16, 16)
+    other = fill(config("--model other --lr 1 --max-new-tokens 9"))
+    assert other.length_weight == [0] and default_dtype("other", "cuda") == "bfloat16"
 
 
 def test_a_step_without_signal_moves_nothing():
@@ -326,6 +338,7 @@ def test_pass_rates_of_other_models_and_settings_are_said(printed):
         "temperature 0.6, now 1.0": own | {"temperature": 0.6},
         "max_new_tokens 9, now 8": own | {"max_new_tokens": 9},
         "4 samples a problem (fewer than 16": own | {"samples": 4},
+        "None samples a problem": now | {"model": "m"},
         "nothing says what measured": None,
     }
     for words, measured in cases.items():
@@ -462,17 +475,6 @@ def test_a_skipped_update_does_not_age_the_buffer(metrics):
     rows = metrics(flags)
     assert column(rows, "groups_kept") == [0, 0, 6]
     assert not any(column(rows, "groups_stale"))
-
-
-def test_one_problem_drawn_twice_makes_two_groups(workshop):
-    """Grouping by prompt text would merge them; forgetting the draw index would sample the same
-    completions twice."""
-    write_lines("one.jsonl", [{"problem": "a", "answer": "1", "pass_rate": 0.5}])
-    flags = "--prompts 1 --group-size 8 --max-new-tokens 30 --dtype float64 --quality 1"
-    out = workshop(f"--data one.jsonl --updates 1 {flags}")
-    drawn = column(lines(out / "completions.jsonl"), "text")
-    assert lines(out / "metrics.jsonl")[0]["groups_kept"] == 2
-    assert len(drawn) % 16 == 0 and len(set(drawn)) == len(drawn)
 
 
 def test_what_is_logged_is_what_its_name_says(metrics):
