@@ -110,12 +110,12 @@ def additive_mask(seen, dtype):
     return seen.new_zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -1e30)
 
 
-def keys_for_every_head(device, masked):
+def keys_for_every_head(q, masked):
     """Whether keys and values are copied to every head that shares them.
 
-    On a GPU only the slowest kernel takes a mask without such copies.
+    On a GPU only the slowest kernel, which holds all scores, takes a mask or float32 without.
     """
-    return masked and device == "cuda"
+    return q.is_cuda and (masked or q.itemsize > 2)
 
 
 def scaled_dot_product(q, k, v, mask=None):
@@ -124,7 +124,7 @@ def scaled_dot_product(q, k, v, mask=None):
     mask  (B, 1, T, S), see `additive_mask`, or None for causal attention over T = S tokens
     """
     causal = mask is None
-    if keys_for_every_head(q.device.type, masked=not causal):
+    if keys_for_every_head(q, masked=not causal):
         copies = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     shared = k.shape[1] < q.shape[1]
@@ -174,6 +174,8 @@ class PromptCache:
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)  # one kernel, which computes in float32 too
         normalized = F.rms_norm(at_least_float32(x), self.normalized_shape, eps=self.eps)
         return self.weight * normalized.type_as(x)
 

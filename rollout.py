@@ -101,7 +101,8 @@ class KVCache:
     """Keys and values of every layer for independent rows.
 
     k, v   one tensor per layer, (rows, K, S, D): every row has room for S positions
-    room   S. It follows the longest row, up and down
+    room   S. It follows the longest row, up and down. Where decoding reads no further than a row is
+           filled, it may be larger: each change of the room is another CUDA graph
 
     A query at position q sees position p of its row iff p <= q. What a row holds beyond that (the
     padding of a prefill, tokens of an earlier completion) is overwritten before it can be seen.
@@ -114,16 +115,18 @@ class KVCache:
         self.k = [empty.clone() for _ in range(config.num_hidden_layers)]
         self.v = [k.clone() for k in self.k]
         self.longest = longest
+        self.reads_filled = reads_filled(empty)
+        self.growth, self.slack = (2, 4) if self.reads_filled else (9 / 8, 2)
 
     @property
     def room(self):
         return self.k[0].shape[2]
 
     def fit(self, length):
-        """Make room for `length` positions; give room back if less than half of it is used."""
-        if length <= self.room <= max(ROOM, 2 * length):
+        """Make room for `length` positions; give room back if little of it is used."""
+        if length <= self.room <= max(ROOM, self.slack * length):
             return
-        change = round_up(min(length + length // 8, self.longest), ROOM) - self.room
+        change = round_up(min(int(length * self.growth), self.longest), ROOM) - self.room
         self.replace(lambda x: F.pad(x, (0, 0, 0, change)))  # a negative number cuts
 
     def copy(self, source, targets, length):
@@ -162,12 +165,17 @@ class KVCache:
         bfloat16 would round the scores before their softmax, and the learner does not.
         """
         rows = torch.arange(len(positions), device=positions.device)
-        mask = self.mask(positions, self.room)
+        if self.reads_filled:
+            filled = (positions + 1).expand(-1, self.k[0].shape[1]).flatten().int()
+        else:
+            mask = self.mask(positions, self.room)
 
         def attend(layer, q, k, v):
             self.store(layer, rows, positions, k, v)
             q, keys, values = q.view(*k.shape[:2], -1, k.shape[3]), self.k[layer], self.v[layer]
-            if q.itemsize < 4:
+            if self.reads_filled:
+                out = filled_attention(q, keys, values, filled)
+            elif q.itemsize < 4:
                 out = F.scaled_dot_product_attention(q, keys, values, mask)
             else:
                 score = q * k.shape[3] ** -0.5 @ keys.mT + mask
@@ -183,6 +191,25 @@ class KVCache:
     def mask(self, positions, width):
         seen = torch.arange(width, device=positions.device) <= positions[:, None, :, None]
         return additive_mask(seen, self.k[0].dtype)
+
+
+def reads_filled(x):
+    """Whether `filled_attention` has a kernel for such keys: NVIDIA's in half precision."""
+    return x.is_cuda and x.itemsize == 2 and x.shape[3] % 8 == 0 and not torch.version.hip
+
+
+def filled_attention(q, k, v, filled):
+    """Flash attention of one token a row: q (R, K, H / K, D), k and v (R, K, S, D) -> as q.
+
+    filled  (R * K,) int32: the positions of each row and key head that are read, from the first.
+            To the kernel each of them is a sequence of its own, with H / K heads and one key head
+    """
+    count, room = filled.numel(), k.shape[2]
+    starts = torch.arange(count + 1, dtype=torch.int32, device=q.device)
+    q, k, v = (x.view(-1, heads, x.shape[3]) for x, heads in ((q, q.shape[2]), (k, 1), (v, 1)))
+    attention = torch.ops.aten._flash_attention_forward
+    varying = starts, starts * room, 1, room, 0.0, False, False  # no dropout, mask, debug output
+    return attention(q, k, v, *varying, seqused_k=filled)[0]
 
 
 # ---------------------------------------------------------------------------------------- slots
@@ -296,6 +323,7 @@ class Slots:
             self.prefill(new[-size:], [placed[prompt][0] for prompt in new[-size:]])
             del new[-size:]
         for prompt, slots in placed.items():
+            slots = torch.tensor(slots, device=self.logits.device)
             self.cache.copy(prompt.slot, slots, len(prompt.tokens))
             self.logits[slots] = prompt.logits
             if not self.waiting or self.waiting[0].prompt is not prompt:
@@ -308,7 +336,8 @@ class Slots:
             shared = max(0, len(commonprefix(tokens)) - 1) // MIN_ROWS * MIN_ROWS
         if shared:
             self.extend(rows[:1], [tokens[0][:shared]], 0)
-            self.cache.copy(rows[0], rows[1:], shared)
+            others = torch.tensor(rows[1:], device=self.logits.device)
+            self.cache.copy(rows[0], others, shared)
         rest = [row[shared:] for row in tokens]
         last = [len(row) - 1 for row in rest]
         hidden = self.extend(rows, rest, shared)[range(len(rows)), last]
@@ -330,7 +359,8 @@ class Slots:
         sequences = [sequence or Sequence(None, 0, 0) for sequence in self.running]
         keys = np.array([sequence.key for sequence in sequences], np.uint64)
         positions = np.array([len(sequence.tokens) for sequence in sequences])
-        u = torch.from_numpy(uniforms(keys, positions)).to(self.logits.device)
+        u = torch.from_numpy(uniforms(keys, positions))
+        u = u.to(self.logits.device, non_blocking=True)
         chosen = []
         for logits, some in row_chunks(self.logits, u):
             tokens, logprobs = choose(logits, some[:, 0], temperature, top_k, top_p)

@@ -19,7 +19,7 @@ from eprli import Buffer, LevelState
 from policy.checkpoint import Policy
 from policy.learner import Learner
 from rewards import Reward, Scorer
-from run.fit import Fit
+from run.fit import Fit, fit_learner
 from run.flags import Config, resolve_levels
 from run.processes import Ranks
 from run.state import Run
@@ -44,6 +44,7 @@ def make_run(args, problems):
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
+    fit_learner(learner)
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 

@@ -65,7 +65,8 @@ class Learner:
             yield [min(samples, key=completion_length)], 0
 
     def use_less_memory(self):
-        """A GPU is full: drop what a step has of its gradient, and halve the micro-batches.
+        """A GPU is full: drop what a step has of its gradient, and compute layers again in the
+        backward pass; if that is done already, halve the micro-batches.
 
         Raises the OutOfMemoryError again if they are the smallest, and under FSDP, where all
         processes would have to begin anew together.
@@ -73,8 +74,13 @@ class Learner:
         if self.ranks.sharded or self.most_tokens <= LEAST_MICRO_BATCH:
             raise  # what is being handled
         self.drop_gradient()
-        self.most_tokens //= 2
-        tqdm.write(f"out of memory: micro-batches of {self.most_tokens} tokens from now on")
+        body = self.model.model
+        if self.weights[0].is_cuda and not body.recompute:
+            body.recompute, change = True, "layers are computed again in the backward pass"
+        else:
+            self.most_tokens //= 2
+            change = f"micro-batches of {self.most_tokens} tokens"
+        tqdm.write(f"out of memory: {change} from now on")
 
     def step(self, lr):
         """One step at learning rate lr, by the sum of the gradients of all processes; returns its

@@ -1,4 +1,6 @@
-"""Packed weights, with which a CPU samples; and what malloc does with memory that torch frees.
+"""Joined and packed weights, with which a policy samples; what malloc does with freed memory.
+
+On a GPU the layers that read one input are one product: fewer kernels.
 
 For few rows a product by oneDNN is faster with packed weights: copied once into the order in which
 the kernel reads them. Some CPUs and builds of torch lack this kernel, or have it in float32 only.
@@ -23,6 +25,7 @@ with suppress(AttributeError, TypeError, OSError):  # other C libraries lack thi
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from model import MLP, Attention  # noqa: E402
@@ -35,12 +38,14 @@ MISSING = (RuntimeError, AttributeError)
 
 @contextmanager
 def packed(model, rows):
-    """Within the block, inference uses the weights of this moment, packed for about `rows` rows.
+    """Within the block, inference uses the weights of this moment, joined, and on a CPU packed for
+    about `rows` rows.
 
-    Packing costs as much as one decoding step, and the memory of the weights once more. Without
-    the kernel the block changes nothing.
+    That costs as much as one decoding step, and the memory of these weights once more. On a CPU
+    without the kernel the block changes nothing.
     """
-    packs = model.device.type == "cpu" and has_kernel(model.lm_head.weight.dtype)
+    on_cpu = model.device.type == "cpu"
+    packs = not on_cpu or has_kernel(model.lm_head.weight.dtype)
     replaced, joined = [], set()
     try:
         for module in model.modules() if packs else ():  # from the outside to the inside
@@ -49,7 +54,7 @@ def packed(model, rows):
                 joined.update(layers)
                 replaced.append((module, "project"))
                 module.project = product(layers, rows)
-            elif isinstance(module, nn.Linear) and module not in joined:
+            elif on_cpu and isinstance(module, nn.Linear) and module not in joined:
                 project = product([module], rows)
                 replaced.append((module, "forward"))
                 module.forward = lambda x, project=project: project(x)[0]
@@ -62,13 +67,15 @@ def packed(model, rows):
 @torch.no_grad()
 def product(layers, rows):
     """-> a function of x, which these layers read: [the output of each], by one product"""
-    weight, bias = pack(torch.cat([layer.weight for layer in layers]), rows), None
+    weight, bias, linear = torch.cat([layer.weight for layer in layers]), None, F.linear
+    if not weight.is_cuda:
+        weight, linear = pack(weight, rows), packed_linear
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
     sizes = [layer.out_features for layer in layers]
 
     def project(x):
-        outputs = packed_linear(x, weight, bias).split(sizes, -1)
+        outputs = linear(x, weight, bias).split(sizes, -1)
         return [add_factors(layer, x, out) for layer, out in zip(layers, outputs)]
 
     return project

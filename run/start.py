@@ -34,7 +34,7 @@ from policy.checkpoint import Policy, digest, find_folder, weights_digest
 from policy.learner import Learner
 from rewards import MATH, Scorer, identity, load_reward
 from run.directory import RunDirectory, checkpoints, create
-from run.fit import Fit
+from run.fit import Fit, fit_learner
 from run.flags import objective_line, resolve_levels
 from run.state import Run
 
@@ -120,6 +120,7 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
     if cfg.kl_coef:
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
+    fit_learner(learner)
     return Run(
         cfg, directory, ranks, policy, reference, learner, fit, Scorer(cfg), levels, held_out
     )
