@@ -112,7 +112,7 @@ def read_problems(name, columns=(), must_fit=False, graded=True):
     where, local = BENCHMARKS.get(source, source), Path(source).exists()
     if where.endswith(".parquet") or (":" in where and not local):
         problems = []
-        with explained(f"{name}: cannot be read as {where}; it takes `pip install datasets`"):
+        with explained(f"{name}: cannot be read as {where}"):
             chosen = islice(enumerate(load_rows(where)), rows.start, rows.stop)
         for number, row in chosen:
             with explained(f"{name}, row {number}"):

@@ -65,7 +65,8 @@ def check_supported(config):
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are)"
+            f"model type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are): take "
+            "SmolLM2, Llama 3, Qwen2.5 (or its Math, Coder, R1-Distill), Qwen3, which are of these"
         )
     rope = config.rope_parameters
     kind, sliding = rope["rope_type"], getattr(config, "use_sliding_window", False)

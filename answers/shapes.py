@@ -158,7 +158,7 @@ def read_relation(text, sides, signs):
     label, value = sides[0], sides[-1]
     if signs in (["="], [r"\in"]) and LABEL.fullmatch(label) and not CHOICE.fullmatch(text):
         shape = read(value)
-        names = label.strip("() ").split(",") if label[0] == "(" else []
+        names = label.strip("() ").split(",")
         if shape.kind == "tuple" and len(names) == len(shape.parts):  # (x,y)=(1,2): x=1, y=2
             names = [squeeze(name.strip(" ")) for name in names]
             items = [replace(part, label=name) for part, name in zip(shape.parts, names)]

@@ -127,7 +127,12 @@ def is_shipped(model):
 
 
 def default_dtype(model, device):
-    return "bfloat16" if device == "cuda" and not is_shipped(model) else "float32"
+    if device == "cpu" or is_shipped(model):
+        return "float32"
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        tqdm.write("this card has no bfloat16: float32, which most models need --lora-rank 16 for")
+        return "float32"
+    return "bfloat16"
 
 
 def find_folder(name):

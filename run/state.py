@@ -59,6 +59,7 @@ class Run:
     evaluations: list = field(default_factory=list)  # rows of eval.jsonl
     first_entropy: float | None = None
     bar: tqdm | None = None
+    estimate_at: int = 0  # updates, after which the rest can be guessed
     tracker: object = None  # the library, on the first process, with --tracker
 
     @property
@@ -84,7 +85,15 @@ class Run:
     def progress_bar(self):
         silent = not self.ranks.first
         self.bar = tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent)
+        self.estimate_at = self.num_updates + 2
         return self.bar
+
+    def tell_estimate(self):
+        """When the run will end, by what its first two updates took."""
+        elapsed, share = self.bar.format_dict["elapsed"], self.progress - self.bar.initial
+        left = tqdm.format_interval(elapsed / share * (1 - self.progress)) if share else "unknown"
+        took = tqdm.format_interval(elapsed)
+        tqdm.write(f"  two updates (and what was evaluated) took {took}; left at this rate: {left}")
 
     def due(self, every):
         """Whether what happens every so many updates (0, None: never) is due now."""
@@ -120,6 +129,8 @@ class Run:
         self.half_done = False
         if self.bar:
             self.bar.update(self.progress - self.bar.n)
+            if self.num_updates == self.estimate_at and self.ranks.first:
+                self.tell_estimate()
         if self.num_broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite (skipped ones do "

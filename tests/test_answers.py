@@ -941,6 +941,7 @@ B | \text{B} | \text{(B)}
 x=5 | 5 | 5.0
 5\text{ km} | 5\text{ kilometers}
 (1,0.5) | (1, \frac12)
+(b,a)=(2,1) | (a,b)=(1,2)
 """
 
 
