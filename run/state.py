@@ -88,13 +88,6 @@ class Run:
         self.estimate_at = self.num_updates + 2
         return self.bar
 
-    def tell_estimate(self):
-        """When the run will end, by what its first two updates took."""
-        elapsed, share = self.bar.format_dict["elapsed"], self.progress - self.bar.initial
-        left = tqdm.format_interval(elapsed / share * (1 - self.progress)) if share else "unknown"
-        took = tqdm.format_interval(elapsed)
-        tqdm.write(f"  two updates (and what was evaluated) took {took}; left at this rate: {left}")
-
     def due(self, every):
         """Whether what happens every so many updates (0, None: never) is due now."""
         return bool(every and self.num_updates and self.num_updates % every == 0)
@@ -130,7 +123,7 @@ class Run:
         if self.bar:
             self.bar.update(self.progress - self.bar.n)
             if self.num_updates == self.estimate_at and self.ranks.first:
-                self.tell_estimate()
+                tqdm.write(f"  time after two updates, and what is left at this rate: {self.bar}")
         if self.num_broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite (skipped ones do "
