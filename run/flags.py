@@ -191,9 +191,9 @@ class Optimizer:
         5,
         rule=AT_LEAST_0,
     )
-    lr_decay: Literal["none", "linear", "cosine"] = flag(
-        "from 1 at a level's start to 0 at its end [ours, for 0.6 M parameters; DeepScaleR none]",
-        "linear",
+    lr_decay: Literal["none", "linear", "cosine"] | None = flag(
+        "from 1 at a level's start to 0 at its end; default linear for the shipped model, none for "
+        "any other [ours; DeepScaleR, DAPO: none]"
     )
     minibatches: int = flag(
         "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]",
@@ -399,6 +399,7 @@ def fill(cfg):
         cfg,
         dtype=cfg.dtype or default_dtype(cfg.model, cfg.device),
         lr=cfg.lr or LR,
+        lr_decay=cfg.lr_decay or ("linear" if shipped else "none"),
         eval_data=held_out,
         length_weight=cfg.length_weight or (None if shipped else [0.0]),
     )

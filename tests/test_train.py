@@ -258,7 +258,8 @@ def test_the_defaults_of_the_shipped_model_are_those_of_the_readme():
     assert (hard.quality, hard.max_new_tokens, hard.length_weight) == (1, 128, 0.3)
     assert (hard.updates, hard.group_size, hard.buffer_groups, hard.prompts) == (40, 16, 16, 16)
     other = fill(config("--model other --lr 1 --max-new-tokens 9"))
-    assert other.length_weight == [0] and default_dtype("other", "cuda") == "bfloat16"
+    assert (other.length_weight, other.lr_decay) == ([0], "none")
+    assert fill(config("")).lr_decay == "linear" and default_dtype("other", "cuda") == "bfloat16"
 
 
 def test_a_step_without_signal_moves_nothing():
@@ -297,7 +298,8 @@ async def slow(problems, responses):
     return [even(*pair) for pair in zip(problems, responses)]
 """
 DEFAULTS = """--data p.jsonl --reward toy_reward.py:even --group-size 4 --buffer-groups 2
---max-new-tokens 6 --updates 2 --out run --device cpu --lr 1e-2 --warmup 0 --length-weight 0"""
+--max-new-tokens 6 --updates 2 --out run --device cpu --lr 1e-2 --warmup 0 --length-weight 0
+--lr-decay linear"""
 
 
 @fixture
