@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import sympy
 from conftest import table, write_lines
-from pytest import approx, importorskip, mark, raises
+from pytest import approx, mark, raises
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -211,7 +211,8 @@ def test_a_slice_of_a_file(tmp_path, monkeypatch, name):
         lines = list(map(json.dumps, rows))
         path.write_text("\n".join([lines[0], "", *lines[1:5], "torn"]))
     else:
-        datasets = importorskip("datasets", reason="needs the library datasets")
+        import datasets
+
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "set/p.parquet"))
