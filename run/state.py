@@ -122,7 +122,7 @@ class Run:
         self.half_done = False
         if self.bar:
             self.bar.update(self.progress - self.bar.n)
-            if self.num_updates == self.estimate_at and self.ranks.first:
+            if self.ranks.first and self.num_updates == self.estimate_at and self.progress < 1:
                 tqdm.write(f"  time after two updates, and what is left at this rate: {self.bar}")
         if self.num_broken == MOST_BROKEN:
             raise Stop(
