@@ -15,6 +15,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -31,7 +32,7 @@ real_device, real_to, real_tolist = Tensor.device.__get__, Tensor.to, Tensor.tol
 def device_of(x):
     device = real_device(x)
     x = getattr(x, "_local_tensor", x)  # of a shard
-    marked = device.type == "cpu" and hasattr(x.untyped_storage(), "on_card")
+    marked = device.type == "cpu" and getattr(x.untyped_storage(), "on_card", False)
     return CARD if marked else device
 
 
@@ -43,6 +44,8 @@ def wait(name):
 
 class Card(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FakeTensor in types:
+            return func(*args, **(kwargs or {}))
         if set(types) - {Tensor, Parameter}:
             return NotImplemented  # shards: their parts come here
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -96,10 +99,7 @@ def to(x, *args, copy=False, **kwargs):
     if capturing or device.type == "cpu" or not non_blocking:
         wait("to")
     result = real_to(x, dtype or x.dtype, copy=True)
-    if device.type == "cuda":
-        result.untyped_storage().on_card = True
-    else:
-        del result.untyped_storage().on_card
+    result.untyped_storage().on_card = device.type == "cuda"
     return result
 
 
