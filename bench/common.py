@@ -22,11 +22,14 @@ SHAPE = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "vocab_size"
 )
+# The last three are Qwen2.5's; the 7b alone has a head that is not the embedding.
 SIZES = {
-    "2m": (128, 384, 4, 4, 2, 2048),
-    "11m": (320, 896, 8, 10, 2, 8192),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "2m": "128 384 4 4 2 2048",
+    "11m": "320 896 8 10 2 8192",
+    "135m": "576 1536 30 9 3 49152",
+    "0.5b": "896 4864 24 14 2 151936",
+    "1.5b": "1536 8960 28 12 2 151936",
+    "7b": "3584 18944 28 28 4 152064",
 }
 MODEL = {
     "model": "",
@@ -48,7 +51,12 @@ def parse(docstring, **flags):
     return parser.parse_args()
 
 
-def make_model(size, out):
+def numbers(size):
+    """Those of SHAPE."""
+    return map(int, SIZES[size].split())
+
+
+def make_model(size, out, dtype=torch.float32, device="cpu"):
     """A random Qwen2 in a Hugging Face folder, with a tokenizer and a chat template."""
     from transformers import Qwen2Config
 
@@ -57,15 +65,17 @@ def make_model(size, out):
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    shape = dict(
-        zip(SHAPE.split(), SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True
-    )
-    model = Transformer(Qwen2Config(**shape, eos_token_id=tokenizer.eos_token_id))
+    shape = dict(zip(SHAPE.split(), numbers(size)), tie_word_embeddings=size != "7b")
+    shape |= {"max_position_embeddings": 8192, "eos_token_id": tokenizer.eos_token_id}
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = Transformer(Qwen2Config(**shape))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    torch.set_default_dtype(torch.float32)
 
 
 def make_workload(path, prompts, group, max_new, uniform=False):
@@ -87,8 +97,7 @@ def make_workload(path, prompts, group, max_new, uniform=False):
 
 def read_workload(path):
     """-> a list of (prompt, lengths of its completions)"""
-    with open(path) as file:
-        return [tuple(json.loads(line).values()) for line in file]
+    return [tuple(json.loads(line).values()) for line in Path(path).read_text().splitlines()]
 
 
 def reward(problem, text):
@@ -112,7 +121,13 @@ def product_speed(args):
     """FLOP/s of a large matrix product in this dtype."""
     n = 2048 if args.device == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=args.device).to(getattr(torch, args.dtype))
-    return 2 * n**3 / seconds(lambda: a @ b, 5)
+    return 2 * n**3 / seconds(lambda: a @ b, 3)
+
+
+def report(args, tokens, seconds, **more):
+    """Print the line of JSON that a script ends with; mebibytes are held at most so far."""
+    found = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    print(json.dumps(found | more | peak_memory(args)), flush=True)
 
 
 def peak_memory(args):
@@ -120,5 +135,4 @@ def peak_memory(args):
     found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
     if args.device != "cpu":
         found["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        found["device"] = torch.cuda.get_device_name()
     return found

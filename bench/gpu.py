@@ -1,146 +1,336 @@
-"""An acceptance test of one GPU, as one table: bench/gpu.sh runs it.
+"""What one GPU makes of this project, as one table. `bash bench/gpu.sh` runs it.
 
-Every row is printed as soon as it is measured. A part that fails is a row that says why, and costs
-none of the others. The exit code is 1 if a row says NO.
+    python bench/gpu.py --model Qwen/Qwen2.5-1.5B-Instruct --out DIR     all rows, as a table
+    python bench/gpu.py --row decoding ...                               one, as lines of JSON
+    python bench/gpu.py --arithmetic                                     what cards should need
+
+Every row is a process of its own with a time limit. One that fails or takes longer keeps what it
+has printed, and its last line says why; the others go on. --out has a log for each row.
 """
 
-import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import common
-import step
 import torch
 from safetensors.torch import load_file
+from torch.profiler import profile
 
-from data import read_problems
-from policy.checkpoint import SHIPPED
+from files import squash
+from model import Transformer
+from policy.checkpoint import find_folder
 from policy.packed import packed
-from rollout import Slots, stream_key
-from train import MOST_GAP
+from rollout import Slots, capture, stream_key
+from run.fit import UNCHECKPOINTED, free_bytes
 
-FLAGS = """--quality 1 --filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3
---warmup 0 --max-new-tokens 48 --updates 3 --save-every 1 --keep-checkpoints 3 --eval-every 0
---dtype float32 --reward bench/common.py:reward"""
-ENDS = "small", "whole/checkpoints/000003", "killed/checkpoints/000003"
+SMALL_RUN = """--model {out}/small --out {out}/{name} --device {device} --dtype float32 --quality 1
+--filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 3
+--max-new-tokens 48 --save-every 1 --keep-checkpoints 3 --eval-every 0
+--reward bench/common.py:reward"""
+FULL = "-c 'import torch, train; torch.cuda.set_per_process_memory_fraction(0.01); train.main()'"
 
-
-# Each part -> what was measured, what it should be, whether it is. It is named by its docstring.
-# `made` loads the model at the first call.
-
-
-def logprob_gap(args, made):
-    """learner less sampler, nats a token"""
-    update, _ = step.one_update(made())
-    first, most = update.steps[0], MOST_GAP[args.dtype]
-    gap = first["gap"] / first["fresh"]
-    return f"{gap:.2g}", f"at most {most:g}", gap <= most
+# ------------------------------------------------------------------------------------------- rows
+# Each prints what it has measured.
 
 
-def phases(args, made):
-    """an update after the first one, by phases"""
-    update, seconds = step.one_update(made())
-    parts = ", ".join(f"{name} {some:.2f} s" for name, some in update.seconds.items())
-    return f"{parts}; {update.total('tokens') / seconds:,.0f} tokens a second", "", True
+def say(**found):
+    print(json.dumps(found), flush=True)
+
+
+def card(args):
+    driver = None
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("torch sees no card; DEVICE=cpu SIZE=2m NEW=8 tries the script without one")
+        driver = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv")
+    memory = free_bytes(torch.device(args.device))
+    say(torch=torch.__version__, card_and_driver=driver, free_bytes=memory)
+    say(free_disk_bytes=shutil.disk_usage(args.out).free)
+    say(product_flops_per_second=common.product_speed(args), bytes_per_second=bandwidth(args))
+
+
+def model(args):
+    """The model of all rows but the last, in a folder, and a small one for these."""
+    common.make_model("2m" if args.size == "2m" else "135m", f"{args.out}/small")
+    folder = Path(args.out, "model")
+    try:
+        if not args.model:
+            raise ValueError("no --model is given")
+        folder.symlink_to(find_folder(args.model).resolve())
+        say(model=args.model)
+    except ValueError as error:
+        size = next((size for size in common.SIZES if size in args.model.lower()), args.size)
+        common.make_model(size, folder, getattr(torch, args.dtype), args.device)
+        say(random_weights_of_the_shape=size, because=squash(str(error)))
 
 
 @torch.inference_mode()
-def decoding(args, made):
-    """a decoding step as it is, and captured"""
-    model, rows = made().policy.model, args.slots
-    # Every row has read 512 tokens.
-    work = Slots(model, [[5] * 512], [[stream_key(0, i) for i in range(rows)]], [9], rows)
-    with packed(model, rows):
-        work.refill()
+def decoding(args):
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), args.device)
+    for slots, length in product((64, 256), (args.new_tokens, 8 * args.new_tokens)):
+        try:
+            with packed(model, slots):
+                decode(args, model, slots, length)
+        except torch.OutOfMemoryError:
+            say(slots=slots, positions=length, fits=False)
+
+
+def decode(args, model, slots, length):
+    """A step of slots that have read `length` positions."""
+    keys = [stream_key(0, i) for i in range(slots)]
+    work = Slots(model, [[5] * length], [keys], [64], slots)
+
+    def step():
         work.advance(1.0, 0, 1.0)
         work.decode()
+
+    work.refill()
+    step()
+    with profile() as seen:
         logits = work.forward()
-        difference = (logits - work.replay()).abs().max() / logits.abs().max()
-        plain, captured = (common.seconds(s, 20) for s in (work.forward, work.replay))
-    weights = [*model.model.layers.parameters(), model.lm_head.weight]
-    read = sum(tensor.nbytes for tensor in weights)
-    read += sum(tensor.nbytes for tensor in work.cache.k + work.cache.v)
-    share = read / captured / bandwidth(args.device)
-    measured = f"{1e3 * plain:.1f} ms, {1e3 * captured:.1f} ms; logits differ by {difference:.1g}; "
-    measured += f"{rows / captured:,.0f} tokens a second, {share:.0%} of the memory's bandwidth"
-    return measured, "logits within 0.01 of the largest", difference.item() < 0.01
+    apart = (logits - work.replay()).abs().max() / logits.abs().max()
+    assert apart < 0.01, f"captured logits differ by {apart:.2g} of the largest"
+    captured = common.seconds(work.replay, 10)
+    read = sum(x.nbytes for x in [*model.model.layers.parameters(), model.lm_head.weight])
+    read += sum(x.nbytes for x in work.cache.k + work.cache.v) * length / work.cache.room
+    names = [event.key for event in seen.key_averages()]
+    names = [name for name in names if re.search("flash|fmha|attention|softmax", name)]
+    say(
+        slots=slots,
+        positions=length,
+        eager_seconds=common.seconds(work.forward, 10),
+        captured_seconds=captured,
+        share_of_bandwidth=read / captured / bandwidth(args),
+        tokens_per_second=slots / common.seconds(step, 10),
+        capture_seconds=common.seconds(lambda: capture(work.forward, model.device)),
+        attention=sorted(names, key=lambda name: name.startswith("aten"))[:1],
+    )
 
 
-def bandwidth(device):
+def bandwidth(args):
     """Bytes a second that a large copy reads and writes."""
-    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=args.device)
     target = source.clone()
     return 2 * source.nbytes / common.seconds(lambda: target.copy_(source), 5)
 
 
-def resuming(args, _):
-    """a run that was killed and went on, beside one that was not"""
-    assert small_run(args, "whole", "train.py").wait() == 0
-    process = small_run(args, "killed", "train.py")
-    while not Path(args.out, "killed/checkpoints/000001").exists() and process.poll() is None:
+def script(command, args):
+    """Another benchmark, which prints what it measures."""
+    start(f"bench/{command} --device {args.device}", wait=True)
+
+
+def draw(args):
+    common.make_workload(f"{args.out}/workload", 16, 16, 2 * args.new_tokens)
+    flags = f"--workload {args.out}/workload --slots 64 --repeats 1"
+    script(f"rollout.py --model {args.model} --dtype {args.dtype} {flags}", args)
+
+
+def update(flags, args):
+    size = f"--model {args.model} --new-tokens {args.new_tokens} --steps 1"
+    script(f"step.py {size} --dtype {args.dtype} {flags}", args)
+
+
+def start(command, wait=False):
+    """A process of Python. Where it is waited for and fails, this row fails, too."""
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=common.ROOT)
+    if wait and process.wait():
+        sys.exit(1)
+    return process
+
+
+def small_run(args, name, launch="train.py", wait=True):
+    return start(f"{launch} {SMALL_RUN.format(name=name, **vars(args))}", wait)
+
+
+def fsdp(args):
+    """Of one process, and of as many as there are cards."""
+    small_run(args, "one")
+    for count in sorted({1, torch.cuda.device_count() or 2}):
+        launch = f"-m torch.distributed.run --nproc_per_node={count} train.py --fsdp"
+        small_run(args, f"fsdp{count}", launch)
+        compare(args, f"fsdp{count}")
+
+
+def resume(args):
+    """A run that was killed and went on, beside one that was not."""
+    process = small_run(args, "killed", wait=False)
+    while process.poll() is None and not Path(args.out, "killed/checkpoints/000001").exists():
         time.sleep(0.01)
     process.kill()
-    assert process.wait() < 0, "it ended before it was killed"
-    assert start(args, "train.py", "--resume", f"{args.out}/killed").wait() == 0
-    begun, end, other = (weights(f"{args.out}/{name}") for name in ENDS)
-    difference = ((end - other).norm() / (end - begun).norm()).item()
-    most = 1e-3 if args.device == "cpu" else 0.1
-    measured = f"weights differ by {difference:.2g} of how far they moved"
-    return measured, f"at most {most:g}", difference <= most
+    start(f"train.py --resume {args.out}/killed", wait=True)
+    compare(args, "killed")
 
 
-def full_memory(args, _):
-    """a GPU without memory"""
+def compare(args, name):
+    """The weights of a run with those of `one`: how far apart, by how far the latter moved."""
+    folders = "small", "one/checkpoints/000003", f"{name}/checkpoints/000003"
+    begun, end, other = (
+        torch.cat([x.flatten() for x in load_file(path).values()])
+        for path in (f"{args.out}/{folder}/model.safetensors" for folder in folders)
+    )
+    apart = ((end - other).norm() / (end - begun).norm()).item()
+    say(run=name, weights_differ_by=apart)
+    assert apart <= (1e-3 if args.device == "cpu" else 0.1), "that is more than rounding"
+
+
+def full(args):
     if args.device == "cpu":
-        return "left out without a GPU", "", True
-    limited = "import torch, train; torch.cuda.set_per_process_memory_fraction(0.01); train.main()"
-    code = small_run(args, "full", "-c", limited).wait()
-    said = Path(args.out, "log").read_text()
-    good = code == 1 and "out of memory" in said and "Traceback" not in said
-    return said.splitlines()[-1], "one line, exit code 1", good
+        return say(left_out="without a GPU")
+    code = small_run(args, "full", FULL, wait=False).wait()
+    log = Path(args.out, "full card.log").read_text()
+    say(exit_code=code, last_line=log.splitlines()[-1])
+    assert code == 1 and "out of memory" in log and "Traceback" not in log, "not one line, code 1"
 
 
-def small_run(args, out, *program):
-    files = "--model", f"{args.out}/small", "--out", f"{args.out}/{out}"
-    return start(args, *program, *files, "--device", args.device, *FLAGS.split())
+ROWS = {
+    "card": card,
+    "model": model,
+    "gap of learner and sampler": partial(update, ""),
+    "decoding": decoding,
+    "heavy-tailed draw": draw,
+    "learning, layers kept": partial(update, "--layers kept"),
+    "learning, layers again": partial(update, "--layers again"),
+    "LoRA": partial(update, "--lora-rank 16"),
+    "float32": partial(update, "--dtype float32"),
+    "FSDP": fsdp,
+    "resume": resume,
+    "full card": full,
+}
+
+# ---------------------------------------------------------------------------------------- the table
 
 
-def start(args, *words):
-    """A process of Python. The log has its errors."""
-    command = [sys.executable, *words]
-    with open(Path(args.out, "log"), "w") as log:
-        return subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=log)
+def measure(args, name, seconds):
+    """Run a row.  -> its log's lines, why it failed or None"""
+    log = Path(args.out, f"{name}.log")
+    command = [sys.executable, __file__, *sys.argv[1:], "--out", args.out, "--row", name]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    failure = None
+    try:
+        if code := process.wait(seconds):
+            failure = f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        failure = f"{seconds:.0f} s are over"
+        os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+    return log.read_text(errors="replace").splitlines(), failure
 
 
-def weights(folder):
-    tensors = load_file(f"{folder}/model.safetensors").values()
-    return torch.cat([tensor.flatten() for tensor in tensors])
+def shown(line):
+    """What a line of JSON holds."""
+    for name, value in json.loads(line).items():
+        if isinstance(value, float):
+            value = f"{value:.3g}"
+        yield f"{name} {value}"
+
+
+def table(args):
+    """Print all rows, and keep them in --out; the exit code is 1 if one has failed."""
+    args.out = args.out or tempfile.mkdtemp()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    end, failed = time.monotonic() + args.total, False
+    print(f"logs, table.md and rows.jsonl: {args.out}")
+    keep(args, "table.md", "| what | measured | seconds | good |\n| --- | --- | --- | --- |")
+    for name in ROWS:
+        begun = time.monotonic()
+        lines, failure = measure(args, name, max(0, min(args.limit, end - begun)))
+        found = [line for line in lines if line.startswith("{")]
+        for line in found:
+            keep(args, "rows.jsonl", json.dumps({"row": name} | json.loads(line)), show=False)
+        cells = ["; ".join(shown(line)) for line in found]
+        if failure:
+            failed = True
+            cells.append(f"{failure}: {lines[-1] if lines else 'it has said nothing'}")
+        seconds, good = time.monotonic() - begun, "NO" if failure else "yes"
+        keep(args, "table.md", f"| {name} | {'<br>'.join(cells)} | {seconds:.0f} | {good} |")
+        if name == "card" and failure:
+            sys.exit(lines[-1])
+    sys.exit(failed)
+
+
+def keep(args, name, line, show=True):
+    """Append a line to a file of --out."""
+    with open(Path(args.out, name), "a") as file:
+        print(line, file=file)
+    if show:
+        print(line, flush=True)
+
+
+# -------------------------------------------------------------------------------------- arithmetic
+
+# GB/s of memory, TFLOP/s of dense bfloat16 products, GiB: the makers' data sheets.
+CARDS = {"RTX 4090": (1008, 165, 24), "A100 80 GB": (2039, 312, 80), "H100": (3350, 989, 80)}
+# Kernels of a decoded step: of a layer, of one with LoRA, and those beside the layers. Counted on a
+# pretended device with the 28 layers of Qwen2.5-1.5B: 603, and 1,387 with LoRA.
+KERNELS = 21, 49, 15
+LAUNCH = 2e-6  # seconds from one kernel of a graph to the next
+MFU = 0.4  # of the peak of products, while learning
+COMPLETIONS = 256  # of an update; all have the same length
+
+
+def expect(card, size, lora, tokens):
+    """What a card should need, as text."""
+    speed, peak, memory = CARDS[card]
+    hidden, inner, layers, heads, kv_heads, vocabulary = common.numbers(size)
+    kv = 2 * hidden // heads * kv_heads  # numbers of a token's key and value in one layer
+    head = hidden * vocabulary
+    met = layers * hidden * (2 * hidden + kv + 3 * inner) + head  # weights that a token meets
+    held = met + head * (size == "7b")  # its embedding is not the head
+    # bytes: weights, and in full training masters, moments; while learning gradients
+    free = memory * 2**30 - 1e9 - (2 if lora else 14) * held
+    learner = free - (0 if lora else 4) * held
+    joined = 2 * layers * hidden * (hidden + kv + 2 * inner)  # copies, while sampling
+    row = 2 * layers * kv * tokens  # of the KV cache
+    slots = min(COMPLETIONS, int((free - joined) / 2 / row) // 8 * 8)
+    kept = 2 * layers * (4 * inner + 6 * hidden)  # a token, if no layer is computed again
+    again = learner < 1.25 * UNCHECKPOINTED * kept
+    if slots < 8 or learner < tokens * (2 * layers * hidden + kept / layers):
+        return "does not fit"
+
+    def step(filled):
+        launches = (layers * KERNELS[lora] + KERNELS[2]) * LAUNCH
+        return (2 * met + slots * row * filled) / (1e9 * speed) + launches
+
+    sampling = -(-COMPLETIONS // slots) * tokens * step(0.5)
+    factor = (4 if lora else 6) + 2 * again
+    flops = factor * (met + layers * hidden * tokens)  # of a token; the latter is attention
+    learning = COMPLETIONS * tokens * flops / (MFU * 1e12 * peak)
+    rate = slots / step(1) / 1e3
+    times = f"{sampling:.0f} + {learning:.0f} s{' *' * again}"
+    return f"{slots}: {1e3 * step(1):.1f} ms, {rate:.1f} k/s; {times}"
+
+
+def arithmetic():
+    print(f"| | {' | '.join(CARDS)} |\n| --- | --- | --- | --- |")
+    for size, lora, tokens in product(("0.5b", "1.5b", "7b"), (False, True), (1024, 8192)):
+        cells = [expect(card, size, lora, tokens) for card in CARDS]
+        print(f"| {size}, {'LoRA' if lora else 'full'}, {tokens} | {' | '.join(cells)} |")
 
 
 def main():
-    args = common.parse(
-        __doc__,
-        **common.MODEL,
-        out="",
-        prompts=8,
-        group=8,
-        new_tokens=1024,
-        slots=64,
-    )
-    problems = read_problems(SHIPPED / "train.jsonl")[: args.prompts]
-    made = functools.cache(lambda: step.make_run(args, problems))
-    print("| what | measured | should be | is it |\n| --- | --- | --- | --- |", flush=True)
-    failed = False
-    for part in (logprob_gap, decoding, phases, resuming, full_memory):
-        try:
-            measured, bound, good = part(args, made)
-        except Exception as error:
-            measured, bound, good = f"{type(error).__name__}: {error}", "", False
-        failed |= not good
-        print(f"| {part.__doc__} | {measured} | {bound} | {'yes' if good else 'NO'} |", flush=True)
-    sys.exit(failed)
+    flags = {"row": "", "size": "1.5b", "out": "", "limit": 150, "total": 600, "new_tokens": 1024}
+    args = common.parse(__doc__, **common.MODEL, **flags, arithmetic=False)
+    if args.arithmetic:
+        arithmetic()
+    elif args.row:
+        if args.row not in ("card", "model"):
+            args.model = f"{args.out}/model"
+        ROWS[args.row](args)
+    else:
+        table(args)
 
 
 if __name__ == "__main__":

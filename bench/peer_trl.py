@@ -3,7 +3,6 @@
 It runs in a virtual environment of its own: pip install torch transformers trl.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ class Clock(TrainerCallback):
 
 
 def reward(completions, **_):
-    return [float(sum(map(ord, text)) % 7 < 3) for text in completions]
+    return [float(common.reward(None, text)) for text in completions]
 
 
 def main():
@@ -55,9 +54,7 @@ def main():
         data = Dataset.from_dict({"prompt": texts})
         GRPOTrainer(args.model, reward, config, data, callbacks=[clock]).train()
     seconds = statistics.median(after - before for before, after in pairwise(clock.times))
-    tokens = completions * args.new_tokens
-    result = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
-    print(json.dumps(result | common.peak_memory(args)))
+    common.report(args, completions * args.new_tokens, seconds)
 
 
 if __name__ == "__main__":

@@ -2,61 +2,47 @@
 
     python bench/rollout.py --model DIR --workload FILE --slots 32 --dtype float32
     python bench/rollout.py --make-model 11m DIR          a random model of that size
-    python bench/rollout.py --make-workload FILE --prompts 12 --group 8 --max-new 192 [--uniform]
+    python bench/rollout.py --make-workload FILE --prompts 12 --group 8 --max-new 192
 
 Stop tokens are ignored: a completion has exactly the length that the workload names. The last line
 is JSON.
 """
 
-import json
-
 import common
 import torch
 
 from model import Transformer
+from policy.checkpoint import find_folder
 from policy.packed import packed
 from rollout import sample, stream_key
 
 
 def measure(args):
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), args.device)
+    folder = find_folder(args.model)
+    model = Transformer.from_pretrained(folder, getattr(torch, args.dtype), args.device)
     prompts, lengths = zip(*common.read_workload(args.workload))
     keys = [[stream_key(0, i, k) for k in range(len(many))] for i, many in enumerate(lengths)]
     options = {"slots": args.slots, "stop_ids": (), "temperature": 1.0}
 
     def work():
         with packed(model, args.slots):
-            return [done for _, done in sample(model, prompts, keys, lengths, **options)]
+            done = sample(model, prompts, keys, lengths, **options)
+            return sum(len(completion.tokens) for _, group in done for completion in group)
 
-    done = work()  # a warm-up
-    tokens = sum(map(sum, lengths))
-    assert tokens == sum(len(c.tokens) for group in done for c in group)
-    seconds = common.seconds(work, args.repeats)
-    result = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-    return result | common.peak_memory(args)
+    tokens = work()  # a warm-up
+    assert tokens == sum(map(sum, lengths))
+    common.report(args, tokens, common.seconds(work, args.repeats))
 
 
 def main():
-    args = common.parse(
-        __doc__,
-        **common.MODEL,
-        make_model=[],
-        make_workload="",
-        prompts=12,
-        group=8,
-        max_new=192,
-        uniform=False,
-        workload="",
-        slots=32,
-        repeats=3,
-    )
+    make = {"make_model": [], "make_workload": "", "prompts": 12, "group": 8, "max_new": 192}
+    args = common.parse(__doc__, **common.MODEL, **make, workload="", slots=32, repeats=3)
     if args.make_model:
         common.make_model(*args.make_model)
     if args.make_workload:
-        shape = args.prompts, args.group, args.max_new, args.uniform
-        common.make_workload(args.make_workload, *shape)
+        common.make_workload(args.make_workload, args.prompts, args.group, args.max_new)
     if args.model:
-        print(json.dumps(measure(args)))
+        measure(args)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python bench/step.py --model DIR --prompts 8 --group 8 --new-tokens 128 --steps 3
 
 Prompts have about 64 tokens, completions exactly --new-tokens. All of them are trained on. One
-update runs before the clock starts. The last line is JSON; in it, learn_share_of_product_speed is
-the FLOP/s of learning by those of a large matrix product, which both stand before it.
+update runs before the clock starts. --layers again (or kept) decides for a GPU whether layers are
+computed again in the backward pass; without it the rule of run/fit.py does. The last line is JSON;
+in it, learn_share_of_product_speed is the FLOP/s of learning by those of a large matrix product,
+which both stand before it. Layers that are computed again do not count.
 """
 
-import json
 from dataclasses import replace
 from statistics import median
 
@@ -16,17 +17,18 @@ import common
 import train
 from data import Order, Problem
 from eprli import Buffer, LevelState
+from policy import lora
 from policy.checkpoint import Policy
-from policy.learner import Learner
+from policy.learner import MICRO_BATCH_TOKENS, Learner
 from rewards import Reward, Scorer
-from run.fit import Fit, fit_learner
+from run.fit import UNCHECKPOINTED, Fit, fit_learner
 from run.flags import Config, resolve_levels
 from run.processes import Ranks
 from run.state import Run
 from run.update import Update
 
 
-def make_run(args, problems):
+def make_run(args):
     """A run that has no directory, with one level, whose completions never stop."""
     cfg = Config(
         dtype=args.dtype,
@@ -39,12 +41,18 @@ def make_run(args, problems):
     level = resolve_levels(cfg, measured=False)[0]
     policy = Policy.load(args.model, args.dtype, args.device)
     policy = replace(policy, stop_ids=())
-    prompts = policy.render(problems)
+    if args.lora_rank:
+        lora.add(policy.model, args.lora_rank)
+    prompts = policy.render([Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
     reward = Reward("common.py:reward", common.reward)
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
     fit_learner(learner)
+    if args.layers:
+        again = policy.model.model.recompute = args.layers == "again"
+        most = MICRO_BATCH_TOKENS[args.device]
+        learner.most_tokens = most if again else min(most, UNCHECKPOINTED)
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
@@ -60,23 +68,30 @@ def one_update(run):
 
 
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, slots=64)
-    run = make_run(args, [Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
-    one_update(run)  # a warm-up
+    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, slots=64, lora_rank=0, layers="")
+    run = make_run(args)
+    first, _ = one_update(run)  # a warm-up
     updates, times = zip(*(one_update(run) for _ in range(args.steps)))
     seconds, learning = median(times), median(u.seconds["learn"] for u in updates)
     tokens = args.prompts * args.group * args.new_tokens
     assert all(update.total("tokens") == tokens for update in updates)
-    result = {"seconds_per_step": seconds, "sample_seconds": seconds - learning}
-    result |= {"learn_seconds": learning, "tokens_per_step": tokens}
-    result["tokens_per_second"] = tokens / seconds
-    result |= common.peak_memory(args)  # before the large product
     weights = sum(p.numel() for p in run.policy.model.parameters())
     learned = tokens + 64 * args.prompts  # a prompt goes through the learner once
-    speed, product = 6 * weights * learned / learning, common.product_speed(args)
-    result |= {"learn_flops_per_second": speed, "product_flops_per_second": product}
-    result["learn_share_of_product_speed"] = speed / product
-    print(json.dumps(result))
+    factor = 4 if args.lora_rank else 6  # frozen weights have no gradient
+    speed, product = factor * weights * learned / learning, common.product_speed(args)
+    gap = first.steps[0]["gap"] / first.steps[0]["fresh"]
+    common.report(
+        args,
+        tokens,
+        seconds,
+        gap_nats_a_token=gap,
+        sample_seconds=seconds - learning,
+        learn_seconds=learning,
+        layers_again=run.policy.model.model.recompute,
+        learn_flops_per_second=speed,
+        product_flops_per_second=product,
+        learn_share_of_product_speed=speed / product,
+    )
 
 
 if __name__ == "__main__":
