@@ -66,7 +66,7 @@ def check_supported(config):
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are): take "
-            "SmolLM2, Llama 3, Qwen2.5 (or its Math, Coder, R1-Distill), Qwen3, which are of these"
+            "one of SmolLM2, Llama 3, Qwen2.5 (Math, Coder, R1-Distill too), Qwen3"
         )
     rope = config.rope_parameters
     kind, sliding = rope["rope_type"], getattr(config, "use_sliding_window", False)
@@ -124,11 +124,10 @@ def scaled_dot_product(q, k, v, mask=None):
 
     mask  (B, 1, T, S), see `additive_mask`, or None for causal attention over T = S tokens
     """
-    causal = mask is None
-    if keys_for_every_head(q, masked=not causal):
-        copies = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
-    shared = k.shape[1] < q.shape[1]
+    causal, copies = mask is None, q.shape[1] // k.shape[1]
+    shared = copies > 1
+    if shared and keys_for_every_head(q, masked=not causal):
+        k, v, shared = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1), False
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
     return out.transpose(1, 2).flatten(2)
 

@@ -165,8 +165,10 @@ class KVCache:
         bfloat16 would round the scores before their softmax, and the learner does not.
         """
         rows = torch.arange(len(positions), device=positions.device)
-        if self.reads_filled:
+        if self.reads_filled:  # made once for all layers
             filled = (positions + 1).expand(-1, self.k[0].shape[1]).flatten().int()
+            numbers = torch.arange(len(filled) + 1, dtype=torch.int32, device=filled.device)
+            starts = numbers, numbers * self.room
         else:
             mask = self.mask(positions, self.room)
 
@@ -174,7 +176,7 @@ class KVCache:
             self.store(layer, rows, positions, k, v)
             q, keys, values = q.view(*k.shape[:2], -1, k.shape[3]), self.k[layer], self.v[layer]
             if self.reads_filled:
-                out = filled_attention(q, keys, values, filled)
+                out = filled_attention(q, keys, values, starts, filled)
             elif q.itemsize < 4:
                 out = F.scaled_dot_product_attention(q, keys, values, mask)
             else:
@@ -194,22 +196,32 @@ class KVCache:
 
 
 def reads_filled(x):
-    """Whether `filled_attention` has a kernel for such keys: NVIDIA's in half precision."""
-    return x.is_cuda and x.itemsize == 2 and x.shape[3] % 8 == 0 and not torch.version.hip
+    """Whether `filled_attention` has a kernel for such keys: flash attention in half precision, of
+    NVIDIA's cards from Ampere on."""
+    return (
+        x.is_cuda
+        and x.itemsize == 2
+        and x.shape[3] % 8 == 0
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and not torch.version.hip
+    )
 
 
-def filled_attention(q, k, v, filled):
-    """Flash attention of one token a row: q (R, K, H / K, D), k and v (R, K, S, D) -> as q.
+def filled_attention(q, k, v, starts, filled):
+    """Flash attention of one token a row: q (R, K, H / K, D), k and v (R, K, S, D)
+    -> (R * K, H / K, D).
 
-    filled  (R * K,) int32: the positions of each row and key head that are read, from the first.
-            To the kernel each of them is a sequence of its own, with H / K heads and one key head
+    Each row and key head is a sequence of its own to the kernel, with H / K heads and one key head.
+
+    starts  two of (R * K + 1,) int32: where each one begins among all queries, and all keys
+    filled  (R * K,) int32: the positions of each one that are read, from the first
     """
-    count, room = filled.numel(), k.shape[2]
-    starts = torch.arange(count + 1, dtype=torch.int32, device=q.device)
+    room = k.shape[2]
     q, k, v = (x.view(-1, heads, x.shape[3]) for x, heads in ((q, q.shape[2]), (k, 1), (v, 1)))
     attention = torch.ops.aten._flash_attention_forward
-    varying = starts, starts * room, 1, room, 0.0, False, False  # no dropout, mask, debug output
-    return attention(q, k, v, *varying, seqused_k=filled)[0]
+    options = 1, room, 0.0, False, False  # longest query and key; no dropout, mask, debug output
+    return attention(q, k, v, *starts, *options, seqused_k=filled)[0]
 
 
 # ---------------------------------------------------------------------------------------- slots

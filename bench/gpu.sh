@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One GPU, ten minutes, one table:
 #     MODEL=Qwen/Qwen2.5-1.5B-Instruct bash bench/gpu.sh [PYTHON]
-# PYTHON ($PYTHON) has what requirements.txt names. Without it: python, .venv or python3 if one of them has it; else .venv is made.
+# PYTHON ($PYTHON) has what requirements.txt names. Without it: .venv, python or python3 if one of them has it; else .venv is made.
 # MODEL      a folder or a hub name; one that cannot be had is replaced by random weights of its shape. Without it: those of SIZE.
 # SIZE       1.5b, 7b, ... (bench/common.py);   NEW  tokens of a completion (1024);   DTYPE  bfloat16
 # LIMIT      seconds of a row (150);   TOTAL  of all (600);   OUT  a new folder for logs, table.md and rows.jsonl
@@ -12,7 +12,7 @@ has_torch() { "$1" -c "import torch, transformers, safetensors, scipy, math_veri
 
 python=${1:-${PYTHON:-}}
 if [ -z "$python" ]; then
-  for python in python .venv/bin/python python3 ""; do
+  for python in .venv/bin/python python python3 ""; do
     if [ -n "$python" ] && has_torch "$python"; then break; fi
   done
 fi

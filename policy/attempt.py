@@ -89,7 +89,7 @@ def sample_groups(policy, scorer, work, sampling, fit, bar):
     options = vars(sampling) | {"max_new_tokens": limits, "stop_ids": policy.stop_ids}
     slots, groups = min(fit.slots(longest), max(MIN_ROWS, sum(map(len, keys)))), {}
     try:
-        with packed(policy.model, slots):
+        with packed(policy.model, slots, fit.free):
             tokens = [p.tokens for p in prompts]
             for number, done in sample(policy.model, tokens, keys, slots=slots, **options):
                 texts = [prompts[number].opening + policy.text(c) for c in done]

@@ -130,7 +130,9 @@ def default_dtype(model, device):
     if device == "cpu" or is_shipped(model):
         return "float32"
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        tqdm.write("this card has no bfloat16: float32, which most models need --lora-rank 16 for")
+        tqdm.write(
+            "this card has no bfloat16: --dtype is float32, and most models need LoRA to fit"
+        )
         return "float32"
     return "bfloat16"
 

@@ -9,6 +9,7 @@ The name of a vendor does not tell, so it is tried. Everything works without it.
 
 import ctypes
 import functools
+import math
 import os
 from contextlib import contextmanager, suppress
 
@@ -37,15 +38,19 @@ MISSING = (RuntimeError, AttributeError)
 
 
 @contextmanager
-def packed(model, rows):
+def packed(model, rows, free=math.inf):
     """Within the block, inference uses the weights of this moment, joined, and on a CPU packed for
     about `rows` rows.
 
     That costs as much as one decoding step, and the memory of these weights once more. On a CPU
-    without the kernel the block changes nothing.
+    without the kernel, or on a GPU where the copies take more than a quarter of its `free` bytes,
+    the block changes nothing.
     """
     on_cpu = model.device.type == "cpu"
-    packs = not on_cpu or has_kernel(model.lm_head.weight.dtype)
+    if on_cpu:
+        packs = has_kernel(model.lm_head.weight.dtype)
+    else:
+        packs = 4 * joined_bytes(model) <= free
     replaced, joined = [], set()
     try:
         for module in model.modules() if packs else ():  # from the outside to the inside
@@ -62,6 +67,12 @@ def packed(model, rows):
     finally:
         for module, method in replaced:
             vars(module).pop(method, None)  # that of its class is in force again
+
+
+def joined_bytes(model):
+    """Of the weights that `packed` joins on a GPU."""
+    layers = (getattr(m, name) for m in model.modules() for name in JOINED.get(type(m), ()))
+    return sum(layer.weight.nbytes for layer in layers)
 
 
 @torch.no_grad()

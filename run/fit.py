@@ -41,17 +41,22 @@ def row_bytes(model, length):
 
 
 def kept_bytes(model, tokens=256):
-    """What the backward pass needs of a token, if no layer is computed again: as autograd keeps
-    it."""
-    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+    """What the backward pass needs of a token, if no layer is computed again: what autograd keeps
+    of twice as many less what it keeps of so many. Weights and their copies do not grow."""
+    totals = []
+    for count in (tokens, 2 * tokens):
+        kept = {}
 
-    def keep(x):
-        kept[x.data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        def keep(x, kept=kept):
+            storage = x.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model.model(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
-    return sum(size for place, size in kept.items() if place not in weights) / tokens
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden = model.model(torch.zeros(1, count, dtype=torch.long, device=model.device))
+        del hidden
+        totals.append(sum(kept.values()))
+    return (totals[1] - totals[0]) / tokens
 
 
 def fit_learner(learner):
@@ -78,9 +83,13 @@ class Fit:
         """flags  with slots"""
         self.model, self.given, self.most_slots = model, flags.slots, flags.slots or MOST_SLOTS
 
+    @property
+    def free(self):
+        return free_bytes(self.model.device)
+
     def slots(self, length):
         """For prompts and completions of `length` tokens together."""
-        free = free_bytes(self.model.device)
+        free = self.free
         if self.given:
             fitting = self.given
         elif free is None:

@@ -390,7 +390,7 @@ def fill(cfg):
         raise ValueError(
             f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
             f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args "
-            "(with --lora-rank give ten times a rate of full training or more: docs/scaling.md)"
+            "(rates for --lora-rank: docs/scaling.md)"
         )
     held_out, source = cfg.eval_data, Path(source_of(cfg.data)).resolve()
     if not held_out and source == (SHIPPED / "train.jsonl").resolve():

@@ -6,6 +6,7 @@ train.py decides what happens. A Run counts it, writes it down, saves it, takes 
 import importlib
 import json
 import math
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ class Run:
 
     def progress_bar(self):
         silent = not self.ranks.first
-        self.bar = tqdm(initial=self.progress, total=1, bar_format=BAR, disable=silent)
+        self.bar = tqdm(initial=self.progress, total=1, bar_format=BAR, smoothing=0, disable=silent)
         self.estimate_at = self.num_updates + 2
         return self.bar
 
@@ -98,6 +99,8 @@ class Run:
 
     def start_update(self, state, lr):
         """-> the next Update, of this level"""
+        if self.bar and self.num_updates == self.estimate_at - 2:
+            self.bar.start_t = time.time()  # an evaluation at the start says nothing of updates
         self.update = Update(self.num_updates + 1, state, lr, self.cfg.max_draws)
         return self.update
 
@@ -123,7 +126,7 @@ class Run:
         if self.bar:
             self.bar.update(self.progress - self.bar.n)
             if self.ranks.first and self.num_updates == self.estimate_at and self.progress < 1:
-                tqdm.write(f"  time after two updates, and what is left at this rate: {self.bar}")
+                tqdm.write(f"  two updates took, and the rest takes: {self.bar}")
         if self.num_broken == MOST_BROKEN:
             raise Stop(
                 f"{MOST_BROKEN} updates in a row met numbers that are not finite (skipped ones do "

@@ -170,6 +170,8 @@ def install(free=79e9):
     fake |= {name: lambda *_: 0 for name in ("memory_reserved", "memory_allocated", "_lazy_init")}
     fake |= dict(mem_get_info=lambda _: (int(free), 80 << 30), max_memory_allocated=lambda: 0)
     fake |= dict(set_device=lambda _: None, current_device=lambda: CARD.index)
+    fake |= dict(get_device_capability=lambda _: (8, 0))
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     for name in ("Stream", "Event", "current_stream", "stream"):
         fake[name] = getattr(torch.cpu, name)
     vars(torch.cuda).update(fake)

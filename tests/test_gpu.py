@@ -7,20 +7,18 @@ import torch
 from conftest import lines, random_model, write_lines
 from launch import said, start, wait
 from pytest import fixture, mark, param
+from test_resume import EVEN
 
 import rollout
 from model import Transformer
 from policy.learner import Learner
+from policy.packed import joined_bytes, packed
 from run import fit
 from run.processes import Ranks
 
 FLAGS = """--model toy --data p.jsonl --eval-data p.jsonl --reward r.py:even --group-size 4
 --buffer-groups 2 --prompts 3 --max-new-tokens 8 --updates 2 --lr 1e-3 --length-weight 0
 --device cuda --quality 1"""
-EVEN = """
-def even(problem, response):
-    return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
-"""
 
 
 @fixture(scope="module")
@@ -129,8 +127,13 @@ def attention():
 
 
 def memory():
-    """Layers are computed twice where one micro-batch does not fit otherwise."""
-    learner = Learner(on_card(), Ranks())
+    """Layers are computed twice where one micro-batch does not fit otherwise; weights are joined
+    where their copies fit."""
+    model = on_card()
+    learner = Learner(model, Ranks())
+    for room, joined in ((4, True), (3, False)):
+        with packed(model, 8, room * joined_bytes(model)):
+            assert ("project" in vars(model.model.layers[0].mlp)) == joined
     for free, again, tokens in ((1e6, True, 32768), (79e9, False, 8192)):
         fit.free_bytes = lambda _, free=free: free
         fit.fit_learner(learner)
