@@ -131,8 +131,8 @@ class Levels:
         "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1], rule=AT_LEAST_1
     )
     updates: list[int] | None = flag(
-        f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']}, or no "
-        "bound where --tokens is given [ours, for 0.6 M parameters]",
+        f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']} for the "
+        "shipped model, or no bound where --tokens is given, which any other needs else [ours]",
         rule=AT_LEAST_0,
     )
     tokens: list[int] | None = flag(
@@ -385,10 +385,15 @@ def fill(cfg):
     """The Config with defaults that depend on the model or the data. Raises ValueError where there
     is none."""
     shipped = is_shipped(cfg.model)
-    missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
+    needed = {
+        "lr": cfg.lr,
+        "max_new_tokens": cfg.max_new_tokens,
+        "updates": cfg.updates or cfg.tokens,
+    }
+    missing = [name for name, value in needed.items() if value is None]
     if missing and not shipped:
         raise ValueError(
-            f"{' and '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
+            f"{', '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
             f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args "
             "(rates for --lora-rank: docs/scaling.md)"
         )

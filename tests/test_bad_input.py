@@ -243,10 +243,11 @@ def test_bad_flags(refused, words, message):
 @mark.parametrize(
     "words, named",
     [
-        ("", "--lr and --max-new-tokens"),
-        ("--lr 1e-6", "--max-new-tokens"),
-        ("--max-new-tokens 9", "--lr"),
-        (f"@{RECIPES}/paper.args", "--lr and --max-new-tokens"),
+        ("", "--lr, --max-new-tokens, --updates"),
+        ("--lr 1e-6 --tokens 9", "--max-new-tokens"),
+        ("--max-new-tokens 9 --updates 1", "--lr"),
+        ("--max-new-tokens 9 --lr 1", "--updates"),
+        (f"@{RECIPES}/paper.args", "--lr, --max-new-tokens, --updates"),
     ],
 )
 def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):

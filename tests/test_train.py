@@ -257,7 +257,7 @@ def test_the_defaults_of_the_shipped_model_are_those_of_the_readme():
     assert (easy.quality, easy.max_new_tokens, easy.length_weight, easy.updates) == (0.8, 96, 0, 20)
     assert (hard.quality, hard.max_new_tokens, hard.length_weight) == (1, 128, 0.3)
     assert (hard.updates, hard.group_size, hard.buffer_groups, hard.prompts) == (40, 16, 16, 16)
-    other = fill(config("--model other --lr 1 --max-new-tokens 9"))
+    other = fill(config("--model other --lr 1 --max-new-tokens 9 --updates 1"))
     assert (other.length_weight, other.lr_decay) == ([0], "none")
     assert fill(config("")).lr_decay == "linear" and default_dtype("other", "cuda") == "bfloat16"
 
