@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda", 0)  # that of this process: the others have theirs
-COPIES = {"copy_", "_to_copy", "set_", "lift_fresh"}
+COPIES = {"copy_", "_to_copy"}
 INDEXING = {"index", "index_put_", "_index_put_impl_"}
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal"}
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}
 happened = []  # in order: each replay of a graph, and each operation for which the host waited
 capturing = []  # the graph that is being captured
 real_device, real_to, real_tolist = Tensor.device.__get__, Tensor.to, Tensor.tolist
@@ -166,7 +166,7 @@ def install(free=79e9):
     Tensor.new_tensor, torch.tensor = new_tensor, tensor
     torch._C._nn.pad_sequence = pad_sequence
     fake = dict(CUDAGraph=CUDAGraph, graph=graph, device_count=lambda: 2)
-    fake |= {name: lambda: True for name in ("is_available", "is_initialized")}
+    fake |= dict(is_available=lambda: True)
     fake |= {name: lambda *_: 0 for name in ("memory_reserved", "memory_allocated", "_lazy_init")}
     fake |= dict(mem_get_info=lambda _: (int(free), 80 << 30), max_memory_allocated=lambda: 0)
     fake |= dict(set_device=lambda _: None, current_device=lambda: CARD.index)

@@ -252,7 +252,7 @@ def test_progress_follows_the_budget_that_is_used_up_first():
         assert resolve_levels(config(f"--quality 1 {flags}"), measured=True)[0].updates == updates
 
 
-def test_the_defaults_of_the_shipped_model_are_those_of_the_readme():
+def test_the_defaults_of_the_shipped_model_are_those_of_the_readme(monkeypatch):
     easy, hard = resolve_levels(fill(config("")), measured=True)
     assert (easy.quality, easy.max_new_tokens, easy.length_weight, easy.updates) == (0.8, 96, 0, 20)
     assert (hard.quality, hard.max_new_tokens, hard.length_weight) == (1, 128, 0.3)
@@ -260,6 +260,9 @@ def test_the_defaults_of_the_shipped_model_are_those_of_the_readme():
     other = fill(config("--model other --lr 1 --max-new-tokens 9 --updates 1"))
     assert (other.length_weight, other.lr_decay) == ([0], "none")
     assert fill(config("")).lr_decay == "linear" and default_dtype("other", "cuda") == "bfloat16"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    assert default_dtype("other", "cuda") == "float32"  # as on a T4
 
 
 def test_a_step_without_signal_moves_nothing():
@@ -409,6 +412,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed, monkeypatch)
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
     assert read(out / "config.json")["levels"][1]["quality"] == 1.0
+    assert "two updates took, and the rest takes:  50 % of" in printed()
     assert (out / "report.png").stat().st_size > 10_000
     assert (out / "report.html").stat().st_size > 25_000
     last = out / "checkpoints/000004"
