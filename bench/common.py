@@ -36,7 +36,8 @@ MODEL = {
     "dtype": "float32",
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
-UPDATE = {"prompts": 8, "group": 8, "new_tokens": 128, "steps": 3}
+WORK = {"prompts": 8, "group": 8, "new_tokens": 128}
+SAMPLING = {"uniform": False, "slots": 32, "repeats": 3}
 KINDS = {bool: {"action": "store_true"}, int: {"type": int}, list: {"nargs": "+"}, str: {}}
 
 
@@ -78,26 +79,21 @@ def make_model(size, out, dtype=torch.float32, device="cpu"):
     torch.set_default_dtype(torch.float32)
 
 
-def make_workload(path, prompts, group, max_new, uniform=False):
-    """Write JSON lines {"prompt": ids, "new_tokens": [one length per completion]}.
+def workload(args):
+    """A list of (prompt, lengths of its completions), of --prompts x --group.
 
-    Lengths are as reasoning models have them: log-normal, 40 % of max_new on average, a few per
-    cent cut off there. Or, if uniform, all are max_new.
+    Lengths are as reasoning models have them: log-normal, 40 % of --new-tokens on average, a few
+    per cent cut off there. Or, with --uniform, all are --new-tokens.
     """
-    rng = random.Random(0)
-    with open(path, "w") as file:
-        for _ in range(prompts):
-            prompt = [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))]
-            lengths = [max_new] * group
-            if not uniform:
-                drawn = (0.32 * max_new * rng.lognormvariate(0, 0.8) for _ in lengths)
-                lengths = [min(max_new, max(8, int(n))) for n in drawn]
-            print(json.dumps({"prompt": prompt, "new_tokens": lengths}), file=file)
-
-
-def read_workload(path):
-    """-> a list of (prompt, lengths of its completions)"""
-    return [tuple(json.loads(line).values()) for line in Path(path).read_text().splitlines()]
+    rng, work = random.Random(0), []
+    for _ in range(args.prompts):
+        prompt = [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))]
+        lengths = [args.new_tokens] * args.group
+        if not args.uniform:
+            drawn = (0.32 * args.new_tokens * rng.lognormvariate(0, 0.8) for _ in lengths)
+            lengths = [min(args.new_tokens, max(8, int(n))) for n in drawn]
+        work.append((prompt, lengths))
+    return work
 
 
 def reward(problem, text):
@@ -124,15 +120,17 @@ def product_speed(args):
     return 2 * n**3 / seconds(lambda: a @ b, 3)
 
 
+def say(**found):
+    """Print a line of JSON."""
+    for name, value in found.items():
+        if isinstance(value, float):
+            found[name] = float(f"{value:.4g}")
+    print(json.dumps(found), flush=True)
+
+
 def report(args, tokens, seconds, **more):
-    """Print the line of JSON that a script ends with; mebibytes are held at most so far."""
-    found = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-    print(json.dumps(found | more | peak_memory(args)), flush=True)
-
-
-def peak_memory(args):
-    """Mebibytes that this process, and the GPU, held at most so far."""
-    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    """The line that a script ends with; mebibytes are held at most so far."""
     if args.device != "cpu":
-        found["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
-    return found
+        more["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    more["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+    say(tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds, **more)

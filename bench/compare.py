@@ -18,11 +18,12 @@ from statistics import median
 
 import common
 
-SAMPLE = "--repeats 1 --slots {slots} --workload {folder}/{what}"
-UPDATE = "--prompts {prompts} --group {group} --new-tokens {new_tokens}"
-SAMPLERS = {"ours": f"rollout.py {SAMPLE}", "generate": f"peer_generate.py {SAMPLE}"}
-UPDATES = {"ours": f"step.py {UPDATE}", "TRL": f"peer_trl.py {UPDATE}"}
-COMMANDS = {"heavy-tailed": SAMPLERS, "equal": SAMPLERS, "update": UPDATES}
+SAMPLE = "--repeats 1 --prompts 12 --group 8 --new-tokens"
+COMMANDS = {
+    "heavy-tailed": ("rollout.py", "peer_generate.py", f"{SAMPLE} 192"),
+    "equal": ("rollout.py", "peer_generate.py", f"{SAMPLE} 96 --uniform"),
+    "update": ("step.py", "peer_trl.py", ""),
+}
 
 
 def last_line(python, command):
@@ -39,38 +40,34 @@ def last_line(python, command):
 
 def compare(args, what):
     """Measure, and print one row of the table."""
-    found = {side: [] for side in COMMANDS[what]}
+    *scripts, flags = COMMANDS[what]
+    flags += f" --model {args.model} --dtype {args.dtype} --device {args.device}"
+    found = [], []
     for _ in range(args.repeats):
-        for side, command in COMMANDS[what].items():
-            python = sys.executable if side == "ours" else args.peer_python
-            command = f"{command} --model {{model}} --dtype {{dtype}} --device {{device}}"
-            found[side].append(last_line(python, command.format(**vars(args) | {"what": what})))
+        for rows, python, script in zip(found, (sys.executable, args.peer_python), scripts):
+            rows.append(last_line(python, f"{script} {flags}"))
     speeds, memory = (
-        [median(row[key] for row in rows) for rows in found.values()]
+        [median(row[key] for row in rows) for rows in found]
         for key in ("tokens_per_second", "peak_rss_mib")
     )
-    sides, ratio = " and ".join(found), speeds[0] / speeds[1]
-    print(f"| {what} | {sides} | {speeds} | {memory} | {ratio:.2f} x |", flush=True)
+    ratio = speeds[0] / speeds[1]
+    print(f"| {what} | {scripts[1]} | {speeds} | {memory} | {ratio:.2f} x |", flush=True)
 
 
 def main():
     args = common.parse(
         __doc__,
         **common.MODEL,
-        **common.UPDATE,
         peer_python=sys.executable,
         what=list(COMMANDS),
-        slots=32,
         repeats=3,
     )
-    print("| what | sides | tokens a second | peak memory, MiB | ours by the other |")
+    print("| what | beside | tokens a second | peak memory, MiB | ours by the other |")
     print("| --- | --- | --- | --- | --- |", flush=True)
-    with tempfile.TemporaryDirectory() as args.folder:
+    with tempfile.TemporaryDirectory() as folder:
         if args.model in common.SIZES:
-            common.make_model(args.model, f"{args.folder}/model")
-            args.model = f"{args.folder}/model"
-        common.make_workload(f"{args.folder}/heavy-tailed", 12, 8, 192)
-        common.make_workload(f"{args.folder}/equal", 12, 8, 96, uniform=True)
+            common.make_model(args.model, f"{folder}/model")
+            args.model = f"{folder}/model"
         for what in args.what:
             compare(args, what)
 

@@ -1,52 +1,38 @@
-"""What one GPU makes of this project, as one table. `bash bench/gpu.sh` runs it.
+"""The rows of bench/gpu.sh, each a process of its own, and what they should be by arithmetic.
 
-    python bench/gpu.py --model Qwen/Qwen2.5-1.5B-Instruct --out DIR     all rows, as a table
-    python bench/gpu.py --row decoding ...                               one, as lines of JSON
-    python bench/gpu.py --arithmetic                                     what cards should need
-
-Every row is a process of its own with a time limit. One that fails or takes longer keeps what it
-has printed, and its last line says why; the others go on. --out has a log for each row.
+python bench/gpu.py --row decoding --out DIR ...      prints lines of JSON
+python bench/gpu.py --arithmetic                      what cards should need
 """
 
-import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import common
 import torch
+from common import say
 from safetensors.torch import load_file
 from torch.profiler import profile
 
 from files import squash
 from model import Transformer
 from policy.checkpoint import find_folder
+from policy.learner import MICRO_BATCH_TOKENS
 from policy.packed import packed
 from rollout import Slots, capture, stream_key
-from run.fit import UNCHECKPOINTED, free_bytes
+from run.fit import free_bytes
 
 SMALL_RUN = """--model {out}/small --out {out}/{name} --device {device} --dtype float32 --quality 1
 --filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 3
 --max-new-tokens 48 --save-every 1 --keep-checkpoints 3 --eval-every 0
 --reward bench/common.py:reward"""
 FULL = "-c 'import torch, train; torch.cuda.set_per_process_memory_fraction(0.01); train.main()'"
-
-# ------------------------------------------------------------------------------------------- rows
-# Each prints what it has measured.
-
-
-def say(**found):
-    print(json.dumps(found), flush=True)
 
 
 def card(args):
@@ -55,10 +41,10 @@ def card(args):
         if not torch.cuda.is_available():
             sys.exit("torch sees no card; DEVICE=cpu SIZE=2m NEW=8 tries the script without one")
         asked = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
-        driver = squash(subprocess.getoutput(asked))
+        driver = subprocess.getoutput(asked)
     memory = free_bytes(torch.device(args.device))
-    say(torch=torch.__version__, card_and_driver=driver, free_bytes=memory)
-    say(free_disk_bytes=shutil.disk_usage(args.out).free)
+    disk = shutil.disk_usage(args.out).free
+    say(torch=torch.__version__, card_and_driver=driver, free_bytes=memory, free_disk_bytes=disk)
     say(product_flops_per_second=common.product_speed(args), bytes_per_second=bandwidth(args))
 
 
@@ -68,12 +54,11 @@ def model(args):
     folder = Path(args.out, "model")
     try:
         if not args.model:
-            raise ValueError("no --model is given")
+            raise ValueError("no MODEL is given")
         folder.symlink_to(find_folder(args.model).resolve())
         say(model=args.model)
     except ValueError as error:
-        named = re.search(r"(?<![\d.])[\d.]+[bm]\b", args.model.lower())
-        size = named[0] if named and named[0] in common.SIZES else args.size
+        size = next((size for size in common.SIZES if f"-{size}" in args.model.lower()), args.size)
         common.make_model(size, folder, getattr(torch, args.dtype), args.device)
         say(random_weights_of_the_shape=size, because=squash(str(error)))
 
@@ -128,20 +113,18 @@ def bandwidth(args):
     return 2 * source.nbytes / common.seconds(lambda: target.copy_(source), 5)
 
 
-def script(command, args):
-    """Another benchmark, which prints what it measures."""
-    start(f"bench/{command} --device {args.device}", wait=True)
+def benchmark(args, script, flags):
+    """Another script, which prints what it measures."""
+    same = f"--model {args.model} --new-tokens {args.new_tokens} --device {args.device}"
+    start(f"bench/{script} {same} --dtype {args.dtype} {flags}", wait=True)
+
+
+def update(args, flags=""):
+    benchmark(args, "step.py", f"--steps 1 {flags}")
 
 
 def draw(args):
-    common.make_workload(f"{args.out}/workload", 16, 16, 2 * args.new_tokens)
-    flags = f"--workload {args.out}/workload --slots 64 --repeats 1"
-    script(f"rollout.py --model {args.model} --dtype {args.dtype} {flags}", args)
-
-
-def update(flags, args):
-    size = f"--model {args.model} --new-tokens {args.new_tokens} --steps 1"
-    script(f"step.py {size} --dtype {args.dtype} {flags}", args)
+    benchmark(args, "rollout.py", "--prompts 16 --group 16 --slots 64 --repeats 1")
 
 
 def start(command, wait=False):
@@ -192,7 +175,7 @@ def full(args):
     if args.device == "cpu":
         return say(left_out="without a GPU")
     code = small_run(args, "full", FULL, wait=False).wait()
-    log = Path(args.out, "full card.log").read_text()
+    log = Path(args.out, "full.log").read_text()
     say(exit_code=code, last_line=log.splitlines()[-1])
     assert code == 1 and "out of memory" in log and "Traceback" not in log, "not one line, code 1"
 
@@ -200,89 +183,26 @@ def full(args):
 ROWS = {
     "card": card,
     "model": model,
-    "gap of learner and sampler": partial(update, ""),
+    "learning": update,
     "decoding": decoding,
-    "heavy-tailed draw": draw,
-    "learning, layers kept": partial(update, "--layers kept"),
-    "learning, layers again": partial(update, "--layers again"),
-    "LoRA": partial(update, "--lora-rank 16"),
-    "float32": partial(update, "--dtype float32"),
-    "FSDP": fsdp,
+    "draw": draw,
+    "recompute": partial(update, flags="--recompute"),
+    "lora": partial(update, flags="--lora-rank 16"),
+    "float32": partial(update, flags="--dtype float32"),
+    "fsdp": fsdp,
     "resume": resume,
-    "full card": full,
+    "full": full,
 }
-
-# ---------------------------------------------------------------------------------------- the table
-
-
-def measure(args, name, seconds, *more):
-    """Run a row, with `more` flags.  -> its log's lines, why it failed or None"""
-    log = Path(args.out, f"{name}.log")
-    command = [sys.executable, __file__, *sys.argv[1:], *more, "--out", args.out, "--row", name]
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    failure = None
-    try:
-        if code := process.wait(seconds):
-            failure = f"exit code {code}"
-    except subprocess.TimeoutExpired:
-        failure = f"{seconds:.0f} s are over"
-    finally:
-        with suppress(ProcessLookupError):  # what it has started ends with it, at Ctrl-C too
-            os.killpg(process.pid, signal.SIGKILL)
-    return log.read_text(errors="replace").splitlines(), failure
-
-
-def shown(line):
-    """What a line of JSON holds."""
-    for name, value in json.loads(line).items():
-        if isinstance(value, float):
-            value = f"{value:.3g}"
-        yield f"{name} {value}"
-
-
-def table(args):
-    """Print all rows, and keep them in --out; the exit code is 1 if one has failed."""
-    args.out = str(Path(args.out or tempfile.mkdtemp()).resolve())
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    end, failed = time.monotonic() + args.total, False
-    print(f"logs, table.md and rows.jsonl: {args.out}")
-    keep(args, "table.md", "| what | measured | seconds | good |\n| --- | --- | --- | --- |")
-    for name in ROWS:
-        begun = time.monotonic()
-        seconds = max(0, min(args.limit, end - begun))
-        lines, failure = measure(args, name, seconds)
-        if failure and name == "model":  # the hub is too slow
-            lines, failure = measure(args, name, seconds, "--model", "")
-        found = [line for line in lines if line.startswith("{")]
-        for line in found:
-            keep(args, "rows.jsonl", json.dumps({"row": name} | json.loads(line)), show=False)
-        cells = ["; ".join(shown(line)) for line in found]
-        if failure:
-            failed = True
-            last = squash(lines[-1]).replace("|", "/") if lines else "it has said nothing"
-            cells.append(f"{failure}: {last}")
-        seconds, good = time.monotonic() - begun, "NO" if failure else "yes"
-        keep(args, "table.md", f"| {name} | {'<br>'.join(cells)} | {seconds:.0f} | {good} |")
-        if name == "card" and failure:
-            sys.exit(last)
-    sys.exit(failed)
-
-
-def keep(args, name, line, show=True):
-    """Append a line to a file of --out."""
-    with open(Path(args.out, name), "a") as file:
-        print(line, file=file)
-    if show:
-        print(line, flush=True)
-
 
 # -------------------------------------------------------------------------------------- arithmetic
 
 # GB/s of memory, TFLOP/s of dense bfloat16 products, GiB: the makers' data sheets.
-CARDS = {"RTX 4090": (1008, 165, 24), "A100 80 GB": (2039, 312, 80), "H100": (3350, 989, 80)}
+CARDS = {
+    "RTX 4080": (717, 97, 16),
+    "RTX 4090": (1008, 165, 24),
+    "A100 80 GB": (2039, 312, 80),
+    "H100": (3350, 989, 80),
+}
 # Kernels of a decoded step: of a layer, of one with LoRA, and those beside the layers. Counted on a
 # pretended device with the 28 layers of Qwen2.5-1.5B: 549, and 1,333 with LoRA.
 KERNELS = 19, 47, 17
@@ -307,7 +227,7 @@ def expect(card, size, lora, tokens):
     apart = 3 * (4 * joined > free)  # products of a layer that are not joined
     slots = min(COMPLETIONS, int(free / 2 / row) // 8 * 8)
     kept = 2 * layers * (4 * inner + 6 * hidden)  # a token, if no layer is computed again
-    again = learner < 1.25 * UNCHECKPOINTED * kept
+    again = learner < 1.25 * MICRO_BATCH_TOKENS["cuda"] * kept
     if slots < 8 or learner < tokens * (2 * layers * hidden + kept / layers):
         return "does not fit"
 
@@ -325,23 +245,21 @@ def expect(card, size, lora, tokens):
 
 
 def arithmetic():
-    print(f"| | {' | '.join(CARDS)} |\n| --- | --- | --- | --- |")
+    print(f"| | {' | '.join(CARDS)} |\n| --- | --- | --- | --- | --- |")
     for size, lora, tokens in product(("0.5b", "1.5b", "7b"), (False, True), (1024, 8192)):
         cells = [expect(card, size, lora, tokens) for card in CARDS]
         print(f"| {size}, {'LoRA' if lora else 'full'}, {tokens} | {' | '.join(cells)} |")
 
 
 def main():
-    flags = {"row": "", "size": "1.5b", "out": "", "limit": 150, "total": 600, "new_tokens": 1024}
+    flags = {"row": "", "size": "1.5b", "out": "", "new_tokens": 1024}
     args = common.parse(__doc__, **common.MODEL, **flags, arithmetic=False)
     if args.arithmetic:
         arithmetic()
-    elif args.row:
+    else:
         if args.row not in ("card", "model"):
             args.model = f"{args.out}/model"
         ROWS[args.row](args)
-    else:
-        table(args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 # SIZE       1.5b, 7b, ... (bench/common.py);   NEW  tokens of a completion (1024);   DTYPE  bfloat16
 # LIMIT      seconds of a row (150);   TOTAL  of all (600);   OUT  a new folder for logs, table.md and rows.jsonl
 # DEVICE=cpu SIZE=2m NEW=8 DTYPE=float32 tries the script without a GPU: there is no capture and no full card.
-set -euo pipefail
+# Every row is a process of its own. One that fails or takes too long keeps what it has printed, and its log's last line.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 has_torch() { "$1" -c "import torch, transformers, safetensors, scipy, math_verify" 2> /dev/null; }
 
@@ -27,5 +28,41 @@ elif ! has_torch "$python"; then
   echo "$python lacks a package of requirements.txt."
   exit 2
 fi
-exec "$python" bench/gpu.py --model "${MODEL:-}" --size "${SIZE:-1.5b}" --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" \
-  --new-tokens "${NEW:-1024}" --limit "${LIMIT:-150}" --total "${TOTAL:-600}" --out "${OUT:-}"
+
+out=${OUT:-$(mktemp -d)}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+table() { echo "$1" | tee -a "$out/table.md"; }
+
+measure() { # ROW MODEL: its exit code; what it has started ends with it
+  local left=$((${TOTAL:-600} - SECONDS)) limit=${LIMIT:-150}
+  timeout -s KILL $((left < 1 ? 1 : left < limit ? left : limit)) "$python" bench/gpu.py --row "$1" --model "$2" --size "${SIZE:-1.5b}" \
+    --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" --new-tokens "${NEW:-1024}" --out "$out" > "$out/$1.log" 2>&1 &
+  job=$!
+  trap 'kill -KILL -- -"$job"; exit 130' INT TERM # the process group that `timeout` makes
+  wait "$job"
+}
+
+echo "logs, table.md and rows.jsonl: $out"
+table "| what | measured | seconds | good |"
+table "| --- | --- | --- | --- |"
+failed=0 SECONDS=0
+for row in card model learning decoding draw recompute lora float32 fsdp resume full; do
+  begun=$SECONDS
+  measure "$row" "${MODEL:-}"
+  code=$?
+  if [ "$row" = model ] && [ "$code" != 0 ]; then # the hub is too slow
+    measure model ""
+    code=$?
+  fi
+  grep '^{' "$out/$row.log" | sed "s/^{/{\"row\": \"$row\", /" >> "$out/rows.jsonl"
+  found=$(grep '^{' "$out/$row.log" | tr -d '{}"' | sed 's/$/<br>/' | tr -d '\n')
+  good=yes
+  if [ "$code" != 0 ]; then # 137: killed
+    good=NO failed=1
+    last=$(tr '\r' '\n' < "$out/$row.log" | grep . | tail -n 1)
+    found="${found}exit code $code after $((SECONDS - begun)) s: ${last:-it has said nothing}"
+  fi
+  table "| $row | ${found//|/\/} | $((SECONDS - begun)) | $good |"
+  if [ "$row" = card ] && [ "$good" = NO ]; then exit 1; fi
+done 2> /dev/null # of bash, about killed jobs
+exit $failed

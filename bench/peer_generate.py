@@ -23,11 +23,11 @@ def run(model, samples, slots):
 
 @torch.inference_mode()
 def main():
-    args = common.parse(__doc__, **common.MODEL, workload="", slots=32, repeats=1)
+    args = common.parse(__doc__, **common.MODEL, **common.WORK, **common.SAMPLING)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     model.generation_config.eos_token_id = None  # stop tokens are ignored
     samples = []
-    for prompt, lengths in common.read_workload(args.workload):
+    for prompt, lengths in common.workload(args):
         samples += [(prompt, n) for n in lengths]
     run(model, [(prompt, 16) for prompt, _ in samples[: args.slots]], args.slots)  # a warm-up
     seconds = common.seconds(lambda: run(model, samples, args.slots), args.repeats)

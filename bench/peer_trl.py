@@ -27,7 +27,7 @@ def reward(completions, **_):
 
 
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.UPDATE)
+    args = common.parse(__doc__, **common.MODEL, **common.WORK, steps=3)
     completions, clock = args.prompts * args.group, Clock()
     micro_batch = min(8, completions // 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,10 +3,10 @@
     python bench/step.py --model DIR --prompts 8 --group 8 --new-tokens 128 --steps 3
 
 Prompts have about 64 tokens, completions exactly --new-tokens. All of them are trained on. One
-update runs before the clock starts. --layers again (or kept) decides for a GPU whether layers are
-computed again in the backward pass; without it the rule of run/fit.py does. The last line is JSON;
-in it, learn_share_of_product_speed is the FLOP/s of learning by those of a large matrix product,
-which both stand before it. Layers that are computed again do not count.
+update runs before the clock starts. With --recompute, layers are computed again in the backward
+pass from the start; without it, once a GPU is full. The last line is JSON;
+in it, learn_share_of_product_speed is the FLOP/s of learning by those of a large matrix product.
+Layers that are computed again do not count.
 """
 
 from dataclasses import replace
@@ -19,9 +19,9 @@ from data import Order, Problem
 from eprli import Buffer, LevelState
 from policy import lora
 from policy.checkpoint import Policy
-from policy.learner import MICRO_BATCH_TOKENS, Learner
+from policy.learner import Learner
 from rewards import Reward, Scorer
-from run.fit import UNCHECKPOINTED, Fit, fit_learner
+from run.fit import Fit
 from run.flags import Config, resolve_levels
 from run.processes import Ranks
 from run.state import Run
@@ -48,11 +48,7 @@ def make_run(args):
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
-    fit_learner(learner)
-    if args.layers:
-        again = policy.model.model.recompute = args.layers == "again"
-        most = MICRO_BATCH_TOKENS[args.device]
-        learner.most_tokens = most if again else min(most, UNCHECKPOINTED)
+    learner.model.model.recompute = args.recompute
     return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
 
 
@@ -68,7 +64,9 @@ def one_update(run):
 
 
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.UPDATE, slots=64, lora_rank=0, layers="")
+    args = common.parse(
+        __doc__, **common.MODEL, **common.WORK, steps=3, slots=64, lora_rank=0, recompute=False
+    )
     run = make_run(args)
     first, _ = one_update(run)  # a warm-up
     updates, times = zip(*(one_update(run) for _ in range(args.steps)))
@@ -87,8 +85,7 @@ def main():
         gap_nats_a_token=gap,
         sample_seconds=seconds - learning,
         learn_seconds=learning,
-        layers_again=run.policy.model.model.recompute,
-        learn_flops_per_second=speed,
+        recompute=run.policy.model.model.recompute,
         product_flops_per_second=product,
         learn_share_of_product_speed=speed / product,
     )

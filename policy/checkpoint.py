@@ -209,8 +209,4 @@ def stop_token(tokenizer, text):
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1:
         raise ValueError(f"--stop {text!r}: is {len(tokens)} tokens of this tokenizer, not one")
-    if (twice := tokenizer.decode(tokens * 2)) != text * 2:
-        raise ValueError(
-            f"--stop {text!r}: twice it reads {twice!r}: within a text its token differs"
-        )
     return tokens[0]

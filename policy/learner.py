@@ -11,7 +11,7 @@ from tqdm import tqdm
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # verl's defaults, which DeepScaleR and FastCuRL use
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to this (DAPO)
 # Padded tokens of a micro-batch, by device; memory and speed only. One completion may be longer.
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 LEAST_MICRO_BATCH = 256  # tokens, of one that was halved
 
 
@@ -43,7 +43,8 @@ class Learner:
             for weight, master in zip(self.weights, self.masters):
                 weight.register_post_accumulate_grad_hook(partial(move_gradient, master))
         device = self.weights[0].device.type
-        self.model.model.recompute = device == "cuda"  # memory and speed only
+        # Memory and speed only. Without FSDP a GPU begins to recompute when it is full.
+        self.model.model.recompute = device == "cuda" and ranks.sharded
         self.most_tokens = MICRO_BATCH_TOKENS[device]
         self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -75,7 +76,7 @@ class Learner:
             raise  # what is being handled
         self.drop_gradient()
         body = self.model.model
-        if self.weights[0].is_cuda and not body.recompute:
+        if not body.recompute:
             body.recompute, change = True, "layers are computed again in the backward pass"
         else:
             self.most_tokens //= 2

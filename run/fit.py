@@ -1,5 +1,4 @@
-"""How many completions are decoded at once, and whether a GPU's learner computes its layers twice.
-Memory and speed only, no result.
+"""How many completions are decoded at once: memory and speed only, no result.
 
 A row of the KV cache is what a slot takes. So many slots are used as fit half of the free memory:
 the other half is for logits and what is computed on the way. Where a GPU is full all the same, the
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from rollout import MIN_ROWS, ROOM, round_up
 
 MOST_SLOTS = 256  # by default
-UNCHECKPOINTED = 8192  # tokens of a micro-batch whose layers are not computed again
 UNKNOWN_SLOTS = 64  # where the system does not tell what is free (macOS)
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
@@ -38,42 +36,6 @@ def row_bytes(model, length):
     config, room = model.config, round_up(max(1, min(length, model.context)), ROOM)
     key = config.num_key_value_heads * model.head_dim * model.lm_head.weight.itemsize
     return 2 * config.num_hidden_layers * key * room
-
-
-def kept_bytes(model, tokens=256):
-    """What the backward pass needs of a token, if no layer is computed again: what autograd keeps
-    of twice as many less what it keeps of so many. Weights and their copies do not grow."""
-    totals = []
-    for count in (tokens, 2 * tokens):
-        kept = {}
-
-        def keep(x, kept=kept):
-            storage = x.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            hidden = model.model(torch.zeros(1, count, dtype=torch.long, device=model.device))
-        del hidden
-        totals.append(sum(kept.values()))
-    return (totals[1] - totals[0]) / tokens
-
-
-def fit_learner(learner):
-    """Where a GPU has room for a whole micro-batch, its layers are not computed again.
-
-    AdamW's moments and the gradients are still to come: 12 bytes a weight. A quarter is for logits
-    and fragments.
-    """
-    model, first = learner.model, learner.masters[0]
-    if not first.is_cuda or learner.ranks.sharded:
-        return
-    free = free_bytes(first.device) - 12 * sum(p.numel() for p in learner.masters)
-    model.model.recompute = False
-    if free >= 1.25 * UNCHECKPOINTED * kept_bytes(model):
-        learner.most_tokens = UNCHECKPOINTED
-    else:
-        model.model.recompute = True
 
 
 class Fit:

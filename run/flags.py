@@ -459,16 +459,3 @@ def level_values(cfg, measured):
                 f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
             )
     return values
-
-
-def objective_line(cfg, levels):
-    """The objective with its numbers; what differs by level, level by level."""
-    low, high, weight = (
-        ", ".join(f"{getattr(level, name):g}" for level in levels)
-        for name in ("eps_low", "eps_high", "length_weight")
-    )
-    return (
-        f"maximise J_l: loss norm {cfg.loss_norm}, rho clipped to [1 - ({low}), 1 + ({high})], "
-        f"advantage std {cfg.adv_std}, r = R_l + K_l length_l({cfg.length_kind}), K_l = {weight}, "
-        f"minus {cfg.kl_coef:g} k3"
-    )

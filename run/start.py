@@ -34,8 +34,8 @@ from policy.checkpoint import Policy, digest, find_folder, weights_digest
 from policy.learner import Learner
 from rewards import MATH, Scorer, identity, load_reward
 from run.directory import RunDirectory, checkpoints, create
-from run.fit import Fit, fit_learner
-from run.flags import objective_line, resolve_levels
+from run.fit import Fit
+from run.flags import resolve_levels
 from run.state import Run
 
 
@@ -51,8 +51,6 @@ def start_run(cfg, ranks):
         )
     levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, cfg.model, ranks))
     facts["read"]["--model"] = start_digest(policy.folder)
-    objective = objective_line(cfg, [state.level for state in levels])
-    tqdm.write(objective)
     config = {
         **with_full_paths(cfg),
         **facts,
@@ -60,7 +58,6 @@ def start_run(cfg, ranks):
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(state.order.prompts) for state in levels],
-        "objective": objective,
         "levels": [asdict(state.level) for state in levels],
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
@@ -120,7 +117,6 @@ def make_run(cfg, directory, ranks, levels, held_out, policy):
     if cfg.kl_coef:
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
     learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
-    fit_learner(learner)
     return Run(
         cfg, directory, ranks, policy, reference, learner, fit, Scorer(cfg), levels, held_out
     )

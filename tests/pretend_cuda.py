@@ -126,10 +126,12 @@ def pad_sequence(rows, *options, real=torch._C._nn.pad_sequence):
     return made
 
 
-def filled_attention(q, k, v, *_, seqused_k):
+def filled_attention(q, k, v, starts_q, starts_k, longest_q, room, *_, seqused_k):
     """Each sequence's attention to as many keys as it says, in float32. q (R, heads, D) has a token
-    of each, k and v (R * S, 1, D) as many positions of each."""
-    k, v = (x.view(len(q), -1, x.shape[-1]).float() for x in (k, v))
+    of each, k and v (R * S, 1, D) as many positions of each, which begin at its start."""
+    assert real_tolist(starts_q) == list(range(len(q) + 1)) and longest_q == 1
+    where = starts_k[:-1, None] + torch.arange(room)
+    k, v = (x.squeeze(1)[where].float() for x in (k, v))
     unseen = torch.arange(k.shape[1]) >= seqused_k[:, None, None]
     score = q.float() @ k.mT * q.shape[-1] ** -0.5
     return (score.masked_fill(unseen, -torch.inf).softmax(-1) @ v).to(q.dtype)

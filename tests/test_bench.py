@@ -14,21 +14,59 @@ sys.path.append(str(BENCH))
 import gpu  # noqa: E402  it is no package
 
 
+def card(out, settings):
+    """What bench/gpu.sh prints of a tiny model, row by row."""
+    settings |= {"SIZE": "2m", "NEW": "8", "OUT": str(out), "HF_HUB_OFFLINE": "1"}
+    command = ["bash", BENCH / "gpu.sh", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    table = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()[2:]]
+    return done, {cells[0][2:]: (cells[1], cells[-1][:-2]) for cells in table}
+
+
+CPU = {"MODEL": "nobody/nothing-2m", "DEVICE": "cpu", "DTYPE": "float32"}
+
+
 @mark.slow
 def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
     """A flag that was renamed, or a key that is gone, would cost time on a card. A model that is
-    not to be had is replaced; a row that has no time left costs none of those before it."""
-    settings = {"MODEL": "nobody/nothing-2m", "SIZE": "2m", "NEW": "8", "DEVICE": "cpu"}
-    settings |= {"DTYPE": "float32", "TOTAL": "60", "OUT": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = ["bash", BENCH / "gpu.sh", sys.executable]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
-    table = (tmp_path / "table.md").read_text().splitlines()[2:]
-    assert [row.split(" | ")[0][2:] for row in table] == list(gpu.ROWS)
-    assert all(row.endswith("| yes |") for row in table[:3]), done.stderr
-    assert "random_weights_of_the_shape 2m; because model 'nobody/nothing-2m'" in table[1]
-    assert "0 s are over" in table[-1] and table[-1].endswith("| NO |") and done.returncode == 1
-    (found,) = [row for row in lines(tmp_path / "rows.jsonl") if row["row"].startswith("gap")]
-    assert 0 < found["gap_nats_a_token"] < 1e-4
+    not to be had is replaced."""
+    done, rows = card(tmp_path, CPU)
+    assert list(rows) == list(gpu.ROWS) and {good for _, good in rows.values()} == {"yes"}, rows
+    assert "random_weights_of_the_shape: 2m, because: model 'nobody/nothing-2m'" in rows["model"][0]
+    found = {row["row"]: row for row in lines(tmp_path / "rows.jsonl")}
+    assert 0 < found["learning"]["gap_nats_a_token"] < 1e-4
+    assert done.returncode == 0
+
+
+@mark.slow
+def test_a_row_without_time_costs_none_of_those_before_it(tmp_path):
+    done, rows = card(tmp_path, CPU | {"TOTAL": "25"})
+    assert list(rows) == list(gpu.ROWS) and rows["card"][1] == "yes"
+    assert "exit code 137 after 1 s: it has said nothing" in rows["full"][0]
+    assert rows["full"][1] == "NO" and done.returncode == 1
+
+
+PRETENDED = """
+import sys
+sys.path.append(TESTS)
+import pretend_cuda, torch
+pretend_cuda.install()
+real = torch.randn
+torch.randn = lambda *sizes, **options: real(*(min(n, 512) for n in sizes), **options)
+torch.cuda.device_count = lambda: 1
+torch.cuda.synchronize = torch.cuda.set_per_process_memory_fraction = lambda *_: None
+"""
+
+
+@mark.slow
+def test_the_acceptance_test_on_a_pretended_card(tmp_path):
+    """Only a full card cannot be pretended."""
+    (tmp_path / "sitecustomize.py").write_text(
+        PRETENDED.replace("TESTS", repr(str(BENCH.parent / "tests")))
+    )
+    _, rows = card(tmp_path, {"DEVICE": "cuda", "PYTHONPATH": str(tmp_path), "TOTAL": "900"})
+    assert [name for name, (_, good) in rows.items() if good != "yes"] == ["full"], rows
+    assert "_flash_attention_forward" in rows["decoding"][0]
 
 
 def test_arithmetic_by_hand():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import sympy
 from conftest import table, write_lines
 from pytest import approx, mark, raises
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -356,15 +355,6 @@ def test_a_tokenizer_that_begins_all_text_with_a_token_adds_none(tokenizer):
     assert render(many, Problem("i", "1", "1")).tokens == before
     assert stop_token(many, "\n") == stop_token(tokenizer, "\n")
     assert end_of_turn(many) == tokenizer.eos_token_id
-
-
-def test_a_stop_that_has_another_token_within_a_text_is_refused():
-    """Tokenizers as that of Llama 2 put a blank in front of a text. The token of "# " alone would
-    never be sampled behind a line, and completions would run on."""
-    words = Tokenizer(models.WordLevel({"\u2581#": 0, "#": 1, "\u2581a": 2}, unk_token="#"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    with raises(ValueError, match="twice it reads '# #': within a text its token differs"):
-        stop_token(PreTrainedTokenizerFast(tokenizer_object=words), "#")
 
 
 def test_a_prompt_does_not_depend_on_the_day():

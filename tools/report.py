@@ -38,7 +38,7 @@ largest gap of learner from sampler   | nats, log scale         | logprob_gap_ma
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
 # What the page says of a run: fields of config.json.
-FACTS = "model parameters dtype data eval_data levels problems began torch device seed objective"
+FACTS = "model parameters dtype data eval_data levels problems began torch device seed"
 # The completions that it shows: of so many updates, spread over the run, so many groups, and so
 # many completions of each. What is longer than LONGEST (characters) loses its middle.
 TIMES, GROUPS, SAMPLES, LONGEST = 5, 2, 16, 1500
