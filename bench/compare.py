@@ -30,9 +30,7 @@ def last_line(python, command):
     """The JSON that a script prints last."""
     script, *flags = command.split()
     command = [python, Path(__file__).with_name(script), *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{script} {' '.join(flags)}: exit {done.returncode}")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     line = done.stdout.splitlines()[-1]
     print(script, line, file=sys.stderr)
     return json.loads(line)

@@ -671,15 +671,6 @@ def test_prompts_longer_than_the_context_are_dropped_and_counted(workshop, print
     assert set(column(lines(out / "completions.jsonl"), "problem_id")) == {"long-1", "long-3"}
 
 
-def test_a_run_says_and_saves_its_objective(workshop, printed):
-    out = workshop("--updates 1 --eps-high 0.28 0.4 --length-weight 0.5 --kl-coef 0.01")
-    line = read(out / "config.json")["objective"]
-    assert line in printed() and "\n" not in line
-    for part in ("loss norm sequence", "[1 - (0.2, 0.2), 1 + (0.28, 0.4)]", "K_l = 0.5, 0.5"):
-        assert part in line
-    assert "length_l(kimi)" in line and "minus 0.01 k3" in line
-
-
 @mark.parametrize(
     "kind, lengths, expected",
     [

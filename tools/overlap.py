@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import read_problems
 
-WORDS, SHARE = 8, 0.7
+WORDS, SHARE = 8, 0.8
 
 
 def runs_of_words(text):
@@ -24,7 +24,7 @@ def runs_of_words(text):
 
 
 def overlap(train, test):
-    """-> {id of a problem of `test` of which one of `train` has 70 % of the runs of words or more:
+    """-> {id of a problem of `test` of which one of `train` has 80 % of the runs of words or more:
     (that share, the other's id)}"""
     holders, sizes, found = defaultdict(list), {}, {}
     for problem in test:
