@@ -31,6 +31,7 @@ fi
 
 out=${OUT:-$(mktemp -d)}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+said() { tr '\r' '\n' < "$out/$1.log"; } # a progress bar ends no line
 table() { echo "$1" | tee -a "$out/table.md"; }
 
 measure() { # ROW MODEL: its exit code; what it has started ends with it
@@ -54,12 +55,12 @@ for row in card model learning decoding draw recompute lora float32 fsdp resume 
     measure model ""
     code=$?
   fi
-  grep '^{' "$out/$row.log" | sed "s/^{/{\"row\": \"$row\", /" >> "$out/rows.jsonl"
-  found=$(grep '^{' "$out/$row.log" | tr -d '{}"' | sed 's/$/<br>/' | tr -d '\n')
+  said "$row" | grep '^{' | sed "s/^{/{\"row\": \"$row\", /" >> "$out/rows.jsonl"
+  found=$(said "$row" | grep '^{' | tr -d '{}"' | sed 's/$/<br>/' | tr -d '\n')
   good=yes
   if [ "$code" != 0 ]; then # 137: killed
     good=NO failed=1
-    last=$(tr '\r' '\n' < "$out/$row.log" | grep . | tail -n 1)
+    last=$(said "$row" | grep . | tail -n 1)
     found="${found}exit code $code after $((SECONDS - begun)) s: ${last:-it has said nothing}"
   fi
   table "| $row | ${found//|/\/} | $((SECONDS - begun)) | $good |"

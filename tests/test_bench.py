@@ -34,6 +34,7 @@ def test_the_acceptance_test_of_a_gpu_without_one(tmp_path):
     assert list(rows) == list(gpu.ROWS) and {good for _, good in rows.values()} == {"yes"}, rows
     assert "random_weights_of_the_shape: 2m, because: model 'nobody/nothing-2m'" in rows["model"][0]
     found = {row["row"]: row for row in lines(tmp_path / "rows.jsonl")}
+    assert list(found) == list(rows)
     assert 0 < found["learning"]["gap_nats_a_token"] < 1e-4
     assert done.returncode == 0
 
@@ -64,7 +65,9 @@ def test_the_acceptance_test_on_a_pretended_card(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         PRETENDED.replace("TESTS", repr(str(BENCH.parent / "tests")))
     )
-    _, rows = card(tmp_path, {"DEVICE": "cuda", "PYTHONPATH": str(tmp_path), "TOTAL": "900"})
+    _, rows = card(
+        tmp_path, {"DEVICE": "cuda", "PYTHONPATH": str(tmp_path), "TOTAL": "900", "LIMIT": "400"}
+    )
     assert [name for name, (_, good) in rows.items() if good != "yes"] == ["full"], rows
     assert "_flash_attention_forward" in rows["decoding"][0]
 
