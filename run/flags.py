@@ -394,8 +394,8 @@ def fill(cfg):
     if missing and not shipped:
         raise ValueError(
             f"{', '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a file that states them, such as @recipes/dapo.args "
-            "(rates for --lora-rank: docs/scaling.md)"
+            f"{cfg.model} give your own, or a file that states them, such as "
+            "@recipes/gsm8k-one-card.args (rates for --lora-rank: docs/scaling.md)"
         )
     held_out, source = cfg.eval_data, Path(source_of(cfg.data)).resolve()
     if not held_out and source == (SHIPPED / "train.jsonl").resolve():

@@ -254,7 +254,7 @@ def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words,
     """3e-4 would ruin a model of 1.5 B without a word."""
     words = ["--model", "toy", *words.split()]
     message = refused(f"{named}: our defaults fit the shipped model alone", words)
-    assert "@recipes/dapo.args" in message
+    assert "@recipes/gsm8k-one-card.args" in message
 
 
 def test_declared_levels_need_their_highest_numbers(refused):
@@ -284,10 +284,10 @@ def test_underscores_and_a_flag_that_stands_twice():
 def test_flags_behind_a_recipe_win(name, monkeypatch):
     """A recipe that wins over the command line would train with another rate than was asked for.
     The words are those of a real command line."""
-    words = f"@{RECIPES}/{name}.args --model toy --lr 1e-5 --max-new-tokens 9 --group-size 4"
+    words = f"@{RECIPES}/{name}.args --model toy --lr 1e-5 --max-new-tokens 9 --updates 7"
     monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
     cfg, _ = read_flags(make_parser(), None)
-    assert (cfg.lr, cfg.max_new_tokens, cfg.group_size) == (1e-5, [9], [4])
+    assert (cfg.lr, cfg.max_new_tokens, cfg.updates) == (1e-5, [9], [7])
     assert cfg.adv_std == ("none" if name == "dr-grpo" else "group")
     assert cfg.loss_norm == {"paper": "sequence", "dr-grpo": "constant"}.get(name, "token")
 
