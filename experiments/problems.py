@@ -26,13 +26,12 @@ MOST = 150  # no right total is larger
 CAREFUL_SLIPS = 0.3  # of the slips remain where the units are worked out
 
 
-def chain(rng):
-    """2 to 8 numbers, some of them in brackets of two; every total is in 0 .. MOST."""
-    left = rng.randint(2, 8) - 1
+def chain(rng, left, brackets=0.3):
+    """A number and `left` more, some of them in brackets of two; every total is in 0 .. MOST."""
     total = rng.randint(2, 99)
     text = str(total)
     while left:
-        if left > 1 and rng.random() < 0.3:
+        if left > 1 and rng.random() < brackets:
             a, b = rng.randint(2, 49), rng.choice((-1, 1)) * rng.randint(2, 49)
             sign, value, term, count = -1, a + abs(b), f"({a}{b:+d})", 2
             change = -a - b
@@ -105,20 +104,27 @@ def solve(text, slips=None, careful=0.0, rng=random):
     return steps, total
 
 
-def generate(split, seed, repeats=False):
-    """Endless problems of one split, each with its worked solution in other["steps"].
+def generate(split, seed, repeats=False, deepest=0):
+    """Endless problems of one split, each with its worked solution in other["steps"], and the
+    number of steps as its level.
+
+    deepest  0: chains of 2 to 8 numbers; else of 1 to `deepest` operations, without brackets
 
     No problem comes twice, unless `repeats`. A problem's text decides its split (one in eight is
     held out), so the two splits never share a problem, whatever the seed.
     """
     rng, seen = random.Random(f"{split}/{seed}"), set()
     for number in itertools.count():
-        text = chain(rng)
+        if deepest:
+            text = chain(rng, rng.randint(1, deepest), brackets=0)
+        else:
+            text = chain(rng, rng.randint(2, 8) - 1)
         held_out = zlib.crc32(text.encode()) % 8 == 0
         if held_out == (split == "heldout") and (repeats or text not in seen):
             seen.add(text)
             steps, answer = solve(text)
-            yield Problem(f"{split}-{number}", text, str(answer), other={"steps": steps})
+            other = {"steps": steps}
+            yield Problem(f"{split}-{number}", text, str(answer), level=len(steps), other=other)
 
 
 def main(arguments=None):

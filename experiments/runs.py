@@ -1,6 +1,6 @@
 """Make the runs of an experiment that are not there, seed by seed; then print its tables.
 
-    python -m experiments.runs map --seeds 50 51 52 53
+    python -m experiments.runs tasks --seeds 60 61 62 63
 
 Arms are in experiments/arms.py. Every run is a process of its own with one thread: `python train.py
 FLAGS`, then `python eval.py` for greedy accuracy. What it leaves is one line of
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.arms import ARMS, RUNS, base_commands, declare_levels, path_of
+from experiments.arms import ARMS, BASES, base_commands, path_of, write_levels, write_tasks
 from experiments.tables import RESULTS, read_runs, report
 from files import read_records, write_records
 
@@ -30,8 +30,7 @@ COLUMNS = (  # of metrics.jsonl
     "groups_all_wrong groups_stale entropy length_mean truncated_share carried_share "
     "clip_low_share clip_high_share sample_seconds learn_seconds"
 )
-GREEDY = "--data assets/heldout.jsonl --samples 1 --temperature 0 --max-new-tokens 128"
-GONE = " --eval-max-new-tokens 128"  # a flag of recorded runs; without it the same is done now
+GREEDY = "--samples 1 --temperature 0 --max-new-tokens 160"
 
 
 def machine():
@@ -60,7 +59,8 @@ def train(arm, seed, command):
     log = out.with_suffix(".log")
     shell(f"{command} --out {out}", log)
     (checkpoint,) = (out / "checkpoints").iterdir()
-    shell(f"eval.py --model {checkpoint} {GREEDY} --out {out / 'greedy'}", log)
+    (held_out,) = re.findall(r"--eval-data (\S+)", command)
+    shell(f"eval.py --model {checkpoint} --data {held_out} {GREEDY} --out {out / 'greedy'}", log)
     (greedy,) = json.loads((out / "greedy/summary.json").read_text())["files"].values()
     metrics = read_records(out / "metrics.jsonl")
     config = json.loads((out / "config.json").read_text())
@@ -69,16 +69,22 @@ def train(arm, seed, command):
     found["evaluations"] = read_records(out / "eval.jsonl")
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
     found["problems"] = config["problems"]
-    found["greedy"] = [greedy[f"level {number}"]["avg@1"][0] for number in (1, 2)]
+    found["greedy"] = [row["avg@1"][0] for name, row in greedy.items() if name != "all"]
     shutil.rmtree(out)
     return found
+
+
+def make_base(base):
+    for command in base_commands(base):
+        shell(command, path_of(base).with_suffix(".log"))
+    write_levels(base)
 
 
 def missing(name, seeds):
     """-> the arguments of `train` for every run that is not there, all arms of one seed first"""
     there = {}
     for run in read_runs(name):
-        there[run["arm"], run["seed"]] = run["command"].replace(GONE, "")
+        there[run["arm"], run["seed"]] = run["command"]
     tasks = []
     for seed in seeds:
         for arm, flags in ARMS[name].items():
@@ -110,9 +116,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    declare_levels()
-    for command in base_commands():
-        shell(command, RUNS / "bases.log")
+    write_tasks()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(make_base, BASES))
     make(args.name, args.seeds, args.jobs)
     report(args.name)
 

@@ -1,8 +1,9 @@
-"""From the results of an experiment to its measures and tables; of the map, a picture too.
+"""From the results of an experiment to its measures and tables.
 
-    python -m experiments.tables map
+    python -m experiments.tables tasks
 
-Arms are paired by seed, and intervals are of 95 % over seeds. Level 2 are the hard problems.
+Arms are paired by seed, and intervals are of 95 % over seeds. Level 2 stands for the last one: the
+hard problems.
 """
 
 import json
@@ -12,18 +13,29 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from scipy import stats
 
 FIRST_GROUPS = 64
-BUDGETS = 400_000, 800_000, 1_000_000, 1_600_000  # of the picture
+BUDGETS = 200, 400, 800  # thousands of sampled tokens
 RESULTS = Path(__file__).resolve().parent / "results"
+# Task or base, measure, arm, other arm
+FINDINGS = (
+    ("depth", "level 2 at 200", "levels", "mix"),
+    ("depth", "level 2 at 800", "levels", "mix"),
+    ("depth", "level 2 at 800", "hard only", "mix"),
+    ("skill", "level 2 at 400", "hard only", "mix"),
+    ("skill", "level 2 at 400", "short with", "short without"),
+    ("depth 5 %", "level 2 at 400", "levels, all", "mix"),
+)
 COLUMNS = {  # measure: its decimals
     "accuracy": 1,  # held out, all levels, %
     "level 1": 1,  # held out, %
     "level 2": 1,
     "area": 1,  # mean accuracy over the sampled tokens, %
     "area 2": 1,  # the same of level 2
+    **{f"level 2 at {budget}": 1 for budget in BUDGETS},
+    **{f"all at {budget}": 1 for budget in BUDGETS},
+    "chosen by": 1,  # mean of level 2 at these
     "greedy 1": 1,  # level 1, without sampling, %
     "greedy 2": 1,
     "to 50 %": 0,  # sampled tokens until level 2 is at 50 %, thousands
@@ -51,24 +63,31 @@ def curve(run, level):
 
 def measure(run):
     """-> {measure: value} of one run, at the budget of sampled tokens"""
-    (grid, both), (_, level_1), (_, level_2) = (curve(run, level) for level in (0, 1, 2))
-    reached = grid[level_2 >= 50]
+    hard = max(row["level"] for row in run["evaluations"])
+    (grid, both), (_, level_1), (_, level_2) = (curve(run, level) for level in (0, 1, hard))
+    half = grid[level_2 >= 50]
     greedy = 100 * np.array(run.get("greedy", [np.nan] * 2))
-    lengths = [row["length_mean"] for row in run["evaluations"] if row["level"] == 2]
+    lengths = [row["length_mean"] for row in run["evaluations"] if row["level"] == hard]
     updates = run["updates"]
     drawn, right, wrong = (updates[f"groups_{s}"] for s in ("drawn", "all_right", "all_wrong"))
     first = 1 + np.searchsorted(np.cumsum(drawn), FIRST_GROUPS)
-    at_budgets = {budget: np.interp(budget, grid, level_2) for budget in BUDGETS}
+    at_budgets = {}
+    for name, accuracies in (("level 2", level_2), ("all", both)):
+        for budget in BUDGETS:
+            reached = 1000 * budget <= grid[-1]
+            value = np.interp(1000 * budget, grid, accuracies) if reached else np.nan
+            at_budgets[f"{name} at {budget}"] = value
     return at_budgets | {
+        "chosen by": np.mean([at_budgets[f"level 2 at {budget}"] for budget in BUDGETS]),
         "accuracy": both[-1],
         "level 1": level_1[-1],
         "level 2": level_2[-1],
         "area": both.mean(),
         "area 2": level_2.mean(),
         "greedy 1": greedy[0],
-        "greedy 2": greedy[1],
-        "to 50 %": reached[0] / 1000 if len(reached) else np.nan,
-        "ratio": np.log(reached[0] if len(reached) else run["budget"]),
+        "greedy 2": greedy[-1],
+        "to 50 %": half[0] / 1000 if len(half) else np.nan,
+        "ratio": np.log(half[0] if len(half) else run["budget"]),
         "length 2": lengths[-1],
         "updates": sum(groups > 0 for groups in updates["groups_kept"]),
         "trained": sum(updates.get("tokens_trained", [np.nan])) / 1000,
@@ -158,39 +177,31 @@ def tables(found):
             yield f"| {base} | {arm}, less {other} | {' | '.join(cells)} |"
 
 
-def best_at(arms, budget):
-    """On hard problems, of the arms of a base -> the best, its lead over the mix, whether it is
-    told apart from the mix, or the mix from the second"""
-    means = {arm: np.mean([m[budget] for m in by_seed.values()]) for arm, by_seed in arms.items()}
-    best, second = sorted(means, key=means.get, reverse=True)[:2]
-    lead, half = difference(arms[best], arms[second if best == "mix" else "mix"], budget)
-    return best, means[best] - means["mix"], lead > half
-
-
-def draw_map(found):
-    """Start rate across, budget up, the best arm in color with its lead over the mix in points;
-    hatched: it is not told apart."""
-    figure, colors = Figure(figsize=(11, 5), layout="constrained"), {}
-    ax = figure.subplots()
-    for x, arms in enumerate(found.values()):
-        for y, budget in enumerate(BUDGETS):
-            best, lead, apart = best_at(arms, budget)
-            color = colors.setdefault(best, f"C{len(colors)}")
-            ax.bar(x, 1, 0.95, y, color=color, alpha=0.5, ec="w", hatch="" if apart else "//")
-            ax.text(x, y + 0.4, f"{best}\n{lead:+.0f}", ha="center")
-    ax.set_xticks(range(len(found)), found)
-    ax.set_yticks(np.arange(len(BUDGETS)) + 0.5, [f"{budget / 1e6:g} M" for budget in BUDGETS])
-    ax.set(xlabel="hard problems solved at the start", ylabel="sampled tokens")
-    ax.set_title("the best arm, its lead over the mix in points; hatched: not told apart")
-    figure.savefig(RESULTS / "map.png")
+def findings(found):
+    """Lines of markdown: the comparisons of FINDINGS. A seed is one number, the mean over the bases
+    of a task; p values are Holm's."""
+    rows = []
+    for task, measure_of, arm, other in FINDINGS:
+        bases = [arms for base, arms in found.items() if base.startswith(task)]
+        by_seed = [
+            np.mean([arms[arm][seed][measure_of] - arms[other][seed][measure_of] for arms in bases])
+            for seed in set.intersection(*(set(arms[arm]) for arms in bases))
+        ]
+        name = f"{task}: {arm} less {other}, {measure_of}"
+        rows.append((stats.ttest_1samp(by_seed, 0).pvalue, name, *interval(by_seed)))
+    yield "\n| comparison | points | p | p by Holm |\n| --- | --- | --- | --- |"
+    corrected = 0
+    for number, (p, name, mean, half) in enumerate(sorted(rows)):
+        corrected = min(1, max(corrected, p * (len(rows) - number)))
+        yield f"| {name} | {mean:+.1f} ± {half:.1f} | {p:.4f} | {corrected:.4f} |"
 
 
 def report(name):
-    """Print the tables of an experiment; of the map, draw the picture too."""
+    """Print the tables of an experiment."""
     found = measures(name)
     print(*tables(found), sep="\n")
-    if name == "map":
-        draw_map(found)
+    if name == "tasks":
+        print(*findings(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def make_model(tokenizer, seed):
 
 def demonstrations(args):
     """For every step of training, pairs (problem, solution as text).  args: a Recipe"""
-    problems, rng = generate("train", args.seed, repeats=True), random.Random(args.seed)
+    problems, rng = generate("train", args.seed, True, args.deepest), random.Random(args.seed)
     for step in range(args.steps):
         scale = RARE if step < args.rare * args.steps else 1
         slips = {trap: scale * rate for trap, rate in zip(TRAPS, args.slips)}
@@ -136,6 +136,7 @@ class Recipe:
     slips: list[float] = field(default_factory=lambda: [0.45, 0.65, 0.75])  # how often, see TRAPS
     careful: float = 0.35  # share of the steps that have their units worked out
     rare: float = 0.6  # share of the steps in which slips are rare
+    deepest: int = 0  # of problems, see generate
     start: str | None = None  # checkpoint folder to go on from; default: random weights
 
 
