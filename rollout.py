@@ -399,6 +399,7 @@ class Slots:
             return
         kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
         self.running = [self.running[slot] for slot in kept]
+        kept = torch.tensor(kept, device=self.logits.device)
         self.logits, self.fed = self.logits[kept], self.fed[:, kept]
         self.cache.keep(kept)
 
@@ -453,6 +454,7 @@ def sample(
             group = work.groups[number]
             yield number, [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
         if not (work.waiting or work.live):
+            work.replay = None  # a cycle, on a CPU, would keep the cache
             return
         work.refill()
         work.advance(temperature, top_k, top_p)

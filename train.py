@@ -9,6 +9,7 @@ resumed in run/start.py, how it ends in run/command.py. The way of a line of dat
 run/start.py, that of a flag in run/flags.py.
 """
 
+import gc
 import itertools
 import math
 import random
@@ -249,7 +250,8 @@ def accumulate_gradient(run, level, minibatch):
     except torch.OutOfMemoryError:
         J = logs = None
         run.learner.use_less_memory()
-    if logs is None:  # out here all that the step held is free
+    if logs is None:  # out here nothing holds what the step had, but cycles
+        gc.collect()
         return accumulate_gradient(run, level, minibatch)
     # Summed in the order of processes, so that every run has the same bits.
     logs = sum(run.ranks.gather(logs), [])
@@ -324,9 +326,6 @@ def write_report(out):
 
         print(f"picture: {report.draw([out])}")
         print(f"page:    {report.write_page([out])}")
-        metrics = report.read_log(out / "metrics.jsonl")
-        if left_out := sum(row["completions_left_out"] for row in metrics):
-            print(f"{left_out:,} completions were not written down")
     except Exception as error:  # of a library, a disk: the run itself went well
         print(f"no picture or page of {out} ({type(error).__name__}: {squash(str(error))})")
 

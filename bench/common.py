@@ -37,7 +37,7 @@ MODEL = {
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 WORK = {"prompts": 8, "group": 8, "new_tokens": 128}
-SAMPLING = {"uniform": False, "slots": 32, "repeats": 3}
+SAMPLING = {"slots": 32, "repeats": 3}
 KINDS = {bool: {"action": "store_true"}, int: {"type": int}, list: {"nargs": "+"}, str: {}}
 
 
@@ -83,15 +83,15 @@ def workload(args):
     """A list of (prompt, lengths of its completions), of --prompts x --group.
 
     Lengths are as reasoning models have them: log-normal, 40 % of --new-tokens on average, a few
-    per cent cut off there. Or, with --uniform, all are --new-tokens.
+    per cent cut off there.
     """
     rng, work = random.Random(0), []
     for _ in range(args.prompts):
         prompt = [rng.randrange(4, 256) for _ in range(rng.randint(32, 96))]
-        lengths = [args.new_tokens] * args.group
-        if not args.uniform:
-            drawn = (0.32 * args.new_tokens * rng.lognormvariate(0, 0.8) for _ in lengths)
-            lengths = [min(args.new_tokens, max(8, int(n))) for n in drawn]
+        lengths = []
+        for _ in range(args.group):
+            drawn = int(0.32 * args.new_tokens * rng.lognormvariate(0, 0.8))
+            lengths.append(min(args.new_tokens, max(8, drawn)))
         work.append((prompt, lengths))
     return work
 

@@ -6,7 +6,7 @@
 VENV: python -m venv VENV && VENV/bin/pip install torch transformers trl. Nothing else should run on
 the machine meanwhile. The sides take turns (A B A B ...). Every run is printed as a line of JSON on
 standard error; the table has medians, and ours by the other. --what chooses: sampling of
-heavy-tailed or of equal lengths, or a whole update.
+heavy-tailed lengths, or a whole update.
 """
 
 import json
@@ -18,10 +18,8 @@ from statistics import median
 
 import common
 
-SAMPLE = "--repeats 1 --prompts 12 --group 8 --new-tokens"
 COMMANDS = {
-    "heavy-tailed": ("rollout.py", "peer_generate.py", f"{SAMPLE} 192"),
-    "equal": ("rollout.py", "peer_generate.py", f"{SAMPLE} 96 --uniform"),
+    "heavy-tailed": ("rollout.py", "peer_generate.py", "--repeats 1 --prompts 12 --new-tokens 192"),
     "update": ("step.py", "peer_trl.py", ""),
 }
 

@@ -53,9 +53,9 @@ def model(args):
     common.make_model("2m" if args.size == "2m" else "135m", f"{args.out}/small")
     folder = Path(args.out, "model")
     try:
-        if not args.model:
-            raise ValueError("no MODEL is given")
-        folder.symlink_to(find_folder(args.model).resolve())
+        if args.because:
+            raise ValueError(args.because)
+        folder.symlink_to(find_folder(args.model).resolve())  # --out is new
         say(model=args.model)
     except ValueError as error:
         size = next((size for size in common.SIZES if f"-{size}" in args.model.lower()), args.size)
@@ -222,37 +222,38 @@ def expect(card, size, lora, tokens):
     # bytes: weights, and in full training masters, moments; while learning gradients
     free = memory * 2**30 - 1e9 - (2 if lora else 14) * held
     learner = free - (0 if lora else 4) * held
-    joined = 2 * layers * hidden * (hidden + kv + 2 * inner)  # copies, while sampling
     row = 2 * layers * kv * tokens  # of the KV cache
-    apart = 3 * (4 * joined > free)  # products of a layer that are not joined
-    slots = min(COMPLETIONS, int(free / 2 / row) // 8 * 8)
+    most = min(COMPLETIONS, int(free / 2 / row) // 8 * 8)
     kept = 2 * layers * (4 * inner + 6 * hidden)  # a token, if no layer is computed again
     again = learner < 1.25 * MICRO_BATCH_TOKENS["cuda"] * kept
-    if slots < 8 or learner < tokens * (2 * layers * hidden + kept / layers):
-        return "does not fit"
+    if most < 8 or learner < tokens * (2 * layers * hidden + kept / layers):
+        return "-"
 
-    def step(filled):
-        launches = (layers * (KERNELS[lora] + apart) + KERNELS[2]) * LAUNCH
-        return (2 * met + slots * row * filled) / (1e9 * speed) + launches
+    def step(slots, filled):
+        launches = (layers * KERNELS[lora] + KERNELS[2]) * LAUNCH
+        products = max(2 * met / (1e9 * speed), 2 * met * slots / (1e12 * peak))
+        return products + slots * row * filled / (1e9 * speed) + launches
 
-    sampling = -(-COMPLETIONS // slots) * tokens * step(0.5)
-    factor = (4 if lora else 6) + 2 * again
-    flops = factor * (met + layers * hidden * tokens)  # of a token; the latter is attention
+    waves, last = divmod(COMPLETIONS, most)
+    sampling = tokens * (waves * step(most, 0.5) + bool(last) * step(last, 0.5))
+    frozen = 2 * lora * met  # have no gradient of their own
+    attention = layers * hidden * tokens  # all that a token multiplies with, but for weights
+    flops = (6 + 2 * again) * (met + attention) - frozen  # of a token
     learning = COMPLETIONS * tokens * flops / (MFU * 1e12 * peak)
-    rate = slots / step(1) / 1e3
+    full = step(most, 1)
     times = f"{sampling:.0f} + {learning:.0f} s{' *' * again}"
-    return f"{slots}: {1e3 * step(1):.1f} ms, {rate:.1f} k/s; {times}"
+    return f"{most}: {1e3 * full:.1f} ms, {most / full / 1e3:.1f} k/s; {times}"
 
 
 def arithmetic():
-    print(f"| | {' | '.join(CARDS)} |\n| --- | --- | --- | --- | --- |")
+    print(f"| size, training, tokens | {' | '.join(CARDS)} |\n| --- | --- | --- | --- | --- |")
     for size, lora, tokens in product(("0.5b", "1.5b", "7b"), (False, True), (1024, 8192)):
         cells = [expect(card, size, lora, tokens) for card in CARDS]
         print(f"| {size}, {'LoRA' if lora else 'full'}, {tokens} | {' | '.join(cells)} |")
 
 
 def main():
-    flags = {"row": "", "size": "1.5b", "out": "", "new_tokens": 1024}
+    flags = {"row": "", "size": "1.5b", "out": "", "new_tokens": 1024, "because": ""}
     args = common.parse(__doc__, **common.MODEL, **flags, arithmetic=False)
     if args.arithmetic:
         arithmetic()

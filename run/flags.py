@@ -181,9 +181,9 @@ class Optimizer:
     lr: float | None = flag(
         f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
         "the shipped model; any other needs it given. That, and what recipes/ state, is a rate of "
-        "full training. With --lora-rank give ten times as much or more, as the best rates of the "
-        "two differ (Schulman et al. 2025): 3e-3 for the shipped model; 2e-4 taught a Qwen2 of "
-        "0.5 B (docs/scaling.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]",
+        "full training. With --lora-rank the best rate is higher (Schulman et al. 2025): 2e-4 "
+        "taught a Qwen2 of 0.5 B, 3e-3 the shipped model (docs/scaling.md) [ours, for 0.6 M "
+        "parameters; DeepScaleR 1e-6 for 1.5 B]",
         rule=ABOVE_0,
     )
     warmup: int = flag(

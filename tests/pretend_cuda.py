@@ -126,10 +126,12 @@ def pad_sequence(rows, *options, real=torch._C._nn.pad_sequence):
     return made
 
 
-def filled_attention(q, k, v, starts_q, starts_k, longest_q, room, *_, seqused_k):
+def filled_attention(q, k, v, starts_q, starts_k, longest_q, room, *options, seqused_k):
     """Each sequence's attention to as many keys as it says, in float32. q (R, heads, D) has a token
     of each, k and v (R * S, 1, D) as many positions of each, which begin at its start."""
     assert real_tolist(starts_q) == list(range(len(q) + 1)) and longest_q == 1
+    assert {x.dtype for x in (starts_q, starts_k, seqused_k)} == {torch.int32}
+    assert {x.itemsize for x in (q, k, v)} == {2} and options == (0.0, False, False)
     where = starts_k[:-1, None] + torch.arange(room)
     k, v = (x.squeeze(1)[where].float() for x in (k, v))
     unseen = torch.arange(k.shape[1]) >= seqused_k[:, None, None]
@@ -165,6 +167,7 @@ def install(free=79e9):
     CARD = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     Tensor.device, Tensor.is_cuda = property(device_of), property(lambda x: x.device.type == "cuda")
     Tensor.to, Tensor.cpu, Tensor.tolist = to, lambda x: to(x, "cpu"), tolist
+    Tensor.numpy = lambda x, real=Tensor.numpy: real(x) if not x.is_cuda else 1 / 0
     Tensor.new_tensor, torch.tensor = new_tensor, tensor
     torch._C._nn.pad_sequence = pad_sequence
     fake = dict(CUDAGraph=CUDAGraph, graph=graph, device_count=lambda: 2)

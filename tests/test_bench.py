@@ -45,6 +45,8 @@ def test_a_row_without_time_costs_none_of_those_before_it(tmp_path):
     assert list(rows) == list(gpu.ROWS) and rows["card"][1] == "yes"
     assert "exit code 137 after 1 s: it has said nothing" in rows["full"][0]
     assert rows["full"][1] == "NO" and done.returncode == 1
+    again, _ = card(tmp_path, CPU)  # its models would be written over
+    assert again.returncode == 2 and "must be a new or an empty folder" in again.stdout
 
 
 PRETENDED = """
@@ -62,12 +64,10 @@ torch.cuda.synchronize = torch.cuda.set_per_process_memory_fraction = lambda *_:
 @mark.slow
 def test_the_acceptance_test_on_a_pretended_card(tmp_path):
     """Only a full card cannot be pretended."""
-    (tmp_path / "sitecustomize.py").write_text(
-        PRETENDED.replace("TESTS", repr(str(BENCH.parent / "tests")))
-    )
-    _, rows = card(
-        tmp_path, {"DEVICE": "cuda", "PYTHONPATH": str(tmp_path), "TOTAL": "900", "LIMIT": "400"}
-    )
+    site = PRETENDED.replace("TESTS", repr(str(BENCH.parent / "tests")))
+    (tmp_path / "sitecustomize.py").write_text(site)
+    settings = {"DEVICE": "cuda", "PYTHONPATH": str(tmp_path), "TOTAL": "900", "LIMIT": "400"}
+    _, rows = card(tmp_path / "out", settings)
     assert [name for name, (_, good) in rows.items() if good != "yes"] == ["full"], rows
     assert "_flash_attention_forward" in rows["decoding"][0]
 
@@ -77,3 +77,8 @@ def test_arithmetic_by_hand():
     step = (3.087 + 256 * 0.02936) / 3350 + 549 * 2e-6
     found = gpu.expect("H100", "1.5b", False, 1024)
     assert found.startswith(f"256: {1e3 * step:.1f} ms, {0.256 / step:.1f} k/s")
+
+
+def test_the_docs_have_the_table_of_this_arithmetic(capsys):
+    gpu.arithmetic()
+    assert capsys.readouterr().out in (BENCH.parent / "docs/scaling.md").read_text()

@@ -438,7 +438,6 @@ def test_completions_are_bounded_and_what_is_left_out_is_counted(workshop, print
         return workshop(f"--out keep{groups} --reward toy_reward.py:sometimes")
 
     every, some = kept(1000), kept(1)
-    assert "completions were not written down" in printed()
     rows = lines(some / "metrics.jsonl")
     for row, whole in zip(rows, lines(every / "metrics.jsonl")):
         mine = [c for c in lines(some / "completions.jsonl") if c["update"] == row["update"]]

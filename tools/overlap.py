@@ -2,8 +2,8 @@
 
     python -m tools.overlap TRAIN TEST      files or data sets, see data.py
 
-Prints a line for each, and last how many there are. It finds copies with a few changes, and no
-paraphrases.
+Prints a line for each, and last how many there are. It finds copies, long ones with a few
+changes too, and no paraphrases.
 """
 
 import argparse
