@@ -399,8 +399,9 @@ class Slots:
             return
         kept = sorted(range(len(self.running)), key=lambda slot: not self.running[slot])[:rows]
         self.running = [self.running[slot] for slot in kept]
+        self.fed = self.fed[:, kept]
         kept = torch.tensor(kept, device=self.logits.device)
-        self.logits, self.fed = self.logits[kept], self.fed[:, kept]
+        self.logits = self.logits[kept]
         self.cache.keep(kept)
 
     def decode(self):
