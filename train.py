@@ -250,7 +250,7 @@ def accumulate_gradient(run, level, minibatch):
     except torch.OutOfMemoryError:
         J = logs = None
         run.learner.use_less_memory()
-    if logs is None:  # out here nothing holds what the step had, but cycles
+    if logs is None:  # out here only cycles still hold what the step had
         gc.collect()
         return accumulate_gradient(run, level, minibatch)
     # Summed in the order of processes, so that every run has the same bits.

@@ -16,7 +16,7 @@ import gpu  # noqa: E402  it is no package
 
 def card(out, settings):
     """What bench/gpu.sh prints of a tiny model, row by row."""
-    settings |= {"SIZE": "2m", "NEW": "8", "OUT": str(out), "HF_HUB_OFFLINE": "1"}
+    settings = settings | {"SIZE": "2m", "NEW": "8", "OUT": str(out), "HF_HUB_OFFLINE": "1"}
     command = ["bash", BENCH / "gpu.sh", sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     table = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()[2:]]
