@@ -1,7 +1,9 @@
-"""The rows of bench/gpu.sh, each a process of its own, and what they should be by arithmetic.
+"""The rows of bench/gpu.sh, each a process of its own, and what they should be by arithmetic:
 
-python bench/gpu.py --row decoding --out DIR ...      prints lines of JSON
-python bench/gpu.py --arithmetic                      what cards should need
+    python bench/gpu.py --row decoding --out DIR ...      prints lines of JSON
+    python bench/gpu.py --arithmetic                      what cards should need
+
+A row prints what it has measured as soon as it has it: the time limit may end it.
 """
 
 import re
@@ -36,16 +38,15 @@ FULL = "-c 'import torch, train; torch.cuda.set_per_process_memory_fraction(0.01
 
 
 def card(args):
-    driver = None
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("torch sees no card; DEVICE=cpu SIZE=2m NEW=8 tries the script without one")
-        asked = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
-        driver = subprocess.getoutput(asked)
-    memory = free_bytes(torch.device(args.device))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no card; DEVICE=cpu SIZE=2m NEW=8 tries the script without one")
+    driver = subprocess.getoutput(
+        "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    )
     disk = shutil.disk_usage(args.out).free
-    say(torch=torch.__version__, card_and_driver=driver, free_bytes=memory, free_disk_bytes=disk)
-    say(product_flops_per_second=common.product_speed(args), bytes_per_second=bandwidth(args))
+    say(torch=torch.__version__, card_and_driver=driver, free_disk_bytes=disk)
+    say(free_bytes=free_bytes(torch.device(args.device)), bytes_per_second=bandwidth(args))
+    say(product_flops_per_second=common.product_speed(args))
 
 
 def model(args):

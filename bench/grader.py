@@ -1,6 +1,5 @@
-"""How often the grader is right: the cases of a file whose label it disagrees with, and counts.
-
-python bench/grader.py CASES.jsonl
+"""How often the grader is right: `python bench/grader.py CASES.jsonl` prints the cases of a file
+whose label it disagrees with, and counts.
 """
 
 import json
@@ -49,7 +48,7 @@ def agreement(path):
 
 def main():
     start = time.perf_counter()
-    result = agreement(sys.argv[1])
+    result = agreement(sys.argv[1]) if sys.argv[1:] else sys.exit(__doc__)
     print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 3)}))
 
 
