@@ -40,15 +40,17 @@ fi
 said() { tr '\r' '\n' < "$out/$1.log"; } # a progress bar ends no line
 table() { echo "$1" | tee -a "$out/table.md"; }
 
+sweep() { pkill -KILL -f -- "--out $out/"; } # workers of torchrun, which have a group of their own
+
 measure() { # ROW REASON (why the model cannot be had): its exit code; what it has started ends with it
   local left=$((${TOTAL:-600} - SECONDS)) limit=${LIMIT:-150}
   timeout -s KILL $((left < 1 ? 1 : left < limit ? left : limit)) "$python" bench/gpu.py --row "$1" --because "$2" --model "${MODEL:-}" --size "${SIZE:-1.5b}" \
     --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" --new-tokens "${NEW:-1024}" --out "$out" > "$out/$1.log" 2>&1 &
   job=$!
-  trap 'kill -KILL -- -"$job"; exit 130' INT TERM # the process group that `timeout` makes
+  trap 'kill -KILL -- -"$job"; sweep; exit 130' INT TERM # the process group that `timeout` makes
   wait "$job"
   local code=$?
-  pkill -KILL -f -- "--out $out/" # workers of torchrun have a group of their own
+  sweep
   return $code
 }
 
