@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from rollout import Slots, capture, stream_key
 from run.fit import free_bytes
 
 SMALL_RUN = """--model {out}/small --out {out}/{name} --device {device} --dtype float32 --quality 1
---filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 3
---max-new-tokens 48 --save-every 1 --keep-checkpoints 3 --eval-every 0
+--filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 2
+--max-new-tokens 48 --save-every 1 --keep-checkpoints 2 --eval-every 0
 --reward bench/common.py:reward"""
 FULL = "-c 'import torch, train; torch.cuda.set_per_process_memory_fraction(0.01); train.main()'"
 
@@ -90,7 +89,7 @@ def decode(args, model, slots, length):
         logits = work.forward()
     apart = (logits - work.replay()).abs().max() / logits.abs().max()
     assert apart < 0.01, f"captured logits differ by {apart:.2g} of the largest"
-    captured = common.seconds(work.replay, 10)
+    captured = common.seconds(work.replay, 5)
     read = sum(x.nbytes for x in [*model.model.layers.parameters(), model.lm_head.weight])
     read += sum(x.nbytes for x in work.cache.k + work.cache.v) * length / work.cache.room
     names = [event.key for event in seen.key_averages()]
@@ -98,10 +97,10 @@ def decode(args, model, slots, length):
     say(
         slots=slots,
         positions=length,
-        eager_seconds=common.seconds(work.forward, 10),
+        eager_seconds=common.seconds(work.forward, 5),
         captured_seconds=captured,
         share_of_bandwidth=read / captured / bandwidth(args),
-        tokens_per_second=slots / common.seconds(step, 10),
+        tokens_per_second=slots / common.seconds(step, 5),
         capture_seconds=common.seconds(lambda: capture(work.forward, model.device)),
         attention=sorted(names, key=lambda name: name.startswith("aten"))[:1],
     )
@@ -112,20 +111,6 @@ def bandwidth(args):
     source = torch.ones(1 << 28, dtype=torch.uint8, device=args.device)
     target = source.clone()
     return 2 * source.nbytes / common.seconds(lambda: target.copy_(source), 5)
-
-
-def benchmark(args, script, flags):
-    """Another script, which prints what it measures."""
-    same = f"--model {args.model} --new-tokens {args.new_tokens} --device {args.device}"
-    start(f"bench/{script} {same} --dtype {args.dtype} {flags}", wait=True)
-
-
-def update(args, flags=""):
-    benchmark(args, "step.py", f"--steps 1 {flags}")
-
-
-def draw(args):
-    benchmark(args, "rollout.py", "--prompts 16 --group 16 --slots 64 --repeats 1")
 
 
 def start(command, wait=False):
@@ -162,7 +147,7 @@ def resume(args):
 
 def compare(args, name):
     """The weights of a run with those of `one`: how far apart, by how far the latter moved."""
-    folders = "small", "one/checkpoints/000003", f"{name}/checkpoints/000003"
+    folders = "small", "one/checkpoints/000002", f"{name}/checkpoints/000002"
     begun, end, other = (
         torch.cat([x.flatten() for x in load_file(path).values()])
         for path in (f"{args.out}/{folder}/model.safetensors" for folder in folders)
@@ -184,12 +169,7 @@ def full(args):
 ROWS = {
     "card": card,
     "model": model,
-    "learning": update,
     "decoding": decoding,
-    "draw": draw,
-    "recompute": partial(update, flags="--recompute"),
-    "lora": partial(update, flags="--lora-rank 16"),
-    "float32": partial(update, flags="--dtype float32"),
     "fsdp": fsdp,
     "resume": resume,
     "full": full,

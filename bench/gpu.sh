@@ -5,6 +5,7 @@
 # MODEL      a folder or a hub name; one that cannot be had is replaced by random weights of its shape. Without it: those of SIZE.
 # Paths are seen from the project's root, or absolute.
 # SIZE       1.5b, 7b, ... (bench/common.py);   NEW  tokens of a completion (1024);   DTYPE  bfloat16
+# ROWS       which, in their order (all): card and model come first
 # LIMIT      seconds of a row (150);   TOTAL  of all (600);   OUT  a new folder for logs, table.md and rows.jsonl
 # DEVICE=cpu SIZE=2m NEW=8 DTYPE=float32 tries the script without a GPU: there is no capture and no full card.
 # Every row is a process of its own. One that fails or takes too long keeps what it has printed, and its log's last line.
@@ -43,9 +44,18 @@ table() { echo "$1" | tee -a "$out/table.md"; }
 sweep() { pkill -KILL -f -- "--out $out/"; } # workers of torchrun, which have a group of their own
 
 measure() { # ROW REASON (why the model cannot be had): its exit code; what it has started ends with it
-  local left=$((${TOTAL:-600} - SECONDS)) limit=${LIMIT:-150}
-  timeout -s KILL $((left < 1 ? 1 : left < limit ? left : limit)) "$python" bench/gpu.py --row "$1" --because "$2" --model "${MODEL:-}" --size "${SIZE:-1.5b}" \
-    --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" --new-tokens "${NEW:-1024}" --out "$out" > "$out/$1.log" 2>&1 &
+  local left=$((${TOTAL:-600} - SECONDS)) limit=${LIMIT:-150} log=$out/$1.log
+  local common=(--device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" --new-tokens "${NEW:-1024}")
+  local model=("${common[@]}" --model "$out/model")
+  case $1 in
+    learning) set -- step.py "${model[@]}" --steps 1 ;;
+    recompute) set -- step.py "${model[@]}" --steps 1 --recompute ;;
+    lora) set -- step.py "${model[@]}" --steps 1 --lora-rank 16 ;;
+    float32) set -- step.py "${model[@]}" --steps 1 --dtype float32 ;;
+    draw) set -- rollout.py "${model[@]}" --prompts 16 --group 16 --slots 64 --repeats 1 ;;
+    *) set -- gpu.py "${common[@]}" --row "$1" --because "$2" --model "${MODEL:-}" --size "${SIZE:-1.5b}" --out "$out" ;;
+  esac
+  timeout -s KILL $((left < 1 ? 1 : left < limit ? left : limit)) "$python" "bench/$1" "${@:2}" > "$log" 2>&1 &
   job=$!
   trap 'kill -KILL -- -"$job"; sweep; exit 130' INT TERM # the process group that `timeout` makes
   wait "$job"
@@ -58,7 +68,7 @@ echo "logs, table.md and rows.jsonl: $out"
 table "| what | measured | seconds | good |"
 table "| --- | --- | --- | --- |"
 failed=0 SECONDS=0
-for row in card model learning decoding draw recompute lora float32 fsdp resume full; do
+for row in ${ROWS:-card model learning decoding draw recompute lora float32 fsdp resume full}; do
   begun=$SECONDS
   measure "$row" "$([ -n "${MODEL:-}" ] || echo "no MODEL is given")"
   code=$?
