@@ -45,6 +45,10 @@ BY_LEVEL = {  # settings that differ by level
     "levels, mu": "--inner-epochs 1 3",
     "levels, all": "--group-size 4 32 --inner-epochs 1 3 --max-new-tokens 112 160",
 }
+BEST = {  # of the mix, as chosen; and G alone
+    "mix, best": "--group-size 4 --inner-epochs 3",
+    "mix, G": "--group-size 4",
+}
 
 
 def path_of(name):
@@ -92,6 +96,8 @@ def tasks():
     arms[f"{base}: levels, measured"] = flags_of(base, CUTS["levels"], f"levels {base}")
     for arm, more in BY_LEVEL.items():
         arms[f"{base}: {arm}"] = flags_of(base, CUTS["levels"], more=f"--lr 2e-4 {more}")
+    for arm, more in BEST.items():
+        arms[f"{base}: {arm}"] = flags_of(base, CUTS["mix"], more=f"--lr 2e-4 {more}")
     return arms
 
 
