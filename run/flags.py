@@ -25,12 +25,12 @@ from policy.checkpoint import SHIPPED, TINY, default_dtype, is_shipped
 # Ours for the shipped model and problems, of 0.6 M parameters. Where there are two numbers, the
 # first is for level 1 if there are several levels, the second for every other level, and for a
 # single one. Level 1 is what is solved in 20 % of the attempts or more.
-LR = 3e-4
+LR = 2e-4
 DEFAULTS = {
     "quality": [0.8, 1.0],
-    "max_new_tokens": [96, 128],
-    "length_weight": [0.0, 0.3],
-    "updates": [20, 40],
+    "max_new_tokens": [160],
+    "length_weight": [0.3],
+    "tokens": [150_000, 850_000],
 }
 PER_LEVEL = [f.name for f in fields(Level)]
 
@@ -131,13 +131,14 @@ class Levels:
         "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1], rule=AT_LEAST_1
     )
     updates: list[int] | None = flag(
-        f"M_l, updates of the level; 0: it is not trained; default {DEFAULTS['updates']} for the "
-        "shipped model, or no bound where --tokens is given, which any other needs else [ours]",
+        "M_l, updates of the level; 0: it is not trained; default: no bound, and any model but "
+        "the shipped one needs this or --tokens [ours]",
         rule=AT_LEAST_0,
     )
     tokens: list[int] | None = flag(
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
-        "with --updates, whichever is used up first ends the level [ours]",
+        "with --updates, whichever is used up first ends the level; default "
+        f"{DEFAULTS['tokens']} for the shipped model without --updates [ours]",
         rule=AT_LEAST_0,
     )
 
@@ -188,12 +189,11 @@ class Optimizer:
     )
     warmup: int = flag(
         "updates of linear warm-up, in each level [ours, for 0.6 M parameters; DAPO 10 steps]",
-        5,
+        2,
         rule=AT_LEAST_0,
     )
-    lr_decay: Literal["none", "linear", "cosine"] | None = flag(
-        "from 1 at a level's start to 0 at its end; default linear for the shipped model, none for "
-        "any other [ours; DeepScaleR, DAPO: none]"
+    lr_decay: Literal["none", "linear", "cosine"] = flag(
+        "from 1 at a level's start to 0 at its end [DeepScaleR, DAPO]", "none"
     )
     minibatches: int = flag(
         "optimizer steps per pass over the update's groups [FastCuRL: 128 / 64 prompts]",
@@ -404,7 +404,6 @@ def fill(cfg):
         cfg,
         dtype=cfg.dtype or default_dtype(cfg.model, cfg.device),
         lr=cfg.lr or LR,
-        lr_decay=cfg.lr_decay or ("linear" if shipped else "none"),
         eval_data=held_out,
         length_weight=cfg.length_weight or (None if shipped else [0.0]),
     )
@@ -440,11 +439,10 @@ def resolve_levels(cfg, measured):
 
 def level_values(cfg, measured):
     """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) or DEFAULTS.get(name) for name in PER_LEVEL}
+    values = {name: getattr(cfg, name) or DEFAULTS.get(name, [None]) for name in PER_LEVEL}
     values["prompts"] = cfg.prompts or cfg.buffer_groups
-    values["tokens"] = cfg.tokens or [None]
-    if cfg.tokens and not cfg.updates:
-        values["updates"] = [None]
+    if cfg.updates and not cfg.tokens:
+        values["tokens"] = [None]
     if cfg.difficulty == "level" and not cfg.quality:
         raise ValueError(
             "--difficulty level needs --quality: the highest declared number of each level, "

@@ -254,12 +254,14 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
 def test_the_defaults_of_the_shipped_model_are_those_of_the_readme(monkeypatch):
     easy, hard = resolve_levels(fill(config("")), measured=True)
-    assert (easy.quality, easy.max_new_tokens, easy.length_weight, easy.updates) == (0.8, 96, 0, 20)
-    assert (hard.quality, hard.max_new_tokens, hard.length_weight) == (1, 128, 0.3)
-    assert (hard.updates, hard.group_size, hard.buffer_groups, hard.prompts) == (40, 16, 16, 16)
+    assert (easy.quality, easy.tokens, hard.quality, hard.tokens) == (0.8, 150_000, 1, 850_000)
+    for level in easy, hard:
+        assert (level.max_new_tokens, level.length_weight, level.updates) == (160, 0.3, None)
+        assert (level.group_size, level.buffer_groups, level.prompts) == (16, 16, 16)
+    (level,) = resolve_levels(fill(config("--quality 1 --updates 3")), measured=True)
+    assert (level.updates, level.tokens) == (3, None)
     other = fill(config("--model other --lr 1 --max-new-tokens 9 --updates 1"))
-    assert (other.length_weight, other.lr_decay) == ([0], "none")
-    assert fill(config("")).lr_decay == "linear" and default_dtype("other", "cuda") == "bfloat16"
+    assert other.length_weight == [0] and default_dtype("other", "cuda") == "bfloat16"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
     assert default_dtype("other", "cuda") == "float32"  # as on a T4
