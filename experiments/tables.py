@@ -196,10 +196,28 @@ def findings(found):
         yield f"| {name} | {mean:+.1f} ± {half:.1f} | {p:.4f} | {corrected:.4f} |"
 
 
+def gains(runs):
+    """Lines of markdown: the points that each level gains on its own held-out problems while it is
+    trained, a run each"""
+    yield "\n| arm | seed | points, level by level |\n| --- | --- | --- |"
+    for run in runs:
+        accuracy = {(row["update"], row["level"]): row["accuracy"] for row in run["evaluations"]}
+        trained = run["updates"]["level"]
+        points = []
+        for level in sorted(set(trained)):
+            before = trained.index(level)
+            after = before + trained.count(level)
+            gain = accuracy[after, level] - accuracy[before, level]
+            points.append(f"{level}: {100 * gain:+.1f}")
+        yield f"| {run['arm']} | {run['seed']} | {', '.join(points)} |"
+
+
 def report(name):
     """Print the tables of an experiment."""
     found = measures(name)
     print(*tables(found), sep="\n")
+    if name == "default":
+        print(*gains(read_runs(name)), sep="\n")
     if name == "tasks":
         print(*findings(found), sep="\n")
 
