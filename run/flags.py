@@ -30,7 +30,7 @@ DEFAULTS = {
     "quality": [0.8, 1.0],
     "max_new_tokens": [160],
     "length_weight": [0.3],
-    "tokens": [150_000, 850_000],
+    "tokens": [250_000, 750_000],
 }
 PER_LEVEL = [f.name for f in fields(Level)]
 

@@ -254,7 +254,7 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
 def test_the_defaults_of_the_shipped_model_are_those_of_the_readme(monkeypatch):
     easy, hard = resolve_levels(fill(config("")), measured=True)
-    assert (easy.quality, easy.tokens, hard.quality, hard.tokens) == (0.8, 150_000, 1, 850_000)
+    assert (easy.quality, easy.tokens, hard.quality, hard.tokens) == (0.8, 250_000, 1, 750_000)
     for level in easy, hard:
         assert (level.max_new_tokens, level.length_weight, level.updates) == (160, 0.3, None)
         assert (level.group_size, level.buffer_groups, level.prompts) == (16, 16, 16)
