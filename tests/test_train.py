@@ -253,7 +253,9 @@ def test_progress_follows_the_budget_that_is_used_up_first():
 
 
 def test_the_defaults_of_the_shipped_model_are_those_of_the_readme(monkeypatch):
-    easy, hard = resolve_levels(fill(config("")), measured=True)
+    default = fill(config(""))
+    assert (default.lr, default.warmup, default.lr_decay) == (2e-4, 2, "none")
+    easy, hard = resolve_levels(default, measured=True)
     assert (easy.quality, easy.tokens, hard.quality, hard.tokens) == (0.8, 250_000, 1, 750_000)
     for level in easy, hard:
         assert (level.max_new_tokens, level.length_weight, level.updates) == (160, 0.3, None)
