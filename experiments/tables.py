@@ -103,7 +103,12 @@ def read_runs(name):
     text = path.read_text() if path.exists() else ""
     if text and not text.endswith("\n"):
         sys.exit(f"{path}: a kill has torn its last line; delete that line")
-    runs = map(json.loads, text.splitlines())
+    runs = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            sys.exit(f"{path}:{number}: not a line of JSON")
     return [run for run in runs if run.get("experiment", name) == name]
 
 
@@ -215,6 +220,8 @@ def gains(runs):
 def report(name):
     """Print the tables of an experiment."""
     found = measures(name)
+    if not any(arm for arms in found.values() for arm in arms.values()):
+        sys.exit(f"{RESULTS}: no whole seed of the experiment {name}")
     print(*tables(found), sep="\n")
     if name == "default":
         print(*gains(read_runs(name)), sep="\n")
@@ -223,4 +230,6 @@ def report(name):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m experiments.tables NAME, as in experiments/results/NAME.jsonl")
     report(sys.argv[1])
