@@ -14,7 +14,6 @@ scipy.stats takes a second to import. It is imported where it is used.
 
 import json
 import math
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -470,7 +469,6 @@ def write_results(args, files, out, settings):
             names = ("weights", "temperature", "max_new_tokens", "samples")
             measured = {name: settings[name] for name in names} | {
                 "model": Path(args.model).name,
-                "date": time.strftime("%Y-%m-%d"),
             }
             add_pass_rates(args.add_pass_rate, prompts, some, measured)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
