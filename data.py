@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import answers
+from common.flags import flag
 from files import (
     explained,
     is_text,
@@ -313,40 +314,21 @@ def final_answer(answer):
 # ---------------------------------------------------------------------------------------- prompts
 
 
-class Help(str):
-    """What --help says of a flag. argparse takes no more of a flag, so the rest stands here too."""
-
-    rule = None  # (test of a value, its words), see run/flags.py
-    may_change = False  # whether a run that is resumed, or an evaluation, may have another value
-
-
-def flag(help, default=None, **more):
-    """A field of a dataclass of flags.
-
-    help  what it is, its unit, and in brackets where the default comes from
-    more  see Help
-    """
-    metadata = {"help": Help(help)}
-    vars(metadata["help"]).update(more)
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class Prompting:
     """How a problem becomes a prompt, and what ends a completion: flags of train.py and eval.py."""
 
-    _argument_group_name = "prompts"
+    title = "prompts"
 
     examples: str | None = flag(
-        "JSONL of worked examples {problem, solution} to put in front of every problem [ours: none]"
+        "JSONL of worked examples {problem, solution} to put in front of every problem; default: "
+        "none [ours]"
     )
     suffix: str = flag(
         f"text behind every problem; default a new line and: {INSTRUCTION} [DeepScaleR]", SUFFIX
     )
     template: str | None = flag(
-        "file of a Jinja chat template, in place of the tokenizer's own or the plain one; "
+        "file of a Jinja chat template, by default the tokenizer's own or a plain one; "
         "checkpoints keep it [ours]"
     )
     template_kwargs: str = flag(

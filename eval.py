@@ -15,7 +15,7 @@ scipy.stats takes a second to import. It is imported where it is used.
 import json
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from statistics import mode
@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import data
 from answers import canonical
-from data import flag
+from common.flags import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_rules, flag, make_parser
 from files import Stop, explained, read_records, stem, stems, write_records
-from policy.attempt import DIFFICULTY, EVALUATION, Sampling, attempt, evaluation_requests
+from policy.attempt import DIFFICULTY, EVALUATION, Sampling, Solver, evaluation_requests
 from policy.checkpoint import (
     SHIPPED,
     TINY,
@@ -38,19 +38,10 @@ from policy.checkpoint import (
     is_shipped,
     weights_digest,
 )
+from policy.memory import slots_that_fit
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
+from run.config import AT_LEAST_MIN_ROWS, DEFAULTS, SLOTS_HELP, Machine
 from run.directory import checkpoints, create, lock
-from run.fit import Fit
-from run.flags import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    DEFAULTS,
-    Machine,
-    about,
-    check_rules,
-    make_parser,
-)
 from run.processes import Ranks, leave, refuse, set_up_output
 from run.state import shown
 
@@ -58,10 +49,10 @@ MAX_NEW_TOKENS = DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
 
 
 @dataclass(frozen=True)
-class Flags(Machine):
+class Evaluation(Machine):
     """The flags of eval.py, beside data.Prompting."""
 
-    _argument_group_name = "evaluation"
+    title = "evaluation"
 
     model: str = flag(
         "checkpoint folder, hub name[@revision], or training run: its newest checkpoint, with how "
@@ -75,9 +66,12 @@ class Flags(Machine):
     )
     columns: list[str] = flag("of --data: problem=NAME answer=NAME, and pass_rate, level or id", [])
     samples: int = flag("completions per problem", 16, rule=AT_LEAST_1)
-    k: int = flag("k of pass@k; 0: as many as --samples", 0, rule=AT_LEAST_0)
+    k: int = flag("k of pass@k; default 0: as many as --samples", 0, rule=AT_LEAST_0)
     max_new_tokens: int = flag(
-        f"longest completion, tokens; shipped model: {MAX_NEW_TOKENS}", 0, rule=AT_LEAST_0
+        f"longest completion, tokens; default {MAX_NEW_TOKENS} for the shipped model; any other "
+        "needs it given",
+        0,
+        rule=AT_LEAST_0,
     )
     temperature: float = flag("0 is greedy; 1 as in training", 1.0, rule=AT_LEAST_0)
     top_p: float = flag("nucleus; 1 is off, as in training", 1.0, rule=ABOVE_0)
@@ -85,30 +79,38 @@ class Flags(Machine):
     seed: int = flag("of the random streams", 0, rule=AT_LEAST_0)
     quality: list[float] = flag("thresholds of levels", DEFAULTS["quality"])
     reward: str = flag("R_l: math, or path.py:function; 1 and more is right", MATH)
+    slots: int | None = flag(
+        f"completions decoded together, on each process; {SLOTS_HELP}",
+        rule=AT_LEAST_MIN_ROWS,
+        may_change=True,
+    )
     out: Path | None = flag(
         "new, or of a stopped evaluation; default runs/eval-<date-time>-<process>", may_change=True
     )
     add_pass_rate: Path | None = flag(
-        "file to write: the problems with their pass rates", may_change=True
+        "file to write: the problems with their pass rates; default: none", may_change=True
     )
     compare: list[str] = flag("A B: test the difference of two results", [], may_change=True)
 
 
-SECTIONS = Flags, data.Prompting
+@dataclass(frozen=True)
+class Flags(data.Prompting, Evaluation):
+    """All flags of eval.py."""
 
 
 # --------------------------------------------------------------------------------------- evaluate
 
 
-def evaluate(ranks, policy, scorer, fit, requests, sampling):
+def evaluate(ranks, solver, requests, sampling, slots):
     """Sample and score, spread over the processes.
 
     requests  see policy.attempt.evaluation_requests
+    slots     completions that each process decodes together
     -> for each of them the rows of its samples: a line of completions.jsonl but for file and level
     """
 
     def work(share):
-        done = attempt(policy, scorer, share, sampling, fit, show_progress=ranks.first)
+        done = solver.attempt(share, sampling, slots)
         return [rows_of(prompt.problem.id, some) for (prompt, *_), some in zip(share, done)]
 
     return ranks.share_out(requests, work)
@@ -254,7 +256,7 @@ def compare(*paths):
     paths  two --out folders.  Raises ValueError
     """
     pairs, (a, b) = defaultdict(list), map(read_results, paths)
-    for name in sorted((a[0].keys() | b[0].keys()) - {"out"}):
+    for name in sorted((a[0].keys() | b[0].keys()) - {"out", "slots"}):
         first, second = a[0].get(name), b[0].get(name)
         if first != second:
             print(f"{name} differs: A {first!r}, B {second!r}")
@@ -299,19 +301,22 @@ def alike(measures):
 # ----------------------------------------------------------------------------------- command line
 
 
-def parse_args(parser, arguments):
-    """-> flags. A training run sets those that are not given. Raises ValueError"""
-    args = parser.parse_args(arguments)
-    if (Path(args.model) / "checkpoints").is_dir():
-        defaults = flags_of(args.model)
-        parser.set_defaults(**defaults)
-        args = parser.parse_args(arguments)
-        args.model = defaults["model"]
-    args.k = args.k or args.samples
-    args.dtype = args.dtype or default_dtype(args.model, args.device)
-    if is_shipped(args.model):
-        args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
-    return args
+def parse_flags(arguments):
+    """Return the Flags of the command line. A training run sets those that are not given. Raises
+    ValueError."""
+    description = "EPRLI: accuracy with intervals, difficulty of problems, comparison of results"
+    parser = make_parser(description, Evaluation, data.Prompting)
+    given = vars(parser.parse_args(arguments))
+    flags = Flags(**given)
+    if (Path(flags.model) / "checkpoints").is_dir():
+        run = flags_of(flags.model)
+        flags = Flags(**run | given | {"model": run["model"]})
+    return replace(
+        flags,
+        k=flags.k or flags.samples,
+        dtype=flags.dtype or default_dtype(flags.model, flags.device),
+        max_new_tokens=flags.max_new_tokens or MAX_NEW_TOKENS * is_shipped(flags.model),
+    )
 
 
 def flags_of(run):
@@ -319,8 +324,9 @@ def flags_of(run):
     Raises ValueError"""
     with explained(f"--model {run}: not a training run with a checkpoint"):
         config = json.loads((Path(run) / "config.json").read_text())
-        flags = {name: config[name] for name in ("temperature", "dtype", *about(data.Prompting))}
-        flags["max_new_tokens"] = max(level["max_new_tokens"] for level in config["levels"])
+        names = "temperature", "dtype", *(f.name for f in fields(data.Prompting))
+        flags = {name: config[name] for name in names}
+        flags["max_new_tokens"] = max(config["max_new_tokens"])
         if len(set(config["reward"])) == 1:
             flags["reward"] = config["reward"][0]
         return flags | {"model": str(checkpoints(run)[0])}
@@ -328,7 +334,7 @@ def flags_of(run):
 
 def load_inputs(args, device):
     """-> Policy, {file: prompts}.  Raises ValueError or OSError"""
-    check_rules(args, *SECTIONS)
+    check_rules(args)
     if args.k > args.samples or args.top_p > 1:
         raise ValueError("--k must be at most --samples, and --top-p at most 1")
     if not args.max_new_tokens:
@@ -354,30 +360,33 @@ def load_inputs(args, device):
     return policy, files
 
 
-def open_folder(args, policy, files):
+def open_folder(args, policy, files, fitting):
     """Make --out with all that its completions depend on, or go on with one that has the same.
 
-    -> its path.  Raises ValueError
+    fitting  slots that fit now
+    -> its path, the slots to use: those that it began with, unless others are given
+    Raises ValueError
     """
-    settings = {
-        name: getattr(args, name) for name, help in about(*SECTIONS).items() if not help.may_change
-    }
+    settings = {f.name: getattr(args, f.name) for f in fields(args) if not f.metadata["may_change"]}
     settings["purpose"] = purpose(args)
     settings["reward_identity"] = identity(args.reward)
     settings["weights"] = weights_digest(policy.folder)
     settings["prompts"] = digest((list(files.values()), policy.stop_ids))
-    out = args.out
+    out, slots = args.out, args.slots or fitting
     if not (out and out.exists()):
-        return create(out, settings, "eval-")
+        return create(out, settings | {"slots": slots}, "eval-"), slots
     with explained(f"--out {out}: exists already, and is no evaluation to go on with"):
         began_with = json.loads((out / "config.json").read_text())
         differ = [name for name in settings if began_with[name] != settings[name]]
+        before = began_with["slots"]
     if differ:
         raise ValueError(
             f"--out {out}: its evaluation began with other settings ({', '.join(differ)}); "
             "name a new folder, or go on with the same ones"
         )
-    return out
+    if args.slots not in (None, before):
+        print(f"--slots {args.slots}: not {before} as before, so the last bits may differ")
+    return out, args.slots or before
 
 
 def purpose(args):
@@ -396,12 +405,12 @@ def finished(log, samples):
     return whole
 
 
-def sample_rest(args, policy, files, log, ranks):
+def sample_rest(args, policy, files, log, ranks, slots):
     """Sample and grade the problems that completions.jsonl lacks, and append them block by block.
 
     Each process takes a share of a block; the first one writes, in the order of problems.
     """
-    scorer, fit = Scorer(args), Fit(args, policy.model)
+    solver = Solver(policy, Scorer(args.reward_timeout), show_progress=ranks.first)
     reward = load_reward(args.reward)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     work, labels = [], []
@@ -411,13 +420,13 @@ def sample_rest(args, policy, files, log, ranks):
         labels += [{"file": path, "level": levels.get(p.problem.id)} for p in prompts]
     done = ranks.from_first(lambda: finished(log, args.samples))
     print(f"{log}: {done} problems are done, {len(work) - done} are left")
-    size = max(1, 2 * fit.most_slots // args.samples) * ranks.size  # problems between two writes
+    size = max(1, 2 * slots // args.samples) * ranks.size  # problems between two writes
     for start in tqdm(range(done, len(work), size), disable=not ranks.first):
         block = slice(start, start + size)
-        scored = evaluate(ranks, policy, scorer, fit, work[block], sampling)
+        scored = evaluate(ranks, solver, work[block], sampling, slots)
         rows = [label | row for label, some in zip(labels[block], scored) for row in some]
         ranks.from_first(lambda rows=rows: write_records(log, rows, "a"))
-    scorer.close()
+    solver.scorer.close()
 
 
 def summarise(results, k):
@@ -477,24 +486,25 @@ def write_results(args, files, out, settings):
 
 def main(arguments=None):
     set_up_output()
-    parser = make_parser(SECTIONS)
     try:
-        args = parse_args(parser, arguments)
+        args = parse_flags(arguments)
         if args.compare:
             return print(json.dumps(compare(*args.compare)))
         ranks = Ranks(args.device)
         policy, files = ranks.on_all(lambda: load_inputs(args, ranks.device))
-        out = ranks.from_first(lambda: open_folder(args, policy, files))
+        longest = max(len(p.tokens) for prompts in files.values() for p in prompts)
+        fitting = min(ranks.gather(slots_that_fit(policy.model, longest + args.max_new_tokens)))
+        out, slots = ranks.from_first(lambda: open_folder(args, policy, files, fitting))
         locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        refuse(parser, error)
+        refuse(error)
     try:
-        sample_rest(args, policy, files, out / "completions.jsonl", ranks)
+        sample_rest(args, policy, files, out / "completions.jsonl", ranks, slots)
         if ranks.first:
             print(json.dumps(write_results(args, files, out, json.load(locked))))
     except (Stop, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else 1
-        refuse(parser, f"{str(stop) or 'interrupted'}; the same flags with --out {out} go on", code)
+        refuse(f"{str(stop) or 'interrupted'}; the same flags with --out {out} go on", code)
 
 
 if __name__ == "__main__":

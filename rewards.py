@@ -383,9 +383,10 @@ class Calls:
 class Scorer:
     """R_l of completions, group by group. A user's function runs while others are still sampled."""
 
-    def __init__(self, flags):
+    def __init__(self, timeout):
+        """timeout  seconds, see --reward-timeout"""
         self.grader = Grader()
-        self.calls = Calls(flags.reward_timeout)
+        self.calls = Calls(timeout)
 
     def begin(self, reward, problem, responses):
         """Begin to score the completions of a problem.  -> finish() -> [Score, ...]"""

@@ -6,7 +6,7 @@
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
 the curriculum. How a run is counted, logged and saved is in run/state.py, how it begins or is
 resumed in run/start.py, how it ends in run/command.py. The way of a line of data is written down in
-run/start.py, that of a flag in run/flags.py.
+run/start.py, that of a flag in run/config.py.
 """
 
 import gc
@@ -33,7 +33,7 @@ from eprli import (
 from eval import by_name, evaluate, interval, measure, result_of
 from files import Stop, squash
 from model import pad
-from policy.attempt import TRAINING, Sampling, attempt, evaluation_requests
+from policy.attempt import TRAINING, Sampling, evaluation_requests
 from rewards import LATE
 from rollout import Completion, stream_key
 from run.command import run_command
@@ -118,18 +118,11 @@ def draw(run, state, update):
         ]
         work.append((prompt, keys, state.reward))
     sampling = Sampling(level.max_new_tokens, cfg.temperature)
+    slots = cfg.slots[state.number - 1]
 
     def sample_and_score(share):
         # -> a list of Attempt for each prompt; a group is scored once it is sampled
-        done = attempt(
-            run.policy,
-            run.scorer,
-            share,
-            sampling,
-            run.fit,
-            show_progress=run.ranks.first,
-            seconds=update.seconds,
-        )
+        done = run.solver.attempt(share, sampling, slots, update.seconds)
         return [
             (attempts, make_group(run, level, prompt, attempts))
             for (prompt, *_), attempts in zip(share, done)
@@ -247,9 +240,9 @@ def accumulate_gradient(run, level, minibatch):
             (-weight * J).backward()
             if weight:  # else it was there for FSDP alone
                 logs.append(logged)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         J = logs = None
-        run.learner.use_less_memory()
+        run.learner.use_less_memory(error)
     if logs is None:  # out here only cycles still hold what the step had
         gc.collect()
         return accumulate_gradient(run, level, minibatch)
@@ -303,7 +296,7 @@ def evaluate_held_out(run):
     sampling = Sampling(longest, cfg.temperature)
     for _, prompts, reward in run.held_out:
         requests += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
-    scored = evaluate(run.ranks, run.policy, run.scorer, run.fit, requests, sampling)
+    scored = evaluate(run.ranks, run.solver, requests, sampling, min(cfg.slots))
     results = map(result_of, scored)
     for labels, prompts, _ in run.held_out:
         some = list(itertools.islice(results, len(prompts)))

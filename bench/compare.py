@@ -2,7 +2,7 @@
 
     python bench/compare.py --peer-python VENV/bin/python --model 11m --repeats 3
 
---model is a size of bench/common.py, with random weights, or the folder of a checkpoint.
+--model is a size of bench/shared.py, with random weights, or the folder of a checkpoint.
 VENV: python -m venv VENV && VENV/bin/pip install torch transformers trl. Nothing else should run on
 the machine meanwhile. The sides take turns (A B A B ...). Every run is printed as a line of JSON on
 standard error; the table has medians, and ours by the other. --what chooses: sampling of
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-import common
+import shared
 
 COMMANDS = {
     "heavy-tailed": ("rollout.py", "peer_generate.py", "--repeats 1 --prompts 12 --new-tokens 192"),
@@ -51,9 +51,9 @@ def compare(args, what):
 
 
 def main():
-    args = common.parse(
+    args = shared.parse(
         __doc__,
-        **common.MODEL,
+        **shared.MODEL,
         peer_python=sys.executable,
         what=list(COMMANDS),
         repeats=3,
@@ -61,8 +61,8 @@ def main():
     print("| what | beside | tokens a second | peak memory, MiB | ours by the other |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        if args.model in common.SIZES:
-            common.make_model(args.model, f"{folder}/model")
+        if args.model in shared.SIZES:
+            shared.make_model(args.model, f"{folder}/model")
             args.model = f"{folder}/model"
         for what in args.what:
             compare(args, what)

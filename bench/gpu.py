@@ -15,24 +15,24 @@ import time
 from itertools import product
 from pathlib import Path
 
-import common
+import shared
 import torch
-from common import say
 from safetensors.torch import load_file
+from shared import say
 from torch.profiler import profile
 
 from files import squash
 from model import Transformer
 from policy.checkpoint import find_folder
 from policy.learner import MICRO_BATCH_TOKENS
+from policy.memory import free_bytes
 from policy.packed import packed
 from rollout import Slots, capture, stream_key
-from run.fit import free_bytes
 
 SMALL_RUN = """--model {out}/small --out {out}/{name} --device {device} --dtype float32 --quality 1
 --filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 2
 --max-new-tokens 48 --save-every 1 --keep-checkpoints 2 --eval-every 0
---reward bench/common.py:reward"""
+--reward bench/shared.py:reward"""
 FULL = "-c 'import torch, train; torch.cuda.set_per_process_memory_fraction(0.01); train.main()'"
 
 
@@ -45,12 +45,12 @@ def card(args):
     disk = shutil.disk_usage(args.out).free
     say(torch=torch.__version__, card_and_driver=driver, free_disk_bytes=disk)
     say(free_bytes=free_bytes(torch.device(args.device)), bytes_per_second=bandwidth(args))
-    say(product_flops_per_second=common.product_speed(args))
+    say(product_flops_per_second=shared.product_speed(args))
 
 
 def model(args):
     """The model of all rows but the last, in a folder, and a small one for these."""
-    common.make_model("2m" if args.size == "2m" else "135m", f"{args.out}/small")
+    shared.make_model("2m" if args.size == "2m" else "135m", f"{args.out}/small")
     folder = Path(args.out, "model")
     try:
         if args.because:
@@ -58,8 +58,8 @@ def model(args):
         folder.symlink_to(find_folder(args.model).resolve())  # --out is new
         say(model=args.model)
     except ValueError as error:
-        size = next((size for size in common.SIZES if f"-{size}" in args.model.lower()), args.size)
-        common.make_model(size, folder, getattr(torch, args.dtype), args.device)
+        size = next((size for size in shared.SIZES if f"-{size}" in args.model.lower()), args.size)
+        shared.make_model(size, folder, getattr(torch, args.dtype), args.device)
         say(random_weights_of_the_shape=size, because=squash(str(error)))
 
 
@@ -89,7 +89,7 @@ def decode(args, model, slots, length):
         logits = work.forward()
     apart = (logits - work.replay()).abs().max() / logits.abs().max()
     assert apart < 0.01, f"captured logits differ by {apart:.2g} of the largest"
-    captured = common.seconds(work.replay, 5)
+    captured = shared.seconds(work.replay, 5)
     read = sum(x.nbytes for x in [*model.model.layers.parameters(), model.lm_head.weight])
     read += sum(x.nbytes for x in work.cache.k + work.cache.v) * length / work.cache.room
     names = [event.key for event in seen.key_averages()]
@@ -97,11 +97,11 @@ def decode(args, model, slots, length):
     say(
         slots=slots,
         positions=length,
-        eager_seconds=common.seconds(work.forward, 5),
+        eager_seconds=shared.seconds(work.forward, 5),
         captured_seconds=captured,
         share_of_bandwidth=read / captured / bandwidth(args),
-        tokens_per_second=slots / common.seconds(step, 5),
-        capture_seconds=common.seconds(lambda: capture(work.forward, model.device)),
+        tokens_per_second=slots / shared.seconds(step, 5),
+        capture_seconds=shared.seconds(lambda: capture(work.forward, model.device)),
         attention=sorted(names, key=lambda name: name.startswith("aten"))[:1],
     )
 
@@ -110,12 +110,12 @@ def bandwidth(args):
     """Bytes a second that a large copy reads and writes."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=args.device)
     target = source.clone()
-    return 2 * source.nbytes / common.seconds(lambda: target.copy_(source), 5)
+    return 2 * source.nbytes / shared.seconds(lambda: target.copy_(source), 5)
 
 
 def start(command, wait=False):
     """A process of Python. Where it is waited for and fails, this row fails, too."""
-    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=common.ROOT)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=shared.ROOT)
     if wait and process.wait():
         sys.exit(1)
     return process
@@ -195,7 +195,7 @@ COMPLETIONS = 256  # of an update; all have the same length
 def expect(card, size, lora, tokens):
     """What a card should need, as text."""
     speed, peak, memory = CARDS[card]
-    hidden, inner, layers, heads, kv_heads, vocabulary = common.numbers(size)
+    hidden, inner, layers, heads, kv_heads, vocabulary = shared.numbers(size)
     kv = 2 * hidden // heads * kv_heads  # numbers of a token's key and value in one layer
     head = hidden * vocabulary
     met = layers * hidden * (2 * hidden + kv + 3 * inner) + head  # weights that a token meets
@@ -235,7 +235,7 @@ def arithmetic():
 
 def main():
     flags = {"row": "", "size": "1.5b", "out": "", "new_tokens": 1024, "because": ""}
-    args = common.parse(__doc__, **common.MODEL, **flags, arithmetic=False)
+    args = shared.parse(__doc__, **shared.MODEL, **flags, arithmetic=False)
     if args.arithmetic:
         arithmetic()
     else:

@@ -4,7 +4,7 @@
 # PYTHON ($PYTHON) has what requirements.txt names. Without it: .venv, python or python3 if one of them has it; else .venv is made.
 # MODEL      a folder or a hub name; one that cannot be had is replaced by random weights of its shape. Without it: those of SIZE.
 # Paths are seen from the project's root, or absolute.
-# SIZE       1.5b, 7b, ... (bench/common.py);   NEW  tokens of a completion (1024);   DTYPE  bfloat16
+# SIZE       1.5b, 7b, ... (bench/shared.py);   NEW  tokens of a completion (1024);   DTYPE  bfloat16
 # ROWS       which, in their order (all): card and model come first
 # LIMIT      seconds of a row (150);   TOTAL  of all (600);   OUT  a new folder for logs, table.md and rows.jsonl
 # DEVICE=cpu SIZE=2m NEW=8 DTYPE=float32 tries the script without a GPU: there is no capture and no full card.

@@ -3,7 +3,7 @@
 It runs in a virtual environment of its own: pip install torch transformers.
 """
 
-import common
+import shared
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -23,15 +23,15 @@ def run(model, samples, slots):
 
 @torch.inference_mode()
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.WORK, **common.SAMPLING)
+    args = shared.parse(__doc__, **shared.MODEL, **shared.WORK, **shared.SAMPLING)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     model.generation_config.eos_token_id = None  # stop tokens are ignored
     samples = []
-    for prompt, lengths in common.workload(args):
+    for prompt, lengths in shared.workload(args):
         samples += [(prompt, n) for n in lengths]
     run(model, [(prompt, 16) for prompt, _ in samples[: args.slots]], args.slots)  # a warm-up
-    seconds = common.seconds(lambda: run(model, samples, args.slots), args.repeats)
-    common.report(args, sum(n for _, n in samples), seconds)
+    seconds = shared.seconds(lambda: run(model, samples, args.slots), args.repeats)
+    shared.report(args, sum(n for _, n in samples), seconds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tempfile
 import time
 from itertools import pairwise
 
-import common
+import shared
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -23,11 +23,11 @@ class Clock(TrainerCallback):
 
 
 def reward(completions, **_):
-    return [float(common.reward(None, text)) for text in completions]
+    return [float(shared.reward(None, text)) for text in completions]
 
 
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.WORK, steps=3)
+    args = shared.parse(__doc__, **shared.MODEL, **shared.WORK, steps=3)
     completions, clock = args.prompts * args.group, Clock()
     micro_batch = min(8, completions // 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def main():
         data = Dataset.from_dict({"prompt": texts})
         GRPOTrainer(args.model, reward, config, data, callbacks=[clock]).train()
     seconds = statistics.median(after - before for before, after in pairwise(clock.times))
-    common.report(args, completions * args.new_tokens, seconds)
+    shared.report(args, completions * args.new_tokens, seconds)
 
 
 if __name__ == "__main__":

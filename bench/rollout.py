@@ -1,11 +1,11 @@
-"""Time the sampler: --prompts x --group completions, of lengths as bench/common.py draws them.
+"""Time the sampler: --prompts x --group completions, of lengths as bench/shared.py draws them.
 
     python bench/rollout.py --model DIR --prompts 12 --group 8 --new-tokens 192 --slots 32
 
 Stop tokens are ignored. The last line is JSON.
 """
 
-import common
+import shared
 import torch
 
 from model import Transformer
@@ -15,10 +15,10 @@ from rollout import sample, stream_key
 
 
 def main():
-    args = common.parse(__doc__, **common.MODEL, **common.WORK, **common.SAMPLING)
+    args = shared.parse(__doc__, **shared.MODEL, **shared.WORK, **shared.SAMPLING)
     folder = find_folder(args.model)
     model = Transformer.from_pretrained(folder, getattr(torch, args.dtype), args.device)
-    prompts, lengths = zip(*common.workload(args))
+    prompts, lengths = zip(*shared.workload(args))
     keys = [[stream_key(0, i, k) for k in range(len(many))] for i, many in enumerate(lengths)]
     options = {"slots": args.slots, "stop_ids": (), "temperature": 1.0}
 
@@ -29,7 +29,7 @@ def main():
 
     tokens = work()  # a warm-up
     assert tokens == sum(map(sum, lengths))
-    common.report(args, tokens, common.seconds(work, args.repeats))
+    shared.report(args, tokens, shared.seconds(work, args.repeats))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ Layers that are computed again do not count.
 from dataclasses import replace
 from statistics import median
 
-import common
+import shared
 
 import train
 from data import Order, Problem
 from eprli import Buffer, LevelState
 from policy import lora
+from policy.attempt import Solver
 from policy.checkpoint import Policy
 from policy.learner import Learner
 from rewards import Reward, Scorer
-from run.fit import Fit
-from run.flags import Config, resolve_levels
+from run.config import Config, levels_of, resolve
 from run.processes import Ranks
 from run.state import Run
 from run.update import Update
@@ -30,26 +30,27 @@ from run.update import Update
 
 def make_run(args):
     """A run that has no directory, with one level, whose completions never stop."""
-    cfg = Config(
+    flags = Config(
         dtype=args.dtype,
         minibatches=1,
-        slots=args.slots,
+        slots=[args.slots],
         group_size=[args.group],
         buffer_groups=[args.prompts],
         max_new_tokens=[args.new_tokens],
     )
-    level = resolve_levels(cfg, measured=False)[0]
+    cfg = resolve(flags, measured=False)
+    level = levels_of(cfg)[0]
     policy = Policy.load(args.model, args.dtype, args.device)
     policy = replace(policy, stop_ids=())
     if args.lora_rank:
         lora.add(policy.model, args.lora_rank)
     prompts = policy.render([Problem(str(i), f"{i:?<64}", "1") for i in range(args.prompts)])
-    reward = Reward("common.py:reward", common.reward)
+    reward = Reward("shared.py:reward", shared.reward)
     state = LevelState(1, level, Order(prompts, "bench"), reward, Buffer())
     ranks = Ranks(args.device)
-    learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
+    learner, solver = Learner(policy.model, ranks), Solver(policy, Scorer(cfg.reward_timeout))
     learner.model.model.recompute = args.recompute
-    return Run(cfg, None, ranks, policy, None, learner, fit, Scorer(cfg), [state], {})
+    return Run(cfg, None, ranks, policy, None, learner, solver, [state], [])
 
 
 def one_update(run):
@@ -60,12 +61,12 @@ def one_update(run):
     def work():
         train.learn(run, state, train.draw(run, state, update), update)
 
-    return update, common.seconds(work)
+    return update, shared.seconds(work)
 
 
 def main():
-    args = common.parse(
-        __doc__, **common.MODEL, **common.WORK, steps=3, slots=64, lora_rank=0, recompute=False
+    args = shared.parse(
+        __doc__, **shared.MODEL, **shared.WORK, steps=3, slots=64, lora_rank=0, recompute=False
     )
     run = make_run(args)
     first, _ = one_update(run)  # a warm-up
@@ -76,9 +77,9 @@ def main():
     weights = sum(p.numel() for p in run.policy.model.parameters())
     learned = tokens + 64 * args.prompts  # a prompt goes through the learner once
     factor = 4 if args.lora_rank else 6  # frozen weights have no gradient
-    speed, product = factor * weights * learned / learning, common.product_speed(args)
+    speed, product = factor * weights * learned / learning, shared.product_speed(args)
     gap = first.steps[0]["gap"] / first.steps[0]["fresh"]
-    common.report(
+    shared.report(
         args,
         tokens,
         seconds,

@@ -65,7 +65,7 @@ def train(arm, seed, command):
     metrics = read_records(out / "metrics.jsonl")
     config = json.loads((out / "config.json").read_text())
     found = {"arm": arm, "seed": seed, "command": command} | machine() | {"torch": config["torch"]}
-    found["budget"] = sum(level["tokens"] for level in config["levels"])
+    found["budget"] = sum(config["tokens"])
     found["evaluations"] = read_records(out / "eval.jsonl")
     found["updates"] = {key: [row[key] for row in metrics] for key in COLUMNS.split()}
     found["problems"] = config["problems"]

@@ -65,15 +65,15 @@ class Learner:
         for _ in range(max(map(len, shares)) - len(own) if sharded else 0):
             yield [min(samples, key=completion_length)], 0
 
-    def use_less_memory(self):
+    def use_less_memory(self, error):
         """A GPU is full: drop what a step has of its gradient, and compute layers again in the
         backward pass; if that is done already, halve the micro-batches.
 
-        Raises the OutOfMemoryError again if they are the smallest, and under FSDP, where all
+        Raises `error`, its OutOfMemoryError, if they are the smallest, and under FSDP, where all
         processes would have to begin anew together.
         """
         if self.ranks.sharded or self.most_tokens <= LEAST_MICRO_BATCH:
-            raise  # what is being handled
+            raise error
         self.drop_gradient()
         body = self.model.model
         if not body.recompute:

@@ -25,7 +25,7 @@ import traceback
 import torch
 
 from files import Stop
-from run.flags import make_parser, read_flags
+from run.config import parse
 from run.processes import Ranks, refuse, set_up_output
 from run.start import resume_run, start_run
 
@@ -33,19 +33,18 @@ from run.start import resume_run, start_run
 def run_command(train, report, arguments):
     """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
     report(its folder) makes the pictures of a run that came to its end."""
-    parser = make_parser()
     set_up_output()
     try:
-        cfg, config = read_flags(parser, arguments)
+        cfg, config = parse(arguments)
         ranks = Ranks(cfg.device, cfg.sharded)
         with memory_explained():
             run = resume_run(cfg, config, ranks) if config else start_run(cfg, ranks)
     except (ValueError, OSError) as error:
-        refuse(parser, error)
+        refuse(error)
     except Stop as stop:
-        refuse(parser, stop, 1)
+        refuse(stop, 1)
     except KeyboardInterrupt:
-        refuse(parser, "interrupted before the run began", 128 + signal.SIGINT)
+        refuse("interrupted before the run began", 128 + signal.SIGINT)
     code, ended = train_and_save(train, run)
     if ranks.first:
         if run.evaluations:
@@ -54,7 +53,7 @@ def run_command(train, report, arguments):
         if not ended and run.num_updates:
             report(run.directory.out)
     if ended:
-        refuse(parser, ended, code)
+        refuse(ended, code)
 
 
 def train_and_save(train, run):
@@ -82,7 +81,7 @@ def train_and_save(train, run):
             code, ended = 1, str(stop)
     if run.num_broken and not code:
         code, ended = 1, "nothing is saved: the run ended while its numbers were not finite"
-    run.scorer.close()
+    run.solver.scorer.close()
     run.track(None)
     return code, ended
 

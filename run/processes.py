@@ -40,10 +40,12 @@ def set_up_output():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def refuse(parser, error, code=2):
+def refuse(error, code=2):
     """End the program with one line of one process; 2 is the exit code of bad input."""
-    words = f"{parser.prog}: {'error: ' * (code == 2)}{squash(str(error))}\n"
-    parser.exit(code, words if is_first() else None)
+    if is_first():
+        program = os.path.basename(sys.argv[0])
+        print(f"{program}: {'error: ' * (code == 2)}{squash(str(error))}", file=sys.stderr)
+    sys.exit(code)
 
 
 def leave(main):

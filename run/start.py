@@ -19,7 +19,7 @@ cut into Samples (train.learn), minibatches, and micro-batches, whose objective 
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,40 +30,52 @@ import data
 from eprli import Buffer, LevelState
 from files import explained, sha256, source_of, stem, stems
 from policy import lora, packed
+from policy.attempt import Solver
 from policy.checkpoint import Policy, digest, find_folder, weights_digest
 from policy.learner import Learner
+from policy.memory import slots_that_fit
 from rewards import MATH, Scorer, identity, load_reward
+from run.config import levels_of, resolve
 from run.directory import RunDirectory, checkpoints, create
-from run.fit import Fit
-from run.flags import resolve_levels
 from run.state import Run
 
 
-def start_run(cfg, ranks):
+def start_run(flags, ranks):
     """A new run. It makes its directory once its inputs are read, and deletes it if the run cannot
     begin.
 
+    flags  see run.config.parse
     Raises ValueError or OSError, on all processes.
     """
-    if cfg.out and ranks.from_first(lambda: os.path.lexists(cfg.out)):
+    if flags.out and ranks.from_first(lambda: os.path.lexists(flags.out)):
         raise ValueError(
-            f"--out {cfg.out}: exists already; name a new folder, or go on with --resume"
+            f"--out {flags.out}: exists already; name a new folder, or go on with --resume"
         )
-    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, cfg.model, ranks))
-    facts["read"]["--model"] = start_digest(policy.folder)
+    train_set, counts = ranks.on_all(lambda: read_train_set(flags))
+    cfg = resolve(flags, measured=any(p.pass_rate is not None for p in train_set))
+    held_out = ranks.on_all(lambda: read_held_out(cfg))
+    policy = ranks.on_all(lambda: load_policy(cfg, cfg.model, ranks.device))
+    ranks.on_all(lambda: check_measured(cfg, train_set, weights_digest(policy.folder)))
+    levels, left_out = ranks.on_all(lambda: make_levels(cfg, train_set, policy))
+    bins = ranks.on_all(lambda: cut_held_out(cfg, levels, held_out, policy))
+    if not cfg.slots:
+        own = default_slots(levels, bins, policy)
+        cfg = replace(cfg, slots=list(map(min, zip(*ranks.gather(own)))))
+    read = digests(cfg, train_set, held_out) | {"--model": start_digest(policy.folder)}
     config = {
         **with_full_paths(cfg),
-        **facts,
         **computing(cfg),
         "began": f"{datetime.now():%Y-%m-%d %H:%M}",
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "problems": [len(state.order.prompts) for state in levels],
-        "levels": [asdict(state.level) for state in levels],
+        **counts,
+        "left_out": left_out,
+        "read": read,
     }
     out = ranks.from_first(lambda: create(cfg.out, config))
     directory = ranks.on_all(lambda: RunDirectory(out, ranks))
     try:
-        run = make_run(cfg, directory, ranks, levels, held_out, policy)
+        run = make_run(cfg, directory, ranks, levels, bins, policy)
         ranks.on_all(run.start_tracker)
         return run
     except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
@@ -75,7 +87,7 @@ def start_run(cfg, ranks):
 def resume_run(cfg, config, ranks):
     """The run of a directory, from its newest checkpoint.
 
-     1. run.flags.as_started has taken the flags from its config.json.
+     1. run.config.as_started has taken the flags from its config.json.
      2. Lock the directory. Nothing in it has been read but config.json.
      3. Find the newest checkpoint.
      4. Say what differs on this machine.
@@ -94,17 +106,21 @@ def resume_run(cfg, config, ranks):
     for name, now in computing(cfg).items():
         if now != config.get(name):  # None: a run of earlier code
             tqdm.write(f"{name} {config.get(name)}, now {now}: the run is not bit for bit the same")
-    model = checkpoint or cfg.model
-    levels, held_out, policy, facts = ranks.on_all(lambda: load_inputs(cfg, model, ranks))
+    train_set, _ = ranks.on_all(lambda: read_train_set(cfg))
+    held_out = ranks.on_all(lambda: read_held_out(cfg))
+    read = ranks.on_all(lambda: digests(cfg, train_set, held_out))
     if cfg.kl_coef or cfg.lora_rank or not checkpoint:
-        facts["read"]["--model"] = start_digest(find_folder(cfg.model))
+        read["--model"] = ranks.on_all(lambda: start_digest(find_folder(cfg.model)))
     for name, before in config["read"].items():
-        if facts["read"].get(name, before) != before:
+        if read.get(name, before) != before:
             raise ValueError(
                 f"--resume {cfg.out}: {name} is not what it was when the run began: put it back, "
                 f"or start a new run from a checkpoint (--model {cfg.out}/checkpoints/...)"
             )
-    run = make_run(cfg, directory, ranks, levels, held_out, policy)
+    policy = ranks.on_all(lambda: load_policy(cfg, checkpoint or cfg.model, ranks.device))
+    levels, _ = ranks.on_all(lambda: make_levels(cfg, train_set, policy))
+    bins = ranks.on_all(lambda: cut_held_out(cfg, levels, held_out, policy))
+    run = make_run(cfg, directory, ranks, levels, bins, policy)
     sizes = run.resume(checkpoint) if checkpoint else None
     ranks.from_first(lambda: directory.cut_logs(sizes))  # the last that may refuse
     ranks.on_all(run.start_tracker)
@@ -112,14 +128,23 @@ def resume_run(cfg, config, ranks):
     return run
 
 
-def make_run(cfg, directory, ranks, levels, held_out, policy):
+def make_run(cfg, directory, ranks, levels, bins, policy):
     reference = None  # the starting policy's model, if the objective needs it
     if cfg.kl_coef:
         reference = Policy.load(cfg.model, cfg.dtype, ranks.device).model
-    learner, fit = Learner(policy.model, ranks), Fit(cfg, policy.model)
-    return Run(
-        cfg, directory, ranks, policy, reference, learner, fit, Scorer(cfg), levels, held_out
-    )
+    learner = Learner(policy.model, ranks)
+    solver = Solver(policy, Scorer(cfg.reward_timeout), show_progress=ranks.first)
+    return Run(cfg, directory, ranks, policy, reference, learner, solver, levels, bins)
+
+
+def default_slots(states, bins, policy):
+    """Return for each level the number of slots that fit, for the longest prompt and completion
+    that it samples, or that an evaluation samples at its length."""
+    evaluated, slots = sum((prompts for _, prompts, _ in bins), []), []
+    for state in states:
+        longest = max((len(p.tokens) for p in state.order.prompts + evaluated), default=0)
+        slots.append(slots_that_fit(policy.model, longest + state.level.max_new_tokens))
+    return slots
 
 
 # -------------------------------------------------------------------------------------- config.json
@@ -161,42 +186,39 @@ def start_digest(folder):
 # ------------------------------------------------------------------------------------------ inputs
 
 
-def load_inputs(cfg, model, ranks):
-    """What a run trains on, and what it is evaluated on.
-
-    model  cfg.model, or the checkpoint that a resumed run goes on from
-    -> [LevelState, ...], held-out prompts (see cut_held_out), Policy,
-       {fact: what config.json says of the data; "read": digests of what must stay as it is}
-    """
-    rewards = {name: load_reward(name) for name in cfg.reward}  # what is wrong with it comes first
-    graded = MATH in cfg.reward
-    problems = data.read_problems(cfg.data, cfg.columns, must_fit=True, graded=graded)
+def read_train_set(flags):
+    """Return the problems to train on, and counts of those that are not used. Raises ValueError."""
+    for name in flags.reward:
+        load_reward(name)  # what is wrong with it comes first
+    graded = MATH in flags.reward
+    problems = data.read_problems(flags.data, flags.columns, must_fit=True, graded=graded)
     different = data.without_repeats(problems)
-    train_set = data.only_gradable(cfg.data, different) if graded else different
-    held_out, read = {}, {"--data": digest(problems)}
-    for path, name in zip(cfg.eval_data, stems("--eval-data", cfg.eval_data)):
-        some = held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
-        if graded:
-            data.only_gradable(path, some)  # says which; in evaluation they stay
-        read[f"--eval-data {name}"] = digest(some)
-    read["--reward"] = list(map(identity, cfg.reward))
-    read["--examples or --template"] = digest(data.read_prompting(cfg))
-    levels = resolve_levels(cfg, any(p.pass_rate is not None for p in train_set))
-    policy = load_policy(cfg, model, ranks.device)
-    longest = max(level.max_new_tokens for level in levels)
-    if model == cfg.model and cfg.difficulty == "pass_rate":
-        with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
-            now = {"temperature": cfg.temperature, "max_new_tokens": longest}
-            check_measured(cfg.data, train_set, {"weights": weights_digest(policy.folder), **now})
-    states, left_out = make_levels(cfg, levels, train_set, policy, rewards)
-    policy.show(cfg.data, sum((state.order.prompts for state in states), []), longest)
-    facts = {
+    train_set = data.only_gradable(flags.data, different) if graded else different
+    return train_set, {
         "repeats_removed": len(problems) - len(different),
         "ungradable_left_out": len(different) - len(train_set),
-        "left_out": left_out,
-        "read": read,
     }
-    return states, cut_held_out(cfg, states, held_out, policy, longest), policy, facts
+
+
+def read_held_out(cfg):
+    """Return the problems of every held-out file: {file: [Problem, ...]}. Raises ValueError."""
+    stems("--eval-data", cfg.eval_data)
+    held_out, graded = {}, MATH in cfg.reward
+    for path in cfg.eval_data:
+        held_out[path] = data.read_problems(path, cfg.columns, graded=graded)
+        if graded:
+            data.only_gradable(path, held_out[path])  # says which; in evaluation they stay
+    return held_out
+
+
+def digests(cfg, train_set, held_out):
+    """Return {flag: digest of what it named}: what a resumed run must find unchanged."""
+    return {
+        "--data": digest(train_set),
+        **{f"--eval-data {stem(path)}": digest(held_out[path]) for path in held_out},
+        "--reward": list(map(identity, cfg.reward)),
+        "--examples or --template": digest(data.read_prompting(cfg)),
+    }
 
 
 def load_policy(cfg, model, device):
@@ -212,36 +234,48 @@ def load_policy(cfg, model, device):
     return policy
 
 
-def check_measured(name, train_set, now):
-    """Print in what the measurement of the pass rates differs from this run.  now  its settings"""
-    kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
-    for measured in map(json.loads, sorted(kinds)):
-        if not measured:
-            tqdm.write(f"{name}: nothing says what measured the pass rates")
-            continue
-        other = [f"{k} {measured.get(k)}, now {v}" for k, v in now.items() if measured.get(k) != v]
-        if other or measured.get("samples", 0) < 16:
-            tqdm.write(
-                f"{name}: pass rates measured with {measured.get('model')}, "
-                f"{measured.get('samples')} samples a problem (fewer than 16 tell little)"
-                f"{'; otherwise: ' * bool(other)}{'; '.join(other)}"
-            )
+def check_measured(cfg, train_set, weights):
+    """Print in what the measurement of the pass rates differs from this run.
+
+    weights  digest of the starting policy's
+    """
+    if cfg.difficulty != "pass_rate":
+        return
+    with explained(f'{cfg.data}: "measured" is not what eval.py writes'):
+        longest = max(cfg.max_new_tokens)
+        now = {"weights": weights, "temperature": cfg.temperature, "max_new_tokens": longest}
+        kinds = {json.dumps(p.other.get("measured")) for p in train_set if p.pass_rate is not None}
+        for measured in map(json.loads, sorted(kinds)):
+            if not measured:
+                tqdm.write(f"{cfg.data}: nothing says what measured the pass rates")
+                continue
+            differ = [
+                f"{name} {measured.get(name)}, now {value}"
+                for name, value in now.items()
+                if measured.get(name) != value
+            ]
+            if measured.get("samples", 0) < 16:
+                differ.append(f"{measured.get('samples')} samples a problem, fewer than 16")
+            if differ:
+                tqdm.write(
+                    f"{cfg.data}: the pass rates were measured otherwise, with "
+                    f"{measured.get('model')}: {'; '.join(differ)}"
+                )
 
 
-def make_levels(cfg, levels, train_set, policy, rewards):
+def make_levels(cfg, train_set, policy):
     """Cut the levels and render everything before minutes are spent.
 
     -> [LevelState, ...], {why: number of problems that belong to no level}
     """
-    qualities = [level.quality for level in levels]
-    parts, left_out = data.cut_by_difficulty(cfg.data, train_set, qualities, cfg.difficulty)
+    parts, left_out = data.cut_by_difficulty(cfg.data, train_set, cfg.quality, cfg.difficulty)
     if None in parts and cfg.difficulty == "level":
         raise ValueError(
             f"--difficulty level: no problem of {cfg.data} has a level that is a number: name its "
             "column (--columns problem=NAME answer=NAME level=NAME), or leave the flag out"
         )
     states, left_out["prompt too long"] = [], 0
-    for number, level in enumerate(levels, 1):
+    for number, level in enumerate(levels_of(cfg), 1):
         problems = parts.get(None) or parts[number]  # None: one set for every level
         prompts = []
         if level.trains:
@@ -254,35 +288,37 @@ def make_levels(cfg, levels, train_set, policy, rewards):
                 )
         order = data.Order(prompts, f"{cfg.seed}/{number}")
         buffer = Buffer(keep_flat=cfg.filter == "all")
-        states.append(LevelState(number, level, order, rewards[level.reward], buffer))
+        states.append(LevelState(number, level, order, load_reward(level.reward), buffer))
         tqdm.write(
             f"level {number}: difficulty up to {level.quality:g}, {len(problems)} problems"
             f"{'' if level.trains else ', not trained'}"
         )
     tqdm.write(f"{cfg.data} left out: {left_out}")
+    prompts = sum((state.order.prompts for state in states), [])
+    policy.show(cfg.data, prompts, max(cfg.max_new_tokens))
     return states, left_out
 
 
-def cut_held_out(cfg, states, held_out, policy, longest):
-    """Cut every held-out file into bins of difficulty, by default as the levels are cut.
+def cut_held_out(cfg, states, held_out, policy):
+    """Cut every held-out file into bins of difficulty, at --eval-quality.
 
     A bin has the R_l of the level with its threshold, else of the last level.
     -> [({what names the bin in eval.jsonl: ...}, its prompts, its R_l), ...]
     """
-    qualities = cfg.eval_quality or [state.level.quality for state in states]
     rewards = {state.level.quality: state.reward for state in reversed(states)}
     bins = []
     for path, problems in held_out.items():
         file = {"file": stem(path)} if len(held_out) > 1 else {}
-        parts, left_out = data.cut_by_difficulty(path, problems, qualities, cfg.difficulty)
-        if cfg.eval_quality and None in parts:
+        bounds = cfg.eval_quality
+        parts, left_out = data.cut_by_difficulty(path, problems, bounds, cfg.difficulty)
+        if bounds != cfg.quality and None in parts:
             raise ValueError(f"--eval-quality: no problem of {path} has a {cfg.difficulty}")
         seen, shown = [], []
         for number, some in parts.items():
             if some and some not in seen:  # levels may share their problems
                 seen.append(some)
                 labels, prompts = file | {"level": number}, policy.render(some)
-                quality = None if number is None else qualities[number - 1]
+                quality = None if number is None else bounds[number - 1]
                 bins.append((labels, prompts, rewards.get(quality, states[-1].reward)))
                 shown += prompts
                 tqdm.write(f"held out, {data.name_level(labels)}: {len(some)} problems")
@@ -290,5 +326,5 @@ def cut_held_out(cfg, states, held_out, policy, longest):
             raise ValueError(
                 f"{path}: no problem falls into any level ({left_out}); see --eval-quality"
             )
-        policy.show(path, shown, longest)
+        policy.show(path, shown, max(cfg.max_new_tokens))
     return bins

@@ -19,13 +19,12 @@ from eprli import Group
 from files import Stop, explained
 from model import Transformer
 from policy import lora
+from policy.attempt import Solver
 from policy.checkpoint import Policy
 from policy.learner import Learner
-from rewards import Scorer
 from rollout import Completion
+from run.config import Config
 from run.directory import RunDirectory
-from run.fit import Fit
-from run.flags import Config
 from run.processes import Ranks
 from run.update import Update
 
@@ -47,8 +46,7 @@ class Run:
     policy: Policy
     reference: Transformer | None  # the starting policy's model, for the KL term
     learner: Learner
-    fit: Fit
-    scorer: Scorer
+    solver: Solver
     levels: list  # of LevelState
     held_out: list  # of ({what names a bin in eval.jsonl: ...}, [data.Prompt, ...], R_l)
     num_updates: int = 0  # so far, skipped ones included

@@ -4,7 +4,6 @@ import gc
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -15,7 +14,6 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from experiments.warmstart import make_tokenizer
 from model import Transformer
 from policy.checkpoint import Policy
-from run.fit import Fit
 
 OPTIONS = dict(deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("suite", derandomize=True, max_examples=12, **OPTIONS)
@@ -108,11 +106,6 @@ def peak(work):
             held += event.nbytes()
             most = max(most, held)
     return result, most, held
-
-
-def fit(model, slots=8):
-    """Sizes of a process."""
-    return Fit(SimpleNamespace(slots=slots, device="cpu"), model)
 
 
 families = mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -10,7 +10,7 @@ from data import cut_levels, read_problems, without_repeats
 from experiments.problems import generate
 from model import Transformer
 from policy.checkpoint import SHIPPED
-from run.flags import DEFAULTS
+from run.config import DEFAULTS
 from tools.overlap import overlap
 
 TINY = SHIPPED / "tiny"

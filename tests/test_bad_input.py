@@ -20,7 +20,7 @@ from pytest import fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import train
-from run.flags import Config, make_parser, read_flags
+from run.config import Config, parse
 
 pytestmark = mark.slow
 
@@ -193,7 +193,7 @@ FLAGS = """
 --lr nan | --lr must be above 0, found nan
 --lr -1 | --lr must be above 0, found -1.0
 --max-new-tokens 0 | --max-new-tokens must be at least 1
---slots 0 | --slots must be at least 1
+--slots 7 | --slots must be at least 8, found 7
 --keep-checkpoints 0 | --keep-checkpoints must be at least 1
 --save-every -1 | --save-every must be at least 0
 --seed -1 | --seed must be at least 0
@@ -243,11 +243,11 @@ def test_bad_flags(refused, words, message):
 @mark.parametrize(
     "words, named",
     [
-        ("", "--lr, --max-new-tokens, --updates"),
+        ("", "--lr, --max-new-tokens, --updates or --tokens"),
         ("--lr 1e-6 --tokens 9", "--max-new-tokens"),
         ("--max-new-tokens 9 --updates 1", "--lr"),
-        ("--max-new-tokens 9 --lr 1", "--updates"),
-        (f"@{RECIPES}/paper.args", "--lr, --max-new-tokens, --updates"),
+        ("--max-new-tokens 9 --lr 1", "--updates or --tokens"),
+        (f"@{RECIPES}/paper.args", "--lr, --max-new-tokens, --updates or --tokens"),
     ],
 )
 def test_defaults_of_the_shipped_model_are_no_defaults_of_others(refused, words, named):
@@ -267,17 +267,17 @@ def test_help_shows_every_flag_once_in_groups(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    flags = [f"--{name.replace('_', '-')}" for name in vars(Config())]
+    flags = [f"--{name.replace('_', '-')}" for name in ("resume", *vars(Config()))]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
-    assert " ".join(found) == "options levels objective optimizer sampling prompts machine files"
+    assert "default: None" not in text and "(default: [])" not in text
+    assert " ".join(found) == "options levels objective optimizer sampling prompts machine files or"
 
 
-def test_underscores_and_a_flag_that_stands_twice():
-    """Flags may be written as in config.json. The last of two wins, as in any shell script."""
-    words = [*BASE.split(), "--group_size", "4", "--updates=3", "--updates=2"]
-    cfg, _ = read_flags(make_parser(), words)
-    assert cfg.group_size == [4] and cfg.updates == [2]
+def test_of_a_flag_that_stands_twice_the_last_wins():
+    """As in any shell script."""
+    cfg, _ = parse([*BASE.split(), "--updates=3", "--updates=2"])
+    assert cfg.updates == [2]
 
 
 @mark.parametrize("name", ["paper", "deepscaler", "fastcurl", "dapo", "dr-grpo"])
@@ -286,7 +286,7 @@ def test_flags_behind_a_recipe_win(name, monkeypatch):
     The words are those of a real command line."""
     words = f"@{RECIPES}/{name}.args --model toy --lr 1e-5 --max-new-tokens 9 --updates 7"
     monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
-    cfg, _ = read_flags(make_parser(), None)
+    cfg, _ = parse(None)
     assert (cfg.lr, cfg.max_new_tokens, cfg.updates) == (1e-5, [9], [7])
     assert cfg.adv_std == ("none" if name == "dr-grpo" else "group")
     assert cfg.loss_norm == {"paper": "sequence", "dr-grpo": "constant"}.get(name, "token")
@@ -385,19 +385,26 @@ def begun(folder):
     return folder / "run/config.json"
 
 
-@mark.parametrize("words", ["--resume taken", "--resume toy", "--resume nowhere", "--resume ''"])
-def test_a_folder_that_is_no_run(refused, words):
-    refused("config.json is not that of a run", shlex.split(words))
+@mark.parametrize("run", ["taken", "nowhere", "''", "toy"])
+def test_a_folder_that_is_no_run(refused, run):
+    """Of a folder that is not there it said that another version of EPRLI had begun it."""
+    (name,) = shlex.split(run)
+    version = "the run was started by another version of EPRLI; resume it with that version"
+    message = version if name == "toy" else "not a run directory (no config.json)"
+    refused(f"--resume {name}: {message}", ["--resume", name])
 
 
 def test_bad_run_directories(begun, refused):
     good = json.loads(begun.read_text())
     without_seed = {name: value for name, value in good.items() if name != "seed"}
     configs = {
-        "is not that of a run (KeyError: 'seed')": without_seed,
-        "is not that of a run (KeyError: 'read')": good | {"read": None},
+        "another version of EPRLI; resume it with that version (config.json: KeyError: 'seed')": (
+            without_seed
+        ),
+        "(config.json: KeyError: 'read')": good | {"read": None},
+        "(config.json: TypeError: 'NoneType'": good | {"tokens": None},
         "--lr must be above 0": good | {"lr": -1},
-        "is not that of a run (TypeError": [],
+        "(config.json: TypeError": [],
     }
     for message, config in configs.items():
         begun.write_text(json.dumps(config))
@@ -417,7 +424,7 @@ def test_what_a_run_directory_is_never_used_for(begun, refused):
 ON_WINDOWS = """
 import importlib, sys
 import scipy.stats, torch, tqdm, transformers
-from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoTokenizer, GenerationConfig
 sys.platform = "win32"
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in ("eval", "rewards", "train"):

@@ -31,7 +31,7 @@ from policy import learner as learners
 from policy.learner import Learner, cut_micro_batches
 from rollout import stream_key, uniforms
 from run import processes as ranks
-from run.flags import Config
+from run.config import Config
 from run.processes import Ranks
 from train import PEAKS, SUMS, accumulate_gradient, minibatches
 

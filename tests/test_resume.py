@@ -19,6 +19,7 @@ from pytest import fixture, mark, raises
 
 import rewards
 from files import Stop
+from policy import memory
 from run.directory import LOGS, RunDirectory
 from run.processes import Ranks, set_up_output
 
@@ -365,6 +366,23 @@ def test_a_slice_and_a_template_are_resumed_from_any_folder(workshop):
     goes_on(folder, workshop / "part")
     (saved,) = (workshop / "part/checkpoints").glob("000004/chat_template.jinja")
     assert saved.read_text() == before
+
+
+def less_memory():
+    memory.free_bytes = lambda device: 0
+
+
+def test_other_free_memory_changes_nothing(workshop):
+    """A run that was resumed on a busier machine had fewer slots, and products of other rows have
+    other last bits. Other slots must be asked for, and a line says what they cost."""
+    flags = "--group-size 16 --prompts 9"
+    assert began(workshop, "roomy", flags=flags) == 0
+    killed(workshop, "busy", "train.learn", 5, flags)
+    copied(workshop, "busy", "fewer")
+    goes_on(workshop, "busy", sabotage=less_memory)
+    assert_the_same(workshop, "busy", "roomy")
+    goes_on(workshop, "fewer", "--slots 8")
+    assert "--slots: not [256, 256] as before, so the last bits may differ" in said(workshop)
 
 
 @mark.parametrize("log", LOGS)

@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from conftest import fit, random_model, table
+from conftest import random_model, table
 from pytest import fixture, mark, raises
 
 import rewards
 from answers.equality import extract_answer
 from data import Problem
 from files import Stop
-from policy.attempt import Sampling, attempt
+from policy.attempt import Sampling, Solver
 from rewards import (
     CASE_SECONDS,
     ERROR,
@@ -39,7 +39,6 @@ from rewards import (
     writes_steps,
 )
 from rollout import sample, stream_key
-from run.flags import Config
 
 START = [("1/4", "0.25"), ("1/5", "0.2")]  # one case per worker: it is started
 
@@ -385,8 +384,8 @@ def own(tmp_path):
     return lambda name: load_reward(f"{tmp_path / 'own.py'}:{name}")
 
 
-def scorer(**flags):
-    return Scorer(Config(**flags))
+def scorer(reward_timeout=60):
+    return Scorer(reward_timeout)
 
 
 def scores(reward, responses="a", using=None, problem=Problem("p7", "1", "1")):  # noqa: B008
@@ -447,7 +446,7 @@ def test_a_reward_sees_what_the_template_opened(toy_policy):
     reward = function(lambda problem, response: seen.append(response) or 1)
     prompt = replace(*toy_policy.render([Problem("p", "1", "1")]), opening="<think>")
     work = [(prompt, [stream_key(1, 0)], reward)]
-    ((one,),) = attempt(toy_policy, scorer(), work, Sampling(3, 1.0), fit(toy_policy.model))
+    ((one,),) = Solver(toy_policy, scorer()).attempt(work, Sampling(3, 1.0), 8)
     assert seen == [one.text] and one.text.startswith("<think>")
     assert not writes_steps("<think>\\boxed{1}")
 

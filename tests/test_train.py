@@ -4,19 +4,18 @@ what they say."""
 import itertools
 import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import torch
-from conftest import column, fit, lines, norms, random_model, read, write_lines
+from conftest import column, lines, norms, random_model, read, write_lines
 from pytest import approx, fixture, mark, raises
 from test_rollout import sampled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as evaluation
 import train
 from data import Order, Problem, Prompt
 from eprli import (
@@ -28,15 +27,14 @@ from eprli import (
     learning_rate,
 )
 from model import pad
-from policy.attempt import TRAINING, Attempt, Sampling, attempt
+from policy.attempt import TRAINING, Attempt, Sampling, Solver
 from policy.checkpoint import default_dtype
 from policy.learner import Learner
 from rewards import Score
 from rollout import Completion, stream_key
-from run.fit import Fit
-from run.flags import Config, fill, make_parser, resolve_levels
+from run.config import PER_LEVEL, Config, levels_of, parse, resolve
 from run.processes import Ranks
-from run.start import check_measured
+from run.start import check_measured, start_run
 from run.state import results_of, shown
 from run.update import Update
 from tools import report
@@ -54,14 +52,14 @@ METRICS = (
 )
 
 
-def config(flags):
-    return Config(**vars(make_parser().parse_args(flags.split())))
+def config(flags, measured=True):
+    return resolve(parse(flags.split())[0], measured)
 
 
 def level(**changes):
     flags = "--quality 1 --prompts 2 --group-size 4 --max-new-tokens 30"
     flags += " --length-weight 0 --buffer-groups 2 --updates 1 --inner-epochs 1"
-    (own,) = resolve_levels(config(flags), measured=True)
+    (own,) = levels_of(config(flags))
     return replace(own, **changes)
 
 
@@ -99,11 +97,9 @@ def off_policy_samples(model, n=7):
 
 def a_run(model, flags="", reference=None, learner=None):
     learner = learner or Learner(model, Ranks())
-    cfg = fill(config(f"--temperature 0.8 {flags}"))
     return SimpleNamespace(
-        cfg=cfg,
+        cfg=config(f"--temperature 0.8 {flags}"),
         learner=learner,
-        fit=Fit(cfg, model),
         reference=reference,
         ranks=Ranks(),
         policy_version=2,
@@ -249,24 +245,40 @@ def test_progress_follows_the_budget_that_is_used_up_first():
     assert progress(4, 2000) == 0.75 and progress(30, 1000) == 0.5
     assert progress(None, 400) == progress(3, None) == progress(0, None) == progress(9, 0) == 1
     for flags, updates in (("--tokens 9 --updates 3", 3), ("--tokens 9", None)):
-        assert resolve_levels(config(f"--quality 1 {flags}"), measured=True)[0].updates == updates
+        assert levels_of(config(f"--quality 1 {flags}"))[0].updates == updates
 
 
 def test_the_defaults_of_the_shipped_model_are_those_of_the_readme(monkeypatch):
-    default = fill(config(""))
+    default = config("")
     assert (default.lr, default.warmup, default.lr_decay) == (2e-4, 2, "none")
-    easy, hard = resolve_levels(default, measured=True)
+    easy, hard = levels_of(default)
     assert (easy.quality, easy.tokens, hard.quality, hard.tokens) == (0.8, 250_000, 1, 750_000)
     for level in easy, hard:
         assert (level.max_new_tokens, level.length_weight, level.updates) == (160, 0.3, None)
         assert (level.group_size, level.buffer_groups, level.prompts) == (16, 16, 16)
-    (level,) = resolve_levels(fill(config("--quality 1 --updates 3")), measured=True)
+    (level,) = levels_of(config("--quality 1 --updates 3"))
     assert (level.updates, level.tokens) == (3, None)
-    other = fill(config("--model other --lr 1 --max-new-tokens 9 --updates 1"))
-    assert other.length_weight == [0] and default_dtype("other", "cuda") == "bfloat16"
+    other = config("--model other --lr 1 --max-new-tokens 9 --updates 1")
+    assert other.length_weight == [0, 0] and default_dtype("other", "cuda") == "bfloat16"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
     assert default_dtype("other", "cuda") == "float32"  # as on a T4
+
+
+def test_config_json_has_every_flag_resolved(tmp_path, printed, monkeypatch):
+    """Of a default run, which has no warning. A value that a later version would fill in otherwise
+    changed old runs."""
+    out = tmp_path / "run"
+    run = start_run(parse(["--out", str(out)])[0], Ranks())
+    assert "measured otherwise" not in printed()
+    config = read(out / "config.json")
+    nothing = {f.name for f in fields(Config) if config[f.name] is None}
+    assert nothing == {"examples", "template", "tracker", "eval_every"}  # as --help says
+    for name in PER_LEVEL:
+        assert len(config[name]) == 2 and (None in config[name]) == (name == "updates")
+    assert config["eval_quality"] == [0.8, 1.0] and config["lr"] == 2e-4
+    monkeypatch.setattr("run.config.DEFAULTS", {})
+    assert parse(["--resume", str(out)])[0] == run.cfg
 
 
 def test_a_step_without_signal_moves_nothing():
@@ -325,7 +337,7 @@ def workshop(tmp_path, toy_folder, monkeypatch):
     def run(flags="", defaults=DEFAULTS):
         words = f"--model {toy_folder} {defaults} {flags}".split()
         train.main(words)
-        return tmp_path / make_parser().parse_args(words).out
+        return tmp_path / parse(words)[0].out
 
     return run
 
@@ -339,6 +351,7 @@ def metrics(workshop):
 def test_pass_rates_of_other_models_and_settings_are_said(printed):
     """The shipped problems have the rates of the shipped model, and cut wrong levels for any other.
     With what measured them nothing is said."""
+    cfg = config("--model m --lr 1 --updates 1 --max-new-tokens 8 --temperature 1")
     now = {"weights": "w", "temperature": 1.0, "max_new_tokens": 8}
     own = now | {"model": "m", "samples": 64}
     cases = {
@@ -346,13 +359,13 @@ def test_pass_rates_of_other_models_and_settings_are_said(printed):
         "weights x, now": own | {"weights": "x"},
         "temperature 0.6, now 1.0": own | {"temperature": 0.6},
         "max_new_tokens 9, now 8": own | {"max_new_tokens": 9},
-        "4 samples a problem (fewer than 16": own | {"samples": 4},
+        "4 samples a problem, fewer than 16": own | {"samples": 4},
         "None samples a problem": now | {"model": "m"},
         "nothing says what measured": None,
     }
     for words, measured in cases.items():
         problems = [Problem("i", "1", "1", 0.5, other={"measured": measured})]
-        check_measured("p.jsonl", problems, now)
+        check_measured(cfg, problems, "w")
         said = printed()
         assert words in said and bool(words) == bool(said)
 
@@ -415,7 +428,7 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed, monkeypatch)
         assert 0 <= row["writes_steps_share"] <= 1
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
-    assert read(out / "config.json")["levels"][1]["quality"] == 1.0
+    assert read(out / "config.json")["quality"] == [0.8, 1.0]
     assert "two updates took, and the rest takes:  50 % of" in printed()
     assert (out / "report.png").stat().st_size > 10_000
     assert (out / "report.html").stat().st_size > 25_000
@@ -625,13 +638,14 @@ def test_results_are_shown_in_their_units():
 
 def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch):
     """And are sampled as in training."""
-    seen, attempt = [], evaluation.attempt
+    seen, attempt = [], Solver.attempt
 
-    def watch(policy, grader, work, sampling, *rest, **settings):
-        seen.append((sampling.max_new_tokens, sampling.temperature))
-        return attempt(policy, grader, work, sampling, *rest, **settings)
+    def watch(solver, work, sampling, *rest):
+        if len(rest) == 1:  # an evaluation asks for no seconds
+            seen.append((sampling.max_new_tokens, sampling.temperature))
+        return attempt(solver, work, sampling, *rest)
 
-    monkeypatch.setattr(evaluation, "attempt", watch)
+    monkeypatch.setattr(Solver, "attempt", watch)
     flags = "--max-new-tokens 3 9 5 --updates 1 --temperature 0.7 --quality 1"
     workshop(f"--eval-data p.jsonl {flags}")
     assert set(seen) == {(9, 0.7)}
@@ -764,13 +778,13 @@ def test_a_reward_that_takes_too_long_costs_its_group_alone(metrics, printed, mo
 def test_no_two_completions_share_a_stream(workshop, monkeypatch):
     """Levels that share their streams would sample one thing twice. And an update draws P_l prompts
     at first, whatever waits in the buffer."""
-    drawn = []
+    drawn, attempt = [], Solver.attempt
 
-    def watch(policy, scorer, work, *rest, **more):
+    def watch(solver, work, *rest):
         drawn.append([key for _, keys, _ in work for key in keys])
-        return attempt(policy, scorer, work, *rest, **more)
+        return attempt(solver, work, *rest)
 
-    monkeypatch.setattr("train.attempt", watch)
+    monkeypatch.setattr(Solver, "attempt", watch)
     more = "--prompts 4 --buffer-groups 3 5 --surplus missing --filter all --eval-every 0 --seed 1"
     workshop(f"--quality 0.5 1 --updates 2 {more}")
     assert [len(keys) // 4 for keys in drawn] == [4, 4, 4, 1, 4, 1]
@@ -797,5 +811,5 @@ def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     monkeypatch.setattr("policy.attempt.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
-        attempt(toy_policy, using, [], Sampling(3, 1.0), fit(toy_policy.model))
+        Solver(toy_policy, using).attempt([], Sampling(3, 1.0), 8)
     using.calls.drop.assert_called_once()

@@ -3,17 +3,17 @@
 from types import SimpleNamespace
 
 import torch
-from conftest import fit, lines, random_model
+from conftest import lines, random_model, read, write_lines
 from pytest import mark, raises
 from test_train import workshop  # noqa: F401 a fixture
 
 import train
+from data import Problem
 from policy import attempt as attempts
-from policy import learner
+from policy import learner, memory
+from policy.attempt import Sampling, Solver
 from policy.learner import Learner
 from rollout import KVCache
-from run import fit as fits
-from run.fit import Fit
 
 
 def test_slots_are_the_rows_that_half_of_the_free_memory_holds(monkeypatch):
@@ -22,23 +22,22 @@ def test_slots_are_the_rows_that_half_of_the_free_memory_holds(monkeypatch):
     cache = KVCache(model, 1, 256)
     cache.fit(100)
     row = sum(x.nbytes for x in cache.k + cache.v)
-    assert fits.row_bytes(model, 100) == row == fits.row_bytes(model, 128)
-    assert fits.row_bytes(model, 10**6) == 2 * row  # the context has 256 tokens
+    assert memory.row_bytes(model, 100) == row == memory.row_bytes(model, 128)
+    assert memory.row_bytes(model, 10**6) == 2 * row  # the context has 256 tokens
     for free, slots in ((10**12, 256), (2 * 33 * row, 32), (0, 8), (None, 64)):
-        monkeypatch.setattr(fits, "free_bytes", lambda device, free=free: free)
-        assert fit(model, slots=None).slots(100) == slots
-        assert fit(model, slots=16).slots(100) == 16  # as it was given
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert memory.slots_that_fit(model, 100) == slots
 
 
 def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
     """Each process has its share. Other systems do not say."""
-    monkeypatch.setattr(fits, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     device = torch.device("cpu")
-    assert fits.free_bytes(device) is None
-    fits.MEMINFO.write_text("MemFree: 1 kB\nMemAvailable:    4096 kB\n")
-    assert fits.free_bytes(device) == 4096 * 1024
+    assert memory.free_bytes(device) is None
+    memory.MEMINFO.write_text("MemFree: 1 kB\nMemAvailable:    4096 kB\n")
+    assert memory.free_bytes(device) == 4096 * 1024
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert fits.free_bytes(device) == 2048 * 1024
+    assert memory.free_bytes(device) == 2048 * 1024
 
 
 def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, monkeypatch, printed):  # noqa: F811
@@ -73,12 +72,44 @@ def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, mo
     assert "micro-batches of 1024 tokens from now on" in said
 
 
-@mark.parametrize("smallest", [Fit.use_less_memory, Learner.use_less_memory])
-def test_the_smallest_size_is_the_end(smallest):
+def test_the_smallest_micro_batch_is_the_end():
+    """The error of the GPU, as it was."""
     one = SimpleNamespace(most_tokens=1, ranks=SimpleNamespace(sharded=False))
-    arguments = [8] if smallest is Fit.use_less_memory else []
+    error = torch.OutOfMemoryError()
+    with raises(torch.OutOfMemoryError) as raised:
+        Learner.use_less_memory(one, error)
+    assert raised.value is error
+
+
+@mark.parametrize("slots", [8, 9])
+def test_the_fewest_slots_are_the_end(toy_policy, monkeypatch, slots):
+    """A loop that halves them for ever would hang."""
+    tried = []
+
+    def full(*_, slots, **__):
+        tried.append(slots)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attempts, "sample", full)
+    solver, many = Solver(toy_policy, SimpleNamespace(calls=SimpleNamespace(drop=int))), [0] * 99
+    (prompt,) = toy_policy.render([Problem("p", "1", "1")])
     with raises(torch.OutOfMemoryError):
-        try:
-            raise torch.OutOfMemoryError
-        except torch.OutOfMemoryError:
-            smallest(one, *arguments)
+        solver.attempt([(prompt, many, None)], Sampling(3, 1.0), slots)
+    assert tried == [slots, 8][: slots - 7]
+
+
+def test_each_level_has_the_slots_that_fit_its_longest_sequence(workshop, monkeypatch):  # noqa: F811
+    """Of its prompts, and of the held-out ones, which are sampled at that length too."""
+    lengths = []
+
+    def fitting(model, length):
+        lengths.append(length)
+        return 8 * len(lengths)
+
+    monkeypatch.setattr("run.start.slots_that_fit", fitting)
+    write_lines("long.jsonl", [{"problem": "1" * 40, "answer": "1", "pass_rate": 0.5}])
+    out = workshop("--max-new-tokens 3 9 --eval-data long.jsonl --updates 1")
+    assert lengths[1] - lengths[0] == 6 and lengths[0] > 43
+    assert read(out / "config.json")["slots"] == [8, 16]
+    out = workshop("--slots 9 --updates 1 --out other")
+    assert read(out / "config.json")["slots"] == [9, 9]  # as given

@@ -1,48 +1,57 @@
-"""The flags of train.py: defaults, units, sources, ranges; and the levels that they describe.
+"""The flags of train.py: defaults, units, sources, ranges; and the Config that they resolve to.
 
-The way of a flag, such as --lr: its field below (Optimizer.lr) -> `read_flags`, where the command
-line, with the files of flags that it names (@recipes/dapo.args), and with --resume the run's
-config.json set it -> `fill`, if it has no value yet -> Config, which is run.cfg in train.py. A flag
-with a value per level becomes a field of eprli.Level instead (`resolve_levels`).
+The way of a flag, such as --lr: its field below (Optimizer.lr) -> `parse`, which reads the command
+line, and the files of flags that it names (@recipes/dapo.args) -> `resolve`, which fills in the
+defaults that depend on the model or the data, and gives every level its value -> Config, which is
+config.json, and cfg in train.py. A resumed run takes the Config from its config.json instead.
 """
 
-import argparse
 import json
 import math
-import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
+from tqdm import tqdm
 
-from data import Prompting, flag
+from common.flags import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    check_rules,
+    flag,
+    make_parser,
+    option,
+)
+from data import Prompting
 from eprli import Level
 from files import source_of
 from policy.checkpoint import SHIPPED, TINY, default_dtype, is_shipped
+from rollout import MIN_ROWS
 
 # Ours for the shipped model and problems, of 0.6 M parameters. Where there are two numbers, the
 # first is for level 1 if there are several levels, the second for every other level, and for a
 # single one. Level 1 is what is solved in 20 % of the attempts or more.
-LR = 2e-4
 DEFAULTS = {
     "quality": [0.8, 1.0],
     "max_new_tokens": [160],
     "length_weight": [0.3],
     "tokens": [250_000, 750_000],
+    "lr": 2e-4,
 }
-PER_LEVEL = [f.name for f in fields(Level)]
+PER_LEVEL = [*(f.name for f in fields(Level)), "slots"]
 
-# Rules of a flag's value, or of each of its values: a test, and its words
-ABOVE_0 = lambda v: 0 < v < math.inf, "above 0"
-AT_LEAST_0 = lambda v: 0 <= v < math.inf, "at least 0"
-AT_LEAST_1 = lambda v: v >= 1, "at least 1"
+AT_LEAST_MIN_ROWS = lambda v: v >= MIN_ROWS, f"at least {MIN_ROWS}"
+SLOTS_HELP = (
+    "it changes memory and speed, and no result but rounding; default: what half of the free "
+    "memory holds when it starts, at most 256 [ours]"
+)
 
 
 @dataclass(frozen=True)
 class Files:
-    _argument_group_name = "files"
+    title = "files"
 
     model: str = flag(
         "checkpoint folder or hub name[@revision] (Llama, Qwen2 or Qwen3) [ours]", str(TINY)
@@ -53,18 +62,14 @@ class Files:
         "are known: data.py [ours]",
         str(SHIPPED / "train.jsonl"),
     )
-    eval_data: list[str] = flag(
+    eval_data: list[str] | None = flag(
         "files or data sets of held-out problems, each reported apart; default: the shipped ones "
-        "for the shipped data, else none [ours]",
-        [],
+        "for the shipped data, otherwise none [ours]"
     )
     columns: list[str] = flag(
         "columns of another layout, problem=NAME answer=NAME, and pass_rate, level or id [ours]", []
     )
     out: str | None = flag("run directory to create; default runs/<date-time>-<process> [ours]")
-    resume: str | None = flag(
-        "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
-    )
     save_every: int = flag(
         "updates between checkpoints; 0: only at the end [ours]",
         10,
@@ -78,13 +83,14 @@ class Files:
         may_change=True,
     )
     tracker: Literal["wandb", "trackio"] | None = flag(
-        "send config, metrics and held-out accuracy to this tracker too [ours]", may_change=True
+        "send config, metrics and held-out accuracy to this tracker too; default: none [ours]",
+        may_change=True,
     )
 
 
 @dataclass(frozen=True)
 class Levels:
-    _argument_group_name = (
+    title = (
         "levels: a list has one value for all, or one per level; a default of two, one for level 1 "
         "and one for all others or for a single level"
     )
@@ -131,21 +137,22 @@ class Levels:
         "mu_l, passes over an update's groups [DeepScaleR, FastCuRL]", [1], rule=AT_LEAST_1
     )
     updates: list[int] | None = flag(
-        "M_l, updates of the level; 0: it is not trained; default: no bound, and any model but "
-        "the shipped one needs this or --tokens [ours]",
+        "M_l, updates of the level; 0: it is not trained; default: no bound (null in "
+        "config.json), and any model but the shipped one needs this or --tokens [ours]",
         rule=AT_LEAST_0,
     )
     tokens: list[int] | None = flag(
         "budget of the level in sampled tokens, those of dropped groups too; 0: it is not trained; "
         "with --updates, whichever is used up first ends the level; default "
-        f"{DEFAULTS['tokens']} for the shipped model without --updates [ours]",
+        f"{DEFAULTS['tokens']} for the shipped model without --updates, otherwise no bound (null "
+        "in config.json) [ours]",
         rule=AT_LEAST_0,
     )
 
 
 @dataclass(frozen=True)
 class Objective:
-    _argument_group_name = "objective"
+    title = "objective"
 
     loss_norm: Literal["sequence", "token", "constant"] = flag(
         "how tokens are averaged: Eq. 1, DAPO, Dr. GRPO [paper]", "sequence"
@@ -177,14 +184,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
-    _argument_group_name = "optimizer"
+    title = "optimizer"
 
     lr: float | None = flag(
-        f"learning rate of AdamW; within each level times warm-up and decay; default {LR:g} for "
-        "the shipped model; any other needs it given. That, and what recipes/ state, is a rate of "
-        "full training. With --lora-rank the best rate is higher (Schulman et al. 2025): 2e-4 "
-        "taught a Qwen2 of 0.5 B, 3e-3 the shipped model (docs/scaling.md) [ours, for 0.6 M "
-        "parameters; DeepScaleR 1e-6 for 1.5 B]",
+        "learning rate of AdamW; within each level times warm-up and decay; default "
+        f"{DEFAULTS['lr']:g} for the shipped model; any other needs it given. That, and what "
+        "recipes/ state, is a rate of full training. With --lora-rank the best rate is higher "
+        "(Schulman et al. 2025): 2e-4 taught a Qwen2 of 0.5 B, 3e-3 the shipped model "
+        "(docs/scaling.md) [ours, for 0.6 M parameters; DeepScaleR 1e-6 for 1.5 B]",
         rule=ABOVE_0,
     )
     warmup: int = flag(
@@ -217,14 +224,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    _argument_group_name = "sampling and evaluation"
+    title = "sampling and evaluation"
 
     temperature: float = flag(
         "of the softmax, in sampling and learning alike [DAPO; DeepScaleR 0.6]", 1.0, rule=ABOVE_0
     )
     seed: int = flag("seed of everything random [ours]", 0, rule=AT_LEAST_0)
     eval_every: int | None = flag(
-        "updates between evaluations; default: at the start and at ends of levels; 0: none [ours]",
+        "updates between evaluations; default (null in config.json): only at the start and at ends "
+        "of levels; 0: none [ours]",
         rule=AT_LEAST_0,
     )
     eval_quality: list[float] | None = flag(
@@ -236,13 +244,18 @@ class SamplingFlags:
         1,
         rule=AT_LEAST_1,
     )
+    slots: list[int] | None = flag(
+        f"completions of a level decoded together, on each process; {SLOTS_HELP}",
+        rule=AT_LEAST_MIN_ROWS,
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True)
 class Machine:
     """Flags of eval.py too."""
 
-    _argument_group_name = "machine, and time of rewards"
+    title = "machine, and time of rewards"
 
     device: Literal["cpu", "cuda"] = flag(
         "where the model lives [ours]",
@@ -252,12 +265,6 @@ class Machine:
     dtype: Literal["float32", "bfloat16", "float64"] | None = flag(
         "of the weights; bfloat16 has float32 masters; default float32, on a GPU bfloat16 for any "
         "model but the shipped one [ours]"
-    )
-    slots: int | None = flag(
-        "completions decoded together, on each process; memory and speed only; default: what half "
-        "of the free memory holds, at most 256 [ours]",
-        rule=AT_LEAST_1,
-        may_change=True,
     )
     reward_timeout: float = flag(
         "seconds that a call of your own --reward may take; a later one breaks its group [ours]",
@@ -277,84 +284,55 @@ class Config(Files, Machine, Prompting, SamplingFlags, Optimizer, Objective, Lev
         return self.fsdp and not self.lora_rank
 
 
-# As --help shows them
-SECTIONS = Levels, Objective, Optimizer, SamplingFlags, Prompting, Machine, Files
+@dataclass(frozen=True)
+class Resume:
+    title = "or, to go on with a run"
 
-
-# --------------------------------------------------------------------------------------- reading
-
-
-def option(name):
-    """A flag as it is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def make_parser(sections=SECTIONS):
-    """One option for every flag. HfArgumentParser also reads --group_size for --group-size; --help
-    shows the latter alone. @FILE stands for the flags in a file; of two values the last wins."""
-    parser = HfArgumentParser(
-        sections,
-        description="EPRLI: reinforcement learning level by level (arXiv 2508.01604).",
-        usage="%(prog)s [--flag value ...]   (--help lists the flags)",
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
+    resume: str | None = flag(
+        "run directory to go on with, whatever ended it, with the flags it was started with [ours]"
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    for action in parser._actions:
-        action.option_strings = [name for name in action.option_strings if "_" not in name]
-    return parser
 
 
-def given_flags(parser, arguments):
-    """{name: value} of the flags that stand on the command line."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(arguments))
+# As --help shows them
+SECTIONS = Levels, Objective, Optimizer, SamplingFlags, Prompting, Machine, Files, Resume
 
 
-def about(*sections):
-    """{name of a flag: its data.Help}"""
-    return {f.name: f.metadata["help"] for section in sections for f in fields(section)}
+# --------------------------------------------------------------------------------------- parsing
 
 
-def check_rules(flags, *sections):
-    """Raise ValueError where a flag's value, or one of its values, breaks its rule."""
-    for name, help in about(*sections).items():
-        values = getattr(flags, name)
-        for value in values if isinstance(values, list) else [values]:
-            if help.rule and value is not None and not help.rule[0](value):
-                raise ValueError(f"{option(name)} must be {help.rule[1]}, found {value}")
-
-
-def read_flags(parser, arguments):
-    """-> Config, config.json of the run to resume or None.  Raises ValueError"""
-    parser.parse_args(arguments)  # --help ends here
-    given, flags, config = given_flags(parser, arguments), {}, None
+def parse(arguments):
+    """Return the flags of the command line, a Config that is yet to be resolved, and None; or, with
+    --resume, the Config of that run and its config.json. Raises ValueError."""
+    parser = make_parser("EPRLI: reinforcement learning, level by level", *SECTIONS)
+    given = vars(parser.parse_args(arguments))  # --help ends here
     if "resume" in given:
-        flags, config = as_started(given.pop("resume"), given)
-    cfg = Config(**{**flags, **given})
-    check(cfg)
-    return fill(cfg), config
+        return as_started(given.pop("resume"), given)
+    flags = Config(**given)
+    check(flags)
+    return flags, None
 
 
 def as_started(run, given):
-    """-> {name: value} of all flags of the run that is to be resumed, its config.json
+    """Return the Config of the run that is to be resumed, and its config.json.
 
-    given  what else stands on the command line
+    given  {name: value} of the other flags on the command line
     """
     path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: not a run directory (no config.json)")
     try:
         config = json.loads(path.read_text())
-        flags = {name: config[name] for name in about(Config)}
-        check(Config(**flags))
+        started = Config(**{f.name: config[f.name] for f in fields(Config)})
+        check(started)
+        levels_of(started)
         if not config["read"]:
             raise KeyError("read")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--resume {run}: {path} is not that of a run ({type(error).__name__}: {error}); one "
-            "that another version of EPRLI began goes on with that version alone"
+            f"--resume {run}: the run was started by another version of EPRLI; resume it with that "
+            f"version (config.json: {type(error).__name__}: {error})"
         ) from error
-    free = [option(name) for name, help in about(Config).items() if help.may_change]
+    free = [option(f.name) for f in fields(Config) if f.metadata["may_change"]]
     for name in map(option, given):
         if name not in free:
             raise ValueError(
@@ -362,12 +340,18 @@ def as_started(run, given):
                 f"({' '.join(free)}): leave it out, or start a new run from a checkpoint "
                 f"(--model {run}/checkpoints/...)"
             )
-    return flags | {"out": run}, config
+    if "slots" in given:
+        given["slots"] = for_levels("slots", given["slots"], len(started.slots))
+        if given["slots"] != started.slots:
+            tqdm.write(f"--slots: not {started.slots} as before, so the last bits may differ")
+    cfg = replace(started, **given, out=run)
+    check(cfg)
+    return cfg, config
 
 
 def check(cfg):
     """Raise ValueError for what no data can make right."""
-    check_rules(cfg, Config)
+    check_rules(cfg)
     for quality in (cfg.quality or []) + (cfg.eval_quality or []):
         if cfg.difficulty == "pass_rate" and not 0 < quality <= 1:
             raise ValueError(
@@ -379,81 +363,80 @@ def check(cfg):
             f"--buffer-groups must be at least --minibatches ({cfg.minibatches}), found "
             f"{min(cfg.buffer_groups)}"
         )
-
-
-def fill(cfg):
-    """The Config with defaults that depend on the model or the data. Raises ValueError where there
-    is none."""
-    shipped = is_shipped(cfg.model)
-    needed = {
-        "lr": cfg.lr,
-        "max_new_tokens": cfg.max_new_tokens,
-        "updates": cfg.updates or cfg.tokens,
-    }
-    missing = [name for name, value in needed.items() if value is None]
-    if missing and not shipped:
+    missing = [name for name in ("lr", "max_new_tokens") if getattr(cfg, name) is None]
+    missing = [option(name) for name in missing]
+    if cfg.updates is None and cfg.tokens is None:
+        missing.append("--updates or --tokens")
+    if missing and not is_shipped(cfg.model):
         raise ValueError(
-            f"{', '.join(map(option, missing))}: our defaults fit the shipped model alone; for "
-            f"{cfg.model} give your own, or a file that states them, such as "
-            "@recipes/gsm8k-one-card.args (rates for --lora-rank: docs/scaling.md)"
+            f"{', '.join(missing)}: our defaults fit the shipped model alone; for {cfg.model} give "
+            "your own, or a file that states them, such as @recipes/gsm8k-one-card.args (rates for "
+            "--lora-rank: docs/scaling.md)"
         )
-    held_out, source = cfg.eval_data, Path(source_of(cfg.data)).resolve()
-    if not held_out and source == (SHIPPED / "train.jsonl").resolve():
-        held_out = [str(SHIPPED / "heldout.jsonl")]
-    return replace(
-        cfg,
-        dtype=cfg.dtype or default_dtype(cfg.model, cfg.device),
-        lr=cfg.lr or LR,
-        eval_data=held_out,
-        length_weight=cfg.length_weight or (None if shipped else [0.0]),
-    )
-
-
-# ---------------------------------------------------------------------------------------- levels
-
-
-def resolve_levels(cfg, measured):
-    """The levels that the flags describe: [Level, ...]. Raises ValueError
-
-    measured  whether some training problem has a pass rate
-    """
-    values = level_values(cfg, measured)
-    # The longest of these lists is the number of levels; the other defaults fit any number.
-    binding = ["quality", *(name for name in PER_LEVEL if getattr(cfg, name))]
-    num_levels = max(len(values[name]) for name in binding)
-    for name in binding:
-        if len(values[name]) not in (1, num_levels):
-            said = "" if getattr(cfg, name) else " as by default"
-            raise ValueError(
-                f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
-                f"values, not {len(values[name])}{said}"
-            )
-    levels = []
-    for i in range(num_levels):
-        number = i if num_levels > 1 else -1
-        levels.append(
-            Level(**{name: some[min(number, len(some) - 1)] for name, some in values.items()})
-        )
-    return levels
-
-
-def level_values(cfg, measured):
-    """{name: its values} of the per-level flags, with all defaults."""
-    values = {name: getattr(cfg, name) or DEFAULTS.get(name, [None]) for name in PER_LEVEL}
-    values["prompts"] = cfg.prompts or cfg.buffer_groups
-    if cfg.updates and not cfg.tokens:
-        values["tokens"] = [None]
     if cfg.difficulty == "level" and not cfg.quality:
         raise ValueError(
             "--difficulty level needs --quality: the highest declared number of each level, "
             "e.g. --quality 1 2"
         )
-    if cfg.difficulty == "pass_rate" and not measured:
-        values["quality"] = cfg.quality or [1.0]
-        if set(values["quality"]) != {1.0}:
-            raise ValueError(
-                f"--quality cuts measured difficulty, but no problem of {cfg.data} has a "
-                f"pass_rate: measure it with `python eval.py --model {cfg.model} --data "
-                f"{cfg.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
-            )
-    return values
+
+
+# --------------------------------------------------------------------------------------- resolving
+
+
+def resolve(flags, measured):
+    """Return the Config of a new run: the flags, with every default that depends on the model or
+    the data, and one value per level in every list of PER_LEVEL. Only the default of --slots is set
+    later, when the prompts are known (see run/start.py). Raises ValueError.
+
+    measured  whether some training problem has a pass rate
+    """
+    if flags.difficulty == "pass_rate" and not measured and set(flags.quality or [1.0]) != {1.0}:
+        raise ValueError(
+            f"--quality cuts measured difficulty, but no problem of {flags.data} has a "
+            f"pass_rate: measure it with `python eval.py --model {flags.model} --data "
+            f"{flags.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
+        )
+    defaults = {"length_weight": [0.0], "updates": [None], "tokens": [None], "eval_data": []}
+    if is_shipped(flags.model):
+        defaults |= DEFAULTS
+    if flags.updates is not None:
+        defaults["tokens"] = [None]
+    defaults["quality"] = DEFAULTS["quality"] if measured else [1.0]
+    if flags.dtype is None:
+        defaults["dtype"] = default_dtype(flags.model, flags.device)
+    if Path(source_of(flags.data)).resolve() == (SHIPPED / "train.jsonl").resolve():
+        defaults["eval_data"] = [str(SHIPPED / "heldout.jsonl")]
+    values = dict(vars(flags))
+    for name in values:
+        if values[name] is None:
+            values[name] = defaults.get(name)
+    # The longest of these lists is the number of levels; the other defaults fit any number.
+    binding = ["quality", *(name for name in PER_LEVEL if getattr(flags, name))]
+    num_levels = max(len(values[name]) for name in binding)
+    for name in filter(values.get, PER_LEVEL):
+        if name in binding:
+            by_default = getattr(flags, name) is None
+            values[name] = for_levels(name, values[name], num_levels, by_default)
+        else:
+            first, last = values[name][0], values[name][-1]
+            values[name] = [first] * (num_levels > 1) + [last] * max(1, num_levels - 1)
+    values["prompts"] = values["prompts"] or values["buffer_groups"]
+    values["eval_quality"] = values["eval_quality"] or values["quality"]
+    return Config(**values)
+
+
+def for_levels(name, values, num_levels, by_default=False):
+    """Return one value for each level.  values: one for all, or one for each. Raises ValueError"""
+    if len(values) not in (1, num_levels):
+        raise ValueError(
+            f"there are {num_levels} levels, and {option(name)} needs 1 or {num_levels} "
+            f"values, not {len(values)}{' as by default' * by_default}"
+        )
+    return values * (num_levels // len(values))
+
+
+def levels_of(cfg):
+    """Return the levels that a resolved Config describes: [Level, ...]"""
+    names = [f.name for f in fields(Level)]
+    columns = [getattr(cfg, name) for name in names]
+    return [Level(**dict(zip(names, values))) for values in zip(*columns, strict=True)]
