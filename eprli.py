@@ -1,4 +1,8 @@
-"""EPRLI (arXiv 2508.01604): the equations as pure functions; the buffer and the levels as records.
+"""EPRLI: the equations as pure functions; the buffer and the levels as records.
+
+Early Preview Reinforcement Learning with Integrated difficulty-aware intervention is the algorithm
+of "Enhancing Math Reasoning in Small-sized LLMs via Preview Difficulty-Aware Intervention" (arXiv
+2508.01604).
 
     A_i = (r_i - mean_G r) / (std_G r + 1e-6)                      group_advantage
     r_i = R_l(q, o_i) + K_l length_l(o_i)                          Group.reward, length_term
