@@ -67,7 +67,7 @@ def kind_of(kind):
     if type(None) in get_args(kind):
         kind = get_args(kind)[0]
     if kind is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) is list:

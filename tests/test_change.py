@@ -21,7 +21,7 @@ CHANGES = {
     title: (text, diff)
     for title, text, diff in SECTION.findall((ROOT / "docs/change.md").read_text())
 }
-FOLDERS = ["answers", "experiments", "policy", "run", "tests", "tools"]
+FOLDERS = ["answers", "common", "experiments", "policy", "run", "tests", "tools"]
 FLAGS = """--model toy --data p.jsonl --reward r.py:even_start --quality 1 --group-size 4
 --buffer-groups 2 --prompts 4 --max-new-tokens 8 --length-weight 0.3 --updates 6 --lr 1e-2
 --warmup 0 --device cpu --save-every 1 --keep-checkpoints 99"""

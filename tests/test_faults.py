@@ -277,7 +277,7 @@ def test_a_collapse_of_entropy_is_warned_of(run, printed, monkeypatch):
 
 FULL = """
 run.start.Learner |
-train.attempt | 000000
+policy.attempt.Solver.sample_groups | 000000
 train.objective | 000000
 train.evaluation_requests | 000000
 run.state.save_file |

@@ -114,7 +114,7 @@ def assert_equal(one, other, tolerance=1e-9):
 
 # --------------------------------------------------------------------------- memory and processes
 
-SETTINGS = """1 --slots 3 small
+SETTINGS = """1 --slots 8 small
 1 --slots 9
 2 small
 2 --fsdp
@@ -147,7 +147,7 @@ def test_memory_and_processes_change_nothing_over_three_updates(workshop, settin
 LORA = "--lora-rank 2 --lr 1e-2"
 
 
-@mark.parametrize("setting", ["1 --slots 3 small", "2", "2 --fsdp", "4 small"])
+@mark.parametrize("setting", ["1 --slots 8 small", "2", "2 --fsdp", "4 small"])
 def test_factors_are_one_result_too(workshop, setting):
     """Factors of its own on every process, gradients of factors that are not summed, frozen weights
     that FSDP gives a gradient."""
@@ -179,9 +179,9 @@ def test_lower_precision_under_fsdp(workshop, dtype, tolerance):
 @mark.parametrize(
     "before, world, flags",
     [
-        ("1", 2, "--fsdp True"),
-        ("2 --fsdp", 4, "--fsdp False"),
-        ("4 --fsdp", 1, "--fsdp False"),
+        ("1", 2, "--fsdp"),
+        ("2 --fsdp", 4, "--no-fsdp"),
+        ("4 --fsdp", 1, "--no-fsdp"),
         ("2 --fsdp", 2, ""),
     ],
 )
