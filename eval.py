@@ -42,7 +42,7 @@ from policy.memory import slots_that_fit
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
 from run.config import AT_LEAST_MIN_ROWS, DEFAULTS, SLOTS_HELP, Machine
 from run.directory import checkpoints, create, lock
-from run.processes import Ranks, leave, refuse, set_up_output
+from run.processes import Ranks, keep_freed_memory, leave, refuse, set_up_output
 from run.state import shown
 
 MAX_NEW_TOKENS = DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
@@ -485,6 +485,7 @@ def write_results(args, files, out, settings):
 
 
 def main(arguments=None):
+    keep_freed_memory()
     set_up_output()
     try:
         args = parse_flags(arguments)

@@ -28,6 +28,7 @@ from policy.learner import MICRO_BATCH_TOKENS
 from policy.memory import free_bytes
 from policy.packed import packed
 from rollout import Slots, capture, stream_key
+from run.processes import keep_freed_memory
 
 SMALL_RUN = """--model {out}/small --out {out}/{name} --device {device} --dtype float32 --quality 1
 --filter all --length-weight 0 --group-size 4 --buffer-groups 4 --lr 1e-3 --warmup 0 --updates 2
@@ -234,6 +235,7 @@ def arithmetic():
 
 
 def main():
+    keep_freed_memory()
     flags = {"row": "", "size": "1.5b", "out": "", "new_tokens": 1024, "because": ""}
     args = shared.parse(__doc__, **shared.MODEL, **flags, arithmetic=False)
     if args.arithmetic:

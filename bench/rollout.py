@@ -12,9 +12,11 @@ from model import Transformer
 from policy.checkpoint import find_folder
 from policy.packed import packed
 from rollout import sample, stream_key
+from run.processes import keep_freed_memory
 
 
 def main():
+    keep_freed_memory()
     args = shared.parse(__doc__, **shared.MODEL, **shared.WORK, **shared.SAMPLING)
     folder = find_folder(args.model)
     model = Transformer.from_pretrained(folder, getattr(torch, args.dtype), args.device)

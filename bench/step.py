@@ -23,7 +23,7 @@ from policy.checkpoint import Policy
 from policy.learner import Learner
 from rewards import Reward, Scorer
 from run.config import Config, levels_of, resolve
-from run.processes import Ranks
+from run.processes import Ranks, keep_freed_memory
 from run.state import Run
 from run.update import Update
 
@@ -65,6 +65,7 @@ def one_update(run):
 
 
 def main():
+    keep_freed_memory()
     args = shared.parse(
         __doc__, **shared.MODEL, **shared.WORK, steps=3, slots=64, lora_rank=0, recompute=False
     )

@@ -1,4 +1,4 @@
-"""Joined and packed weights, with which a policy samples; what malloc does with freed memory.
+"""Joined and packed weights, with which a policy samples.
 
 On a GPU the layers that read one input are one product: fewer kernels.
 
@@ -7,30 +7,16 @@ the kernel reads them. Some CPUs and builds of torch lack this kernel, or have i
 The name of a vendor does not tell, so it is tried. Everything works without it.
 """
 
-import ctypes
 import functools
 import math
-import os
 from contextlib import contextmanager, suppress
 
-# What glibc's malloc does with memory that torch has freed on a CPU, see mallopt(3): up to 2 GB
-# stay with the process, but for blocks above 32 MB. By default so little stays that the pages of
-# nearly every tensor are new, which took a third of the time of learning.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-# Read at torch's first tensor: large tensors of a CPU then lie in pages of 2 MB where Linux has
-# them. A new tensor of 256 MB takes 0.03 s to fill instead of 0.2 s.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-with suppress(AttributeError, TypeError, OSError):  # other C libraries lack this call
-    if ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20):  # all versions take as much
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-from model import MLP, Attention  # noqa: E402
-from policy.lora import add_factors  # noqa: E402
+from model import MLP, Attention
+from policy.lora import add_factors
 
 JOINED = {Attention: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}
 # What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.

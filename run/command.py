@@ -26,13 +26,14 @@ import torch
 
 from files import Stop
 from run.config import parse
-from run.processes import Ranks, refuse, set_up_output
+from run.processes import Ranks, keep_freed_memory, refuse, set_up_output
 from run.start import resume_run, start_run
 
 
 def run_command(train, report, arguments):
     """Set a run up, let train(run) work on it, and leave with an exit code that says how it ended.
     report(its folder) makes the pictures of a run that came to its end."""
+    keep_freed_memory()
     set_up_output()
     try:
         cfg, config = parse(arguments)

@@ -6,6 +6,7 @@ message that never comes. A process may raise on its own only inside `on_all`, w
 all; where memory runs out elsewhere, see run/command.py.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ PATIENCE = timedelta(days=1)
 # Gradients and shards travel once all processes learn, or save. A process that waits longer for
 # them waits in vain: NCCL then says what it waited for, and ends the process.
 HANG = timedelta(minutes=30)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def is_first():
@@ -38,6 +40,23 @@ def set_up_output():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has it not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
+def keep_freed_memory():
+    """Make memory of a CPU that torch has freed stay with this process, on Linux.
+
+    By default the system takes so much of it back that the pages of nearly every tensor are new,
+    which took a third of the time of learning. glibc's malloc is told to keep up to 2 GB, but no
+    blocks above 32 MB. Tensors that large lie in pages of 2 MB where the system has them: a new
+    tensor of 256 MB takes 0.03 s to fill instead of 0.2 s. torch reads this setting at its first
+    tensor, so the function is called before there is one.
+    """
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with suppress(AttributeError):  # other C libraries have no mallopt
+        if ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20):  # every version accepts 32 MB
+            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def refuse(error, code=2):

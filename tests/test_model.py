@@ -1,7 +1,10 @@
 """The decoder against transformers, its kernels, and chunked log-probs against dense ones."""
 
-import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +23,9 @@ from model import (
     rotary,
 )
 from policy import packed
+from run.processes import keep_freed_memory
+
+ROOT = Path(__file__).parents[1]
 
 YARN = """{"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": %s,
 "original_max_position_embeddings": 64}}"""
@@ -299,8 +305,42 @@ def test_memory_that_torch_frees_stays_with_the_process_or_nothing_is_changed(kn
         return known
 
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
-    importlib.reload(packed)
+    keep_freed_memory()
     assert calls == [(-3, 32 << 20), (-1, 2**31 - 1)][: 1 + known]
+    monkeypatch.setattr("sys.platform", "darwin")
+    keep_freed_memory()
+    assert len(calls) == 1 + known
+
+
+SETTINGS = """
+import ctypes, os
+library, opened, before = ctypes.CDLL, [], dict(os.environ)
+ctypes.CDLL = lambda name, *rest, **more: opened.append(name) or library(name, *rest, **more)
+import PROGRAM
+assert None not in opened, "the import has opened the C library"
+assert os.environ == before, "the import has changed the environment"
+try:
+    PROGRAM.main(["--help"])
+except SystemExit:
+    pass
+assert None in opened
+import torch
+large = torch.empty(1 << 26)
+pages = "/sys/kernel/mm/transparent_hugepage"
+assert " hg" in open("/proc/self/smaps").read() or not os.path.exists(pages)
+"""
+
+
+@mark.skipif(sys.platform != "linux", reason="memory is set up on Linux only")
+@mark.parametrize("program", ["train", "eval"])
+def test_a_command_sets_memory_up_and_an_import_does_not(program):
+    """Whoever imports a function of ours keeps their own settings. A command must call before
+    torch makes its first tensor, or large tensors lie in small pages."""
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    code = SETTINGS.replace("PROGRAM", program)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_positions_are_exact_in_bfloat16():
