@@ -186,8 +186,9 @@ CARDS = {
     "H100": (3350, 989, 80),
 }
 # Kernels of a decoded step: of a layer, of one with LoRA, and those beside the layers. Counted on a
-# pretended device with the 28 layers of Qwen2.5-1.5B: 549, and 1,333 with LoRA.
-KERNELS = 19, 47, 17
+# pretended device with the 28 layers of Qwen2.5-1.5B: 549. LoRA adds two products to each of the
+# seven linear layers, so 941 follow.
+KERNELS = 19, 33, 17
 LAUNCH = 2e-6  # seconds from one kernel of a graph to the next
 MFU = 0.4  # of the peak of products, while learning
 COMPLETIONS = 256  # of an update; all have the same length

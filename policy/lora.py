@@ -5,7 +5,8 @@
 All linear layers of the decoder's blocks have factors, which does better than attention alone at
 equal numbers of parameters (Schulman et al. 2025, LoRA Without Regret). Sampler and learner both
 compute this sum. A merged copy of W would take its memory once more, and in bfloat16 it would lose
-small changes. An adapter's files are PEFT's.
+small changes. The factors have the dtype of W. In bfloat16 they have float32 masters, as all other
+learned weights have (policy/learner.py). An adapter's files are PEFT's.
 """
 
 import json
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import explained
-from model import at_least_float32, check_tensors
+from model import check_tensors
 
 ALPHA = 32  # with alpha / r as the scale the best --lr hardly depends on the rank (the same)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,13 +34,12 @@ class LoraLinear(nn.Linear):
 
 
 def add_factors(layer, x, out):
-    """out + scale B A x; out alone, if the layer has no factors. Float32 factors are rounded to the
-    dtype of x, as masters are."""
+    """Return out + scale B A x, or only out if the layer has no factors."""
     if not isinstance(layer, LoraLinear):
         return out
-    low_rank = F.linear(x, layer.lora_A.to(x.dtype)).flatten(0, -2)
-    factor = layer.lora_B.to(x.dtype).t()
-    return torch.addmm(out.flatten(0, -2), low_rank, factor, alpha=layer.scale).view(out.shape)
+    low_rank = F.linear(x, layer.lora_A).flatten(0, -2)
+    B = layer.lora_B.t()
+    return torch.addmm(out.flatten(0, -2), low_rank, B, alpha=layer.scale).view(out.shape)
 
 
 def layers(model):
@@ -61,9 +61,7 @@ def add(model, rank, alpha=ALPHA, seed=0):
         nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
         layer.__class__ = LoraLinear  # its weight and bias stay as they are
         layer.scale = alpha / rank
-        layer.lora_A, layer.lora_B = (
-            nn.Parameter(at_least_float32(x.to(layer.weight))) for x in (A, B)
-        )
+        layer.lora_A, layer.lora_B = (nn.Parameter(x.to(layer.weight)) for x in (A, B))
 
 
 def tensors(model):

@@ -199,6 +199,7 @@ def test_what_a_kill_leaves_half_written_is_cut_off(workshop):
         "--filter all --lr-decay cosine --prompts 9",
         "--eval-data p.jsonl q.jsonl --eval-samples 2",
         "--lora-rank 2 --kl-coef 0.1",
+        "--lora-rank 2 --dtype bfloat16",
         "--lora-rank 2 --dtype bfloat16 --save-every 0",
     ],
 )
