@@ -40,9 +40,9 @@ def evaluated(*shares, **labels):
 
 CONFIG = """{"model": "HERE/assets/tiny", "data": "d", "eval_data": ["HERE/f.jsonl", "g.jsonl"],
 "dtype": "float32", "suffix": "HERE", "objective": "1HERE/2",
-"torch": "2", "device": "cpu", "seed": 0, "levels": [{"quality": 1.0, "buffer_groups": 4,
-"group_size": 2, "max_new_tokens": 9, "updates": 9, "tokens": null, "length_weight": 0,
-"reward": "HERE/r.py:f"}]}"""
+"torch": "2", "device": "cpu", "seed": 0, "quality": [1.0], "buffer_groups": [4],
+"group_size": [2], "max_new_tokens": [9], "updates": [9], "tokens": [null], "length_weight": [0],
+"reward": ["HERE/r.py:f"]}"""
 ROW = """{"level": 1, "problem_id": "p", "verdict": "right", "outcome": 1.0, "length_reward": 0.0,
 "tokens": 2, "stopped": true, "advantage": null}"""
 

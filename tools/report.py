@@ -38,7 +38,8 @@ largest gap of learner from sampler   | nats, log scale         | logprob_gap_ma
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
 # What the page says of a run: fields of config.json.
-FACTS = "model parameters dtype data eval_data levels problems began torch device seed"
+FACTS = """model parameters dtype data eval_data problems began torch device seed quality updates
+tokens buffer_groups group_size max_new_tokens reward length_weight"""
 # The completions that it shows: of so many updates, spread over the run, so many groups, and so
 # many completions of each. What is longer than LONGEST (characters) loses its middle.
 TIMES, GROUPS, SAMPLES, LONGEST = 5, 2, 16, 1500
