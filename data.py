@@ -18,8 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import answers
-from common.flags import flag
-from files import (
+from common.files import (
     explained,
     is_text,
     read_records,
@@ -28,6 +27,7 @@ from files import (
     stem,
     write_records,
 )
+from common.flags import flag
 
 # Of DeepScaleR and FastCuRL. Their evaluations put a blank before it (recipes/eval-*.args).
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."

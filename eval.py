@@ -8,8 +8,6 @@
 
 `torchrun --nproc_per_node=N eval.py ...` shares the work. The same flags, with --out FOLDER of an
 evaluation that was stopped, go on with it: FOLDER/completions.jsonl is all its state.
-
-scipy.stats takes a second to import. It is imported where it is used.
 """
 
 import json
@@ -18,7 +16,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from statistics import mode
 
 import numpy as np
 import torch
@@ -26,8 +23,9 @@ from tqdm import tqdm
 
 import data
 from answers import canonical
+from common.files import Stop, explained, read_records, stem, stems, write_records
 from common.flags import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_rules, flag, make_parser
-from files import Stop, explained, read_records, stem, stems, write_records
+from common.statistics import by_name, difference, interval, majority, pass_at_k
 from policy.attempt import DIFFICULTY, EVALUATION, Sampling, Solver, evaluation_requests
 from policy.checkpoint import (
     SHIPPED,
@@ -136,6 +134,7 @@ def result_of(rows):
     right = [row["verdict"] == RIGHT for row in rows]
     values = by_name(row["values"] for row in rows if "values" in row)  # of one's own R_l
     answers = [row["answer"] for row in rows]
+    spellings = [None if answer is None else canonical(answer) for answer in answers]
     result = {name: rows[0].get(name) for name in ("file", "problem_id", "level")} | {
         "n": len(rows),
         "right": sum(right),
@@ -146,7 +145,7 @@ def result_of(rows):
         "means": {name: np.mean(some) for name, some in values.items()},
     }
     if any(answers) or not values:  # an R_l of one's own may ask for no box
-        result["majority"] = int(majority(answers, right))
+        result["majority"] = int(majority(spellings, right))
     return result
 
 
@@ -158,92 +157,6 @@ def measure(result, k):
         values[f"maj@{n}"] = result["majority"]
     values |= result["means"]
     return values | {name: result[name] for name in ("length", "cut_off", "writes_steps")}
-
-
-# ------------------------------------------------------------------------------------- statistics
-
-
-def by_name(rows):
-    """Dicts of numbers, one per problem or sample -> {name: its numbers}; 0 where missing."""
-    rows = list(rows)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name, 0.0) for row in rows] for name in names}
-
-
-def pass_at_k(n, c, k):
-    """Unbiased P(at least one of k <= n is right) from c right of n samples (Chen et al. 2021)."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority(answers, right):
-    """Whether the most frequent answer is right.
-
-    Answers vote together if their canonical spelling is one. Ties go to the answer that was sampled
-    first. None, no answer, casts no vote; without any vote the majority is wrong.
-    """
-    spelled = [None if answer is None else canonical(answer) for answer in answers]
-    votes = [spelling for spelling in spelled if spelling is not None]
-    return bool(votes) and right[spelled.index(mode(votes))]  # the first of equals
-
-
-def wilson(successes, n):
-    """95 % interval of a proportion (Wilson 1927) -> low, high"""
-    from scipy.stats import binomtest
-
-    return binomtest(int(successes), n).proportion_ci(method="wilson")
-
-
-def bootstrap(values):
-    """95 % interval of the mean over resamples of the values, one per problem -> low, high"""
-    from scipy import stats
-
-    if len(values) == 1:
-        return values[0], values[0]
-    result = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, batch=100, method="percentile", random_state=0
-    )
-    return result.confidence_interval
-
-
-def interval(values):
-    """Mean of one value per problem, and its 95 % interval over problems -> mean, low, high
-
-    Samples of one problem are not independent, so they are averaged before. If all values are 0 or
-    1, the interval is Wilson's. Otherwise it is a bootstrap's. A bootstrap of few values is too
-    narrow, so an interval of shares (values in [0, 1]) is widened: its top is at least Wilson's top
-    for zeros alone, its bottom at most Wilson's bottom for ones alone.
-    """
-    values, n = np.asarray(values, float), len(values)
-    if np.isin(values, (0, 1)).all():
-        return values.mean(), *wilson(values.sum(), n)
-    low, high = bootstrap(values)
-    if values.min() >= 0 and values.max() <= 1:
-        low, high = min(low, wilson(n, n).low), max(high, wilson(0, n).high)
-    return values.mean(), low, high
-
-
-def difference(x, y):
-    """Values of A and B, one per problem -> both means, B - A with its 95 % interval, and p
-
-    p is that of a two-sided permutation test: if A and B were alike, the difference of any problem
-    could as well have the other sign. Where all values are 0 or 1, a bootstrap is too narrow: of
-    none that differs, it is certain. So one more difference of each sign is added (Bonett and
-    Price 2012).
-    """
-    from scipy.stats import permutation_test
-
-    x, y = np.array(x, float), np.array(y, float)
-    gain, p = y - x, 1.0
-    if len(gain) > 1:
-        rng = np.random.default_rng(0)
-        test = permutation_test(
-            (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
-        )
-        p = test.pvalue
-    unseen = [-1, 1] if np.isin([x, y], (0, 1)).all() else []
-    low, high = bootstrap([*gain, *unseen])
-    numbers = x.mean(), y.mean(), gain.mean(), low, high, p
-    return dict(zip(("A", "B", "difference", "low", "high", "p"), numbers))
 
 
 # ---------------------------------------------------------------------------------------- compare

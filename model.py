@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from files import explained
+from common.files import explained
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # model types of transformers
 PART_BYTES = 1 << 30  # of a file of a checkpoint: as much is copied to the CPU at a time

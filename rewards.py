@@ -27,7 +27,7 @@ from threading import Thread
 
 import answers
 from answers import extract_answer
-from files import Stop, explained, sha256
+from common.files import Stop, explained, sha256
 
 CASE_SECONDS = 0.4  # of processor time, so that a busy machine changes no verdict
 WALL = 25  # a worker that has not answered after WALL * CASE_SECONDS of wall time is given up
@@ -94,7 +94,7 @@ def serve(pipe, seconds):
 
 def judge(pipe, seconds):
     """Judge case after case. SIGPROF kills this process if one takes more processor time."""
-    import resource  # here: on Windows, which lacks it, files.py says so first
+    import resource  # here: on Windows, which lacks it, common/files.py says so first
 
     with suppress(ValueError, OSError):  # macOS has no such limit; the clock remains
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))

@@ -19,6 +19,8 @@ from statistics import fmean
 
 import torch
 
+from common.files import Stop, squash
+from common.statistics import by_name, interval
 from eprli import (
     Group,
     clipped_objective,
@@ -30,8 +32,7 @@ from eprli import (
     loss_weight,
     next_level,
 )
-from eval import by_name, evaluate, interval, measure, result_of
-from files import Stop, squash
+from eval import evaluate, measure, result_of
 from model import pad
 from policy.attempt import TRAINING, Sampling, evaluation_requests
 from rewards import LATE

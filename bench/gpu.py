@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from shared import say
 from torch.profiler import profile
 
-from files import squash
+from common.files import squash
 from model import Transformer
 from policy.checkpoint import find_folder
 from policy.learner import MICRO_BATCH_TOKENS

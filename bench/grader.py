@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from answers import extract_answer  # noqa: E402  (after the path)
-from files import read_records  # noqa: E402
+from common.files import read_records  # noqa: E402
 from rewards import ERROR, RIGHT, TIMEOUT, Grader  # noqa: E402
 
 CASE = '{"gold": text, "prediction": text, "equivalent": bool, "kind": "answer" | "response"}'

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.files import read_records, write_records
 from experiments.arms import ARMS, BASES, base_commands, path_of, write_levels, write_tasks
 from experiments.tables import RESULTS, read_runs, report
-from files import read_records, write_records
 
 COLUMNS = (  # of metrics.jsonl
     "level tokens_sampled tokens_trained groups_drawn groups_kept groups_all_right "

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 import data
-from files import explained, sha256
+from common.files import explained, sha256
 from model import Transformer, weight_files
 from policy import lora
 

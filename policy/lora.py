@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from files import explained
+from common.files import explained
 from model import check_tensors
 
 ALPHA = 32  # with alpha / r as the scale the best --lr hardly depends on the rank (the same)

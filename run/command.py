@@ -24,7 +24,7 @@ import traceback
 
 import torch
 
-from files import Stop
+from common.files import Stop
 from run.config import parse
 from run.processes import Ranks, keep_freed_memory, refuse, set_up_output
 from run.start import resume_run, start_run

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from common.files import source_of
 from common.flags import (
     ABOVE_0,
     AT_LEAST_0,
@@ -26,7 +27,6 @@ from common.flags import (
 )
 from data import Prompting
 from eprli import Level
-from files import source_of
 from policy.checkpoint import SHIPPED, TINY, default_dtype, is_shipped
 from rollout import MIN_ROWS
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from files import Stop, force_to_disk, write_records
+from common.files import Stop, force_to_disk, write_records
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from files import Stop, squash
+from common.files import Stop, squash
 
 # In `gather`: a process whose completions are short waits for the others. If one dies, torchrun
 # ends all.

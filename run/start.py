@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 import data
+from common.files import explained, sha256, source_of, stem, stems
 from eprli import Buffer, LevelState
-from files import explained, sha256, source_of, stem, stems
 from policy import lora, packed
 from policy.attempt import Solver
 from policy.checkpoint import Policy, digest, find_folder, weights_digest

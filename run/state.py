@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from common.files import Stop, explained
 from data import name_level
 from eprli import Group
-from files import Stop, explained
 from model import Transformer
 from policy import lora
 from policy.attempt import Solver

@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import data
+from common.files import source_of, stem
 from data import Order, Problem, cut_levels, read_problems, render
 from experiments.problems import generate
 from experiments.warmstart import make_tokenizer
-from files import source_of, stem
 from policy.checkpoint import SHIPPED, end_of_turn, stop_token
 from rewards import load_reward
 

@@ -21,18 +21,10 @@ from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
+from common.files import Stop
+from common.statistics import difference, interval, majority, pass_at_k, wilson
 from data import Problem, level_names, read_problems
-from eval import (
-    difference,
-    interval,
-    majority,
-    measure,
-    pass_at_k,
-    result_of,
-    rows_of,
-    wilson,
-)
-from files import Stop
+from eval import measure, result_of, rows_of
 from policy import attempt as policies
 from policy import checkpoint
 from policy.attempt import Attempt, Sampling, Solver, evaluation_requests

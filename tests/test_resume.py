@@ -18,7 +18,7 @@ from launch import at, at_event, die, fail, full_disk, said, start, tell, wait
 from pytest import fixture, mark, raises
 
 import rewards
-from files import Stop
+from common.files import Stop
 from policy import memory
 from run.directory import LOGS, RunDirectory
 from run.processes import Ranks, set_up_output

@@ -21,8 +21,8 @@ from pytest import fixture, mark, raises
 
 import rewards
 from answers.equality import extract_answer
+from common.files import Stop
 from data import Problem
-from files import Stop
 from policy.attempt import Sampling, Solver
 from rewards import (
     CASE_SECONDS,

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
+from common.files import explained
 from data import name_level
-from files import explained
 
 LINES = ("-", "--", ":", "-.")  # one per run
 PANELS = """\
