@@ -59,7 +59,8 @@ Shapes: P groups, G completions per group, B completions, T tokens.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import torch
 
@@ -265,18 +266,27 @@ class Group:
         return bool(self.reward.isfinite().all()) and all(map(math.isfinite, logprobs))
 
 
+class Fate(str, Enum):
+    """What becomes of a group that was drawn, once it no longer waits in the buffer."""
+
+    KEPT = "kept"  # trained on
+    ALL_RIGHT = "all_right"  # dropped: its R_l are all equal, and 1 or more
+    ALL_WRONG = "all_wrong"  # dropped: its R_l are all equal, and less than 1
+    BROKEN = "broken"  # R_l came too late, a number is not finite, or its update was given up
+    STALE = "stale"  # sampled too many updates ago, or left over at the level's end
+
+
+@dataclass
 class Buffer:
     """The dynamic buffer of one level: groups that wait for their update.
 
-    counts says what became of all others, and nothing is lost: at any time
-    drawn = kept + all_right + all_wrong + broken + stale + pending.
-    kept: trained on. broken: R_l came too late, a number is not finite, or the update that trained
-    on it was given up.
+    counts has what was drawn, and what became of it. Nothing is lost: at any time "drawn" is the
+    sum of the counts of all fates and of the groups that are pending.
     """
 
-    def __init__(self, keep_flat=False):
-        """keep_flat  --filter all"""
-        self.keep_flat, self.groups, self.counts = keep_flat, [], Counter()
+    keep_flat: bool = False  # --filter all
+    groups: list = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
 
     @property
     def pending(self):
@@ -292,9 +302,10 @@ class Buffer:
         for group in groups:
             self.counts["drawn"] += 1
             if not group.finite:
-                self.counts["broken"] += 1
+                self.counts[Fate.BROKEN] += 1
             elif group.flat and not self.keep_flat:
-                self.counts["all_right" if group.outcome[0] >= 1 else "all_wrong"] += 1
+                right = group.outcome[0] >= 1
+                self.counts[Fate.ALL_RIGHT if right else Fate.ALL_WRONG] += 1
             else:
                 self.groups.append(group)
 
@@ -304,7 +315,7 @@ class Buffer:
         policy_version  that of now
         """
         old = [g for g in self.groups if policy_version - g.policy_version > max_age]
-        self.remove(old, "stale")
+        self.remove(old, Fate.STALE)
 
     def oldest(self, num_groups):
         """The groups to train on now. They stay until they are removed."""
@@ -314,7 +325,7 @@ class Buffer:
         return self.groups[:num_groups]
 
     def remove(self, groups, fate):
-        """Waiting groups leave. Their fate is kept (trained on), stale or broken."""
+        """Waiting groups leave, by this Fate."""
         leaving = set(groups)
         self.counts[fate] += len(leaving)
         self.groups = [g for g in self.groups if g not in leaving]
@@ -336,6 +347,13 @@ class LevelState:
     tokens_sampled: int = 0  # in this level's updates, whatever became of them
     skips: int = 0  # in a row
     last_update: int = 0  # number of its newest update; 0: none yet
+
+    def copy(self):
+        """For an update to work on, while this one stays as it is."""
+        buffer = replace(
+            self.buffer, groups=[*self.buffer.groups], counts=Counter(self.buffer.counts)
+        )
+        return replace(self, order=replace(self.order), buffer=buffer)
 
     @property
     def progress(self):
@@ -362,7 +380,7 @@ class LevelState:
         self.num_trained += changed_policy
         self.skips = 0 if changed_policy or given_up else self.skips + 1
         if self.over:
-            self.buffer.remove(self.buffer.groups, "stale")
+            self.buffer.remove(self.buffer.groups, Fate.STALE)
 
 
 def next_level(states, schedule):

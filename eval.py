@@ -38,10 +38,10 @@ from policy.checkpoint import (
 )
 from policy.memory import slots_that_fit
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
+from run.checkpoints import checkpoints, create, lock
 from run.config import AT_LEAST_MIN_ROWS, DEFAULTS, SLOTS_HELP, Machine
-from run.directory import checkpoints, create, lock
+from run.log import shown
 from run.processes import Ranks, keep_freed_memory, leave, refuse, set_up_output
-from run.state import shown
 
 MAX_NEW_TOKENS = DEFAULTS["max_new_tokens"][-1]  # fits the shipped model
 

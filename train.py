@@ -6,7 +6,7 @@
 `train` is the algorithm box of the README, `learn` its gradient steps, eprli.py the equations and
 the curriculum. How a run is counted, logged and saved is in run/state.py, how it begins or is
 resumed in run/start.py, how it ends in run/command.py. The way of a line of data is written down in
-run/start.py, that of a flag in run/config.py.
+run/inputs.py, that of a flag in run/config.py.
 """
 
 import gc
@@ -22,6 +22,7 @@ import torch
 from common.files import Stop, squash
 from common.statistics import by_name, interval
 from eprli import (
+    Fate,
     Group,
     clipped_objective,
     diagnostics,
@@ -39,7 +40,7 @@ from rewards import LATE
 from rollout import Completion, stream_key
 from run.command import run_command
 from run.processes import leave
-from run.update import NotFinite
+from run.update import NotFinite, Update
 
 # Mean absolute difference of learner and sampler that is still rounding, nats a token. A Qwen2 of
 # 0.5 B was measured at 0.011 in bfloat16 (bench/RESULTS.md).
@@ -66,10 +67,11 @@ def train(run):
         state = next_level(run.levels, cfg.schedule)
         if state is None:
             return
-        level, buffer = state.level, state.buffer
         schedule = cfg.lr, cfg.warmup, cfg.lr_decay
         lr = learning_rate(*schedule, state.num_trained, state.progress)
-        update = run.start_update(state, lr)
+        update = Update(run.num_updates + 1, state, lr, cfg.max_draws)
+        state = update.state  # a copy, which replaces the state of the level at the end
+        level, buffer = state.level, state.buffer
         try:
             # drop groups that were sampled more than one update ago
             buffer.expire(run.policy_version, max_age=0 if cfg.surplus == "drop" else 1)
@@ -86,14 +88,14 @@ def train(run):
                 groups = buffer.oldest(level.buffer_groups)
                 # mu_l times, minibatch by minibatch: one step of ascent on J_l
                 learn(run, state, groups, update)
-                buffer.remove(groups, "kept")
+                buffer.remove(groups, Fate.KEPT)
         except NotFinite as fault:  # a reward, log-prob, loss or gradient: the update is given up
             update.fault = fault
             # the groups that it was training on; none if it was still drawing
-            buffer.remove(fault.groups, "broken")
+            buffer.remove(fault.groups, Fate.BROKEN)
         run.end_update(update)  # counted and logged; a policy that has changed is a new version
         # What ends the run, a signal (while drawing alone) or a Stop, comes to run/command.py.
-        # There an update without an optimizer step is taken back, and the state before it saved.
+        # There the state before the update is saved, if no optimizer step has been made.
 
 
 # ------------------------------------------------------------------------------------ draw, score

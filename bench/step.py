@@ -50,7 +50,7 @@ def make_run(args):
     ranks = Ranks(args.device)
     learner, solver = Learner(policy.model, ranks), Solver(policy, Scorer(cfg.reward_timeout))
     learner.model.model.recompute = args.recompute
-    return Run(cfg, None, ranks, policy, None, learner, solver, [state], [])
+    return Run(cfg, None, ranks, policy, None, learner, solver, [state], [], None, None)
 
 
 def one_update(run):
@@ -74,7 +74,7 @@ def main():
     updates, times = zip(*(one_update(run) for _ in range(args.steps)))
     seconds, learning = median(times), median(u.seconds["learn"] for u in updates)
     tokens = args.prompts * args.group * args.new_tokens
-    assert all(update.total("tokens") == tokens for update in updates)
+    assert all(update.row()["tokens_trained"] == tokens for update in updates)
     weights = sum(p.numel() for p in run.policy.model.parameters())
     learned = tokens + 64 * args.prompts  # a prompt goes through the learner once
     factor = 4 if args.lora_rank else 6  # frozen weights have no gradient

@@ -46,6 +46,7 @@ class Learner:
         # Memory and speed only. Without FSDP a GPU begins to recompute when it is full.
         self.model.model.recompute = device == "cuda" and ranks.sharded
         self.most_tokens = MICRO_BATCH_TOKENS[device]
+        self.num_steps = 0  # so far
         self.adamw = torch.optim.AdamW(  # `step` sets the rate
             self.masters, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -98,6 +99,7 @@ class Learner:
         if norm and math.isfinite(norm):
             self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
+            self.num_steps += 1
             self.publish()
         self.drop_gradient()
         return norm

@@ -70,13 +70,13 @@ def tensors(model):
     return {f"base_model.model.{name}.weight": p.data for name, p in named if p.requires_grad}
 
 
-def save(model, folder, config):
-    """Write an adapter.  config: config.json of its run"""
+def save(model, folder, base, rank):
+    """Write an adapter.  base  folder or hub name of the frozen weights"""
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config["model"],
-        "r": config["lora_rank"],
+        "base_model_name_or_path": base,
+        "r": rank,
         "lora_alpha": ALPHA,
         "target_modules": TARGETS,
     }

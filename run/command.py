@@ -3,9 +3,9 @@
 What ends a run             the update at work          what is saved then    exit code
 the end of the last level   -                           the state             0
 SIGINT, SIGTERM             is finished if it learns,   the state             128 + signal
-                            else taken back
+                            else rolled back
 SIGKILL, SIGHUP, a crash    is lost                     nothing               -
-Stop                        is taken back               the state before it   1
+Stop                        is rolled back              the state before it   1
 Stop after a step (a)       is lost                     nothing               1
 any other exception         is lost                     nothing               1, and a traceback
 
@@ -25,7 +25,9 @@ import traceback
 import torch
 
 from common.files import Stop
+from run.checkpoints import last_good
 from run.config import parse
+from run.log import table
 from run.processes import Ranks, keep_freed_memory, refuse, set_up_output
 from run.start import resume_run, start_run
 
@@ -49,10 +51,10 @@ def run_command(train, report, arguments):
     code, ended = train_and_save(train, run)
     if ranks.first:
         if run.evaluations:
-            print(run.table())
-        print(f"model: {run.directory.last_good()}")
+            print(table(run.evaluations, run.levels))
+        print(f"model: {last_good(run.out)}")
         if not ended and run.num_updates:
-            report(run.directory.out)
+            report(run.out)
     if ended:
         refuse(ended, code)
 
@@ -62,43 +64,46 @@ def train_and_save(train, run):
 
     -> exit code, what ended it before its time or None
     """
-    code, ended = 0, None
+    code, ended, together = 0, None, True
     with run.ranks.signals():
         try:
-            with memory_explained(run), run.progress_bar():
+            with memory_explained():
                 train(run)
         except KeyboardInterrupt:
             code = 128 + (run.ranks.signal or signal.SIGINT)
-            ended = f"interrupted; --resume {run.directory.out} goes on"
+            ended = f"interrupted; --resume {run.out} goes on"
         except Stop as stop:
             code, ended = 1, str(stop)
             if stop.__cause__ and run.ranks.first:
                 traceback.print_exception(stop.__cause__)
-        run.take_back()
+            # The other processes may be elsewhere: then they cannot save together.
+            together = run.ranks.size == 1 or not isinstance(stop, NoMemory)
+            if not (together or run.ranks.first):  # which prints it at its end
+                print(ended, file=sys.stderr)
         try:
-            with memory_explained(run):
-                run.save()
+            with memory_explained():
+                if together:
+                    run.save()
         except Stop as stop:
             code, ended = 1, str(stop)
     if run.num_broken and not code:
         code, ended = 1, "nothing is saved: the run ended while its numbers were not finite"
     run.solver.scorer.close()
-    run.track(None)
+    run.log.close()
     return code, ended
 
 
+class NoMemory(Stop):
+    """A GPU is full."""
+
+
 @contextlib.contextmanager
-def memory_explained(run=None):
+def memory_explained():
     """Within the block, a GPU whose memory is full is a Stop that says what helps."""
     try:
         yield
     except torch.OutOfMemoryError:
-        words = (
+        raise NoMemory(
             "out of memory, and nothing can be done in smaller parts: use --lora-rank, --fsdp over "
             "several processes, or a smaller --model or --max-new-tokens"
-        )
-        if run and run.ranks.size > 1:  # the others may be elsewhere: they cannot save together
-            run.half_done = True
-            if not run.ranks.first:  # which says it at its end
-                print(words, file=sys.stderr)
-        raise Stop(words) from None
+        ) from None

@@ -396,17 +396,7 @@ def resolve(flags, measured):
             f"pass_rate: measure it with `python eval.py --model {flags.model} --data "
             f"{flags.data} --samples 16 --add-pass-rate FILE`, or use --difficulty level"
         )
-    defaults = {"length_weight": [0.0], "updates": [None], "tokens": [None], "eval_data": []}
-    if is_shipped(flags.model):
-        defaults |= DEFAULTS
-    if flags.updates is not None:
-        defaults["tokens"] = [None]
-    defaults["quality"] = DEFAULTS["quality"] if measured else [1.0]
-    if flags.dtype is None:
-        defaults["dtype"] = default_dtype(flags.model, flags.device)
-    if Path(source_of(flags.data)).resolve() == (SHIPPED / "train.jsonl").resolve():
-        defaults["eval_data"] = [str(SHIPPED / "heldout.jsonl")]
-    values = dict(vars(flags))
+    values, defaults = dict(vars(flags)), defaults_of(flags, measured)
     for name in values:
         if values[name] is None:
             values[name] = defaults.get(name)
@@ -423,6 +413,42 @@ def resolve(flags, measured):
     values["prompts"] = values["prompts"] or values["buffer_groups"]
     values["eval_quality"] = values["eval_quality"] or values["quality"]
     return Config(**values)
+
+
+def defaults_of(flags, measured):
+    """Return the defaults that depend on the model or the data: {name: value}."""
+    defaults = {"length_weight": [0.0], "updates": [None], "tokens": [None], "eval_data": []}
+    if is_shipped(flags.model):
+        defaults |= DEFAULTS
+    if flags.updates is not None:
+        defaults["tokens"] = [None]
+    defaults["quality"] = DEFAULTS["quality"] if measured else [1.0]
+    if flags.dtype is None:
+        defaults["dtype"] = default_dtype(flags.model, flags.device)
+    if Path(source_of(flags.data)).resolve() == (SHIPPED / "train.jsonl").resolve():
+        defaults["eval_data"] = [str(SHIPPED / "heldout.jsonl")]
+    return defaults
+
+
+def with_full_paths(cfg):
+    """Return the Config with paths that mean the same from any folder."""
+    return replace(
+        cfg,
+        **{
+            name: full_path(getattr(cfg, name))
+            for name in ("model", "data", "examples", "template")
+        },
+        eval_data=list(map(full_path, cfg.eval_data)),
+        reward=[str(Path(r).resolve()) if ":" in r else r for r in cfg.reward],
+    )
+
+
+def full_path(name):
+    """Return a full path, with the slice behind it. A name of the hub stays as it is."""
+    source = source_of(name)
+    if not (source and Path(source).exists()):
+        return name
+    return str(Path(source).absolute()) + name[len(source) :]  # ids hold a link's own name
 
 
 def for_levels(name, values, num_levels, by_default=False):

@@ -31,7 +31,7 @@ from policy.attempt import Attempt, Sampling, Solver, evaluation_requests
 from policy.checkpoint import Policy
 from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
 from rollout import Completion
-from run.directory import lock
+from run.checkpoints import lock
 
 
 @mark.parametrize("n", range(1, 7))

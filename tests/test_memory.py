@@ -106,7 +106,7 @@ def test_each_level_has_the_slots_that_fit_its_longest_sequence(workshop, monkey
         lengths.append(length)
         return 8 * len(lengths)
 
-    monkeypatch.setattr("run.start.slots_that_fit", fitting)
+    monkeypatch.setattr("run.inputs.slots_that_fit", fitting)
     write_lines("long.jsonl", [{"problem": "1" * 40, "answer": "1", "pass_rate": 0.5}])
     out = workshop("--max-new-tokens 3 9 --eval-data long.jsonl --updates 1")
     assert lengths[1] - lengths[0] == 6 and lengths[0] > 43

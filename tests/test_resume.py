@@ -10,7 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
-from types import SimpleNamespace
 
 import launch
 from conftest import lines, read, write_lines
@@ -20,8 +19,8 @@ from pytest import fixture, mark, raises
 import rewards
 from common.files import Stop
 from policy import memory
-from run.directory import LOGS, RunDirectory
-from run.processes import Ranks, set_up_output
+from run.checkpoints import LOGS, cut_logs, write_checkpoint
+from run.processes import set_up_output
 
 pytestmark = mark.slow
 
@@ -107,7 +106,7 @@ def assert_the_same(folder, out, whole="whole", last=UPDATES):
     for name in ("completions.jsonl", *tensors):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     states = [read(path / last / "state.json") for path in (one, other)]
-    assert states[0].pop("sizes") and states[1].pop("sizes") and states[0] == states[1]
+    assert states[0].pop("log_sizes") and states[1].pop("log_sizes") and states[0] == states[1]
     assert not (one / "checkpoint.part").exists()
 
 
@@ -170,7 +169,7 @@ def test_a_kill_at_any_moment_changes_nothing(workshop, share):
     "where, call",
     [
         ("policy.checkpoint.Policy.save", 2),  # within the second checkpoint
-        ("run.directory.checkpoints", 3),  # after the rename
+        ("run.checkpoints.checkpoints", 3),  # after the rename
         ("run.state.save_file", 4),  # the last checkpoint
     ],
 )
@@ -237,7 +236,7 @@ def test_checkpoints_hold_no_pickle_and_only_the_newest_are_kept(workshop):
         ("run.state.save_file", 3, "whole/checkpoints/000008/model.safetensors", "int 000006"),
         ("train.learn", 5, "full/completions.jsonl", "completions.jsonl cannot be written"),
         # The disk was full for a line, and then had room for a checkpoint.
-        ("run.directory.RunDirectory.append", 15, Stop("no room"), "no room"),
+        ("run.log.append", 15, Stop("no room"), "no room"),
         # tokenizers raises a bare Exception.
         (
             "policy.checkpoint.GenerationConfig",
@@ -391,24 +390,22 @@ def test_a_log_that_lost_lines_is_refused_and_the_others_stay(tmp_path, log):
     (tmp_path / "config.json").write_text("{}")
     for name in LOGS:
         (tmp_path / name).write_text("0123456789")
-    directory = RunDirectory(tmp_path, SimpleNamespace(first=True))
     (tmp_path / log).write_text("01234")
     with raises(ValueError, match=f"{log}: 5 bytes, .* lines were lost"):
-        directory.cut_logs(dict.fromkeys(LOGS, 6))
+        cut_logs(tmp_path, dict.fromkeys(LOGS, 6))
     assert [len((tmp_path / name).read_text()) for name in LOGS if name != log] == [10, 10]
-    directory.cut_logs({LOGS[0]: 4})
+    cut_logs(tmp_path, {LOGS[0]: 4})
     assert [(tmp_path / name).read_text() for name in LOGS] == ["0123", "", ""]
 
 
 def test_without_a_checkpoint_the_logs_are_kept_beside(tmp_path):
     """Someone may have deleted checkpoints/ to free space: --resume emptied all that was left."""
     (tmp_path / "config.json").write_text("{}")
-    directory = RunDirectory(tmp_path, SimpleNamespace(first=True))
     texts = {".before": "minutes", ".before1": "weeks", ".before2": "hours"}
     for text in texts.values():  # the older ones stay, whatever their number
         for name in LOGS:
             (tmp_path / name).write_text(text)
-        directory.cut_logs(None)
+        cut_logs(tmp_path, None)
     for name in LOGS:
         assert not (tmp_path / name).exists()
         for suffix, text in texts.items():
@@ -433,9 +430,8 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_its_name(workshop, mo
         os, "fsync", lambda d: events.append(os.readlink(f"/proc/self/fd/{d}")) or fsync(d)
     )
     monkeypatch.setattr(Path, "rename", lambda p, to: events.append(Path(to).name) or rename(p, to))
-    directory = RunDirectory(copied(workshop, "whole", "synced"), Ranks())
-    fill = lambda folder: (folder / "model").write_text(str(directory.log_sizes()))  # noqa: E731
-    directory.write_checkpoint("000009", fill, 2)
+    out = copied(workshop, "whole", "synced")
+    write_checkpoint(out, "000009", lambda folder: (folder / "model").write_text("1"), 2)
     forced = {Path(path).name for path in events[: events.index("000009")]}
     assert {"model", "checkpoint.part", *LOGS} <= forced
 

@@ -33,9 +33,9 @@ from policy.learner import Learner
 from rewards import Score
 from rollout import Completion, stream_key
 from run.config import PER_LEVEL, Config, levels_of, parse, resolve
+from run.log import results_of, shown
 from run.processes import Ranks
 from run.start import check_measured, start_run
-from run.state import results_of, shown
 from run.update import Update
 from tools import report
 from train import Sample, accumulate_gradient, learn
@@ -429,7 +429,6 @@ def test_a_run_leaves_its_numbers_in_plain_files(workshop, printed, monkeypatch)
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 10
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]
     assert read(out / "config.json")["quality"] == [0.8, 1.0]
-    assert "two updates took, and the rest takes:  50 % of" in printed()
     assert (out / "report.png").stat().st_size > 10_000
     assert (out / "report.html").stat().st_size > 25_000
     last = out / "checkpoints/000004"
@@ -604,7 +603,7 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     rows = [{"id": f"p{i}", "problem": c, "answer": "1"} for i, c in enumerate("xy0")]
     write_lines(tmp_path / "plain.jsonl", rows)
     sent = []
-    monkeypatch.setattr("run.state.Run.track", lambda self, values: sent.append(values))
+    monkeypatch.setattr("run.log.Log.track", lambda self, values, step: sent.append(values))
     out = workshop("--eval-data p.jsonl plain.jsonl --updates 1")
     found = [(row["file"], row["level"], row["n"]) for row in lines(out / "eval.jsonl")]
     assert found == 3 * [("p", 1, 10), ("p", 2, 10), ("plain", None, 3)]
