@@ -53,8 +53,8 @@ class Evaluation(Machine):
     title = "evaluation"
 
     model: str = flag(
-        "checkpoint folder, hub name[@revision], or training run: its newest checkpoint, with how "
-        "it samples as defaults",
+        "checkpoint folder, hub name[@revision], or training run: its newest checkpoint, sampled "
+        "as in the run unless a flag says otherwise",
         str(TINY),
     )
     data: list[str] = flag(

@@ -56,7 +56,7 @@ def help_of(f):
     """Return the help text, with the default unless the text describes it in words."""
     text = f.metadata["help"]
     default = f.default if f.default_factory is MISSING else f.default_factory()
-    if default in (None, False, []) or "default" in text:
+    if default is None or default is False or default == [] or "default" in text:
         return text
     values = default if isinstance(default, list) else [default]
     return f"{text} (default: {' '.join(map(str, values))})"

@@ -40,7 +40,7 @@ DEFAULTS = {
     "tokens": [250_000, 750_000],
     "lr": 2e-4,
 }
-PER_LEVEL = [*(f.name for f in fields(Level)), "slots"]
+PER_LEVEL = [f.name for f in fields(Level)]
 
 AT_LEAST_MIN_ROWS = lambda v: v >= MIN_ROWS, f"at least {MIN_ROWS}"
 SLOTS_HELP = (
@@ -324,9 +324,9 @@ def as_started(run, given):
         config = json.loads(path.read_text())
         started = Config(**{f.name: config[f.name] for f in fields(Config)})
         check(started)
-        levels_of(started)
-        if not config["read"]:
-            raise KeyError("read")
+        levels = levels_of(started)
+        if not (config["read"] and len(started.slots) == len(levels) and started.eval_quality):
+            raise ValueError("not all of it is there")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume {run}: the run was started by another version of EPRLI; resume it with that "
@@ -385,7 +385,7 @@ def check(cfg):
 
 def resolve(flags, measured):
     """Return the Config of a new run: the flags, with every default that depends on the model or
-    the data, and one value per level in every list of PER_LEVEL. Only the default of --slots is set
+    the data, and one value per level in every list of a level. Only the default of --slots is set
     later, when the prompts are known (see run/start.py). Raises ValueError.
 
     measured  whether some training problem has a pass rate
@@ -403,8 +403,8 @@ def resolve(flags, measured):
     # The longest of these lists is the number of levels; the other defaults fit any number.
     binding = ["quality", *(name for name in PER_LEVEL if getattr(flags, name))]
     num_levels = max(len(values[name]) for name in binding)
-    for name in filter(values.get, PER_LEVEL):
-        if name in binding:
+    for name in filter(values.get, [*PER_LEVEL, "slots"]):
+        if name in binding or name == "slots":
             by_default = getattr(flags, name) is None
             values[name] = for_levels(name, values[name], num_levels, by_default)
         else:
@@ -463,6 +463,5 @@ def for_levels(name, values, num_levels, by_default=False):
 
 def levels_of(cfg):
     """Return the levels that a resolved Config describes: [Level, ...]"""
-    names = [f.name for f in fields(Level)]
-    columns = [getattr(cfg, name) for name in names]
-    return [Level(**dict(zip(names, values))) for values in zip(*columns, strict=True)]
+    columns = [getattr(cfg, name) for name in PER_LEVEL]
+    return [Level(**dict(zip(PER_LEVEL, values))) for values in zip(*columns, strict=True)]

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import torch
 from conftest import edit, spoil, table
@@ -19,7 +20,9 @@ from launch import ROOT
 from pytest import fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
+import eval
 import train
+from common.flags import help_of
 from run.config import Config, parse
 
 pytestmark = mark.slow
@@ -270,6 +273,9 @@ def test_help_shows_every_flag_once_in_groups(capsys):
     flags = [f"--{name.replace('_', '-')}" for name in ("resume", *vars(Config()))]
     assert sorted(re.findall(r"^  (--[\w-]+)", text, re.M)) == sorted(flags)
     found = re.findall(r"^(\w+)[^\n]*:\n", text, re.M)
+    for flags, silent in ((Config, "fsdp"), (eval.Flags, "compare")):
+        shown = {f.name: help_of(f) for f in fields(flags)}
+        assert {n for n in shown if "default" not in shown[n]} == {"columns", "stop", silent}
     assert "default: None" not in text and "(default: [])" not in text
     assert " ".join(found) == "options levels objective optimizer sampling prompts machine files or"
 
@@ -401,7 +407,9 @@ def test_bad_run_directories(begun, refused):
         "another version of EPRLI; resume it with that version (config.json: KeyError: 'seed')": (
             without_seed
         ),
-        "(config.json: KeyError: 'read')": good | {"read": None},
+        "(config.json: KeyError: 'read')": {n: v for n, v in good.items() if n != "read"},
+        "(config.json: ValueError: not all": good | {"read": None},
+        "(config.json: TypeError: object of type 'NoneType'": good | {"slots": None},
         "(config.json: TypeError: 'NoneType'": good | {"tokens": None},
         "--lr must be above 0": good | {"lr": -1},
         "(config.json: TypeError": [],

@@ -68,7 +68,8 @@ def test_a_draw_and_a_step_that_memory_does_not_hold_are_done_again(workshop, mo
             assert one[name] == other[name]
         assert abs(one["grad_norm"] - other["grad_norm"]) < 1e-9 * one["grad_norm"]
     said = printed()
-    assert "at most 16 slots from now on" in said and "at most 8 slots from now on" in said
+    assert "at most 16 slots from now on, so the last bits may differ" in said
+    assert "at most 8 slots from now on" in said
     assert "micro-batches of 1024 tokens from now on" in said
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import launch
 import numpy as np
 import torch
-from conftest import random_model
+from conftest import random_model, read
 from launch import at, fail, said, start, wait
 from pytest import approx, fixture, mark
 from safetensors.torch import load_file
@@ -30,6 +30,7 @@ from model import log_softmax
 from policy import learner as learners
 from policy.learner import Learner, cut_micro_batches
 from rollout import stream_key, uniforms
+from run import inputs
 from run import processes as ranks
 from run.config import Config
 from run.processes import Ranks
@@ -142,6 +143,16 @@ def test_memory_and_processes_change_nothing_over_three_updates(workshop, settin
     assert_equal(run(workshop, setting), run(workshop, "1"))
     for row in without_time(workshop / "1/metrics.jsonl"):
         assert row["groups_kept"] == 3 and row["groups_all_right"] > 0  # else this would say little
+
+
+def room_by_rank():
+    inputs.slots_that_fit = lambda *_: 24 - 8 * int(os.environ["RANK"])
+
+
+def test_slots_are_what_fits_on_every_process(workshop):
+    """The process with the least memory would be full."""
+    config = read(run(workshop, "2 --updates 1", room_by_rank) / "config.json")
+    assert config["slots"] == [16]
 
 
 LORA = "--lora-rank 2 --lr 1e-2"

@@ -274,7 +274,7 @@ def test_config_json_has_every_flag_resolved(tmp_path, printed, monkeypatch):
     config = read(out / "config.json")
     nothing = {f.name for f in fields(Config) if config[f.name] is None}
     assert nothing == {"examples", "template", "tracker", "eval_every"}  # as --help says
-    for name in PER_LEVEL:
+    for name in [*PER_LEVEL, "slots"]:
         assert len(config[name]) == 2 and (None in config[name]) == (name == "updates")
     assert config["eval_quality"] == [0.8, 1.0] and config["lr"] == 2e-4
     monkeypatch.setattr("run.config.DEFAULTS", {})
