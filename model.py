@@ -175,9 +175,9 @@ class PromptCache:
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if x.is_cuda:
-            return super().forward(x)  # one kernel, which computes in float32 too
-        normalized = F.rms_norm(at_least_float32(x), self.normalized_shape, eps=self.eps)
-        return self.weight * normalized.type_as(x)
+            return super().forward(x)  # one kernel
+        # It computes in float32 too, and rounds before the weight, as transformers does.
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 def rotate(x, cos, sin):

@@ -103,7 +103,8 @@ def on_card(dtype=torch.float32):
 @torch.inference_mode()
 def attention():
     """Decoding reads what each row has filled: one token less, or more, are other logits. Keys are
-    copied to every head where only a slow kernel would do without."""
+    copied to every head where only a slow kernel would do without. A norm is a single kernel:
+    the two of a CPU would read and write the hidden states twice."""
     copies, copy = [], torch.Tensor.repeat_interleave
     torch.Tensor.repeat_interleave = lambda *a: copies.append(1) or copy(*a)
     for dtype, close, copied in ((torch.bfloat16, 0.03, False), (torch.float32, 1e-5, True)):
@@ -111,6 +112,8 @@ def attention():
         ids, filled = torch.randint(0, 97, (8, 40)).to("cuda"), torch.arange(3, 35, 4).to("cuda")
         expected = model(ids)[range(8), filled.tolist()]
         assert bool(copies) == copied
+        norm, x = model.model.norm, model.model.embed_tokens(ids)
+        assert torch.equal(norm(x), torch.nn.RMSNorm.forward(norm, x))
         cache, rows = rollout.KVCache(model, 8, 40), torch.arange(8).to("cuda")
         cache.fit(40)
         positions = torch.arange(40).to("cuda").expand(8, -1)

@@ -12,6 +12,7 @@ from conftest import peak, random_model, read, small_config, table
 from pytest import mark, raises, skip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as model_module
 from model import (
@@ -63,6 +64,15 @@ def test_logits_equal_transformers_both_ways(family, changes, tmp_path):
             for folder in folders:
                 error = Transformer.from_pretrained(folder, dtype)(ids) - expected
                 assert error.abs().max() < close * expected.abs().max()
+
+
+def test_norms_round_as_those_of_transformers_do():
+    """In bfloat16 they round before the weight and after it. A norm that rounds once, or that
+    computes in bfloat16, makes another policy of the same checkpoint."""
+    ours, x = random_model(dtype=torch.bfloat16).model.norm, torch.randn(8, 48).bfloat16()
+    theirs = LlamaRMSNorm(48, ours.eps)
+    theirs.weight = ours.weight
+    assert torch.equal(ours(x), theirs(x))
 
 
 @mark.parametrize("kind", ["type", "rope_type"])
