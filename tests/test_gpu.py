@@ -1,6 +1,7 @@
 """The branches for a GPU, executed on a pretended card: see pretend_cuda.py."""
 
 import shutil
+from types import SimpleNamespace
 
 import pretend_cuda
 import torch
@@ -11,6 +12,7 @@ from test_resume import EVEN
 
 import rollout
 from model import Transformer
+from policy import learner as learners
 from policy.learner import Learner
 from policy.packed import joined_bytes, packed
 from run.processes import Ranks
@@ -132,7 +134,8 @@ def attention():
 
 def memory():
     """Weights are joined where their copies fit. Once memory is full, layers are computed twice;
-    then micro-batches are halved."""
+    then micro-batches are halved. Under FSDP, which cannot begin a step anew, layers are computed
+    twice from the start on a GPU."""
     model = on_card()
     learner = Learner(model, Ranks())
     for room, joined in ((4, True), (3, False)):
@@ -141,3 +144,7 @@ def memory():
     for again, tokens in ((False, 8192), (True, 8192), (True, 4096)):
         assert (learner.model.model.recompute, learner.most_tokens) == (again, tokens)
         learner.use_less_memory(torch.OutOfMemoryError())
+    learners.shard = lambda model, ranks: model
+    for model in (on_card(), random_model()):
+        body = Learner(model, SimpleNamespace(sharded=True)).model.model
+        assert body.recompute == (model.device.type == "cuda")
