@@ -145,6 +145,25 @@ def test_a_captured_step_is_the_step(monkeypatch):
     assert len(captured) < steps  # but not at every step
 
 
+ROOMS = [
+    (False, "1 32 33 100 128 64 63 250 390 1 1", "32 32 64 128 128 128 96 288 416 32 32"),
+    (True, "1 32 33 97 224 56 55 250 1", "32 32 96 224 224 224 128 416 32"),
+]
+
+
+@pytest.mark.parametrize("reads_filled, lengths, rooms", ROOMS)
+def test_room_grows_ahead_of_the_rows(monkeypatch, reads_filled, lengths, rooms):
+    """Where attention reads all of the room, doubling it would cost time at every token. Where a
+    graph is captured again at every change, small steps would. A change to the same room copies
+    the cache in vain, and room for more than the longest row is never used."""
+    monkeypatch.setattr(rollout, "reads_filled", lambda x: reads_filled)
+    cache = KVCache(random_model(), 1, 400)
+    for length, room in zip(lengths.split(), rooms.split(), strict=True):
+        before, keys = cache.room, cache.k[0]
+        cache.fit(int(length))
+        assert cache.room == int(room) and (cache.k[0] is keys) == (cache.room == before)
+
+
 # --------------------------------------------------------------------------------------- sampling
 
 
