@@ -288,16 +288,22 @@ def test_limits_and_equal_prompts():
     assert all(a.tokens != b.tokens for a, b in zip(done[0], done[2]))
 
 
-def test_prompts_and_what_they_share_are_prefilled_once():
-    """However many completions follow, in however few slots. They are those of a prompt alone."""
+def test_prompts_and_what_they_share_are_prefilled_once(monkeypatch):
+    """A prompt that is prefilled for every completion costs time, and more prompts at once than the
+    bound allows cost memory. A part that is run into the rows of another samples from the wrong
+    prompt: completions must be those of a prompt alone, in few slots and in small parts."""
     model, shapes = random_model(dtype=torch.float64), []
-    alike = [list(range(3, 43)) + [50 + i] * (i + 1) for i in range(4)]
+    alike = [list(range(3, 43)) + [50 + i] * (4 - i) for i in range(4)]
     alone = complete(model, alike[:1], samples=6)
     model.model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    done = complete(model, alike, samples=6, slots=24)
-    assert tokens_of(done)[0] == tokens_of(alone)[0]
+    done = tokens_of(complete(model, alike, samples=6, slots=8))
+    assert done[0] == tokens_of(alone)[0]
+    assert sum(rows for rows, width in shapes if width % 32 and width > 1) == 4
     # 40 tokens are shared. One is left to each prompt, and the rest rounded down to whole eights.
-    assert [shape for shape in shapes if shape[1] > 1] == [(1, 32), (4, 16)]
-    done_in_few = complete(model, alike, samples=6, slots=8)
-    assert tokens_of(done_in_few) == tokens_of(done)
-    assert sum(rows for rows, width in shapes[2:] if width % 32 and width > 1) == 4
+    # 130 tokens are two prompts of 44, the longest ones, or three of 43.
+    bounds = (8192, [(1, 32), (4, 16)]), (130, [(1, 32), (2, 16)] * 2), (43, [(1, 48)] * 4)
+    for bound, expected in bounds:
+        monkeypatch.setattr(rollout, "PREFILL_TOKENS", bound)
+        shapes.clear()
+        assert tokens_of(complete(model, alike, samples=6, slots=24)) == done
+        assert [shape for shape in shapes if shape[1] > 1] == expected
