@@ -1,6 +1,8 @@
 """What the pages say of each other and of the tests: links, anchors, names."""
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,22 @@ def test_promises_name_tests_that_are_there():
     assert len(names) > 20
     for name in names:
         assert f"def test_{name}" in code, name
+
+
+# The docstrings of tests/mutants.py (mutmut brings libcst) and bench/peer_trl.py install these.
+INSTALLED_APART = {"mutmut", "libcst", "trl"}
+
+
+def test_requirements_are_what_is_imported_each_with_its_reason():
+    """A package that is installed only because another one needs it may be gone with the next
+    version of that one, and a package that nothing imports any more would stay for ever."""
+    rows = (ROOT / "requirements.txt").read_text().splitlines()
+    listed = {re.match(r"([\w-]+)>=[\d.]+ +# \w", row)[1].replace("-", "_") for row in rows}
+    known, imported = sys.stdlib_module_names | INSTALLED_APART, set()
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
+        known |= {file.stem, file.parent.name}
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", alias.name) for alias in node.names]
+                imported |= {name.split(".")[0] for name in names}
+    assert imported - known == listed - {"pytest_xdist"}  # a plugin
