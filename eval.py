@@ -26,7 +26,7 @@ from answers import canonical
 from common.files import Stop, explained, read_records, stem, stems, write_records
 from common.flags import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_rules, flag, make_parser
 from common.statistics import by_name, difference, interval, majority, pass_at_k
-from policy.attempt import DIFFICULTY, EVALUATION, Sampling, Solver, evaluation_requests
+from policy.attempt import Sampling, Solver, evaluation_requests
 from policy.checkpoint import (
     SHIPPED,
     TINY,
@@ -39,6 +39,7 @@ from policy.checkpoint import (
 from policy.memory import slots_that_fit
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
 from run.checkpoints import checkpoints, create, lock
+from rollout import DIFFICULTY, EVALUATION
 from run.config import AT_LEAST_MIN_ROWS, DEFAULTS, SLOTS_HELP, Machine
 from run.log import shown
 from run.processes import Ranks, keep_freed_memory, leave, refuse, set_up_output
@@ -109,7 +110,7 @@ def evaluate(ranks, solver, requests, sampling, slots):
 
     def work(share):
         done = solver.attempt(share, sampling, slots)
-        return [rows_of(prompt.problem.id, some) for (prompt, *_), some in zip(share, done)]
+        return [rows_of(r.prompt.problem.id, attempts) for r, attempts in zip(share, done)]
 
     return ranks.share_out(requests, work)
 
@@ -325,10 +326,12 @@ def sample_rest(args, policy, files, log, ranks, slots):
     """
     solver = Solver(policy, Scorer(args.reward_timeout), show_progress=ranks.first)
     reward = load_reward(args.reward)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     work, labels = [], []
     for path, prompts in files.items():
-        work += evaluation_requests(args.seed, prompts, args.samples, reward, purpose(args))
+        work += evaluation_requests(
+            policy, prompts, args.samples, args.max_new_tokens, args.seed, reward, purpose(args)
+        )
         levels = data.level_names([p.problem for p in prompts], args.quality)
         labels += [{"file": path, "level": levels.get(p.problem.id)} for p in prompts]
     done = ranks.from_first(lambda: finished(log, args.samples))

@@ -11,7 +11,6 @@ the KV cache.
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import chain
 from os.path import commonprefix  # takes any sequences
 
 import numpy as np
@@ -35,10 +34,31 @@ class Completion:
 # --------------------------------------------------------------------------------------- choice
 
 
+TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of completions, part of their keys
+
+
 def stream_key(*counters):
-    """A 64-bit key for non-negative integers, such as (run seed, purpose, level, group, sample).
+    """Return the 64-bit key of a stream for non-negative integers, the first of them a seed.
 
     Trailing zeros do not count, so one purpose always passes equally many: (1, 2) is (1, 2, 0).
+
+    This table lists all random streams. Whoever changes a key, or the order in which its numbers
+    are taken, gets other results from the same flags.
+
+    drawn by                     what                          key
+    train.draw                   tokens of training            seed, TRAINING, level, group, sample
+    attempt.evaluation_requests  tokens of evaluations         seed, EVALUATION, crc32(id), sample
+    attempt.evaluation_requests  tokens that measure rates     seed, DIFFICULTY, crc32(id), sample
+    data.Order                   order of a level's problems   "seed/level/epoch"
+    train.minibatches            order of an update's groups   "seed/minibatches/update/epoch"
+    policy.lora.add              first factors                 seed
+    statistics.bootstrap         resamples for an interval     0
+    statistics.difference        signs for a p-value           0
+
+    The seed is --seed of the command, and nobody can set that of the statistics. The id is that of
+    a problem, levels count from 1, and groups are those that the level has drawn. The first three
+    are streams of `uniforms`, those with a text as their key are Python's random.Random, LoRA's is
+    a torch.Generator, and the last two are NumPy's.
     """
     return np.random.SeedSequence(counters).generate_state(1, np.uint64)[0]
 
@@ -64,18 +84,18 @@ def keep_likely(logprobs, top_k, top_p):
         ordered[:, top_k:] = -torch.inf
     mass = ordered.softmax(-1)
     ordered[mass.cumsum(-1) - mass >= top_p] = -torch.inf  # the first token always stays
-    return torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)
+    return logprobs.scatter(-1, order, ordered).log_softmax(-1)
 
 
 def choose(logits, u, temperature, top_k=0, top_p=1.0):
     """Pick one token per row: the inverse of its distribution function at u.
 
-    logits (R, V), u (R,) in [0, 1) -> tokens (R,), logprobs (R,) nats. Temperature 0 is greedy: its
+    logits (R, V), u (R, 1) in [0, 1) -> tokens, logprobs (R, 1), nats. Temperature 0 is greedy: its
     choices are certain, 0 nats; nan if their logit is nan or infinite, so that it is noticed.
     """
     if temperature == 0:
-        tokens = logits.argmax(-1)  # that of nan, if there is one
-        return tokens, 0 * logits.gather(1, tokens[:, None])[:, 0]
+        tokens = logits.argmax(-1, keepdim=True)  # that of nan, if there is one
+        return tokens, 0 * logits.gather(1, tokens)
     logprobs = log_softmax(logits, temperature)
     if top_k or top_p < 1:
         logprobs = keep_likely(logprobs, top_k, top_p)
@@ -83,11 +103,10 @@ def choose(logits, u, temperature, top_k=0, top_p=1.0):
     # The total is 1 up to rounding. The target stays below it even for u = 1 - 2^-53, so that no
     # token of probability 0 is reached.
     total = cdf[:, -1:]
-    below_total = torch.nextafter(total, 0 * total)
-    target = torch.minimum(u[:, None].to(cdf.dtype) * total, below_total)
+    target = torch.minimum(u.to(cdf.dtype) * total, torch.nextafter(total, 0 * total))
     tokens = torch.searchsorted(cdf, target, right=True)
     tokens.clamp_(max=logits.shape[-1] - 1)  # with nan any token; its log-prob is nan too
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+    return tokens, logprobs.gather(1, tokens)
 
 
 # ---------------------------------------------------------------------------------------- cache
@@ -112,8 +131,8 @@ class KVCache:
         """longest: tokens that a row may hold"""
         config = model.config
         empty = model.lm_head.weight.new_zeros(rows, config.num_key_value_heads, 0, model.head_dim)
-        self.k = [empty.clone() for _ in range(config.num_hidden_layers)]
-        self.v = [k.clone() for k in self.k]
+        self.k = [empty] * config.num_hidden_layers
+        self.v = [empty] * config.num_hidden_layers
         self.longest = longest
         self.reads_filled = reads_filled(empty)
         self.growth, self.slack = (2, 4) if self.reads_filled else (9 / 8, 2)
@@ -134,10 +153,6 @@ class KVCache:
         for x in self.k + self.v:
             x[targets, :, :length] = x[source, :, :length].clone()  # x may be all of it
 
-    def keep(self, rows):
-        """Keep only these rows, in this order."""
-        self.replace(lambda x: x[rows])
-
     def replace(self, change):
         """Replace tensor by tensor: two caches would not fit where one does."""
         for tensors in (self.k, self.v):
@@ -145,7 +160,7 @@ class KVCache:
                 tensors[layer] = change(x)
 
     def prefilling(self, positions, rows):
-        """-> attend, see Body.forward: row b of the tokens, at positions (B, T), is rows[b]."""
+        """Return attend, see Body.forward, for tokens of these rows at positions (1, T)."""
         width = int(positions.max()) + 1
         mask = self.mask(positions, width)
 
@@ -217,11 +232,18 @@ def filled_attention(q, k, v, starts, filled):
     starts  two of (R * K + 1,) int32: where each one begins among all queries, and all keys
     filled  (R * K,) int32: the positions of each one that are read, from the first
     """
-    room = k.shape[2]
-    q, k, v = (x.view(-1, heads, x.shape[3]) for x, heads in ((q, q.shape[2]), (k, 1), (v, 1)))
-    attention = torch.ops.aten._flash_attention_forward
-    options = 1, room, 0.0, False, False  # longest query and key; no dropout, mask, debug output
-    return attention(q, k, v, *starts, *options, seqused_k=filled)[0]
+    return torch.ops.aten._flash_attention_forward(
+        q.flatten(0, 1),
+        k.flatten(0, 2)[:, None],
+        v.flatten(0, 2)[:, None],
+        *starts,
+        max_q=1,
+        max_k=k.shape[2],
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        seqused_k=filled,
+    )[0]
 
 
 # ---------------------------------------------------------------------------------------- slots
@@ -250,14 +272,17 @@ def capture(step, device):
 
 @dataclass(eq=False)
 class SharedPrompt:
-    """A prompt and where its keys and values are.
+    """A prompt, its completions in the making, and where its keys and values are.
 
-    Once it is prefilled, and as long as some of its sequences wait, a slot keeps it to be copied.
+    From its prefill until the last of its sequences has a slot, one row of the cache keeps it to be
+    copied.
     """
 
+    number: int
     tokens: list
-    number: int = None
-    slot: int = None
+    sequences: list = None
+    unfinished: int = 0  # of its sequences
+    slot: int = None  # of the row that keeps it
     logits: torch.Tensor = None  # (V,) of the first token to sample
 
 
@@ -273,10 +298,6 @@ class Sequence:
     stopped: bool = False
 
     @property
-    def finished(self):
-        return self.stopped or len(self.tokens) == self.limit
-
-    @property
     def filled(self):
         """Tokens of prompt and completion so far."""
         return len(self.prompt.tokens) + len(self.tokens)
@@ -285,7 +306,6 @@ class Sequence:
 class Slots:
     """The decoding rows: slot i decodes one sequence and uses row i of the KV cache.
 
-    groups   the sequences of each prompt
     running  a Sequence per slot, or None where it is idle
     waiting  sequences without a slot, group by group
     fed      (2, rows): what the model is fed next, a token and its position. An idle row is fed
@@ -297,14 +317,15 @@ class Slots:
     copy to the host.
     """
 
-    def __init__(self, model, prompts, keys, max_new_tokens, slots):
+    def __init__(self, model, prompts, keys, limits, slots):
         """See `sample`."""
-        self.model, self.groups = model, []
-        for number, (tokens, own, limit) in enumerate(zip(prompts, keys, max_new_tokens)):
-            prompt = SharedPrompt(tokens, number)
-            limits = np.broadcast_to(limit, len(own)).tolist()
-            self.groups.append([Sequence(prompt, *each) for each in zip(own, limits)])
-        self.waiting = deque(sequence for sequence in chain(*self.groups) if sequence.limit)
+        self.model, self.waiting = model, deque()
+        for number, (tokens, own_keys, own_limits) in enumerate(zip(prompts, keys, limits)):
+            prompt = SharedPrompt(number, tokens)
+            prompt.sequences = [Sequence(prompt, *each) for each in zip(own_keys, own_limits)]
+            sampled = [sequence for sequence in prompt.sequences if sequence.limit]
+            prompt.unfinished = len(sampled)
+            self.waiting += sampled
         rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
         longest = max((sequence.filled + sequence.limit for sequence in self.waiting), default=0)
@@ -315,10 +336,20 @@ class Slots:
 
     @property
     def live(self):
-        return [slot for slot, sequence in enumerate(self.running) if sequence]
+        """Return (slot, its sequence) for every slot that is not idle."""
+        return [(slot, sequence) for slot, sequence in enumerate(self.running) if sequence]
 
     def refill(self):
-        """Give every idle slot the next waiting sequence."""
+        """Give every idle slot the next waiting sequence, and its row the prompt of this sequence.
+
+        Say that A, B and C have three completions each, and that slots 1 to 3 have become idle:
+
+            row   before        after
+            0     A | A0 ...    A | A0 ...
+            1     A | A1 done   B | B2       copied from row 3
+            2     A | A2 done   C | C0       prefilled; row 2 keeps C, because C1 waits
+            3     B | B0 done   B | B1       row 3 has kept B, so B's next sequence is in it
+        """
         if not self.waiting:
             return
         idle = [slot for slot, sequence in enumerate(self.running) if not sequence]
@@ -328,12 +359,22 @@ class Slots:
         for slot in idle[: len(self.waiting)]:
             sequence = self.running[slot] = self.waiting.popleft()
             placed[sequence.prompt].append(slot)
+        self.prefill_new(placed)
+        self.copy_prompts(placed)
+
+    def prefill_new(self, placed):
+        """Run the prompts that no row keeps through the model, each into its first new row."""
         new = [prompt for prompt in placed if prompt.slot is None]
         new.sort(key=lambda prompt: len(prompt.tokens))
+        for prompt in new:
+            prompt.slot = placed[prompt][0]
         while new:  # the longest ones first
             size = max(1, PREFILL_TOKENS // len(new[-1].tokens))
-            self.prefill(new[-size:], [placed[prompt][0] for prompt in new[-size:]])
+            self.prefill(new[-size:])
             del new[-size:]
+
+    def copy_prompts(self, placed):
+        """Copy each prompt, and the logits after it, to all its new rows."""
         for prompt, slots in placed.items():
             slots = torch.tensor(slots, device=self.logits.device)
             self.cache.copy(prompt.slot, slots, len(prompt.tokens))
@@ -341,9 +382,10 @@ class Slots:
             if not self.waiting or self.waiting[0].prompt is not prompt:
                 prompt.slot = prompt.logits = None
 
-    def prefill(self, prompts, rows):
-        """Run prompts into these cache rows; a beginning that all share goes through once."""
-        tokens, shared = [prompt.tokens for prompt in prompts], 0
+    def prefill(self, prompts):
+        """Run prompts into their cache rows; a beginning that all share goes through once."""
+        rows, tokens = zip(*[(prompt.slot, prompt.tokens) for prompt in prompts])
+        shared = 0
         if len(rows) > 1:  # at least one token is left to each
             shared = max(0, len(commonprefix(tokens)) - 1) // MIN_ROWS * MIN_ROWS
         if shared:
@@ -353,8 +395,8 @@ class Slots:
         rest = [row[shared:] for row in tokens]
         last = [len(row) - 1 for row in rest]
         hidden = self.extend(rows, rest, shared)[range(len(rows)), last]
-        for prompt, slot, logits in zip(prompts, rows, self.model.lm_head(hidden)):
-            prompt.slot, prompt.logits = slot, logits
+        for prompt, logits in zip(prompts, self.model.lm_head(hidden)):
+            prompt.logits = logits
 
     def extend(self, rows, tokens, start):
         """Run token lists into these cache rows from `start`; -> hidden states (B, T, C)."""
@@ -362,35 +404,37 @@ class Slots:
         self.cache.fit(max(self.cache.room, start + width))
         device = self.logits.device
         ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=device)
-        positions = torch.arange(start, start + width, device=device).expand(ids.shape)
+        positions = torch.arange(start, start + width, device=device)[None]
         attend = self.cache.prefilling(positions, torch.tensor(rows, device=device))
         return self.model.model(ids, positions, attend)
 
     def advance(self, temperature, top_k, top_p):
         """Sample the next token of every slot."""
-        sequences = [sequence or Sequence(None, 0, 0) for sequence in self.running]
-        keys = np.array([sequence.key for sequence in sequences], np.uint64)
-        positions = np.array([len(sequence.tokens) for sequence in sequences])
-        u = torch.from_numpy(uniforms(keys, positions))
-        u = u.to(self.logits.device, non_blocking=True)
+        places = [(s.key, len(s.tokens)) if s else (0, 0) for s in self.running]
+        places = np.array(places, np.uint64)
+        u = torch.from_numpy(uniforms(*places.T)).to(self.logits.device, non_blocking=True)
         chosen = []
         for logits, some in row_chunks(self.logits, u):
-            tokens, logprobs = choose(logits, some[:, 0], temperature, top_k, top_p)
-            chosen.append(torch.stack([tokens.double(), logprobs.double()]))
-        chosen = torch.cat(chosen, 1).tolist()  # one GPU sync
-        for sequence, token, logprob in zip(sequences, *chosen):
+            pair = choose(logits, some, temperature, top_k, top_p)
+            chosen.append(torch.cat([x.double() for x in pair], 1))
+        chosen = torch.cat(chosen).tolist()  # one GPU sync
+        for slot, sequence in self.live:
+            token, logprob = chosen[slot]
             sequence.tokens.append(int(token))
             sequence.logprobs.append(logprob)
 
     def retire(self, stop_ids):
-        """Free the slots whose completion stopped or ran out; yields their sequences."""
-        for slot in self.live:
-            sequence = self.running[slot]
+        """Free the slots whose completion stopped or ran out; yields what `sample` yields for the
+        prompts of which it was the last."""
+        for slot, sequence in self.live:
             sequence.stopped = sequence.tokens[-1] in stop_ids
-            if sequence.finished:
-                yield sequence
-                self.running[slot] = None
-                self.fed[1, slot] = len(sequence.prompt.tokens)
+            if sequence.stopped or len(sequence.tokens) == sequence.limit:
+                prompt, self.running[slot] = sequence.prompt, None
+                self.fed[1, slot] = len(prompt.tokens)
+                prompt.unfinished -= 1
+                if not prompt.unfinished:
+                    own = prompt.sequences
+                    yield prompt.number, [Completion(s.tokens, s.logprobs, s.stopped) for s in own]
 
     def compact(self):
         """Once nothing waits, drop idle rows whenever that halves the work."""
@@ -402,12 +446,11 @@ class Slots:
         self.fed = self.fed[:, kept]
         kept = torch.tensor(kept, device=self.logits.device)
         self.logits = self.logits[kept]
-        self.cache.keep(kept)
+        self.cache.replace(lambda x: x[kept])
 
     def decode(self):
         """Feed every slot its last token."""
-        for slot in self.live:
-            sequence = self.running[slot]
+        for slot, sequence in self.live:
             self.fed[:, slot] = sequence.tokens[-1], sequence.filled - 1
         self.cache.fit(self.fed[1].max() + 1)
         fed = torch.from_numpy(self.fed)
@@ -425,42 +468,28 @@ class Slots:
 
 
 @torch.inference_mode()
-def sample(
-    model,
-    prompts,
-    keys,
-    max_new_tokens,
-    *,
-    slots,
-    stop_ids,
-    temperature,
-    top_k=0,
-    top_p=1.0,
-):
+def sample(model, prompts, keys, limits, *, slots, stop_ids, temperature, top_k=0, top_p=1.0):
     """Complete every prompt; yields (number of a prompt, [Completion, ...]) once the last of its
     completions is finished.
 
-    prompts         token lists
-    keys            for each prompt those of its completions, see `stream_key`
-    max_new_tokens  for each prompt the limit of its completions, or a list with one per completion
-    slots           rows decoded together, at least MIN_ROWS (memory and speed only)
-    stop_ids        a completion ends with the first of these ids, which is kept
-    temperature     of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
-                    evaluation: the learner's softmax knows neither
+    prompts      token lists
+    keys         for each prompt those of its completions, see `stream_key`
+    limits       for each prompt those of its completions: the most tokens that they may have
+    slots        rows decoded together, at least MIN_ROWS (memory and speed only)
+    stop_ids     a completion ends with the first of these ids, which is kept
+    temperature  of the softmax; 0 is greedy. top_k (0: off) and top_p (1: off) are for
+                 evaluation: the learner's softmax knows neither
     """
-    work = Slots(model, prompts, keys, max_new_tokens, slots)
-    complete = [n for n, group in enumerate(work.groups) if all(s.finished for s in group)]
-    while True:
-        for number in complete:
-            group = work.groups[number]
-            yield number, [Completion(s.tokens, s.logprobs, s.stopped) for s in group]
-        if not (work.waiting or work.live):
-            work.replay = None  # a cycle, on a CPU, would keep the cache
-            return
+    work = Slots(model, prompts, keys, limits, slots)
+    for number, own in enumerate(limits):
+        if not any(own):
+            yield number, [Completion([], [], False) for _ in own]
+    while work.waiting or work.live:
         work.refill()
         work.advance(temperature, top_k, top_p)
-        retired = dict.fromkeys(sequence.prompt.number for sequence in work.retire(stop_ids))
-        complete = [n for n in retired if all(s.finished for s in work.groups[n])]
+        complete = list(work.retire(stop_ids))
         work.compact()
         if work.live:
             work.decode()
+        yield from complete
+    work.replay = None  # a cycle, on a CPU, would keep the cache

@@ -35,9 +35,9 @@ from eprli import (
 )
 from eval import evaluate, measure, result_of
 from model import pad
-from policy.attempt import TRAINING, Sampling, evaluation_requests
+from policy.attempt import Request, Sampling, evaluation_requests
 from rewards import LATE
-from rollout import Completion, stream_key
+from rollout import TRAINING, Completion, stream_key
 from run.command import run_command
 from run.processes import leave
 from run.update import NotFinite, Update
@@ -112,45 +112,44 @@ def draw(run, state, update):
     if cfg.surplus == "missing" and update.groups:
         count = min(count, level.buffer_groups - state.buffer.pending)
     first = state.buffer.counts["drawn"]  # groups of this level so far
-    prompts, work = order.draw(min(count, update.prompts_left)), []
+    prompts, requests = order.draw(min(count, update.prompts_left)), []
     update.prompts_left -= len(prompts)
     for group_number, prompt in enumerate(prompts, first):
         keys = [
             stream_key(cfg.seed, TRAINING, state.number, group_number, g)
             for g in range(level.group_size)
         ]
-        work.append((prompt, keys, state.reward))
-    sampling = Sampling(level.max_new_tokens, cfg.temperature)
+        limit = run.policy.limit(prompt, level.max_new_tokens)
+        requests.append(Request(prompt, keys, state.reward, limit))
     slots = cfg.slots[state.number - 1]
 
     def sample_and_score(share):
         # -> a list of Attempt for each prompt; a group is scored once it is sampled
-        done = run.solver.attempt(share, sampling, slots, update.seconds)
+        done = run.solver.attempt(share, Sampling(cfg.temperature), slots, update.seconds)
         return [
-            (attempts, make_group(run, level, prompt, attempts))
-            for (prompt, *_), attempts in zip(share, done)
+            (attempts, make_group(run, level, request, attempts))
+            for request, attempts in zip(share, done)
         ]
 
     # the results of all processes, in order, on each; if one process fails, all raise
-    scored = run.ranks.share_out(work, sample_and_score)
+    scored = run.ranks.share_out(requests, sample_and_score)
     attempts, groups = zip(*scored)
     update.add_draw(prompts, attempts, groups)
     return groups
 
 
-def make_group(run, level, prompt, attempts):
+def make_group(run, level, request, attempts):
     """r_i = R_l(q, o_i) + K_l length_l(o_i), the two parts kept apart, and A_i, as a Group."""
     outcome = torch.tensor([a.score.outcome for a in attempts], dtype=torch.float64)
-    limit = min(level.max_new_tokens, run.policy.room(prompt))
     length_reward = level.length_weight * length_term(
         run.cfg.length_kind,
         outcome.new_tensor([a.length for a in attempts]),
         outcome >= 1,
         torch.tensor([a.completion.stopped for a in attempts]),
-        limit,
+        request.limit,
     )
     return Group(
-        prompt=prompt.tokens,
+        prompt=request.prompt.tokens,
         completions=[a.completion for a in attempts],
         outcome=outcome,
         length_reward=length_reward,
@@ -296,9 +295,11 @@ def evaluate_held_out(run):
     the training temperature, at most the largest Len_l, whatever level is being trained."""
     cfg, requests, rows = run.cfg, [], []
     longest = max(state.level.max_new_tokens for state in run.levels)
-    sampling = Sampling(longest, cfg.temperature)
+    sampling = Sampling(cfg.temperature)
     for _, prompts, reward in run.held_out:
-        requests += evaluation_requests(cfg.seed, prompts, cfg.eval_samples, reward)
+        requests += evaluation_requests(
+            run.policy, prompts, cfg.eval_samples, longest, cfg.seed, reward
+        )
     scored = evaluate(run.ranks, run.solver, requests, sampling, min(cfg.slots))
     results = map(result_of, scored)
     for labels, prompts, _ in run.held_out:

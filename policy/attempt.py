@@ -11,19 +11,27 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from data import Prompt
 from policy.memory import free_bytes
 from policy.packed import packed
-from rewards import VERIFIER, Score
-from rollout import MIN_ROWS, Completion, sample, stream_key
+from rewards import VERIFIER, Reward, Score
+from rollout import EVALUATION, MIN_ROWS, Completion, sample, stream_key
 
-TRAINING, DIFFICULTY, EVALUATION = 1, 2, 3  # purposes of random streams: see rollout.stream_key
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that is to be completed once for each key."""
+
+    prompt: Prompt
+    keys: list  # see rollout.stream_key
+    reward: Reward  # R_l
+    limit: int  # tokens of a completion at most, see Policy.limit
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled: the settings of rollout.sample by their names."""
+    """How tokens are chosen, see rollout.sample."""
 
-    max_new_tokens: int  # of each completion, the stop token included
     temperature: float  # 0 is greedy
     top_k: int = 0  # 0 is off, as in training
     top_p: float = 1.0  # 1 is off, as in training
@@ -54,6 +62,18 @@ class Attempt:
         return row | ({"values": self.score.values} if self.score.values else {})
 
 
+@dataclass(frozen=True)
+class SampledGroup:
+    """The completions of a prompt, which are being scored."""
+
+    completions: list
+    texts: list  # see Attempt
+    scores: object  # a function that waits for them, see Scorer.begin
+
+    def attempts(self):
+        return list(map(Attempt, self.completions, self.texts, self.scores()))
+
+
 class Solver:
     """A policy that attempts problems: it samples completions and has them scored.
 
@@ -64,41 +84,34 @@ class Solver:
         self.policy, self.scorer, self.show_progress = policy, scorer, show_progress
         self.most_slots = math.inf
 
-    def attempt(self, work, sampling, slots, seconds=None):
-        """Complete every prompt once per key, and score: one list of Attempt per prompt.
+    def attempt(self, requests, sampling, slots, seconds=None):
+        """Complete every prompt once per key, and score: one list of Attempt per Request.
 
-        A completion ends where the context ends; a prompt that fills the context gets empty
-        completions. The completions of a prompt are scored together: a user's R_l begins as soon as
-        the last of them is there, the verifier compares after all sampling.
+        The completions of a prompt are scored together: a user's R_l begins as soon as the last of
+        them is there, the verifier compares after all sampling.
 
-        work     triples: a prompt, the keys of its completions (rollout.stream_key), its Reward
         slots    completions decoded together
         seconds  a Counter: the time of sampling is added as `sample`, that of scoring after the
                  last sample as `score`
         """
         start = time.perf_counter()
-        silent = not self.show_progress
-        bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=silent, delay=2)
         try:
-            with bar:
-                groups = self.sample_what_fits(work, sampling, slots, bar)
+            groups = self.sample_what_fits(requests, sampling, slots)
             sampled = time.perf_counter()
-            attempts = []
-            for completions, texts, finish in groups:
-                attempts.append(list(map(Attempt, completions, texts, finish())))
+            attempts = [group.attempts() for group in groups]
         finally:
             self.scorer.calls.drop()
         if seconds is not None:
             seconds.update(sample=sampled - start, score=time.perf_counter() - sampled)
         return attempts
 
-    def sample_what_fits(self, work, sampling, slots, bar):
+    def sample_what_fits(self, requests, sampling, slots):
         """`sample_groups`, and again with half of the slots as long as a GPU has no memory for
         them. Raises OutOfMemoryError if it has none for the fewest."""
         while True:
             slots = min(slots, self.most_slots)
             try:
-                return self.sample_groups(work, sampling, slots, bar)
+                return self.sample_groups(requests, sampling, slots)
             except torch.OutOfMemoryError:
                 if slots <= MIN_ROWS:
                     raise
@@ -110,34 +123,45 @@ class Solver:
                 "differ from those of a run that has more memory"
             )
 
-    def sample_groups(self, work, sampling, slots, bar):
-        """-> for each prompt its completions, their texts, and what Scorer.begin returned"""
-        policy, groups = self.policy, [None] * len(work)
-        prompts, keys, rewards = zip(*work) if work else ((), (), ())
-        tokens = [prompt.tokens for prompt in prompts]
-        limits = [min(sampling.max_new_tokens, policy.room(prompt)) for prompt in prompts]
-        options = vars(sampling) | {"max_new_tokens": limits, "stop_ids": policy.stop_ids}
-        slots = min(slots, max(MIN_ROWS, sum(map(len, keys))))
-        with packed(policy.model, slots, free_bytes(policy.model.device)):
-            for number, done in sample(policy.model, tokens, keys, slots=slots, **options):
-                texts = [prompts[number].opening + policy.text(c) for c in done]
-                finish = self.scorer.begin(rewards[number], prompts[number].problem, texts)
-                groups[number] = done, texts, finish
-                bar.update(sum(len(c.tokens) for c in done))
+    def sample_groups(self, requests, sampling, slots):
+        """Return a SampledGroup for each Request."""
+        policy, groups = self.policy, [None] * len(requests)
+        silent = not self.show_progress
+        bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=silent, delay=2)
+        slots = min(slots, max(MIN_ROWS, sum(len(request.keys) for request in requests)))
+        with bar, packed(policy.model, slots, free_bytes(policy.model.device)):
+            for number, done in sample(
+                policy.model,
+                [request.prompt.tokens for request in requests],
+                [request.keys for request in requests],
+                [[request.limit] * len(request.keys) for request in requests],
+                slots=slots,
+                stop_ids=policy.stop_ids,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            ):
+                prompt, reward = requests[number].prompt, requests[number].reward
+                texts = [prompt.opening + policy.text(completion) for completion in done]
+                scores = self.scorer.begin(reward, prompt.problem, texts)
+                groups[number] = SampledGroup(done, texts, scores)
+                bar.update(sum(len(completion.tokens) for completion in done))
         return groups
 
 
-def evaluation_requests(seed, prompts, samples, reward=VERIFIER, purpose=EVALUATION):
-    """Every prompt with a key for each of its samples, a function of the problem's id, and its R_l:
-    work for `Solver.attempt`.
+def evaluation_requests(
+    policy, prompts, samples, max_new_tokens, seed, reward=VERIFIER, purpose=EVALUATION
+):
+    """Return a Request for each prompt. The keys of its samples are functions of the problem's id.
 
     Every evaluation uses the same streams, so two evaluations differ less by chance. Training and
     the measurement of difficulty use others: problems that were called hard after unlucky samples
     look easier with new samples, even without any training.
     """
-    work = []
+    requests = []
     for prompt in prompts:
         number = zlib.crc32(prompt.problem.id.encode())
         keys = [stream_key(seed, purpose, number, k) for k in range(samples)]
-        work.append((prompt, keys, reward))
-    return work
+        limit = policy.limit(prompt, max_new_tokens)
+        requests.append(Request(prompt, keys, reward, limit))
+    return requests

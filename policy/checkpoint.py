@@ -103,6 +103,11 @@ class Policy:
         """Tokens that the context leaves for a completion; 0: the prompt is too long."""
         return max(0, self.model.context - len(prompt.tokens))
 
+    def limit(self, prompt, max_new_tokens):
+        """Return how many tokens a completion may have: Len_l, or fewer where the context ends. If
+        the prompt fills the context, its completions are empty."""
+        return min(max_new_tokens, self.room(prompt))
+
     def text(self, completion):
         tokens = completion.tokens[: len(completion.tokens) - completion.stopped]
         return self.tokenizer.decode(tokens)

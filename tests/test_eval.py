@@ -21,13 +21,14 @@ from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
+import rollout
 from common.files import Stop
 from common.statistics import difference, interval, majority, pass_at_k, wilson
 from data import Problem, level_names, read_problems
 from eval import measure, result_of, rows_of
 from policy import attempt as policies
 from policy import checkpoint
-from policy.attempt import Attempt, Sampling, Solver, evaluation_requests
+from policy.attempt import Attempt, Request, Sampling, Solver, evaluation_requests
 from policy.checkpoint import Policy
 from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
 from rollout import Completion
@@ -135,7 +136,7 @@ def test_a_difference_of_nothing_is_not_certain():
 
 # --------------------------------------------------------------------------------------- attempts
 
-TEN = Sampling(max_new_tokens=10, temperature=1.0)
+ONE = Sampling(temperature=1.0)
 ADD = [Problem("a", "1+1", "2")]
 
 
@@ -150,8 +151,8 @@ def own_folder(toy_folder, tmp_path):
 
 
 def try_one(policy, prompt, seed=0):
-    work = evaluation_requests(seed, [prompt], 2)
-    (attempts,) = Solver(policy, Scorer(9)).attempt(work, TEN, 8)
+    work = evaluation_requests(policy, [prompt], 2, 10, seed)
+    (attempts,) = Solver(policy, Scorer(9)).attempt(work, ONE, 8)
     return attempts
 
 
@@ -165,9 +166,8 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     assert "1 of 2 prompts leave less than the 128 tokens of" in said
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
-    work = evaluation_requests(0, prompts, 2)
-    sampling = replace(TEN, max_new_tokens=500)
-    long, short = Solver(toy_policy, Scorer(9)).attempt(work, sampling, 8)
+    work = evaluation_requests(toy_policy, prompts, 2, 500, 0)
+    long, short = Solver(toy_policy, Scorer(9)).attempt(work, ONE, 8)
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
     assert try_one(toy_policy, prompts[0])[0].score.verdict == NO_ANSWER
@@ -184,9 +184,8 @@ def test_a_model_that_overflows_is_no_wrong_answer(own_folder, temperature):
     """Its tokens are arbitrary. They were measured as a pass rate of 0."""
     policy = load(own_folder)
     policy.model.model.norm.weight.data.fill_(math.inf)
-    sampling = replace(TEN, temperature=temperature)
-    work = evaluation_requests(0, policy.render(ADD), 2)
-    (attempts,) = Solver(policy, Scorer(9)).attempt(work, sampling, 8)
+    work = evaluation_requests(policy, policy.render(ADD), 2, 10, 0)
+    (attempts,) = Solver(policy, Scorer(9)).attempt(work, Sampling(temperature), 8)
     with raises(Stop, match="problem 'a': the model's logits are not finite"):
         rows_of("a", attempts)
 
@@ -205,17 +204,19 @@ def test_streams_of_random_numbers(toy_policy):
     texts = [[a.text for a in try_one(toy_policy, prompt, seed)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
-    purposes = policies.TRAINING, policies.DIFFICULTY, policies.EVALUATION
-    streams = [evaluation_requests(0, [prompt], 4, purpose=purpose)[0][1] for purpose in purposes]
+    work = toy_policy, [prompt], 4, 10, 0
+    purposes = rollout.TRAINING, rollout.DIFFICULTY, rollout.EVALUATION
+    streams = [evaluation_requests(*work, purpose=purpose)[0].keys for purpose in purposes]
     assert len(set(sum(streams, []))) == 12
-    assert evaluation_requests(0, [prompt], 4) == [(prompt, streams[2], VERIFIER)]
+    assert evaluation_requests(*work) == [Request(prompt, streams[2], VERIFIER, 10)]
 
 
 def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
     """Else two arms whose levels differ would be compared on different samples."""
     prompts = toy_policy.render([Problem(name, "1+1", "2") for name in "abc"])
-    a, b, c = evaluation_requests(0, prompts, 2)
-    assert evaluation_requests(0, [prompts[2], prompts[0]], 2) == [c, a] and a[1] != b[1]
+    a, b, c = evaluation_requests(toy_policy, prompts, 2, 10, 0)
+    other = evaluation_requests(toy_policy, [prompts[2], prompts[0]], 2, 10, 0)
+    assert other == [c, a] and a.keys != b.keys
 
 
 @mark.parametrize(
@@ -542,9 +543,9 @@ def test_a_recipe_reaches_prompts_and_sampler(monkeypatch, run):
     compare. A flag that is given wins."""
     seen, original = {}, policies.sample
 
-    def sample(model, prompts, keys, **settings):
+    def sample(model, prompts, *rest, **settings):
         seen.update(settings, prompts=prompts)
-        return original(model, prompts, keys, **settings)
+        return original(model, prompts, *rest, **settings)
 
     monkeypatch.setattr(policies, "sample", sample)
     summary = json.loads(run(f"@{RECIPES}/eval-deepscaler.args {SHORT} --top-k 9 --out o")[-1])

@@ -11,7 +11,7 @@ import train
 from data import Problem
 from policy import attempt as attempts
 from policy import learner, memory
-from policy.attempt import Sampling, Solver
+from policy.attempt import Request, Sampling, Solver
 from policy.learner import Learner
 from rollout import KVCache
 
@@ -95,7 +95,7 @@ def test_the_fewest_slots_are_the_end(toy_policy, monkeypatch, slots):
     solver, many = Solver(toy_policy, SimpleNamespace(calls=SimpleNamespace(drop=int))), [0] * 99
     (prompt,) = toy_policy.render([Problem("p", "1", "1")])
     with raises(torch.OutOfMemoryError):
-        solver.attempt([(prompt, many, None)], Sampling(3, 1.0), slots)
+        solver.attempt([Request(prompt, many, None, 3)], Sampling(1.0), slots)
     assert tried == [slots, 8][: slots - 7]
 
 

@@ -46,7 +46,8 @@ def test_any_sampling_is_that_of_each_prompt_alone(
     with MonkeyPatch.context() as patch:
         patch.setattr(rollout, "PREFILL_TOKENS", prefill)
         patch.setattr(rollout, "ROOM", room)
-        work = prompts, keys[: len(prompts)], limits[: len(prompts)]
+        own = [[limit] * n for limit, n in zip(limits, counts)]
+        work = prompts, keys[: len(prompts)], own[: len(prompts)]
         done = sampled(MODEL, *work, slots=slots, **options)
         for one, *alone in zip(done, *work):
             (expected,) = sampled(MODEL, *([each] for each in alone), slots=8, **options)

@@ -23,7 +23,7 @@ import rewards
 from answers.equality import extract_answer
 from common.files import Stop
 from data import Problem
-from policy.attempt import Sampling, Solver
+from policy.attempt import Request, Sampling, Solver
 from rewards import (
     CASE_SECONDS,
     ERROR,
@@ -445,8 +445,8 @@ def test_a_reward_sees_what_the_template_opened(toy_policy):
     seen = []
     reward = function(lambda problem, response: seen.append(response) or 1)
     prompt = replace(*toy_policy.render([Problem("p", "1", "1")]), opening="<think>")
-    work = [(prompt, [stream_key(1, 0)], reward)]
-    ((one,),) = Solver(toy_policy, scorer()).attempt(work, Sampling(3, 1.0), 8)
+    requests = [Request(prompt, [stream_key(1, 0)], reward, 3)]
+    ((one,),) = Solver(toy_policy, scorer()).attempt(requests, Sampling(1.0), 8)
     assert seen == [one.text] and one.text.startswith("<think>")
     assert not writes_steps("<think>\\boxed{1}")
 
@@ -513,7 +513,7 @@ def test_a_group_is_scored_while_others_are_sampled():
     model, steps, begun = random_model(), [], {}
     model.register_forward_pre_hook(lambda *_: steps.append(1))
     keys, settings = [[stream_key(i, 0)] for i in range(2)], dict(stop_ids=(), temperature=1.0)
-    for number, _ in sample(model, [[5, 6]] * 2, keys, [3, 40], slots=8, **settings):
+    for number, _ in sample(model, [[5, 6]] * 2, keys, [[3], [40]], slots=8, **settings):
         begun[number] = len(steps)
     assert begun[0] + 30 < begun[1]
 

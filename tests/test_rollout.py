@@ -24,7 +24,7 @@ def complete(model, prompts=PROMPTS, samples=3, limit=25, **settings):
     for i, n in enumerate(np.broadcast_to(samples, len(prompts))):
         keys.append([stream_key(0, i, k) for k in range(n)])
     settings = dict(slots=8, stop_ids={3, 50}, temperature=1.0) | settings
-    return sampled(model, prompts, keys, [limit] * len(prompts), **settings)
+    return sampled(model, prompts, keys, [[limit] * len(own) for own in keys], **settings)
 
 
 def sampled(model, prompts, *arguments, **settings):
@@ -112,7 +112,7 @@ def test_rows_idle_return_copy_and_leave(monkeypatch):
     cache.copy(3, [1], 16)
     check(ids, [0, 16, 0, 16], 3, idle=[0, 2])
     assert 19 <= cache.room <= 24
-    cache.keep([3, 1])
+    cache.replace(lambda x: x[[3, 1]])
     check(ids[[3, 1]], [19, 19], 12)
 
 
@@ -260,31 +260,31 @@ def test_edges_of_the_distribution_function():
     """u = 0 must not pick a leading token of probability 0, nor u -> 1 a trailing one. The
     log-probs of nan say what is wrong, and it must not run off the end of the vocabulary."""
     logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]] * 2)
-    u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    u = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
     tokens, logprobs = choose(logits, u, 1.0)
-    assert tokens.tolist() == [1, 2] and torch.allclose(logprobs, torch.tensor(0.5).log())
+    assert tokens.tolist() == [[1], [2]] and torch.allclose(logprobs, torch.tensor(0.5).log())
     tokens, logprobs = choose(logits * torch.nan, u, 1.0)
-    assert logprobs.isnan().all() and set(tokens.tolist()) <= {0, 1, 2, 3}
+    assert logprobs.isnan().all() and set(tokens[:, 0].tolist()) <= {0, 1, 2, 3}
 
 
 def test_top_k_and_top_p_by_hand():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(1000, 1)
-    u = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
+    u = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)[:, None]
     assert choose(logits, u, 1.0, 2)[1][0].exp().item() == pytest.approx(0.625)  # renormalised
     # 0.5 < 0.7 <= 0.5 + 0.3; one always stays; of the two likeliest, the first has 0.625.
     for top_k, top_p, kept in ((2, 1, {0, 1}), (0, 0.7, {0, 1}), (0, 0.4, {0}), (2, 0.6, {0})):
-        assert set(choose(logits, u, 1.0, top_k, top_p)[0].tolist()) == kept
+        assert set(choose(logits, u, 1.0, top_k, top_p)[0][:, 0].tolist()) == kept
 
 
 def test_limits_and_equal_prompts():
-    """A limit for each prompt, or for each completion. A prompt that is drawn twice is sampled
+    """A limit for each completion. A prompt that is drawn twice is sampled
     twice: equal completions would count one sample double."""
     keys = [[stream_key(i, k) for k in range(4)] for i in range(3)]
-    limits = [7, [3, 1, 9, 2], 7]
+    limits = [[7] * 4, [3, 1, 9, 2], [7] * 4]
     settings = dict(slots=2, stop_ids=(), temperature=1.0)
     done = sampled(random_model(), [[5, 6]] * 3, keys, limits, **settings)
     lengths = [[len(tokens) for tokens in cs] for cs in tokens_of(done)]
-    assert lengths == [[7] * 4, [3, 1, 9, 2], [7] * 4]
+    assert lengths == limits
     assert all(a.tokens != b.tokens for a, b in zip(done[0], done[2]))
 
 

@@ -27,11 +27,11 @@ from eprli import (
     learning_rate,
 )
 from model import pad
-from policy.attempt import TRAINING, Attempt, Sampling, Solver
+from policy.attempt import Attempt, Request, Sampling, Solver
 from policy.checkpoint import default_dtype
 from policy.learner import Learner
 from rewards import Score
-from rollout import Completion, stream_key
+from rollout import TRAINING, Completion, stream_key
 from run.config import PER_LEVEL, Config, levels_of, parse, resolve
 from run.log import results_of, shown
 from run.processes import Ranks
@@ -641,7 +641,7 @@ def test_held_out_completions_may_be_as_long_as_any_levels(workshop, monkeypatch
 
     def watch(solver, work, sampling, *rest):
         if len(rest) == 1:  # an evaluation asks for no seconds
-            seen.append((sampling.max_new_tokens, sampling.temperature))
+            seen.extend((request.limit, sampling.temperature) for request in work)
         return attempt(solver, work, sampling, *rest)
 
     monkeypatch.setattr(Solver, "attempt", watch)
@@ -700,15 +700,14 @@ def test_length_rewards_know_the_limit_that_applied_and_what_r_l_calls_right(
 ):
     """The context ends before Len_l, so 5 tokens are half of what there was; and the user's R_l,
     not the grader, says which of two completions is right: one of 0.5 is not."""
-    cfg, policy = Config(length_kind=kind), SimpleNamespace(room=lambda prompt: 10)
-    run = SimpleNamespace(cfg=cfg, policy=policy, policy_version=0)
+    run = SimpleNamespace(cfg=Config(length_kind=kind), policy_version=0)
     own = level(max_new_tokens=40, length_weight=1.0)
     attempts = []
     for outcome, verdict, n in zip((1.0, 0.5), ("right", "wrong"), lengths):
         completion = Completion([7] * n, [-1.0] * n, True)
         attempts.append(Attempt(completion, "", Score(outcome, verdict, "1")))
     prompt = Prompt(Problem("p", "1", "1"), [1], "")
-    group = train.make_group(run, own, prompt, attempts)
+    group = train.make_group(run, own, Request(prompt, [], None, 10), attempts)
     assert group.length_reward.tolist() == approx(expected)
 
 
@@ -780,7 +779,7 @@ def test_no_two_completions_share_a_stream(workshop, monkeypatch):
     drawn, attempt = [], Solver.attempt
 
     def watch(solver, work, *rest):
-        drawn.append([key for _, keys, _ in work for key in keys])
+        drawn.append([key for request in work for key in request.keys])
         return attempt(solver, work, *rest)
 
     monkeypatch.setattr(Solver, "attempt", watch)
@@ -810,5 +809,5 @@ def test_a_call_that_ends_early_drops_its_rewards(toy_policy, monkeypatch):
     monkeypatch.setattr("policy.attempt.sample", Mock(side_effect=KeyboardInterrupt))
     using = Mock()
     with raises(KeyboardInterrupt):
-        Solver(toy_policy, using).attempt([], Sampling(3, 1.0), 8)
+        Solver(toy_policy, using).attempt([], Sampling(1.0), 8)
     using.calls.drop.assert_called_once()
