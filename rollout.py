@@ -10,7 +10,7 @@ the KV cache.
 """
 
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os.path import commonprefix  # takes any sequences
 
 import numpy as np
@@ -68,7 +68,7 @@ def uniforms(keys, positions):
 
     uint64 (R,), (R,) -> float64 (R,)
     """
-    z = keys + (positions.astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+    z = keys + (positions + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return ((z ^ (z >> 31)) >> 11) * 2.0**-53
@@ -87,7 +87,7 @@ def keep_likely(logprobs, top_k, top_p):
     return logprobs.scatter(-1, order, ordered).log_softmax(-1)
 
 
-def choose(logits, u, temperature, top_k=0, top_p=1.0):
+def choose(logits, u, temperature, top_k, top_p):
     """Pick one token per row: the inverse of its distribution function at u.
 
     logits (R, V), u (R, 1) in [0, 1) -> tokens, logprobs (R, 1), nats. Temperature 0 is greedy: its
@@ -132,10 +132,18 @@ class KVCache:
         config = model.config
         empty = model.lm_head.weight.new_zeros(rows, config.num_key_value_heads, 0, model.head_dim)
         self.k = [empty] * config.num_hidden_layers
-        self.v = [empty] * config.num_hidden_layers
+        self.v = list(self.k)
         self.longest = longest
-        self.reads_filled = reads_filled(empty)
-        self.growth, self.slack = (2, 4) if self.reads_filled else (9 / 8, 2)
+        # Whether `filled_attention` has a kernel for such keys: flash attention in half precision,
+        # of NVIDIA's cards from Ampere on.
+        self.reads_filled = (
+            empty.is_cuda
+            and empty.itemsize == 2
+            and empty.shape[3] % 8 == 0
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(empty.device) >= (8, 0)
+            and not torch.version.hip
+        )
 
     @property
     def room(self):
@@ -143,10 +151,10 @@ class KVCache:
 
     def fit(self, length):
         """Make room for `length` positions; give room back if little of it is used."""
-        if length <= self.room <= max(ROOM, self.slack * length):
-            return
-        change = round_up(min(int(length * self.growth), self.longest), ROOM) - self.room
-        self.replace(lambda x: F.pad(x, (0, 0, 0, change)))  # a negative number cuts
+        growth, slack = (2, 4) if self.reads_filled else (9 / 8, 2)
+        if not length <= self.room <= max(ROOM, slack * length):
+            change = round_up(min(int(length * growth), self.longest), ROOM) - self.room
+            self.replace(lambda x: F.pad(x, (0, 0, 0, change)))  # a negative number cuts
 
     def copy(self, source, targets, length):
         """Copy the first `length` positions of row source to the rows targets."""
@@ -210,19 +218,6 @@ class KVCache:
         return additive_mask(seen, self.k[0].dtype)
 
 
-def reads_filled(x):
-    """Whether `filled_attention` has a kernel for such keys: flash attention in half precision, of
-    NVIDIA's cards from Ampere on."""
-    return (
-        x.is_cuda
-        and x.itemsize == 2
-        and x.shape[3] % 8 == 0
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and not torch.version.hip
-    )
-
-
 def filled_attention(q, k, v, starts, filled):
     """Flash attention of one token a row: q (R, K, H / K, D), k and v (R, K, S, D)
     -> (R * K, H / K, D).
@@ -272,7 +267,7 @@ def capture(step, device):
 
 @dataclass(eq=False)
 class SharedPrompt:
-    """A prompt, its completions in the making, and where its keys and values are.
+    """A prompt, and where its keys and values are.
 
     From its prefill until the last of its sequences has a slot, one row of the cache keeps it to be
     copied.
@@ -280,32 +275,27 @@ class SharedPrompt:
 
     number: int
     tokens: list
-    sequences: list = None
     unfinished: int = 0  # of its sequences
     slot: int = None  # of the row that keeps it
     logits: torch.Tensor = None  # (V,) of the first token to sample
 
 
-@dataclass(eq=False)
+@dataclass
 class Sequence:
     """A completion in the making."""
 
     prompt: SharedPrompt
     key: int  # its stream of random numbers
     limit: int  # tokens
-    tokens: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
+    tokens: list
+    logprobs: list
     stopped: bool = False
-
-    @property
-    def filled(self):
-        """Tokens of prompt and completion so far."""
-        return len(self.prompt.tokens) + len(self.tokens)
 
 
 class Slots:
     """The decoding rows: slot i decodes one sequence and uses row i of the KV cache.
 
+    groups   the sequences of each prompt
     running  a Sequence per slot, or None where it is idle
     waiting  sequences without a slot, group by group
     fed      (2, rows): what the model is fed next, a token and its position. An idle row is fed
@@ -319,25 +309,26 @@ class Slots:
 
     def __init__(self, model, prompts, keys, limits, slots):
         """See `sample`."""
-        self.model, self.waiting = model, deque()
-        for number, (tokens, own_keys, own_limits) in enumerate(zip(prompts, keys, limits)):
-            prompt = SharedPrompt(number, tokens)
-            prompt.sequences = [Sequence(prompt, *each) for each in zip(own_keys, own_limits)]
-            sampled = [sequence for sequence in prompt.sequences if sequence.limit]
+        self.model, self.groups, self.waiting = model, [], deque()
+        for tokens, *own in zip(prompts, keys, limits):
+            prompt = SharedPrompt(len(self.groups), tokens)
+            group = [Sequence(prompt, key, limit, [], []) for key, limit in zip(*own)]
+            sampled = [sequence for sequence in group if sequence.limit]
             prompt.unfinished = len(sampled)
+            self.groups.append(group)
             self.waiting += sampled
         rows = max(MIN_ROWS, min(slots, len(self.waiting)))
         self.running = [None] * rows
-        longest = max((sequence.filled + sequence.limit for sequence in self.waiting), default=0)
+        longest = max((len(s.prompt.tokens) + s.limit for s in self.waiting), default=0)
         self.cache = KVCache(model, rows, longest)
         self.logits = model.lm_head.weight.new_zeros(rows, model.config.vocab_size)
-        self.fed = np.zeros((2, rows), np.int64)
+        self.fed = np.zeros((2, rows), int)
         self.captured = None  # a tensor of the cache for which `replay` stands
 
     @property
     def live(self):
         """Return (slot, its sequence) for every slot that is not idle."""
-        return [(slot, sequence) for slot, sequence in enumerate(self.running) if sequence]
+        return [pair for pair in enumerate(self.running) if pair[1]]
 
     def refill(self):
         """Give every idle slot the next waiting sequence, and its row the prompt of this sequence.
@@ -350,8 +341,6 @@ class Slots:
             2     A | A2 done   C | C0       prefilled; row 2 keeps C, because C1 waits
             3     B | B0 done   B | B1       row 3 has kept B, so B's next sequence is in it
         """
-        if not self.waiting:
-            return
         idle = [slot for slot, sequence in enumerate(self.running) if not sequence]
         # The slot that keeps a prompt comes first, so that only a sequence of this prompt gets it.
         idle.sort(key=lambda slot: slot != self.waiting[0].prompt.slot)
@@ -364,8 +353,7 @@ class Slots:
 
     def prefill_new(self, placed):
         """Run the prompts that no row keeps through the model, each into its first new row."""
-        new = [prompt for prompt in placed if prompt.slot is None]
-        new.sort(key=lambda prompt: len(prompt.tokens))
+        new = sorted((p for p in placed if p.slot is None), key=lambda p: len(p.tokens))
         for prompt in new:
             prompt.slot = placed[prompt][0]
         while new:  # the longest ones first
@@ -390,8 +378,7 @@ class Slots:
             shared = max(0, len(commonprefix(tokens)) - 1) // MIN_ROWS * MIN_ROWS
         if shared:
             self.extend(rows[:1], [tokens[0][:shared]], 0)
-            others = torch.tensor(rows[1:], device=self.logits.device)
-            self.cache.copy(rows[0], others, shared)
+            self.cache.copy(rows[0], torch.tensor(rows[1:], device=self.logits.device), shared)
         rest = [row[shared:] for row in tokens]
         last = [len(row) - 1 for row in rest]
         hidden = self.extend(rows, rest, shared)[range(len(rows)), last]
@@ -408,14 +395,14 @@ class Slots:
         attend = self.cache.prefilling(positions, torch.tensor(rows, device=device))
         return self.model.model(ids, positions, attend)
 
-    def advance(self, temperature, top_k, top_p):
-        """Sample the next token of every slot."""
+    def advance(self, *settings):
+        """Sample the next token of every slot.  settings: temperature, top_k, top_p of `choose`"""
         places = [(s.key, len(s.tokens)) if s else (0, 0) for s in self.running]
         places = np.array(places, np.uint64)
         u = torch.from_numpy(uniforms(*places.T)).to(self.logits.device, non_blocking=True)
         chosen = []
         for logits, some in row_chunks(self.logits, u):
-            pair = choose(logits, some, temperature, top_k, top_p)
+            pair = choose(logits, some, *settings)
             chosen.append(torch.cat([x.double() for x in pair], 1))
         chosen = torch.cat(chosen).tolist()  # one GPU sync
         for slot, sequence in self.live:
@@ -433,7 +420,7 @@ class Slots:
                 self.fed[1, slot] = len(prompt.tokens)
                 prompt.unfinished -= 1
                 if not prompt.unfinished:
-                    own = prompt.sequences
+                    own = self.groups[prompt.number]
                     yield prompt.number, [Completion(s.tokens, s.logprobs, s.stopped) for s in own]
 
     def compact(self):
@@ -451,7 +438,8 @@ class Slots:
     def decode(self):
         """Feed every slot its last token."""
         for slot, sequence in self.live:
-            self.fed[:, slot] = sequence.tokens[-1], sequence.filled - 1
+            last = len(sequence.prompt.tokens) + len(sequence.tokens) - 1
+            self.fed[:, slot] = sequence.tokens[-1], last
         self.cache.fit(self.fed[1].max() + 1)
         fed = torch.from_numpy(self.fed)
         if self.captured is not self.cache.k[0]:  # the first step, or tensors have moved
@@ -483,9 +471,10 @@ def sample(model, prompts, keys, limits, *, slots, stop_ids, temperature, top_k=
     work = Slots(model, prompts, keys, limits, slots)
     for number, own in enumerate(limits):
         if not any(own):
-            yield number, [Completion([], [], False) for _ in own]
+            yield number, [Completion([], [], False)] * len(own)
     while work.waiting or work.live:
-        work.refill()
+        if work.waiting:
+            work.refill()
         work.advance(temperature, top_k, top_p)
         complete = list(work.retire(stop_ids))
         work.compact()

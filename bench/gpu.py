@@ -78,7 +78,7 @@ def decoding(args):
 def decode(args, model, slots, length):
     """A step of slots that have read `length` positions."""
     keys = [stream_key(0, i) for i in range(slots)]
-    work = Slots(model, [[5] * length], [keys], [64], slots)
+    work = Slots(model, [[5] * length], [keys], [[64] * slots], slots)
 
     def step():
         work.advance(1.0, 0, 1.0)

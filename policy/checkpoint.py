@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -37,10 +38,9 @@ class Policy:
 
         Raises ValueError saying what is wrong.
         """
-        folder = base = find_folder(name)
+        folder = find_folder(name)
         adapter = lora.read_config(folder)
-        if adapter:
-            base = find_folder(adapter["base_model_name_or_path"])
+        base = find_folder(adapter["base_model_name_or_path"]) if adapter else folder
         prompting = data.read_prompting(flags)
         model = Transformer.from_pretrained(base, getattr(torch, dtype), device)
         if adapter:
@@ -50,11 +50,11 @@ class Policy:
             tokenizer.encode("1")  # fails for a bad model_max_length
         tokenizer.clean_up_tokenization_spaces = False  # text is graded as it was written
         check_round_trip(folder, tokenizer)
-        template = prompting["template"]
-        if not tokenizer.chat_template:
-            template.setdefault("chat_template", data.PLAIN_TEMPLATE)
-        if text := template.get("chat_template"):
-            template["chat_template"] = tokenizer.chat_template = data.with_bos(tokenizer, text)
+        # --template, or for a tokenizer without a template of its own the plain one.
+        own = tokenizer.chat_template
+        text = prompting["template"].pop("chat_template", None if own else data.PLAIN_TEMPLATE)
+        if text:
+            tokenizer.chat_template = data.with_bos(tokenizer, text)
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}
         return cls(model, tokenizer, tuple(sorted(stop_ids - {None})), folder, prompting)
@@ -62,8 +62,9 @@ class Policy:
     def save(self, folder):
         """Write what stands beside the weights in a folder that `load` reads."""
         self.tokenizer.save_pretrained(folder)
-        stops, padding = list(self.stop_ids), self.tokenizer.pad_token_id
-        GenerationConfig(eos_token_id=stops, pad_token_id=padding).save_pretrained(folder)
+        GenerationConfig(
+            eos_token_id=list(self.stop_ids), pad_token_id=self.tokenizer.pad_token_id
+        ).save_pretrained(folder)
 
     def render(self, problems):
         """[Problem, ...] -> [Prompt, ...]. Raises ValueError if a prompt does not fit the model."""
@@ -89,11 +90,12 @@ class Policy:
         for prompt in prompts[:2]:
             text = self.tokenizer.decode(prompt.tokens)
             tqdm.write(f"{prompt.problem.id!r}, gold {prompt.problem.answer!r}: {text!r}")
-        if too_long := sum(not self.room(p) for p in prompts):
+        rooms = list(map(self.room, prompts))
+        if too_long := rooms.count(0):
             tqdm.write(
                 f"{name}: {too_long} of {len(prompts)} prompts fill the context and count as wrong"
             )
-        if short := sum(0 < self.room(p) < longest for p in prompts):
+        if short := sum(0 < room < longest for room in rooms):
             tqdm.write(
                 f"{name}: {short} of {len(prompts)} prompts leave less than the {longest} tokens "
                 f"of a completion in the context of {self.model.context}"
@@ -160,17 +162,16 @@ def read_stop_ids(folder, tokenizer, config):
     if path.is_file():
         with explained(f"{path}: not a JSON object"):
             named.append(json.loads(path.read_text()).get("eos_token_id"))
-    stop_ids = set()
-    for ids in named:
-        for i in ids if isinstance(ids, list) else [ids]:
-            if i is not None and i not in range(config.vocab_size):
-                raise ValueError(
-                    f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
-                    f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
-                    "the tokenizer), so no completion would stop"
-                )
-            stop_ids.add(i)
-    if stop_ids == {None}:
+    lists = [ids if isinstance(ids, list) else [ids] for ids in named]
+    stop_ids = {*chain(*lists)} - {None}
+    for i in stop_ids:
+        if i not in range(config.vocab_size):
+            raise ValueError(
+                f"{folder}: the stop token {i!r} is not in the model's vocabulary of "
+                f"{config.vocab_size} (eos_token_id in config.json, generation_config.json or "
+                "the tokenizer), so no completion would stop"
+            )
+    if not stop_ids:
         raise ValueError(f"{folder}: neither tokenizer nor config names a stop token")
     return stop_ids
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -157,14 +158,13 @@ def cut_micro_batches(samples, max_tokens):
     """Samples -> micro-batches: of one prompt each, and of at most max_tokens padded tokens (or of
     one sample)."""
     batches = []
-    for s in sorted(samples, key=lambda s: (s.group.prompt, -completion_length(s))):
-        longest = batches and batches[-1][0]
-        if longest and longest.group.prompt == s.group.prompt:
-            padded = (len(batches[-1]) + 1) * completion_length(longest)
-            if len(s.group.prompt) + padded <= max_tokens:
-                batches[-1].append(s)
-                continue
-        batches.append([s])
+    ordered = sorted(samples, key=lambda s: (s.group.prompt, -completion_length(s)))
+    for prompt, alike in groupby(ordered, lambda s: s.group.prompt):
+        waiting = list(alike)
+        while waiting:  # the first one is the longest, to which the others are padded
+            size = max(1, (max_tokens - len(prompt)) // completion_length(waiting[0]))
+            batches.append(waiting[:size])
+            del waiting[:size]
     return batches
 
 
@@ -187,11 +187,9 @@ def shard(model, ranks):
 
     dtype = model.lm_head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
-    try:
-        sharded = copy.deepcopy(model).to(wide)
-    finally:
-        model.model.layers = layers
+    layers = model.model.layers
+    # A copy without layers: deepcopy takes the empty list for a copy that it has made already.
+    sharded = copy.deepcopy(model, {id(layers): torch.nn.ModuleList()}).to(wide)
     mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.size,))
     precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     for layer in layers:  # one by one: no process ever holds all of them in float32

@@ -38,13 +38,8 @@ def add_factors(layer, x, out):
     if not isinstance(layer, LoraLinear):
         return out
     low_rank = F.linear(x, layer.lora_A).flatten(0, -2)
-    B = layer.lora_B.t()
-    return torch.addmm(out.flatten(0, -2), low_rank, B, alpha=layer.scale).view(out.shape)
-
-
-def layers(model):
-    """The linear layers of the decoder's blocks."""
-    return [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    total = torch.addmm(out.flatten(0, -2), low_rank, layer.lora_B.t(), alpha=layer.scale)
+    return total.view(out.shape)
 
 
 def add(model, rank, alpha=ALPHA, seed=0):
@@ -56,12 +51,14 @@ def add(model, rank, alpha=ALPHA, seed=0):
         raise ValueError(f"--lora-rank {rank} is more than the hidden size of the model")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
-    for layer in layers(model):
-        A, B = torch.empty(rank, layer.in_features), torch.zeros(layer.out_features, rank)
-        nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
-        layer.__class__ = LoraLinear  # its weight and bias stay as they are
-        layer.scale = alpha / rank
-        layer.lora_A, layer.lora_B = (nn.Parameter(x.to(layer.weight)) for x in (A, B))
+    for layer in model.model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = LoraLinear  # its weight and bias stay as they are
+            layer.scale = alpha / rank
+            A = torch.empty(rank, layer.in_features)
+            nn.init.kaiming_uniform_(A, math.sqrt(5), generator=generator)
+            layer.lora_A = nn.Parameter(A.to(layer.weight))
+            layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
 
 
 def tensors(model):
@@ -86,9 +83,10 @@ def save(model, folder, base, rank):
 
 def read_config(folder):
     """adapter_config.json; None if there is none. Raises ValueError"""
-    if (folder / CONFIG).is_file():
-        with explained(f"{folder / CONFIG}: not a JSON object that names its base"):
-            config = json.loads((folder / CONFIG).read_text())
+    path = folder / CONFIG
+    if path.is_file():
+        with explained(f"{path}: not a JSON object that names its base"):
+            config = json.loads(path.read_text())
             Path(config["base_model_name_or_path"])  # fails unless it is a text
             return config
 
@@ -103,7 +101,7 @@ def load(model, config, folder):
         if set(config["target_modules"]) != set(TARGETS):
             raise ValueError(f"target_modules must be all of {' '.join(TARGETS)}")
         add(model, config["r"], config["lora_alpha"])
-        factors = load_file(folder / WEIGHTS)
-        check_tensors(folder, factors, tensors(model))
-        for name, factor in tensors(model).items():
-            factor.copy_(factors[name])
+        factors, own = load_file(folder / WEIGHTS), tensors(model)
+        check_tensors(folder, factors, own)
+        for name in own:
+            own[name].copy_(factors[name])

@@ -19,8 +19,6 @@ from model import MLP, Attention
 from policy.lora import add_factors
 
 JOINED = {Attention: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}
-# What torch raises where an operation does not exist, or has no kernel for this CPU or dtype.
-MISSING = (RuntimeError, AttributeError)
 
 
 @contextmanager
@@ -37,22 +35,21 @@ def packed(model, rows, free=math.inf):
         packs = has_kernel(model.lm_head.weight.dtype)
     else:
         packs = 4 * joined_bytes(model) <= free
-    replaced, joined = [], set()
+    joined = set()
     try:
         for module in model.modules() if packs else ():  # from the outside to the inside
             if names := JOINED.get(type(module)):
                 layers = [getattr(module, name) for name in names]
                 joined.update(layers)
-                replaced.append((module, "project"))
                 module.project = product(layers, rows)
             elif on_cpu and isinstance(module, nn.Linear) and module not in joined:
                 project = product([module], rows)
-                replaced.append((module, "forward"))
                 module.forward = lambda x, project=project: project(x)[0]
         yield
     finally:
-        for module, method in replaced:
-            vars(module).pop(method, None)  # that of its class is in force again
+        for module in model.modules():  # the methods of its class are in force again
+            vars(module).pop("project", None)
+            vars(module).pop("forward", None)
 
 
 def joined_bytes(model):
@@ -66,7 +63,7 @@ def product(layers, rows):
     """-> a function of x, which these layers read: [the output of each], by one product"""
     weight, bias, linear = torch.cat([layer.weight for layer in layers]), None, F.linear
     if not weight.is_cuda:
-        weight, linear = pack(weight, rows), packed_linear
+        weight, linear = torch.ops.mkldnn._reorder_linear_weight(weight, rows), packed_linear
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
     sizes = [layer.out_features for layer in layers]
@@ -83,16 +80,12 @@ def packed_linear(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def pack(weight, rows):
-    """A copy of the weight (O, I) for `packed_linear` with about `rows` rows."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-
 @functools.cache
 def has_kernel(dtype):
     """Whether this machine has the product with packed weights."""
     x = torch.ones(32, 64, dtype=dtype, device="cpu")
-    with suppress(*MISSING):
-        packed_linear(x, pack(x, len(x)))
+    # Raised where an operation does not exist, or has no kernel for this CPU or dtype.
+    with suppress(RuntimeError, AttributeError):
+        packed_linear(x, torch.ops.mkldnn._reorder_linear_weight(x, len(x)))
         return True
     return False

@@ -9,7 +9,6 @@ import torch
 from conftest import edit, families, files, random_model, read, spoil, table, write_lines
 from pytest import approx, fixture, importorskip, mark, raises, skip
 from test_rollout import gaps
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
 import train
@@ -67,7 +66,7 @@ def test_new_factors_change_no_bit(dtype):
     lora.add(model, 8, seed=3)
     with torch.no_grad():
         assert torch.equal(model(some_ids()), base(some_ids()))
-    for layer in lora.layers(model):
+    for layer in filter(lambda module: isinstance(module, lora.LoraLinear), model.modules()):
         bound = 1 / math.sqrt(layer.in_features)  # Kaiming's uniform of PEFT
         assert 0.8 * bound < layer.lora_A.abs().max() <= 1.01 * bound
         assert layer.lora_A.std().item() == approx(bound / math.sqrt(3), rel=0.2)
@@ -151,7 +150,8 @@ def test_sampler_and_learner_agree(dtype, most):
 
 
 def test_a_step_moves_factors_alone():
-    """Weight decay on frozen weights, moments of theirs in memory, a gradient of the head."""
+    """Weight decay on frozen weights, moments of theirs in memory, a gradient of the head; in
+    bfloat16 factors without masters, which a small step would not move."""
     model = adapted("qwen2", torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
     learner = Learner(model, Ranks())
@@ -163,38 +163,6 @@ def test_a_step_moves_factors_alone():
     kinds, _, names = zip(*(name.partition(".") for name, _ in learner.tensors()))
     assert set(kinds) == {"master", "step", "exp_avg", "exp_avg_sq"}
     assert set(names) == {name for name in before if "lora_" in name}
-
-
-def test_no_layer_casts_its_factors():
-    """Two casts a layer, in every forward and for every token that is sampled."""
-    casts, names = [], {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), options=None):
-            if operation is torch.ops.aten._to_copy.default:
-                casts.append(names.get(args[0].data_ptr()))
-            return operation(*args, **(options or {}))
-
-    model = adapted("qwen2", torch.bfloat16)
-    names = {factor.data_ptr(): name for name, factor in lora.tensors(model).items()}
-    with Watch():
-        model(some_ids())
-    assert casts and set(casts) == {None}  # those of the norms
-
-
-def test_masters_of_factors_keep_what_bfloat16_would_lose():
-    """A step of 1e-6 rounds to nothing in factors of about 0.1."""
-    model = adapted("qwen2", torch.bfloat16)
-    before = [factor.float() for factor in lora.tensors(model).values()]
-    learner = Learner(model, Ranks())
-    learner.adamw.param_groups[0]["weight_decay"] = 0.0
-    for _ in range(3):
-        sum(weight.sum() for weight in learner.weights).backward()
-        assert learner.step(1e-6) > 0
-    for weight, master, old in zip(learner.weights, learner.masters, before):
-        assert (weight.dtype, master.dtype) == (torch.bfloat16, torch.float32)
-        torch.testing.assert_close(master, old - 3e-6, rtol=0, atol=1e-7)
-        assert torch.equal(weight, master.bfloat16())
 
 
 # ----------------------------------------------------------------------------------------- files

@@ -315,7 +315,7 @@ def requests(n):
 def completed(model, work, slots=64):
     """-> {key: tokens}"""
     prompts, keys = map(list, zip(*work))
-    limits, stops = [40] * len(work), {3, 11, 40}
+    limits, stops = [[40] * len(own) for own in keys], {3, 11, 40}
     done = sampled(model, prompts, keys, limits, slots=slots, stop_ids=stops, temperature=0.9)
     return {k: c.tokens for ks, cs in zip(keys, done) for k, c in zip(ks, cs)}
 

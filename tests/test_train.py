@@ -82,7 +82,7 @@ def off_policy_samples(model, n=7):
     """Completions of very different lengths, with old log-probs that put some ratios beyond the
     clip."""
     prompts = [[5] * (1 + 3 * i) for i in range(n)]
-    limits = [3 + 4 * i for i in range(n)]
+    limits = [[3 + 4 * i] for i in range(n)]
     keys = [[stream_key(i)] for i in range(n)]
     done = sampled(model, prompts, keys, limits, slots=8, stop_ids=set(), temperature=0.8)
     rng = torch.Generator().manual_seed(0)
