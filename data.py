@@ -66,9 +66,10 @@ def parse_problem(record, default_id, graded=True):
     )
     if not is_text(problem):
         raise ValueError('"problem" must be a text that is not blank')
-    answer = "" if graded and answer is None else answer  # see only_gradable
-    if graded and not isinstance(answer, str) and not is_number(answer):
-        raise ValueError('"answer" must be a text or a number that is finite')
+    if graded:
+        answer = "" if answer is None else answer  # see only_gradable
+        if not isinstance(answer, str) and not is_number(answer):
+            raise ValueError('"answer" must be a text or a number that is finite')
     with explained('"answer" must be something that JSON can hold'):
         json.dumps(answer)  # as the records of completions hold it
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
@@ -199,8 +200,7 @@ def parse_name(name):
     found = re.fullmatch(r"\[(\d*):(\d*)\]", name[len(source) :] or "[:]")
     if not found:
         raise ValueError(f"{name}: a slice is written [:512] or [100:200], rows counted from 0")
-    first, end = (int(number) if number else None for number in found.groups())
-    return source, slice(first, end)
+    return source, slice(*(int(number) if number else None for number in found.groups()))
 
 
 def load_rows(name):
@@ -380,19 +380,20 @@ def render(tokenizer, problem, examples=(), suffix=SUFFIX, template={}):  # noqa
 
     examples  records {"problem", "solution"}, shown before it as earlier turns of the chat
     suffix    what is put behind every problem
-    template  what the chat template takes, by name; "chat_template": a text in its place
+    template  what the chat template takes, by name
     """
     turns = []
     for example in examples:
         turns.append({"role": "user", "content": example["problem"] + suffix})
         turns.append({"role": "assistant", "content": example["solution"]})
-    turns.append({"role": "user", "content": problem.problem + suffix})
+    question = problem.problem + suffix
+    turns.append({"role": "user", "content": question})
     text = tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, **TODAY | template
     )
     tokens = tokenizer.encode(text, add_special_tokens=False)
     # Only what the template put behind the problem: that may speak of <think> itself.
-    behind = text.rpartition((problem.problem + suffix).strip())[2]
+    behind = text.rpartition(question.strip())[2]
     opening = "<think>" if behind.rfind("<think>") > behind.rfind("</think>") else ""
     return Prompt(problem, tokens, opening)
 
@@ -418,8 +419,10 @@ def cut_levels(problems, qualities, kind):
     """Cut problems at the thresholds Q_l: level l takes difficulty in (next lower threshold, Q_l].
 
     The lowest bin of a measured difficulty starts just above 0: what is always solved teaches
-    nothing. Returns one list per level, in the order of `qualities`, and counts of what belongs to
-    none.
+    nothing.
+
+    -> {number of a level from 1, in the order of `qualities`: problems}, counts of those that
+    belong to none
     """
     floor = 0.0 if kind == "pass_rate" else -math.inf
     bounds = sorted({floor, *qualities, math.inf})
@@ -434,19 +437,17 @@ def cut_levels(problems, qualities, kind):
         "always solved": len(bins[floor]),
         "too hard": len(bins[math.inf]),
     }
-    return [bins[q] for q in qualities], left_out
+    return {number: bins[q] for number, q in enumerate(qualities, 1)}, left_out
 
 
 def cut_by_difficulty(name, problems, qualities, kind):
-    """-> {number of a level from 1: problems}, counts of those that belong to none
-
-    name  of their file. Where nothing is known of their difficulty: {None: all problems}
+    """Return what `cut_levels` does, or {None: all problems} where nothing is known of their
+    difficulty.  name  of their file
     """
     if all(difficulty(p, kind) is None for p in problems):
         tqdm.write(f"{name}: no problem has a {kind}, so they are one set")
         return {None: problems}, {}
-    parts, left_out = cut_levels(problems, qualities, kind)
-    return dict(enumerate(parts, 1)), left_out
+    return cut_levels(problems, qualities, kind)
 
 
 def name_level(row):
@@ -463,7 +464,7 @@ def level_names(problems, qualities):
         return {p.id: f"declared {p.level:g}" for p in problems if p.level is not None}
     levels, _ = cut_levels(problems, qualities, "pass_rate")
     names = {}
-    for number, level in enumerate(levels, 1):
+    for number, level in levels.items():
         for p in level:
             names.setdefault(p.id, f"level {number}")  # levels may share their problems
     return names

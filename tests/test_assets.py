@@ -45,7 +45,7 @@ def test_problems_are_generated_measured_disjoint_and_fill_both_levels():
         assert all(p.other["measured"]["samples"] >= 16 for p in problems)
         assert all(
             len(level) >= least
-            for level in cut_levels(problems, DEFAULTS["quality"], "pass_rate")[0]
+            for level in cut_levels(problems, DEFAULTS["quality"], "pass_rate")[0].values()
         )
     assert len(without_repeats(TRAINING)) == len(TRAINING) >= 2000
     assert overlap(TRAINING, HELD_OUT) == {}

@@ -294,14 +294,14 @@ def test_quality_is_an_upper_bound_of_difficulty(rates, qualities, expected, lef
     rates = [None if rate == "nan" else float(rate) for rate in rates.split()]
     problems = [Problem(str(i), "", "0", pass_rate=rate) for i, rate in enumerate(rates)]
     levels, counts = cut_levels(problems, list(map(float, qualities.split())), "pass_rate")
-    assert ",".join("".join(p.id for p in level) for level in levels) == expected
+    assert ",".join("".join(p.id for p in level) for level in levels.values()) == expected
     assert [name for name, count in counts.items() if count] == [left_out] * bool(left_out)
 
 
 def test_declared_levels():
     problems = [Problem(str(n), "", "0", level=n) for n in (0, 1, 2, 3, None)]
     levels, counts = cut_levels(problems, [1, 3], "level")
-    assert [[p.level for p in level] for level in levels] == [[0, 1], [2, 3]]
+    assert [[p.level for p in level] for level in levels.values()] == [[0, 1], [2, 3]]
     assert counts["unmeasured"] == 1
 
 

@@ -40,33 +40,21 @@ def tokens_of(done):
 # ----------------------------------------------------------------------------------------- cache
 
 
-def store(model, cache, ids, rows, lengths):
-    """Prefill these rows of ids (B, T), right-padded, into their cache rows."""
-    width = -(-max(lengths) // 8) * 8
-    cache.fit(max(cache.room, width))
-    positions = torch.arange(width).expand(len(rows), -1)
-    model(ids[:, :width], positions, cache.prefilling(positions, torch.tensor(rows)))
-
-
-def step(model, cache, ids, positions):
-    """Decode one token per row: row b of ids at positions[b]."""
-    cache.fit(max(positions) + 1)
-    ids, positions = ids[range(len(ids)), positions][:, None], torch.tensor(positions)[:, None]
-    return model(ids, positions, cache.decoding(positions))[:, 0]
-
-
 @families
 def test_cached_equals_uncached_for_rows_of_different_length(family):
     """Positions off by one, a row that sees its neighbour or the padding of its prefill, a cache
     that loses tokens when it grows: all move these logits."""
     model = random_model(family, torch.float64)
-    ids, lengths = torch.randint(0, 97, (4, 120)), np.array([3, 17, 40, 32])
+    ids, lengths = torch.randint(0, 97, (4, 120)), torch.tensor([3, 17, 40, 32])
+    order, positions = torch.tensor([2, 0, 3, 1]), torch.arange(40)[None]
     with torch.no_grad():
         full, cache = model(ids), KVCache(model, 4, 120)
-        order = [2, 0, 3, 1]  # stored in another order
-        store(model, cache, ids[order], order, lengths[order])
+        cache.fit(40)
+        model(ids[order, :40], positions, cache.prefilling(positions, order))
         for i in range(45):
-            logits = step(model, cache, ids, lengths + i)
+            at = lengths[:, None] + i
+            cache.fit(41 + i)
+            logits = model(ids.gather(1, at), at, cache.decoding(at))[:, 0]
             assert torch.allclose(logits, full[range(4), lengths + i], atol=1e-10)
 
 
@@ -109,7 +97,8 @@ def test_choosing_a_few_rows_at_a_time_changes_nothing(monkeypatch):
 def test_a_captured_step_is_the_step(monkeypatch):
     """What a GPU does, with torch.fx in the place of a CUDA graph: a trace of the operations of the
     step on the tensors that it met, blind to everything in Python. A trace that is replayed after
-    the cache has moved, or is fed elsewhere, samples other tokens."""
+    the cache has moved, or is fed elsewhere, samples other tokens. So do rows that lose their
+    place when half of them are dropped."""
     captured = []
 
     def trace(step, device):
@@ -119,10 +108,10 @@ def test_a_captured_step_is_the_step(monkeypatch):
 
     monkeypatch.setattr(rollout, "ROOM", 8)
     model = random_model(dtype=torch.float64, num_hidden_layers=1)
-    expected = complete(model, PROMPTS[:2], samples=12, slots=16)
+    expected = tokens_of(complete(model, PROMPTS[:2], samples=12))  # in 8 slots, to the end
     monkeypatch.setattr(rollout, "capture", trace)
-    assert complete(model, PROMPTS[:2], samples=12, slots=16) == expected
-    steps = sum(len(c.tokens) for cs in expected for c in cs) / 16
+    assert tokens_of(complete(model, PROMPTS[:2], samples=12, slots=16)) == expected
+    steps = sum(map(len, itertools.chain(*expected))) / 16
     assert len(set(captured)) > 1  # again for fewer rows
     assert len(captured) < steps  # but not at every step
 
