@@ -38,8 +38,8 @@ from policy.checkpoint import (
 )
 from policy.memory import slots_that_fit
 from rewards import LATE, MATH, RIGHT, Scorer, identity, load_reward, writes_steps
-from run.checkpoints import checkpoints, create, lock
 from rollout import DIFFICULTY, EVALUATION
+from run.checkpoints import checkpoints, create, lock
 from run.config import AT_LEAST_MIN_ROWS, DEFAULTS, SLOTS_HELP, Machine
 from run.log import shown
 from run.processes import Ranks, keep_freed_memory, leave, refuse, set_up_output

@@ -39,8 +39,7 @@ def write(model, folder):
     base.load_state_dict(model.state_dict(), strict=False)
     base.save_pretrained(folder / "base")
     (folder / "adapter").mkdir()
-    config = {"lora_rank": 3, "model": str(folder / "base")}
-    lora.save(model, folder / "adapter", config)
+    lora.save(model, folder / "adapter", str(folder / "base"), 3)
     return folder / "base", folder / "adapter"
 
 
