@@ -123,12 +123,12 @@ ROOMS = [
 
 
 @pytest.mark.parametrize("reads_filled, lengths, rooms", ROOMS)
-def test_room_grows_ahead_of_the_rows(monkeypatch, reads_filled, lengths, rooms):
+def test_room_grows_ahead_of_the_rows(reads_filled, lengths, rooms):
     """Where attention reads all of the room, doubling it would cost time at every token. Where a
     graph is captured again at every change, small steps would. A change to the same room copies
     the cache in vain, and room for more than the longest row is never used."""
-    monkeypatch.setattr(rollout, "reads_filled", lambda x: reads_filled)
     cache = KVCache(random_model(), 1, 400)
+    cache.reads_filled = reads_filled
     for length, room in zip(lengths.split(), rooms.split(), strict=True):
         before, keys = cache.room, cache.k[0]
         cache.fit(int(length))
