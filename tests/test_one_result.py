@@ -341,7 +341,7 @@ def first_differences(one, other, work, exact):
             # Else one goes on where the other stopped, and no token says why.
             t = [a != b for a, b in zip(one[key], other[key])].index(True)
             logits = exact(torch.tensor([prompt + one[key][:t]]))[0, -1]
-            u = uniforms(np.array([key]), np.array([t]))[0]
+            u = uniforms(np.array([key]), np.array([t], np.uint64))[0]
             distances.append((log_softmax(logits, 0.9).exp().cumsum(-1) - u).abs().min().item())
     return distances
 
