@@ -108,6 +108,8 @@ class Solver:
     def sample_what_fits(self, requests, sampling, slots):
         """`sample_groups`, and again with half of the slots as long as a GPU has no memory for
         them. Raises OutOfMemoryError if it has none for the fewest."""
+        wanted = sum(len(request.keys) for request in requests)
+        slots = min(slots, max(MIN_ROWS, wanted))
         while True:
             slots = min(slots, self.most_slots)
             try:
@@ -128,7 +130,6 @@ class Solver:
         policy, groups = self.policy, [None] * len(requests)
         silent = not self.show_progress
         bar = tqdm(desc="sampling", unit=" tokens", leave=False, disable=silent, delay=2)
-        slots = min(slots, max(MIN_ROWS, sum(len(request.keys) for request in requests)))
         with bar, packed(policy.model, slots, free_bytes(policy.model.device)):
             for number, done in sample(
                 policy.model,

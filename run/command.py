@@ -67,6 +67,7 @@ def train_and_save(train, run):
     code, ended, together = 0, None, True
     with run.ranks.signals():
         try:
+            run.log.show(run.progress)
             with memory_explained():
                 train(run)
         except KeyboardInterrupt:

@@ -28,12 +28,12 @@ class Log:
 
     def __init__(self, cfg, out, ranks):
         """Raises ValueError if the tracker cannot begin."""
-        self.out, self.ranks, self.tracker, name = out, ranks, None, cfg.tracker
+        self.out, self.ranks, name = out, ranks, cfg.tracker
+        self.tracker = self.bar = None
         if name and ranks.first:
             with explained(f"--tracker {name}: cannot begin; is `pip install {name}` done?"):
                 self.tracker = importlib.import_module(name)
                 self.tracker.init(project="eprli", name=out.name, config=vars(cfg), resume="allow")
-        self.bar = tqdm(total=1, bar_format=BAR, disable=not ranks.first)
 
     def append(self, name, rows):
         self.ranks.from_first(lambda: append(self.out / name, rows), interruptible=False)
@@ -67,6 +67,9 @@ class Log:
 
     def show(self, progress):
         """Draw the bar.  progress: share of the run's budget that is used up"""
+        if self.bar is None:
+            silent = not self.ranks.first
+            self.bar = tqdm(initial=progress, total=1, bar_format=BAR, smoothing=0, disable=silent)
         self.bar.update(progress - self.bar.n)
 
     def track(self, values, step):

@@ -108,7 +108,6 @@ def resume_run(cfg, config, ranks):
         run.restore(checkpoint)
     sizes = run.log_sizes if checkpoint else None
     ranks.from_first(lambda: cut_logs(out, sizes))  # the last that may refuse
-    run.log.show(run.progress)
     tqdm.write(f"{out}: goes on after {checkpoint or 'nothing: there is no checkpoint'}")
     return run
 
