@@ -1,6 +1,7 @@
-"""Statistics of evaluations: averages over problems, their intervals, and tests of differences.
+"""Statistics of evaluations: means over problems, their intervals, and tests of differences.
 
-Pure functions of numbers. scipy.stats takes a second to import, so it is imported where it is used.
+All functions are pure and take numbers. scipy.stats takes a second to import, so it is imported
+where it is used.
 """
 
 import math
@@ -10,36 +11,39 @@ import numpy as np
 
 
 def by_name(rows):
-    """Dicts of numbers, one per problem or sample -> {name: its numbers}; 0 where missing."""
+    """Return {name: its value in each row}, from rows that are dicts. A value that is missing in a
+    row is 0."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name, 0.0) for row in rows] for name in names}
 
 
 def pass_at_k(n, c, k):
-    """Unbiased P(at least one of k <= n is right) from c right of n samples (Chen et al. 2021)."""
+    """Return the unbiased estimate (Chen et al. 2021) of the probability that at least one of k
+    samples is right, if c of n samples are; k <= n."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority(spellings, right):
-    """Return whether the most frequent answer is right.
+    """Return whether the most frequent answer is right; False if there is no answer.
 
-    spellings  one per sample: equal ones vote together. None, no answer, casts no vote; without any
-               vote the majority is wrong. Ties go to the answer that was sampled first
+    spellings  one for each sample: samples with equal spellings vote together, and None has no
+               vote. Of answers with equally many votes, the one that was sampled first wins
+    right      whether each sample is right
     """
     votes = [spelling for spelling in spellings if spelling is not None]
     return bool(votes) and right[spellings.index(mode(votes))]  # the first of equals
 
 
 def wilson(successes, n):
-    """95 % interval of a proportion (Wilson 1927) -> low, high"""
+    """Return the 95 % interval (low, high) of a proportion (Wilson 1927)."""
     from scipy.stats import binomtest
 
     return binomtest(int(successes), n).proportion_ci(method="wilson")
 
 
 def bootstrap(values):
-    """95 % interval of the mean over resamples of the values, one per problem -> low, high"""
+    """Return the 95 % interval (low, high) of the mean, by resampling the values."""
     from scipy import stats
 
     if len(values) == 1:
@@ -51,12 +55,12 @@ def bootstrap(values):
 
 
 def interval(values):
-    """Mean of one value per problem, and its 95 % interval over problems -> mean, low, high
+    """Return the mean of the values, one for each problem, and its 95 % interval: mean, low, high.
 
     Samples of one problem are not independent, so they are averaged before. If all values are 0 or
-    1, the interval is Wilson's. Otherwise it is a bootstrap's. A bootstrap of few values is too
-    narrow, so an interval of shares (values in [0, 1]) is widened: its top is at least Wilson's top
-    for zeros alone, its bottom at most Wilson's bottom for ones alone.
+    1, the interval is Wilson's, otherwise a bootstrap's. A bootstrap of few values is too narrow,
+    so an interval of shares (values in [0, 1]) is widened: it reaches at least as high as Wilson's
+    interval would if all values were 0, and at least as low as if all were 1.
     """
     values, n = np.asarray(values, float), len(values)
     if np.isin(values, (0, 1)).all():
@@ -67,25 +71,26 @@ def interval(values):
     return values.mean(), low, high
 
 
-def difference(x, y):
-    """Values of A and B, one per problem -> both means, B - A with its 95 % interval, and p
+def difference(a, b):
+    """Return both means, the mean of b - a with its 95 % interval, and p, under their names.
 
-    p is that of a two-sided permutation test: if A and B were alike, the difference of any problem
-    could as well have the other sign. Where all values are 0 or 1, a bootstrap is too narrow: of
-    none that differs, it is certain. So one more difference of each sign is added (Bonett and
-    Price 2012).
+    a, b  values of A and B, one for each problem, in the same order
+
+    The interval is a bootstrap's. Where all values are 0 or 1, it would be too narrow: if no
+    problem differs, it would have no width. So two more differences are added, -1 and 1 (Bonett and
+    Price 2012). p is from a two-sided sign-flip permutation test: under the null hypothesis, the
+    sign of each problem's difference is arbitrary.
     """
     from scipy.stats import permutation_test
 
-    x, y = np.array(x, float), np.array(y, float)
-    gain, p = y - x, 1.0
+    a, b = np.array(a, float), np.array(b, float)
+    gain, p = b - a, 1.0
     if len(gain) > 1:
         rng = np.random.default_rng(0)
-        test = permutation_test(
+        p = permutation_test(
             (gain,), np.mean, permutation_type="samples", batch=1000, random_state=rng
-        )
-        p = test.pvalue
-    unseen = [-1, 1] if np.isin([x, y], (0, 1)).all() else []
+        ).pvalue
+    unseen = [-1, 1] if np.isin([a, b], (0, 1)).all() else []
     low, high = bootstrap([*gain, *unseen])
-    numbers = x.mean(), y.mean(), gain.mean(), low, high, p
-    return dict(zip(("A", "B", "difference", "low", "high", "p"), numbers))
+    means = {"A": a.mean(), "B": b.mean(), "difference": gain.mean()}
+    return means | {"low": low, "high": high, "p": p}
