@@ -10,17 +10,15 @@ run/inputs.py, that of a flag in run/config.py.
 """
 
 import gc
-import itertools
 import math
 import random
 import time
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 
 from common.files import Stop, squash
-from common.statistics import by_name, interval
+from common.statistics import by_name
 from eprli import (
     Fate,
     Group,
@@ -33,7 +31,7 @@ from eprli import (
     loss_weight,
     next_level,
 )
-from eval import evaluate, measure, result_of
+from eval import evaluate, result_of, summarise
 from model import pad
 from policy.attempt import Request, Sampling, evaluation_requests
 from rewards import LATE
@@ -291,8 +289,11 @@ def objective(run, level, model, micro, counts):
 
 
 def evaluate_held_out(run):
-    """Held-out accuracy of every file and bin of difficulty, by R_l: --eval-samples of a problem at
-    the training temperature, at most the largest Len_l, whatever level is being trained."""
+    """Measure the held-out accuracy, by R_l, of every file and bin of difficulty.
+
+    Each problem gets --eval-samples completions at the training temperature, of at most the largest
+    Len_l, whatever level is being trained.
+    """
     cfg, requests, rows = run.cfg, [], []
     longest = max(state.level.max_new_tokens for state in run.levels)
     sampling = Sampling(cfg.temperature)
@@ -301,17 +302,17 @@ def evaluate_held_out(run):
             run.policy, prompts, cfg.eval_samples, longest, cfg.seed, reward
         )
     scored = evaluate(run.ranks, run.solver, requests, sampling, min(cfg.slots))
-    results = map(result_of, scored)
+    results = [result_of(samples) for samples in scored]
     for labels, prompts, _ in run.held_out:
-        some = list(itertools.islice(results, len(prompts)))
-        values = by_name(measure(result, cfg.eval_samples) for result in some)
-        accuracy, low, high = interval(values[f"avg@{cfg.eval_samples}"])
+        of_bin, results = results[: len(prompts)], results[len(prompts) :]
+        summary = summarise(of_bin, cfg.eval_samples)
+        accuracy, low, high = summary["accuracy"]
         row = {**labels, "accuracy": accuracy, "low": low, "high": high, "n": len(prompts)}
-        row["length_mean"] = fmean(values["length"])
-        row["writes_steps_share"] = fmean(values["writes_steps"])
+        row["length_mean"] = summary["length"][0]
+        row["writes_steps_share"] = summary["writes_steps"][0]
         # of an R_l that is not the verifier's
-        if own := by_name(result["means"] for result in some):
-            row["means"] = {name: interval(numbers) for name, numbers in own.items()}
+        if own := by_name(result["means"] for result in of_bin):
+            row["means"] = {name: summary[name] for name in own}
         rows.append(row)
     run.add_evaluation(rows)
 

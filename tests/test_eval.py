@@ -1,4 +1,4 @@
-"""Numbers one can trust: pass@k by brute force, intervals, votes, and the command line."""
+"""Evaluation: results and measures, what becomes a prompt or a text, and the command line."""
 
 import itertools
 import json
@@ -8,135 +8,81 @@ import signal
 from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from conftest import edit, files, lines, read, table, write_lines
 from launch import ROOT, at, die, said, start, wait
 from pytest import approx, fixture, mark, raises
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
-import rollout
 from common.files import Stop
-from common.statistics import difference, interval, majority, pass_at_k, wilson
-from data import Problem, level_names, read_problems
-from eval import measure, result_of, rows_of
+from data import Problem, Prompt, level_names, read_problems
+from eval import differences, measure, print_levels, result_of, rows_of, summarise
+from experiments.warmstart import make_tokenizer
 from policy import attempt as policies
 from policy import checkpoint
-from policy.attempt import Attempt, Request, Sampling, Solver, evaluation_requests
+from policy.attempt import Sampling, Solver, evaluation_requests
 from policy.checkpoint import Policy
-from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Score, Scorer
-from rollout import Completion
+from rewards import NO_ANSWER, RIGHT, VERIFIER, WRONG, Scorer
+from rollout import DIFFICULTY, EVALUATION, TRAINING, Completion
 from run.checkpoints import lock
 
-
-@mark.parametrize("n", range(1, 7))
-def test_pass_at_k_equals_brute_force(n):
-    """1 - (1 - c/n)^k is biased low (0.810 for 0.900 at n 16, c 3, k 8)."""
-    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        draws = [any(i < c for i in draw) for draw in itertools.combinations(range(n), k)]
-        assert pass_at_k(n, c, k) == approx(np.mean(draws))
+ROW = {"tokens": 1, "stopped": True, "text": "", "answer": "1", "verdict": RIGHT}
 
 
-def test_intervals():
-    assert wilson(5, 10) == approx((0.2366, 0.7634), abs=1e-3)
-    for n in (1, 10, 399):  # else error bars turn negative
-        assert wilson(0, n)[0] == 0
-        assert wilson(n, n)[1] == 1
-    mean, low, high = interval(np.random.default_rng(1).uniform(size=400))
-    half = 1.96 * math.sqrt(1 / 12 / 400)
-    assert (low, high) == approx((mean - half, mean + half), abs=0.003)
-    assert interval([7.0]) == (7, 7, 7)
-
-
-def test_an_interval_knows_of_what_it_did_not_see():
-    """One half among zeros tells less than zeros alone. A bare bootstrap says the opposite."""
-    assert interval([0.5] + [0] * 29)[2] >= interval([0] * 30)[2] > 0.11
-    assert interval([0.5] + [1] * 29)[1] <= interval([1] * 30)[1] < 0.89
+def result(right, **labels):
+    """The result of one problem, of whose samples these are right."""
+    return result_of([ROW | labels | {"verdict": RIGHT if r else WRONG} for r in right])
 
 
 def test_samples_of_one_problem_are_one_cluster():
     """Equal samples tell no more than one. Taken one by one, they would halve the interval."""
-    row = dict.fromkeys(("file", "problem_id", "level", "text"), "")
-    row |= {"answer": "1", "tokens": 1, "stopped": True}
-    samples = [[row | {"verdict": RIGHT if i < 40 else WRONG}] for i in range(100)]
-    one = [measure(result_of(rows), 1)["avg@1"] for rows in samples]
-    four = [measure(result_of(rows * 4), 1)["avg@4"] for rows in samples]
-    assert interval(one) == interval(four)
+    one, four = ([result(n * [i < 40]) for i in range(100)] for n in (1, 4))
+    assert summarise(one, 1) == summarise(four, 1)
 
 
 def test_measures_of_one_problem_by_hand():
     """A share of what stopped, under the name of what was cut off; pass@n under that of pass@k."""
-    row = {"file": "f", "problem_id": "p", "level": None, "answer": None}
-    rows = [row | {"tokens": n, "stopped": n < 4, "verdict": WRONG, "text": ""} for n in (2, 3, 4)]
-    rows.append(row | {"tokens": 7, "stopped": True, "verdict": RIGHT, "text": "so \\boxed{3}"})
+    rows = [ROW | {"tokens": n, "stopped": n < 4, "verdict": WRONG} for n in (2, 3, 4)]
+    rows.append(ROW | {"tokens": 7, "text": "so \\boxed{3}", "answer": "3"})
     assert measure(result_of(rows), 2) == {
-        "avg@4": 0.25,
+        "accuracy": 0.25,
         "pass@2": 0.5,
-        "maj@4": 0,
+        "majority": 0,
         "length": 4,
         "cut_off": 0.25,
         "writes_steps": 0.25,
     }
 
 
-VOTES = """
-3 2 2 | True
-3 2 | False
-2 3 | True
-- - - 2 | True
-- - | False
-0.5 2 1/2 | False
-3 2 2 3 | False
-"""
+def test_spellings_of_one_answer_vote_together():
+    """Half of these samples have the right answer, in two spellings."""
+    answers = [("3", WRONG), ("0.5", RIGHT), (None, WRONG), ("\\frac12", RIGHT)]
+    rows = [ROW | {"answer": answer, "verdict": verdict} for answer, verdict in answers]
+    assert result_of(rows)["majority"] == 1
+    # An R_l of one's own may ask for no answer. Then there is no majority.
+    own = [row | {"values": {"R_l": 0.5}} for row in rows]
+    assert result_of(own)["majority"] == 1
+    boxless = result_of([own[2]])
+    assert "majority" not in boxless | differences({0: result([1])}, {0: boxless}, [0])
 
 
-@mark.parametrize("answers, is_right", table(VOTES))
-def test_majority_rules(answers, is_right):
-    """A tie goes to the answer that was sampled first; no answer (-) casts no vote; spellings of
-    one answer vote together."""
-    answers = [None if answer == "-" else answer for answer in answers.split()]
-    assert str(majority(answers, [answer == "2" for answer in answers])) == is_right
-    assert majority("22", [True, False])  # if one spelling has two verdicts, the first counts
-
-
-def test_sign_flips_have_their_size_and_power():
-    """Under no difference p < 0.05 about once in twenty. Pairing finds what two intervals side by
-    side would not."""
-    rng, found = np.random.default_rng(0), 0
-    for _ in range(200):
-        found += difference(rng.normal(size=10), rng.normal(size=10))["p"] < 0.05
-    assert 2 < found < 20
-    assert (
-        difference(np.zeros(5), np.zeros(5))["p"] == difference(np.zeros(1), np.ones(1))["p"] == 1
-    )
-    hard = rng.uniform(size=200)
-    report = difference(hard, hard + rng.normal(0.03, 0.05, 200))
-    assert report["p"] < 1e-3
-    assert 0 < report["low"] < report["difference"] < report["high"]
-    assert interval(hard)[2] - interval(hard)[1] > 0.06  # wider than the difference
-
-
-def test_a_difference_of_nothing_is_not_certain():
-    """Thirty problems that two models answer alike say little of the next thirty. A bare bootstrap
-    has no width here. By hand (Bonett and Price 2012): a deviation of sqrt(2 / 32), 32 values."""
-    for low, high in ((0, 0), (0, 1), (1, 0)):
-        found = difference(np.full(30, low), np.full(30, high))
-        assert found["high"] - found["low"] > 0.1
-    found = difference(np.zeros(30), np.zeros(30))
-    half = 1.96 * math.sqrt(2 / 32 / 32)
-    assert (found["low"], found["high"]) == approx((-half, half), abs=0.02)
-    assert (found["difference"], found["p"]) == (0, 1)
+def test_levels_stand_in_their_order():
+    """Texts would put level 10 before level 2."""
+    table = print_levels([result([i == 10], level=f"level {i}") for i in (10, 2, 1.5)], 1)
+    accuracies = [(level, table[level]["avg@1"][0]) for level in table]
+    assert accuracies[:3] == [("level 1.5", 0), ("level 2", 0), ("level 10", 1)]
+    assert accuracies[3:] == [("all", approx(1 / 3))]
 
 
 # --------------------------------------------------------------------------------------- attempts
 
-ONE = Sampling(temperature=1.0)
 ADD = [Problem("a", "1+1", "2")]
 
 
@@ -150,15 +96,17 @@ def own_folder(toy_folder, tmp_path):
     return shutil.copytree(toy_folder, tmp_path / "m")
 
 
-def try_one(policy, prompt, seed=0):
-    work = evaluation_requests(policy, [prompt], 2, 10, seed)
-    (attempts,) = Solver(policy, Scorer(9)).attempt(work, ONE, 8)
-    return attempts
+def attempt(policy, prompts, max_new_tokens=10, temperature=1.0):
+    """The policy's attempts at each prompt, two each."""
+    work = evaluation_requests(policy, prompts, 2, max_new_tokens, 0)
+    return Solver(policy, Scorer(9)).attempt(work, Sampling(temperature), 8)
 
 
 def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     prompts = toy_policy.render([Problem("long", "1" * 300, "1"), *ADD])
-    toy_policy.show("p.jsonl", prompts, toy_policy.room(prompts[1]))
+    room = 128 - len(prompts[1].tokens)
+    assert [toy_policy.room(p) for p in prompts] == [0, room]
+    toy_policy.show("p.jsonl", prompts, room)
     assert "leave less" not in printed()
     toy_policy.show("p.jsonl", prompts, 128)
     said = printed()
@@ -166,17 +114,9 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     assert "1 of 2 prompts leave less than the 128 tokens of" in said
     room = 128 - len(prompts[1].tokens)
     assert [toy_policy.room(p) for p in prompts] == [0, room]
-    work = evaluation_requests(toy_policy, prompts, 2, 500, 0)
-    long, short = Solver(toy_policy, Scorer(9)).attempt(work, ONE, 8)
+    long, short = attempt(toy_policy, prompts, max_new_tokens=500)
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
-    assert try_one(toy_policy, prompts[0])[0].score.verdict == NO_ANSWER
-
-
-def test_an_infinite_reward_names_its_held_out_problem():
-    endless = Score(math.inf, RIGHT, None, {"R_l": math.inf})
-    with raises(Stop, match="for problem 'p-7', inf"):
-        rows_of("p-7", [Attempt(Completion([1], [0.0], True), "", endless)])
 
 
 @mark.parametrize("temperature", [0, 1])
@@ -184,39 +124,29 @@ def test_a_model_that_overflows_is_no_wrong_answer(own_folder, temperature):
     """Its tokens are arbitrary. They were measured as a pass rate of 0."""
     policy = load(own_folder)
     policy.model.model.norm.weight.data.fill_(math.inf)
-    work = evaluation_requests(policy, policy.render(ADD), 2, 10, 0)
-    (attempts,) = Solver(policy, Scorer(9)).attempt(work, Sampling(temperature), 8)
+    (attempts,) = attempt(policy, policy.render(ADD), temperature=temperature)
     with raises(Stop, match="problem 'a': the model's logits are not finite"):
         rows_of("a", attempts)
 
 
-def test_levels_stand_in_their_order(printed):
-    """Texts would put level 10 before level 2."""
-    result = {"n": 1, "right": 1, "length": 3.0, "cut_off": 0.0, "writes_steps": 0.0, "means": {}}
-    rows = [result | {"level": f"level {number}"} for number in (10, 2, 1.5)]
-    assert [*evaluation.summarise(rows, 1)] == ["level 1.5", "level 2", "level 10", "all"]
+PROMPTS = [Prompt(Problem(name, "1+1", "2"), [1], "") for name in "abc"]
 
 
 def test_streams_of_random_numbers(toy_policy):
-    """Same seed, same samples. Samples that measured difficulty are not those that evaluate: else a
-    problem that is hard by bad luck would be easier after training by better luck."""
-    (prompt,) = toy_policy.render(ADD)
-    texts = [[a.text for a in try_one(toy_policy, prompt, seed)] for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0][0] != texts[0][1]
-    work = toy_policy, [prompt], 4, 10, 0
-    purposes = rollout.TRAINING, rollout.DIFFICULTY, rollout.EVALUATION
-    streams = [evaluation_requests(*work, purpose=purpose)[0].keys for purpose in purposes]
-    assert len(set(sum(streams, []))) == 12
-    assert evaluation_requests(*work) == [Request(prompt, streams[2], VERIFIER, 10)]
+    """Samples that measured difficulty are not those that evaluate: otherwise a problem that is
+    hard by bad luck would be easier after training by better luck."""
+    keys = []
+    for seed, purpose in itertools.product((0, 1), (TRAINING, DIFFICULTY, EVALUATION)):
+        for request in evaluation_requests(toy_policy, PROMPTS, 4, 9, seed, purpose=purpose):
+            keys += request.keys
+    assert len(set(keys)) == 72  # 2 seeds, 3 purposes, 3 problems, 4 samples
 
 
 def test_a_problem_keeps_its_stream_however_problems_are_cut(toy_policy):
-    """Else two arms whose levels differ would be compared on different samples."""
-    prompts = toy_policy.render([Problem(name, "1+1", "2") for name in "abc"])
-    a, b, c = evaluation_requests(toy_policy, prompts, 2, 10, 0)
-    other = evaluation_requests(toy_policy, [prompts[2], prompts[0]], 2, 10, 0)
-    assert other == [c, a] and a.keys != b.keys
+    """Otherwise two arms whose levels differ would be compared on different samples."""
+    a, b, c = requests = evaluation_requests(toy_policy, PROMPTS, 2, 9, 0)
+    assert evaluation_requests(toy_policy, PROMPTS[::-1], 2, 9, 0) == [c, b, a]
+    assert evaluation_requests(toy_policy, PROMPTS, 2, 9, 0, VERIFIER, EVALUATION) == requests
 
 
 @mark.parametrize(
@@ -231,7 +161,7 @@ def test_thoughts_that_the_template_opened(monkeypatch, toy_policy, text, openin
     """Without the opening put back, a box within thoughts that never close would pay."""
     (prompt,) = toy_policy.render(ADD)
     monkeypatch.setattr(Policy, "text", lambda *_: text)
-    (first, _) = try_one(toy_policy, replace(prompt, opening=opening))
+    ((first, _),) = attempt(toy_policy, [replace(prompt, opening=opening)])
     assert first.score.verdict == verdict
 
 
@@ -244,120 +174,92 @@ def test_a_model_comes_from_the_hub_by_name_and_revision(toy_folder, monkeypatch
     assert load("o/m@v2").model.context == 128
 
 
-def test_stop_tokens_come_from_all_four_places(own_folder):
-    """Both configs, the tokenizer, and the token by which its template ends a turn."""
+def reloaded(policy, folder, **flags):
+    """The policy of a checkpoint that this one is written to."""
+    policy.model.save_pretrained(folder)
+    policy.save(folder)
+    return load(folder, **flags)
+
+
+def test_stop_tokens_come_from_five_places_and_are_saved(own_folder, tmp_path):
+    """Both configs, the tokenizer, the token by which its template ends a turn, and --stop. A
+    checkpoint stops where its training did, without flags."""
     (own_folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     edit(own_folder / "config.json", {"eos_token_id": 9})
     turns = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
     (own_folder / "chat_template.jinja").write_text(turns)
-    policy = load(own_folder)
+    policy = load(own_folder, stop=["\n"])
     own = {policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id}
-    assert set(policy.stop_ids) == own | {7, 8, 9}
-
-
-def test_a_saved_policy_stops_where_it_stopped(toy_folder, tmp_path):
-    """Else a checkpoint that was trained with --stop would run on in evaluation."""
-    policy = load(toy_folder, stop=["\n"])
-    tokenizer = policy.tokenizer
-    assert set(policy.stop_ids) == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
-    policy.model.save_pretrained(tmp_path)
-    policy.save(tmp_path)
-    assert load(tmp_path).stop_ids == policy.stop_ids
+    assert set(policy.stop_ids) == own | {7, 8, 9, *policy.tokenizer("\n")["input_ids"]}
+    assert reloaded(policy, tmp_path / "saved").stop_ids == policy.stop_ids
 
 
 def test_the_stop_token_is_no_text(toy_policy):
     tokens = toy_policy.tokenizer("1+1")["input_ids"]
-    for stopped in (False, True):
-        completion = Completion([*tokens, 7][: 3 + stopped], [], stopped)
-        assert toy_policy.text(completion) == "1+1"
+    stopped, cut_off = Completion([*tokens, 7], [], True), Completion(tokens, [], False)
+    assert toy_policy.text(stopped) == toy_policy.text(cut_off) == "1+1"
 
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
-
-
-def test_the_end_of_an_assistants_turn_stops(toy_policy):
-    """Qwen2.5's base models name <|endoftext|> alone, run on past <|im_end|> into a question that
-    they invent, and the box of its answer is graded."""
-    tokenizer = toy_policy.tokenizer
-    assert checkpoint.end_of_turn(tokenizer) == tokenizer.eos_token_id
-    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
-    assert tokenizer.decode(checkpoint.end_of_turn(tokenizer)) == "<|im_end|>"
-    tokenizer.chat_template = data.PLAIN_TEMPLATE  # a new line is no end: solutions have several
-    assert checkpoint.end_of_turn(tokenizer) is None
-
-
-def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(own_folder, tmp_path):
-    """Base models have none. Their prompt is the problem, the suffix and a new line."""
-    (own_folder / "chat_template.jinja").unlink()
-    policy = load(own_folder, suffix=" =")
+def prompt_of(policy):
     (prompt,) = policy.render(ADD)
-    assert policy.tokenizer.decode(prompt.tokens) == "1+1 =\n"
-    policy.tokenizer.save_pretrained(tmp_path / "saved")  # a checkpoint has the same prompt
-    assert (tmp_path / "saved/chat_template.jinja").read_text() == data.PLAIN_TEMPLATE
+    return policy.tokenizer.decode(prompt.tokens)
 
 
-def llama_base(toy_folder, folder):
-    """A checkpoint whose tokenizer has no template, and begins all text with its BOS."""
-    shutil.copytree(toy_folder, folder)
-    (folder / "chat_template.jinja").unlink()
+def change_tokenizer(folder, change):
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def begin_with_bos(tokenizer):
     tokenizer.bos_token = "<|pad|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)]
     )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
-@mark.parametrize(
-    "template, prompt",
-    [
-        (None, "<|pad|>1+1 =\n"),
-        ("Q: {{ messages[0]['content'] }} A:", "<|pad|>Q: 1+1 = A:"),
-        ("{{ bos_token }}Q: {{ messages[0]['content'] }}", "<|pad|>Q: 1+1 ="),
-        ("<|pad|>Q: {{ messages[0]['content'] }}", "<|pad|>Q: 1+1 ="),
-        ("{# bos_token #}{{ messages[0]['content'] }}", "1+1 ="),  # it decides
-    ],
-)
-def test_a_base_model_gets_its_bos_once(toy_folder, tmp_path, template, prompt):
-    """A Llama base has seen no text without. A checkpoint has the same prompt, by itself."""
-    folder, flags = llama_base(toy_folder, tmp_path / "m"), data.Prompting(suffix=" =")
-    if template:
-        (tmp_path / "t.jinja").write_text(template)
-        flags = replace(flags, template=str(tmp_path / "t.jinja"))
-    policy = Policy.load(folder, flags=flags)
-    policy.model.save_pretrained(tmp_path / "saved")
-    policy.save(tmp_path / "saved")
-    for again in (
-        policy,
-        Policy.load(str(tmp_path / "saved"), flags=replace(flags, template=None)),
-    ):
-        (made,) = again.render([Problem("a", "1+1", "2")])
-        assert again.tokenizer.decode(made.tokens) == prompt
-        assert again.stop_ids == policy.stop_ids
+@mark.parametrize("bos", ["", "<|pad|>"])
+def test_a_base_model_gets_the_plain_template(own_folder, tmp_path, bos):
+    """Its prompt is the problem, the suffix and a new line. A Llama base has seen no text without
+    its BOS. A checkpoint has the same prompt, by itself."""
+    (own_folder / "chat_template.jinja").unlink()
+    if bos:
+        change_tokenizer(own_folder, begin_with_bos)
+    policy = load(own_folder, suffix=" =")
+    saved = reloaded(policy, tmp_path / "saved", suffix=" =")
+    assert prompt_of(policy) == prompt_of(saved) == f"{bos}1+1 =\n"
 
 
-def test_a_text_is_graded_as_it_was_written(toy_folder, tmp_path):
+BOS = """
+Q: {{ bos_token }} | Q: {{ bos_token }}
+<|pad|>Q | <|pad|>Q
+{# no bos_token #}Q | {# no bos_token #}Q
+Q | {{ bos_token }}Q
+"""
+
+
+@mark.parametrize("template, expected", table(BOS))
+def test_a_template_gets_the_bos_that_it_does_not_mention(template, expected):
+    tokenizer = make_tokenizer()
+    assert data.with_bos(tokenizer, template) == template
+    begin_with_bos(tokenizer)
+    assert data.with_bos(tokenizer, template) == expected
+
+
+def test_a_text_is_graded_as_it_was_written(own_folder):
     """Some tokenizers remove blanks before punctuation when they decode: another program."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.clean_up_tokenization_spaces = True
-    tokenizer.save_pretrained(folder)
-    assert Policy.load(str(folder)).tokenizer.clean_up_tokenization_spaces is False
+    change_tokenizer(own_folder, lambda t: setattr(t, "clean_up_tokenization_spaces", True))
+    assert load(own_folder).tokenizer.clean_up_tokenization_spaces is False
 
 
-def test_a_config_that_names_no_end_has_none(toy_folder, tmp_path):
+def test_a_config_that_names_no_end_has_none(own_folder, toy_policy, tmp_path):
     """transformers gives such a Llama token 2, and its completions would end at any "#"."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
+    config = read(own_folder / "config.json")
     del config["eos_token_id"]
-    (folder / "config.json").write_text(json.dumps(config))
-    policy, own = Policy.load(str(folder)), Policy.load(str(toy_folder)).stop_ids
-    assert policy.stop_ids == own
-    policy.model.save_pretrained(tmp_path / "saved")
-    policy.save(tmp_path / "saved")
-    assert Policy.load(str(tmp_path / "saved")).stop_ids == own
+    (own_folder / "config.json").write_text(json.dumps(config))
+    policy = load(own_folder)
+    assert policy.stop_ids == toy_policy.stop_ids
+    assert reloaded(policy, tmp_path / "saved").stop_ids == toy_policy.stop_ids
 
 
 def no_blank(tokenizer):
@@ -365,44 +267,26 @@ def no_blank(tokenizer):
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
 
 
-def one_blank(tokenizer):
-    """It joins blanks, which harms nothing."""
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+def test_a_tokenizer_that_loses_blanks_is_refused(own_folder):
+    """Words that run together cost a model most of what it can, and every figure looks real."""
+    change_tokenizer(own_folder, no_blank)
+    with raises(ValueError, match="blanks are lost.*PreTrainedTokenizerFast"):
+        load(own_folder)
 
 
-def unknown(tokenizer):
-    """A toy that fails where it meets another character."""
-    words = Tokenizer(models.WordLevel({"1": 0, "<|end|>": 1}, unk_token="none"))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer._tokenizer = words
-
-
-@mark.parametrize(
-    "change, refused",
-    [(no_blank, True), (one_blank, False), (unknown, False)],
-)
-def test_a_tokenizer_that_does_not_give_a_text_back(toy_folder, tmp_path, capsys, change, refused):
-    """Words that run together cost a model most of what it can, and every figure looks real. What
-    a tokenizer changes on purpose is said, in one line, and goes on."""
-    folder = shutil.copytree(toy_folder, tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    change(tokenizer)
-    tokenizer.save_pretrained(folder)
-    if refused:
-        with raises(ValueError, match="blanks are lost.*PreTrainedTokenizerFast"):
-            Policy.load(str(folder))
-    else:
-        Policy.load(str(folder))
-        (line,) = capsys.readouterr().out.splitlines()
-        assert "its tokenizer makes" in line
+@mark.parametrize("decode, number", [(str, 0), (" {}".format, 1), (chr, 1)])  # chr fails
+def test_other_changes_by_a_tokenizer_are_one_line(printed, decode, number):
+    """Some put a blank in front, on purpose. A toy may fail."""
+    checkpoint.check_round_trip("m", SimpleNamespace(encode=lambda text, **_: text, decode=decode))
+    said = printed()
+    assert said.count("m: its tokenizer makes") == said.count("\n") == number
 
 
 def test_a_template_takes_arguments(toy_folder):
     """Qwen3 thinks unless the template hears enable_thinking=False."""
     policy = load(toy_folder, template_kwargs='{"enable_thinking": false}')
     policy.tokenizer.chat_template = "{{ 'no' if enable_thinking is false else 'yes' }}"
-    (prompt,) = policy.render(ADD)
-    assert policy.tokenizer.decode(prompt.tokens) == "no"
+    assert prompt_of(policy) == "no"
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -462,21 +346,20 @@ def test_command_line_writes_what_it_prints(run):
     assert list(measures) == ["declared 0", "declared 1", "all"]
     assert " ".join(measures["all"]) == "avg@3 pass@2 maj@3 length cut_off writes_steps"
     rows = lines("out/completions.jsonl")
-    right = [row["verdict"] == RIGHT for row in rows]
-    assert len(right) == 15 and "values" not in rows[0]
-    assert np.mean(right) == approx(measures["all"]["avg@3"][0])
+    right = np.mean([row["verdict"] == RIGHT for row in rows])
+    assert len(rows) == 15
+    assert right == approx(measures["all"]["avg@3"][0])
     run(f"{flags} --out again")  # no longer measures difficulty
     assert lines("again/completions.jsonl") != rows
     said = "levels by difficulty, up to --quality"
-    cut = run("--data g.jsonl --quality 0.5 1 --samples 1 --max-new-tokens 8 --out cut")
-    assert f"{said} 0.5 1.0" in cut and not any(said in line for line in printed)  # declared ones
+    both = run(f"{SHORT} --data p.jsonl g.jsonl --quality 0.5 1 --out both")
+    assert list(json.loads(both[-1])["files"]["p.jsonl"]) == list(measures)
+    assert f"{said} 0.5 1.0" in both and not any(said in line for line in printed)  # declared ones
     graded = read_problems("g.jsonl")
-    assert np.mean([p.pass_rate for p in graded]) == approx(np.mean(right))
+    assert np.mean([p.pass_rate for p in graded]) == approx(right)
+    how = {"samples": 3, "temperature": 1.0, "max_new_tokens": 8}
     for p in graded:
-        assert p.other["source"] == "s" and p.pass_rate is not None
-        measured = p.other["measured"]
-        assert (measured["samples"], measured["temperature"]) == (3, 1.0)
-        assert measured["max_new_tokens"] == 8
+        assert p.other["source"] == "s" and p.other["measured"].items() >= how.items()
 
 
 OWN = """
@@ -524,18 +407,16 @@ def infinite(problem, response):
 """
 
 
-def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, capsys):
+def test_a_late_reward_measures_nothing_and_a_bad_one_ends_it(run, tmp_path, ended):
     """A slow judge made a problem the hardest of all; an infinite reward was right."""
     (tmp_path / "own.py").write_text(LATE_OR_BAD)
     write_problems("p.jsonl", 3)
-    flags = f"{SHORT} --data p.jsonl --reward-timeout 0.5 --reward own.py"
+    flags = f"{SHORT} --reward-timeout 0.5 --reward own.py"
     printed = run(f"{flags}:first_late --out a --add-pass-rate g.jsonl")
     assert json.loads(printed[-1])["files"]["p.jsonl"]["all"]["late"][0] == approx(1 / 3)
     assert [p.pass_rate for p in read_problems("g.jsonl")] == [None, 1, 1]
     assert any("not measured, 2 of its rewards came too late" in line for line in printed)
-    with raises(SystemExit, match="1"):
-        run(f"{flags}:infinite --out b")
-    assert "--reward returned, for problem 'p-1', inf" in capsys.readouterr().err
+    ended("--reward returned, for problem 'p-1', inf", f"{flags}:infinite --out b", 1)
 
 
 def test_a_recipe_reaches_prompts_and_sampler(monkeypatch, run):
@@ -588,8 +469,8 @@ BAD = """
 
 @mark.parametrize("flags, message", table(BAD))
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, refused):
-    write_result("a", [[1]])
-    write_result("q", [[1]], "q.jsonl")
+    write_result("a", {0: [1]})
+    write_result("q", {0: [1]}, "q.jsonl")
     write_lines("strange/results.jsonl", [{"settings": {}}, {"text": "1"}])
     wrong = {"file": "p", "problem_id": "0", "level": None, "n": 0, "right": 1}
     write_lines("stranger/results.jsonl", [{"settings": {}}, wrong])
@@ -603,7 +484,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, ref
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_written(ended, monkeypatch):
     """One line and the exit code of an interrupt, no traceback. The first batch stays on disk."""
     write_problems("p.jsonl", 9)
     batches, attempt = [], Solver.attempt
@@ -615,9 +496,7 @@ def test_ctrl_c_keeps_what_is_written(run, monkeypatch, capsys):
         return attempt(*args)
 
     monkeypatch.setattr(Solver, "attempt", interrupted)
-    with raises(SystemExit, match="^130$"):
-        run(f"{SHORT} --slots 8 --out o")
-    assert "interrupted" in capsys.readouterr().err
+    ended("interrupted", f"{SHORT} --slots 8 --out o", 130)
     assert len(lines("o/completions.jsonl")) == 16
 
 
@@ -709,17 +588,15 @@ RECIPES = ROOT / "recipes"
 SHORT = "--data p.jsonl --samples 2 --max-new-tokens 4"
 
 
-def changed_settings(folder, name):
-    """-> flags; something is different now, in a folder with an evaluation."""
+def change_settings(folder, name):
+    """Change what an evaluation in this folder began with -> flags for the change"""
     if name == "prompts":
         write_lines(folder / "p.jsonl", [{"problem": "2+1", "answer": "2"}])
     if name == "stop tokens":
         (folder / "m/generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     if name == "weights":
         path = folder / "m/model.safetensors"
-        tensors = load_file(path)
-        tensors["model.norm.weight"] += 1
-        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[:-4] + bytes(4))
     return {"temperature": "--temperature 0.5", "purpose": "--add-pass-rate g.jsonl"}.get(name, "")
 
 
@@ -729,11 +606,11 @@ def test_it_goes_on_with_the_same_settings_alone(own_folder, tmp_path, run, refu
     With the same settings nothing is sampled again, and the tables are printed once more."""
     flags = f"--model m {SHORT} --out o"
     before = run(flags)
-    (i,) = (i for i, line in enumerate(before) if "0 problems are done, 1 are left" in line)
+    i = before.index("o/completions.jsonl: 0 problems are done, 1 are left")
     again = run(f"{flags} --slots 8")
     again.remove("--slots 8: not 256 as before, so the last bits may differ")
     assert "1 problems are done, 0 are left" in again[i] and again[i + 1 :] == before[i + 1 :]
-    more = changed_settings(tmp_path, name)
+    more = change_settings(tmp_path, name)
     written = files(tmp_path)
     said = "prompts" if name == "stop tokens" else name
     refused(f"began with other settings ({said})", f"{flags} {more}")
@@ -765,23 +642,23 @@ TRAINED = """{"temperature": 0.7, "examples": "e.jsonl", "dtype": "bfloat16", "s
 def test_a_run_is_evaluated_as_it_samples_by_its_newest_checkpoint(tmp_path):
     """Another temperature, length or dtype than in training measures another policy. A flag that
     is given wins."""
-    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
-    folder.mkdir(parents=True)
-    (run / "config.json").write_text(TRAINED)
+    folder, config = tmp_path / "checkpoints", tmp_path / "config.json"
+    folder.mkdir()
+    config.write_text(TRAINED)
     with raises(ValueError, match="not a training run with a checkpoint"):
-        parsed(f"--model {run}")
+        parsed(f"--model {tmp_path}")
     for name in ("000099", "000100", "000101", "000102", "000200.part"):
-        write_checkpoint(folder / name)
-    args = parsed(f"--model {run}")
+        (folder / name).mkdir()
+    args = parsed(f"--model {tmp_path}")
     assert len(list(folder.iterdir())) == 5  # the run may be at work
     assert args.model == str(folder / "000102")
     assert (args.temperature, args.max_new_tokens, args.dtype) == (0.7, 300, "bfloat16")
     assert (args.examples, args.suffix, args.reward) == ("e.jsonl", "", "a.py:f")
     assert (args.seed, args.slots) == (0, None)
-    args = parsed(f"--model {run} --temperature 0.9 --dtype float32")
-    assert (args.temperature, args.dtype, args.model) == (0.9, "float32", str(folder / "000102"))
-    edit(run / "config.json", {"reward": ["a.py:f", "math"]})
-    assert parsed(f"--model {run}").reward == "math"
+    args = parsed(f"--model {tmp_path} --temperature 0.9 --dtype float32")
+    assert (args.temperature, args.dtype) == (0.9, "float32")
+    edit(config, {"reward": ["a.py:f", "math"]})
+    assert parsed(f"--model {tmp_path}").reward == "math"
 
 
 def test_a_level_of_a_run_is_called_as_in_the_run():
@@ -790,9 +667,10 @@ def test_a_level_of_a_run_is_called_as_in_the_run():
     problems = [Problem("a", "1", "1", 0.5), Problem("b", "1", "1", 0.1)]
     assert level_names(problems, [1, 1]) == {"a": "level 1", "b": "level 1"}
     assert level_names(problems, [0.5, 1]) == {"a": "level 1", "b": "level 2"}
-    assert level_names([Problem("a", "1", "1", level=3)], [1]) == {"a": "declared 3"}
-    both = [Problem("a", "1", "1", 0.5, level=3)]  # as in a run with --difficulty level
-    assert level_names(both, []) == {"a": "declared 3"}
+    declared = {"a": "declared 3"}
+    assert level_names([Problem("a", "1", "1", level=3)], [1]) == declared
+    # as in a run with --difficulty level
+    assert level_names([Problem("a", "1", "1", 0.5, level=3)], []) == declared
 
 
 def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch, refused):
@@ -803,35 +681,23 @@ def test_what_json_cannot_hold_is_refused_before_sampling(tmp_path, monkeypatch,
     refused(words, f"{SHORT} --data p.jsonl --add-pass-rate {tmp_path / 'g.jsonl'}")
 
 
-def write_checkpoint(folder):
-    folder.mkdir(parents=True)
-
-
 # ------------------------------------------------------------------------------------- comparison
 
 
 def write_result(folder, right, file="p.jsonl", **settings):
     """results.jsonl of one file: right[i][k], whether sample k of problem i is right."""
     results = [{"settings": settings}]
-    for i, many in enumerate(right):
-        rows = []
-        for k, r in enumerate(many):
-            score = Score(float(r), RIGHT if r else WRONG, str(r))
-            done = Attempt(Completion([5], [0.0], True), "", score)
-            labels = {"file": f"{folder}/{file}", "level": None, "sample": k}
-            rows.append(rows_of(str(i), [done])[0] | labels)
-        results.append(result_of(rows))
+    for i, samples in right.items():
+        results.append(result(samples, file=f"{folder}/{file}", problem_id=i))
     write_lines(f"{folder}/results.jsonl", results)
 
 
 def test_compare_pairs_problems(run):
     """By hand. Each side is better at one problem: paired by their order, which differs, they
     would not differ at all. A third problem has no partner."""
-    write_result("a", [[1, 0], [1, 1], [1, 1]])
-    write_result("b", [[1, 1], [0, 1]])
-    first, *results = lines("b/results.jsonl")
-    write_lines("published.jsonl", [first, *reversed(results)])
-    printed = run("--compare a published.jsonl")
+    write_result("a", {0: [1, 0], 1: [1, 1], 2: [1, 1]})
+    write_result("b", {1: [0, 1], 0: [1, 1]})
+    printed = run("--compare a b/results.jsonl")
     report = json.loads(printed[-1])["p"]
     assert "p: 2 problems in both, 3 in A, 2 in B" in printed
     expected = {"A": 0.75, "B": 0.75, "difference": 0, "low": -0.5, "high": 0.5, "p": 1}
@@ -842,9 +708,9 @@ def test_compare_pairs_problems(run):
 
 
 def test_compare_says_which_settings_differ(run):
-    """Else greedy answers beside sampled ones, or pass@1 beside pass@16, would pass for a better
-    model."""
-    write_result("a", [[1, 0]], temperature=1.0, k=2)
-    write_result("b", [[1, 1]], temperature=0.6, k=2, top_p=0.95)
+    """Otherwise greedy answers next to sampled ones, or pass@1 next to pass@16, would pass for a
+    better model."""
+    write_result("a", {0: [1, 0]}, temperature=1.0, k=2, slots=8)
+    write_result("b", {0: [1, 1]}, temperature=0.6, k=2, slots=9, top_p=0.95)
     said = [line for line in run("--compare a b") if "differs" in line]
     assert said == ["temperature differs: A 1.0, B 0.6", "top_p differs: A None, B 0.95"]

@@ -266,7 +266,7 @@ rollout.choose 66 5 SIGTERM - in a rollout: its update is dropped
 train.accumulate_gradient 6 2 SIGINT - while learning: it is finished
 policy.learner.Learner.step 12 3 SIGTERM - while learning
 run.state.save_file 2 4 SIGINT - in a checkpoint
-train.interval 22 6 SIGTERM - between the evaluations of two levels
+train.summarise 8 6 SIGTERM - between the evaluations of two levels
 """
 
 

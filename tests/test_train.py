@@ -620,6 +620,7 @@ def test_held_out_files_are_told_apart(workshop, tmp_path, printed, monkeypatch)
     assert len({len(line) for line in table}) == 1
     first = lines(out / "eval.jsonl")[0]
     assert f"{first['accuracy']:.1%} [" in table[0][21:45]  # before
+    assert first["length_mean"] > 1 > first["writes_steps_share"] == 0
 
 
 def test_results_are_shown_in_their_units():
