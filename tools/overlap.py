@@ -1,9 +1,8 @@
-"""Which problems of TEST stand in TRAIN?
+"""List the problems of TEST that are also in TRAIN, and count them.
 
     python -m tools.overlap TRAIN TEST      files or data sets, see data.py
 
-Prints a line for each, and last how many there are. It finds copies, long ones with a few
-changes too, and no paraphrases.
+Copies are found, and so are long copies with a few changes. Paraphrases are not found.
 """
 
 import argparse
@@ -18,14 +17,17 @@ WORDS, SHARE = 8, 0.8
 
 
 def runs_of_words(text):
-    """All runs of 8 words and signs of arithmetic; of a shorter text the one that it is."""
+    """Return all runs of 8 words and signs of arithmetic. A shorter text is one run."""
     words = re.findall(r"\w+|[-+*/=<>^]", text.lower())
     return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
 
 def overlap(train, test):
-    """-> {id of a problem of `test` of which one of `train` has 80 % of the runs of words or more:
-    (that share, the other's id)}"""
+    """Return {id of a problem of `test`: (share, id of a problem of `train`)}.
+
+    A problem is listed if one problem of `train` has at least 80 % of its runs of words. The share
+    is that of the problem that has most of them.
+    """
     holders, sizes, found = defaultdict(list), {}, {}
     for problem in test:
         runs = runs_of_words(problem.problem)
@@ -47,7 +49,8 @@ def main(arguments=None):
     parser.add_argument("test")
     args = parser.parse_args(arguments)
     try:
-        train, test = (read_problems(name, graded=False) for name in (args.train, args.test))
+        train = read_problems(args.train, graded=False)
+        test = read_problems(args.test, graded=False)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     found = overlap(train, test)

@@ -1,10 +1,10 @@
-"""Draw what training runs logged.
+"""Draw the logs of training runs.
 
-    python -m tools.report RUN [RUN ...]    report.png and report.html of the first; several runs
-                                            share their panels
+    python -m tools.report RUN [RUN ...]    writes report.png and report.html into the first RUN;
+                                            several runs share their panels
 
-Legends name the keys of metrics.jsonl. report.html is tools/report.html with the logs in it: one
-file that needs no network.
+Legends have the keys of metrics.jsonl. report.html is a copy of tools/report.html that contains the
+logs: one file that needs no network.
 """
 
 import argparse
@@ -37,11 +37,11 @@ gradient norm before clipping         | norm                    | grad_norm
 largest gap of learner from sampler   | nats, log scale         | logprob_gap_max
 throughput of whole updates           | tokens sampled / s      | tokens_per_second
 learning rate                         |                         | lr"""
-# What the page says of a run: fields of config.json.
+# The fields of config.json that the page shows.
 FACTS = """model parameters dtype data eval_data problems began torch device seed quality updates
 tokens buffer_groups group_size max_new_tokens reward length_weight"""
-# The completions that it shows: of so many updates, spread over the run, so many groups, and so
-# many completions of each. What is longer than LONGEST (characters) loses its middle.
+# The page shows completions of TIMES updates, spread over the run: of GROUPS groups of each update,
+# SAMPLES completions. A text of more than LONGEST characters loses its middle.
 TIMES, GROUPS, SAMPLES, LONGEST = 5, 2, 16, 1500
 STYLE = {
     "axes.spines.right": False,
@@ -50,14 +50,17 @@ STYLE = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "font.size": 9,
-    "legend.edgecolor": "none",  # a white box: what lies under it stays to be seen faintly
+    "legend.edgecolor": "none",  # a white box, through which curves are faintly visible
     "legend.framealpha": 0.75,
 }
 
 
 def read_log(path):
-    """The rows of a log, one by one: it may be larger than the memory. The last line of a run that
-    was killed may be torn; it is left out, aloud. No file: no rows."""
+    """Yield the rows of a log, or nothing if there is no such file.
+
+    They come one by one, since a log may be larger than the memory. If a run was killed, its last
+    line may be torn. It is skipped with a message.
+    """
     if not path.exists():
         return
     with explained(f"{path}: cannot be read"), open(path, "rb") as file:
@@ -69,17 +72,18 @@ def read_log(path):
 
 
 def read_config(folder):
-    """Paths below the working directory are relative: a page need not tell whose folder it was."""
+    """Return a run's config.json. Paths in the working directory become relative, so that a page
+    does not show whose folder it is."""
     here = json.dumps(f"{Path.cwd()}/")
     with explained(f"{folder}: not the folder of a run"):
         return json.loads((folder / "config.json").read_text().replace(here[:-1], '"'))
 
 
 def read_runs(folders):
-    """-> [(name, rows of metrics.jsonl, rows of eval.jsonl), ...].  Raises ValueError
+    """Return [(name, rows of metrics.jsonl, rows of eval.jsonl), ...], one for each run.
 
-    Each row of eval.jsonl gets a name. Runs with other held-out files than the first run that has
-    some are drawn without them, with a message.
+    Each row of eval.jsonl gets a name. If the held-out files of a run are not those of the first
+    run that has any, its rows of eval.jsonl are skipped with a message. Raises ValueError.
     """
     runs, wanted = [], None
     for folder in map(Path, folders):
@@ -98,7 +102,7 @@ def read_runs(folders):
 
 
 def panels(runs):
-    """-> [(title, unit, keys of metrics.jsonl), ...]. The parts of R_l, if any, stand beside it."""
+    """Return [(title, unit, keys of metrics.jsonl), ...]. Parts of R_l are in the panel of R_l."""
     keys = {key for _, metrics, _ in runs for row in metrics for key in row}
     parts = sorted(key for key in keys if key.startswith("part_"))
     table = []
@@ -112,24 +116,26 @@ def panels(runs):
 
 
 def column(rows, key):
-    """(rows,) float: null becomes nan, and so does a part of R_l that an update lacks."""
+    """Return the values of a key, (rows,) float. null becomes nan, and so does a missing value: an
+    update may lack a part of R_l."""
     return np.array([row.get(key) for row in rows], float)
 
 
 def smooth(values):
-    """Means over a twentieth of the run. Missing values (nan) do not count."""
+    """Return running means over a twentieth of the run. Missing values (nan) do not count."""
     half = len(values) // 40
     padded = np.pad(values, half, constant_values=np.nan)
     return np.ma.masked_invalid(sliding_window_view(padded, 2 * half + 1)).mean(1)
 
 
 def plain(name):
-    """As a label. Between two dollar signs there would be a formula."""
+    """Return a name as a label. Text between two dollar signs would become a formula."""
     return name.replace("$", r"\$")
 
 
 def draw_run(axes, table, run, line, held_out):
-    """Raw values are faint, their running means strong; held-out accuracy goes into the first.
+    """Draw one run: raw values are faint, and their running means are strong. Held-out accuracy is
+    in the first panel.
 
     table, held_out  panels and names of all runs: a name has one color
     """
@@ -151,7 +157,7 @@ def draw_run(axes, table, run, line, held_out):
 
 
 def finish(axes, metrics):
-    """The legends, a name once, and a line wherever the level of the first run changes."""
+    """Add legends, with each name once, and a line wherever the level of the first run changes."""
     starts = [b["update"] for a, b in pairwise(metrics) if a["level"] != b["level"]]
     for ax in axes:
         handles, names = ax.get_legend_handles_labels()
@@ -164,7 +170,7 @@ def finish(axes, metrics):
 
 @matplotlib.style.context(["tableau-colorblind10", STYLE])
 def draw(folders):
-    """Draw these run directories into report.png of the first; returns the picture's path."""
+    """Draw these run directories into report.png of the first one. Return its path."""
     figure, runs = Figure(figsize=(17, 10), layout="constrained"), read_runs(folders)
     axes = figure.subplots(3, 4).flatten()
     held_out = dict.fromkeys(row["name"] for _, _, evaluations in runs for row in evaluations)
@@ -182,7 +188,8 @@ def draw(folders):
 
 
 def write_page(folders):
-    """Write these run directories as report.html of the first; returns its path."""
+    """Write the logs of these run directories into report.html of the first one. Return its
+    path."""
     folder, runs = Path(folders[0]), read_runs(folders)
     config = read_config(folder)
     content = {
@@ -198,7 +205,7 @@ def write_page(folders):
 
 
 def read_completions(path, updates):
-    """Some rows of completions.jsonl, from the first update to the last."""
+    """Return a few rows of completions.jsonl, from the first update to the last."""
     times, rows = np.linspace(1, updates, TIMES).round(), []
     for row in read_log(path):
         if row["update"] in times and row["group"] < GROUPS and row["sample"] < SAMPLES:
@@ -207,7 +214,8 @@ def read_completions(path, updates):
 
 
 def cut(value):
-    """-> its beginning, number of characters left out, its end"""
+    """Return the beginning of a value as text, the number of characters that are left out, and its
+    end."""
     text = value if isinstance(value, str) else json.dumps(value)  # an answer of one's own kind
     half, left_out = LONGEST // 2, max(0, len(text) - LONGEST)
     return text[:half], left_out, text[half + left_out :]
