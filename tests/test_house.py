@@ -1,4 +1,4 @@
-"""What the pages say of each other and of the tests: links, anchors, names."""
+"""The house: which modules import which, and what the pages say of each other and of the tests."""
 
 import ast
 import re
@@ -55,3 +55,36 @@ def test_requirements_are_what_is_imported_each_with_its_reason():
                 names = [getattr(node, "module", alias.name) for alias in node.names]
                 imported |= {name.split(".")[0] for name in names}
     assert imported - known == listed - {"pytest_xdist"}  # a plugin
+
+
+FLOORS = """
+common answers eprli
+model data rewards
+rollout
+policy
+run
+eval
+tools
+train
+examples experiments
+bench
+tests
+"""
+
+
+def test_modules_import_only_from_lower_floors():
+    """Also inside functions. Modules on one floor do not import each other, so there is no circle,
+    and `common`, `answers` and `eprli` import nothing of ours. eval.py is above run/, whose folders
+    and processes it uses. train.py is above both, and above tools/, which draws the finished run.
+    """
+    floors = {}
+    for number, names in enumerate(FLOORS.split("\n")):
+        floors |= dict.fromkeys(names.split(), number)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                # An import statement names one module; ruff sees to that.
+                name = getattr(node, "module", node.names[0].name)
+                other = name.partition(".")[0]
+                assert other == own or floors.get(other, -1) < floors[own], f"{path}: {name}"
