@@ -112,8 +112,6 @@ def test_prompts_beyond_the_context_count_as_wrong(toy_policy, printed):
     said = printed()
     assert "p.jsonl: 1 of 2 prompts fill the context" in said
     assert "1 of 2 prompts leave less than the 128 tokens of" in said
-    room = 128 - len(prompts[1].tokens)
-    assert [toy_policy.room(p) for p in prompts] == [0, room]
     long, short = attempt(toy_policy, prompts, max_new_tokens=500)
     assert [(a.length, a.score.verdict) for a in long] == [(0, NO_ANSWER)] * 2
     assert all(1 <= a.length <= room for a in short)
