@@ -53,7 +53,7 @@ class Policy:
         # --template, or for a tokenizer without a template of its own the plain one.
         own = tokenizer.chat_template
         text = prompting["template"].pop("chat_template", None if own else data.PLAIN_TEMPLATE)
-        if text:
+        if text is not None:
             tokenizer.chat_template = data.with_bos(tokenizer, text)
         stop_ids = read_stop_ids(folder, tokenizer, model.config)
         stop_ids |= {end_of_turn(tokenizer), *(stop_token(tokenizer, text) for text in flags.stop)}

@@ -58,7 +58,8 @@ def start_run(flags, ranks):
     out = ranks.from_first(lambda: create(cfg.out, config))
     cfg = replace(cfg, out=str(out))
     try:
-        return make_run(cfg, inputs, ranks)
+        locked = ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
+        return make_run(cfg, inputs, ranks, locked)
     except BaseException:  # nothing has begun: an error of the tracker, a GPU without memory
         if ranks.first:
             shutil.rmtree(out, ignore_errors=True)
@@ -112,10 +113,9 @@ def resume_run(cfg, config, ranks):
     return run
 
 
-def make_run(cfg, inputs, ranks, locked=None):
+def make_run(cfg, inputs, ranks, locked):
     """Return the Run of these Inputs.  locked: the open config.json of its folder, see `lock`"""
     out = Path(cfg.out)
-    locked = locked or ranks.on_all(lambda: ranks.first and lock(out / "config.json"))
     if ranks.first:
         (out / "checkpoints").mkdir(exist_ok=True)
     reference = None  # the starting policy's model, if the objective needs it
